@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Makes the Python environment, or finds that it stands already. Prints the interpreter's path, alone,
+# on stdout; everything for people goes to stderr.
+#
+#   launch/setup.sh          what running needs (requirements.txt)
+#   launch/setup.sh --test   and what the tests need
+#   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
+#
+# Bring your own environment: SABER_PYTHON=/path/to/python is used as it is, nothing is installed and
+# no .venv is made. Otherwise the environment is .venv in this checkout (SABER_VENV moves it).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ -n "${SABER_PYTHON:-}" ]]; then
+  "$SABER_PYTHON" -c "import jax" >&2 || {
+    echo "launch/setup.sh: SABER_PYTHON=$SABER_PYTHON cannot import jax." \
+         "Install requirements.txt there, or unset SABER_PYTHON to get a .venv made." >&2; exit 1; }
+  echo "$SABER_PYTHON"; exit 0
+fi
+
+venv=${SABER_VENV:-.venv}
+layers=(requirements.txt)
+for flag in "$@"; do
+  case "$flag" in
+    --test) layers+=(requirements-test.txt) ;;
+    --torch) layers+=(requirements-torch.txt) ;;
+    *) echo "launch/setup.sh: unknown flag $flag; it knows --test and --torch." >&2; exit 2 ;;
+  esac
+done
+
+find_python() {
+  for candidate in python3.11 python3.12 python3; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c \
+        'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+      echo "$candidate"; return
+    fi
+  done
+  echo "launch/setup.sh: Python 3.11 (or 3.12) is needed and none is on the PATH." >&2; return 1
+}
+
+if [[ ! -x "$venv/bin/python" ]]; then
+  python=$(find_python)
+  echo "setup: making $venv with $python" >&2
+  "$python" -m venv "$venv"
+fi
+
+# torch comes before anything that depends on it, so that its exact pin is what the others find.
+for layer in "${layers[@]}"; do
+  want=$(sha256sum "$layer" | cut -c1-16)
+  stamp="$venv/.installed-${layer%.txt}"
+  if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
+    echo "setup: installing $layer into $venv" >&2
+    if [[ $layer == requirements-torch.txt ]]; then
+      "$venv/bin/python" -m pip install -q --disable-pip-version-check \
+        "$(grep '^torch==' "$layer")" >&2
+    fi
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -r "$layer" >&2
+    echo "$want" > "$stamp"
+  fi
+done
+
+# A TPU VM shows its chips as PCI devices of Google's vendor id.
+if grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor && [[ ! -f "$venv/.installed-tpu" ]]; then
+  echo "setup: this is a TPU VM; adding libtpu" >&2
+  "$venv/bin/python" -m pip install -q "jax[tpu]==$(sed -n 's/^jax==//p' requirements.txt)" >&2
+  touch "$venv/.installed-tpu"
+fi
+echo "$venv/bin/python"

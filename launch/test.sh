@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets up and runs the test suite.
+#
+#   launch/test.sh               everything but the tests marked slow
+#   launch/test.sh --no-torch    without installing torch; tests that need it are skipped by name
+#   launch/test.sh -m slow       the slow ones; any other argument goes to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+torch=(--torch)
+if [[ "${1:-}" == --no-torch ]]; then torch=(); shift; fi
+python=$(launch/setup.sh --test "${torch[@]}")
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec "$python" -m pytest "$@"

@@ -1,0 +1,1 @@
+"""Clips on disk to model-ready arrays: records, tokenizer, prompts, positions, media."""
