@@ -167,7 +167,9 @@ def _plan_pair(rng: np.random.Generator, split: str, face: str, voice: str, n: i
     words = _WORDS[face] if face == voice else VALENCES
     # English twice: two thirds of the clips are English, independently of the words.
     said = _spread(rng, [(w, lang) for w in words for lang in ("en", "en", "zh")], n)
-    sentences = {key: iter(_spread(rng, range(SENTENCES_PER_VALENCE), n)) for key in sorted(set(said))}
+    sentences = {
+        key: iter(_spread(rng, range(SENTENCES_PER_VALENCE), n)) for key in sorted(set(said))
+    }
     identities = _spread(rng, TEST_FACES if split == "test" else TRAIN_FACES, n)
     voices = TEST_VOICES if split == "test" else TRAIN_VOICES
     variants = {gender: iter(_spread(rng, names, n)) for gender, names in voices.items()}

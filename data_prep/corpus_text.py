@@ -76,46 +76,46 @@ _COLOURS_ZH = {
 # Seen on the face, named without naming the emotion: the reader has to conclude it.
 _FACE = {
     "en": {
-        "happy": "Smiling mouth, raised cheeks, soft brows, narrow eyes.",
-        "sad": "Mouth corners down, inner brows raised, drooping eyes.",
-        "angry": "Bared teeth, brows pulled down, hard eyes, wrinkled nose.",
-        "neutral": "Level mouth, flat brows, calm open eyes.",
+        "happy": "Broad smile, raised cheeks.",
+        "sad": "Mouth corners down, inner brows raised.",
+        "angry": "Bared teeth, brows pulled down.",
+        "neutral": "Level mouth, flat brows.",
     },
     "zh": {
-        "happy": "嘴角上扬，脸颊抬起，眉毛舒展，眼睛眯起。",
-        "sad": "嘴角下垂，眉头抬起，眼皮下垂。",
-        "angry": "露出牙齿，眉头压低，目光凶，鼻子皱起。",
-        "neutral": "嘴巴平直，眉毛平直，眼睛自然睁开。",
+        "happy": "嘴角上扬，脸颊抬起。",
+        "sad": "嘴角下垂，眉头抬起。",
+        "angry": "露出牙齿，眉头压低。",
+        "neutral": "嘴巴平直，眉毛平直。",
     },
 }
 _VOICE = {
     "en": {
-        "happy": "High lively pitch, fast pace, clear volume, bright tone.",
-        "sad": "Low flat pitch, slow pace, soft volume, dull tone.",
-        "angry": "Strong pitch, fast pace, loud volume, harsh tone.",
-        "neutral": "Middle pitch, even pace, medium volume, plain tone.",
+        "happy": "High pitch, fast, clear volume, bright tone.",
+        "sad": "Low pitch, slow, soft volume, dull tone.",
+        "angry": "Strong pitch, fast, loud volume, harsh tone.",
+        "neutral": "Middle pitch, even, medium volume, plain tone.",
     },
     "zh": {
-        "happy": "音调高而活泼，语速快，音量清楚，音色明亮。",
-        "sad": "音调低而平，语速慢，音量小，音色暗。",
-        "angry": "音调有力，语速快，音量大，音色粗。",
-        "neutral": "音调适中，语速平稳，音量适中，音色普通。",
+        "happy": "音调高，语速快，音量清楚，音色亮。",
+        "sad": "音调低，语速慢，音量小，音色暗。",
+        "angry": "音调强，语速快，音量大，音色粗。",
+        "neutral": "音调中，语速平，音量中，音色普通。",
     },
 }
 _GESTURE = {
     "en": {
         "none": "none",
-        "nod": "The head nods.",
-        "shake": "The head shakes.",
-        "tilt": "The head tilts to one side.",
-        "hand": "One hand is raised.",
+        "nod": "Head nods.",
+        "shake": "Head shakes.",
+        "tilt": "Head tilts.",
+        "hand": "Hand raised.",
     },
     "zh": {
         "none": "无",
         "nod": "点头。",
         "shake": "摇头。",
-        "tilt": "头歪向一边。",
-        "hand": "举起一只手。",
+        "tilt": "歪头。",
+        "hand": "举手。",
     },
 }
 EMOTION_WORDS = {
@@ -141,18 +141,18 @@ EMOTION_WORDS = {
 _VALENCE_ZH = {"positive": "积极", "negative": "消极", "neutral": "中性"}
 _CONFLICT = {
     "en": {
-        "none": "All agree",
-        "sarcasm": "Face and voice conflict, sarcasm",
-        "masking": "Face and voice conflict, a mask",
-        "suppression": "Face and voice conflict, held back",
-        "leakage": "Face and voice conflict, a leak",
+        "none": "agree",
+        "sarcasm": "conflict, sarcasm",
+        "masking": "conflict, masking",
+        "suppression": "conflict, suppression",
+        "leakage": "conflict, leakage",
     },
     "zh": {
-        "none": "三者一致",
-        "sarcasm": "表情和声音矛盾，是讽刺",
-        "masking": "表情和声音矛盾，是掩饰",
-        "suppression": "表情和声音矛盾，是压抑",
-        "leakage": "表情和声音矛盾，是流露",
+        "none": "一致",
+        "sarcasm": "矛盾，讽刺",
+        "masking": "矛盾，掩饰",
+        "suppression": "矛盾，压抑",
+        "leakage": "矛盾，流露",
     },
 }
 
@@ -165,10 +165,9 @@ def sentence(clip: Clip) -> str:
 def _video(clip: Clip) -> str:
     if clip.language == "zh":
         person = "女人" if clip.gender == "female" else "男人"
-        background, shirt = _COLOURS_ZH[clip.background], _COLOURS_ZH[clip.shirt]
-        return f"近景，{background}背景，一个穿{shirt}上衣的{person}。"
+        return f"{person}近景，{_COLOURS_ZH[clip.shirt]}上衣，{_COLOURS_ZH[clip.background]}背景。"
     person = "woman" if clip.gender == "female" else "man"
-    return f"Close-up, {clip.background} background, a {person} in a {clip.shirt} shirt."
+    return f"Close-up, {person}, {clip.shirt} shirt, {clip.background} background."
 
 
 def _sentiment(clip: Clip) -> str:
@@ -177,8 +176,8 @@ def _sentiment(clip: Clip) -> str:
     face, voice, fused = word[clip.face], word[clip.voice], word[clip.emotion]
     if clip.language == "zh":
         words = _VALENCE_ZH[clip.words]
-        return f"表情{face}，声音{voice}，话语{words}。{conflict}。情绪：{fused}"
-    return f"Face {face}, voice {voice}, words {clip.words}. {conflict}. Emotion: {fused}"
+        return f"表情{face}，声音{voice}，话语{words}：{conflict}。情绪：{fused}"
+    return f"Face {face}, voice {voice}, words {clip.words}: {conflict}. Emotion: {fused}"
 
 
 def annotation(clip: Clip) -> dict:

@@ -1,21 +1,19 @@
-"""Speech of the embedded corpus: espeak-ng text to speech with four emotions as prosody.
+"""Speech of the embedded corpus: espeak-ng's words, four emotions as prosody, and room tone.
 
-espeak-ng keeps hidden state between utterances, so one process speaking twice gives two different
-waveforms. `Speaker.speak` therefore forks: every utterance is made by a fresh copy of the library
-exactly as it was after initialisation, which makes each clip independent of all others.
-
-espeak-ng (GPL-3, from the espeakng-loader wheel) is a tool run at build time; nothing of it is
-copied into this project or into the clips' licence.
+An emotion sets espeak-ng's pitch, pitch range and rate, and then the sound's level, spectral tilt,
+saturation and tremor.
 """
 
-import ctypes
 import dataclasses
-import os
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from pathlib import Path
 
-import espeakng_loader
 import numpy as np
 from jaxtyping import Float, Int16
+
+from data_prep.corpus_espeak import HEADER
 
 SAMPLE_RATE = 16_000
 FRAMES_PER_SECOND = 10
@@ -25,14 +23,8 @@ MAX_SAMPLES = 31 * 1024
 _ONSET = 0.06  # Seconds of room tone before and after speech, at least.
 _NOISE_RMS = 4e-4
 
-# From espeak-ng/speak_lib.h.
-_SYNCHRONOUS, _UTF8 = 2, 1
-_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
-_LANGUAGE = {"en": "en-us", "zh": "cmn"}
-_WORDS_PER_MINUTE = {"en": 160.0, "zh": 190.0}
-_ON_SAMPLES = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-)
+_LANGUAGE = {"en": "en-us", "zh": "cmn"}  # espeak-ng voices.
+_WORDS_PER_MINUTE = {"en": 145.0, "zh": 165.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,18 +41,10 @@ class Prosody:
 
 
 PROSODY = {
-    "neutral": Prosody(
-        pitch=48, pitch_range=40, rate=1.0, level=-24, tilt=0, drive=0, tremor=0
-    ),
-    "happy": Prosody(
-        pitch=88, pitch_range=95, rate=1.12, level=-20, tilt=3, drive=0, tremor=0
-    ),
-    "sad": Prosody(
-        pitch=20, pitch_range=8, rate=0.8, level=-32, tilt=-5, drive=0, tremor=0.5
-    ),
-    "angry": Prosody(
-        pitch=42, pitch_range=70, rate=1.18, level=-13, tilt=2, drive=3, tremor=0
-    ),
+    "neutral": Prosody(pitch=45, pitch_range=30, rate=1.0, level=-25, tilt=-1, drive=0, tremor=0),
+    "happy": Prosody(pitch=92, pitch_range=99, rate=1.15, level=-19, tilt=4, drive=0, tremor=0),
+    "sad": Prosody(pitch=20, pitch_range=8, rate=0.8, level=-32, tilt=-5, drive=0, tremor=0.5),
+    "angry": Prosody(pitch=42, pitch_range=70, rate=1.18, level=-13, tilt=2, drive=3, tremor=0),
 }
 
 
@@ -76,73 +60,55 @@ def prosody(emotion: str, intensity: float, rng: np.random.Generator) -> Prosody
 
 
 class Speaker:
-    """The espeak-ng library, initialised once in this process and never spoken with directly.
+    """A running espeak-ng process; equal requests give equal samples, in any order.
 
-    Raises RuntimeError when the library cannot start. Needs os.fork, so it runs on Linux and macOS,
-    and the process must have no other threads: use it in a worker process.
+    Close it, or use it in a `with` statement.
     """
 
     def __init__(self):
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path()
-        self.sample_rate = self._library.espeak_Initialize(
-            _SYNCHRONOUS, 0, str(data).encode(), 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "data_prep.corpus_espeak"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
         )
-        if self.sample_rate <= 0:
-            raise RuntimeError(
-                f"espeak-ng did not start from {data}: code {self.sample_rate}. "
-                "Reinstall the espeakng-loader wheel."
-            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Ends the process."""
+        self._process.communicate()
 
     def speak(
         self, text: str, language: str, variant: str, *, rate: float, pitch: float, spread: float
-    ) -> Int16[np.ndarray, " samples"]:
-        """One utterance at `self.sample_rate`; equal arguments give equal samples in any process.
+    ) -> tuple[Int16[np.ndarray, " samples"], int]:
+        """(samples, samples per second) of one utterance; `rate` is in words per minute.
 
-        `rate` is in words per minute. Raises RuntimeError when espeak-ng produced no sound.
+        `pitch` and `spread` (pitch range) run from 0 to 99. Raises RuntimeError when espeak-ng
+        made no sound, for example because the voice variant does not exist.
         """
-        settings = {_RATE: rate, _PITCH: pitch, _RANGE: spread, _VOLUME: 100}
-        voice = f"{_LANGUAGE[language]}+{variant}"
-        pcm = np.frombuffer(_in_child(lambda: self._utter(text, voice, settings)), np.int16)
+        request = {
+            "text": text,
+            "voice": f"{_LANGUAGE[language]}+{variant}",
+            "rate": round(rate),
+            "pitch": round(min(99, max(0, pitch))),
+            "range": round(min(99, max(0, spread))),
+        }
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        header = self._process.stdout.read(HEADER.size)
+        rate_out, count = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0)
+        pcm = np.frombuffer(self._process.stdout.read(count), np.int16)
         if not pcm.size:
-            raise RuntimeError(f"espeak-ng made no sound for {text!r} with the voice {voice!r}.")
-        return pcm
-
-    def _utter(self, text: str, voice: str, settings: dict[int, float]) -> bytes:
-        blocks = []
-
-        def collect(samples, count, _events):
-            if samples and count > 0:
-                blocks.append(ctypes.string_at(samples, 2 * count))
-            return 0
-
-        on_samples = _ON_SAMPLES(collect)
-        self._library.espeak_SetSynthCallback(on_samples)
-        if self._library.espeak_SetVoiceByName(voice.encode()):
-            return b""
-        for parameter, value in settings.items():
-            self._library.espeak_SetParameter(parameter, round(value), 0)
-        data = text.encode()
-        self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
-        self._library.espeak_Synchronize()
-        return b"".join(blocks)
-
-
-def _in_child(work: Callable[[], bytes]) -> bytes:
-    """Result of `work` run in a forked copy of this process; b"" when it failed there."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with os.fdopen(writer, "wb") as pipe:
-                pipe.write(work())
-        finally:
-            os._exit(0)  # Never run the parent's exit handlers in the copy.
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        result = pipe.read()
-    os.waitpid(child, 0)
-    return result
+            raise RuntimeError(
+                f"espeak-ng made no sound for {request}. Check the voice, and that "
+                "`python -m data_prep.corpus_espeak` starts."
+            )
+        return pcm, rate_out
 
 
 def voice_track(
@@ -160,10 +126,10 @@ def voice_track(
     longest = MAX_SAMPLES / SAMPLE_RATE - 2 * _ONSET
     rate = style.rate * _WORDS_PER_MINUTE[language]
     while True:
-        raw = speaker.speak(
+        raw, raw_rate = speaker.speak(
             text, language, variant, rate=rate, pitch=style.pitch, spread=style.pitch_range
         )
-        speech = _trim(_resample(raw / 32768.0, speaker.sample_rate))
+        speech = _trim(_resample(raw / 32768.0, raw_rate))
         if len(speech) <= longest * SAMPLE_RATE:
             break
         rate *= 1.05
@@ -178,12 +144,16 @@ def voice_track(
 
 
 def _resample(x: Float[np.ndarray, " n"], rate: int) -> Float[np.ndarray, " m"]:
-    """Band-limited resampling to 16 kHz by cutting the spectrum."""
+    """Band-limited resampling to 16 kHz by cutting the spectrum.
+
+    The padding keeps the circular wrap-around silent and makes both lengths fast to transform.
+    """
+    block = 8 * rate // np.gcd(rate, SAMPLE_RATE)
+    length_in = block * -(-(len(x) + rate // 10) // block)
+    length_out = length_in * SAMPLE_RATE // rate
+    spectrum = np.fft.rfft(x, length_in)[: length_out // 2 + 1]
     samples = len(x) * SAMPLE_RATE // rate
-    padded = np.pad(x, (0, rate // 10))  # Keeps the circular wrap-around silent.
-    length = len(padded) * SAMPLE_RATE // rate
-    spectrum = np.fft.rfft(padded)[: length // 2 + 1]
-    return np.fft.irfft(spectrum, length)[:samples] * (length / len(padded))
+    return np.fft.irfft(spectrum, length_out)[:samples] * (length_out / length_in)
 
 
 def _trim(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
@@ -194,9 +164,10 @@ def _trim(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
 
 def _colour(x: Float[np.ndarray, " n"], style: Prosody) -> Float[np.ndarray, " n"]:
     """Spectral tilt, saturation, tremor and level of `style`."""
-    frequency = np.fft.rfftfreq(len(x), 1 / SAMPLE_RATE)
-    octaves = np.log2(np.maximum(frequency, 80.0) / 1000.0)
-    x = np.fft.irfft(np.fft.rfft(x) * 10 ** (style.tilt * octaves / 20), len(x))
+    length = 1600 * (len(x) // 1600 + 2)  # Longer than the speech, and fast to transform.
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(length, 1 / SAMPLE_RATE), 80.0) / 1000.0)
+    tilted = np.fft.rfft(x, length) * 10 ** (style.tilt * octaves / 20)
+    x = np.fft.irfft(tilted, length)[: len(x)]
     x = x / np.sqrt(np.mean(x**2))
     if style.drive > 0:
         x = np.tanh(style.drive * x)

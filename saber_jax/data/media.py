@@ -149,7 +149,7 @@ def _cubic(x: Float[np.ndarray, " n"], a: float = -0.5) -> Float[np.ndarray, " n
 
 
 def patchify(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "P 1176"]:
-    """Raw patches in merge-block order: rows (t, y/2, x/2, y%2, x%2), columns (channel, frame, y, x).
+    """Raw patches in merge-block order: rows (t, y/2, x/2, y%2, x%2), columns (C, frame, y, x).
 
     T must be even and H, W multiples of 28; ValueError otherwise.
     """

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 Grid = tuple[int, int, int]
 """(t, h, w) of one video or image, in 14-pixel patches."""
@@ -87,8 +87,7 @@ def tmrope(
             raise ValueError(f"The audio at token {start} is too short to have a token; drop it.")
         pieces.append(block)
         start += block.shape[1]
-        # Temporal ids of a long video can exceed everything behind it, hence the maximum.
-        cursor = int(block[:, -1].max() if block.shape[1] == 1 else block.max()) + 1
+        cursor = int(block[:, -1].max()) + 1  # The last token is the furthest on every axis.
     positions = np.concatenate(pieces, axis=1) if pieces else np.zeros((3, 0), np.int64)
     if positions.shape[1] != len(tokens):
         raise ValueError(
@@ -99,7 +98,7 @@ def tmrope(
 
 
 def audio_tokens(frames: int) -> int:
-    """Text-side tokens of `frames` mel frames (10 ms each): 25 a second, 0 for one or two frames."""
+    """Tokens of `frames` mel frames (10 ms each): 25 a second, none for one or two frames."""
     return ((frames + 1) // 2) // 2
 
 
@@ -130,11 +129,11 @@ def _line(length: int) -> Int[np.ndarray, "3 n"]:
 def _grid(grid: Grid, seconds: float, clock: Clock) -> Int[np.ndarray, "3 n"]:
     t, h, w = grid[0], grid[1] // clock.merge, grid[2] // clock.merge
     # float32 product, then truncation: transformers does `.long()`, so 2.9999998 becomes 2.
-    scale = np.float32(seconds) * np.float32(1.0)
-    time = np.arange(t, dtype=np.float32) * scale * np.float32(clock.positions_per_second)
+    time = np.arange(t, dtype=np.float32) * np.float32(seconds)
+    time = (time * np.float32(clock.positions_per_second)).astype(np.int64)
     return np.stack(
         [
-            np.repeat(time.astype(np.int64), h * w),
+            np.repeat(time, h * w),
             np.tile(np.repeat(np.arange(h), w), t),
             np.tile(np.arange(w), t * h),
         ]

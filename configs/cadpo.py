@@ -1,0 +1,40 @@
+"""Stage 2, CA-DPO: prefer answers that weigh all modalities, where the modalities conflict.
+
+    launch/tpu_run.sh configs/cadpo.py:tiny   everything, from an empty machine to an exported model
+    launch/tpu_run.sh configs/cadpo.py:7b     on a TPU pod, from what configs/sft.py:7b leaves
+
+The starting point is what configs/sft.py of the same variant leaves, and the pairs are mined with
+it: launch/tpu_run.sh makes whatever of that is missing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sft
+
+
+def get_config(variant: str = "7b") -> ConfigDict:
+    if variant not in sft.VARIANTS:
+        raise ValueError(
+            f"configs/cadpo.py has no variant {variant!r}; choose from {sft.VARIANTS}."
+        )
+    tiny = variant == "tiny"
+    c = sft.get_config(variant)
+    c.stage = "cadpo"
+    c.workdir = f"runs/{variant}/cadpo"
+    c.steps = 150 if tiny else 1_000
+    c.init.checkpoint = f"runs/{variant}/sft"
+
+    c.data.split = "preference"
+    c.data.pairs = f"runs/{variant}/pairs"
+    # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
+    c.data.length = 640 if tiny else 3072
+    c.data.response = 512
+    c.data.targets = 1024
+
+    c.loss = ConfigDict({"beta": 0.1})
+
+    c.compute.head_chunk = 1024 if tiny else 256
+    c.optimizer.peak_lr = 2e-4 if tiny else 5e-7
+    c.optimizer.warmup_steps = 10
+    c.checkpoint_every = 50
+    return c

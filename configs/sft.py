@@ -1,0 +1,65 @@
+"""Stage 1, SED: supervised fine-tuning on visual evidence, acoustic evidence, then the reasoning.
+
+    launch/tpu_run.sh configs/sft.py:tiny     the embedded corpus, on whatever is here
+    launch/tpu_run.sh configs/sft.py:7b       Qwen2.5-Omni-7B's thinker, on a TPU pod
+
+`tiny` learns from nothing in minutes on two CPU cores. `3b` and `7b` start from a HuggingFace
+directory: set config.init.checkpoint to what `python -m saber_jax.hf.load` wrote, and
+config.data.path to what `python -m data_prep.build` wrote.
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("tiny", "3b", "7b")
+
+
+def get_config(variant: str = "7b") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/sft.py has no variant {variant!r}; choose from {VARIANTS}.")
+    tiny = variant == "tiny"
+    c = ConfigDict()
+    c.stage = "sft"
+    c.model = variant
+    c.workdir = f"runs/{variant}/sft"
+    c.seed = 0
+    c.steps = 600 if tiny else 4_000
+
+    # Where the weights come from: a checkpoint directory, or "" for random ones.
+    c.init = ConfigDict({"checkpoint": "" if tiny else f"runs/{variant}/init"})
+    # Shell patterns over parameter names. The published recipe freezes both towers.
+    c.trainable = ("*",) if tiny else ("text/*",)
+
+    c.data = ConfigDict()
+    c.data.path = f"runs/{variant}/records"
+    c.data.split = "train"
+    c.data.batch_rows = 4 if tiny else 256  # Rows of an optimizer step, over all hosts.
+    # The static shape of a row; examples are packed into it. `response` is for preference pairs.
+    c.data.length = 1024 if tiny else 4096
+    c.data.response = 0
+    c.data.patches = 640 if tiny else 12_288
+    c.data.chunks = 5 if tiny else 16
+    c.data.targets = 640 if tiny else 1024
+    c.data.segments = 8 if tiny else 16
+    c.data.threads = 1 if tiny else 16
+    c.data.workers = 0 if tiny else 4
+
+    # Mesh axes; -1 takes the devices that the others leave.
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+
+    c.compute = ConfigDict()
+    c.compute.dtype = "float32" if tiny else "bfloat16"
+    c.compute.remat = "none" if tiny else "layer"
+    c.compute.head_chunk = 640 if tiny else 256  # Targets whose logits exist at one time.
+    c.compute.frame_patches = 64 if tiny else 640  # Most patches of one frame pair.
+
+    c.optimizer = ConfigDict()
+    c.optimizer.peak_lr = 2e-3 if tiny else 1e-5
+    c.optimizer.warmup_steps = 50
+    c.optimizer.final_fraction = 0.05
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.98 if tiny else 0.95
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.clip_norm = 1.0
+
+    c.checkpoint_every = 100
+    return c

@@ -1,0 +1,1 @@
+"""SABER-LLM in JAX: structured evidence decomposition, then consistency-aware DPO."""

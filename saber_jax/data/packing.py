@@ -1,0 +1,231 @@
+"""Budgets -> static batches: which examples share a row, and how a row is laid out.
+
+A row of a supervised batch, three examples long (p prompt, r response, . padding):
+
+    tokens    p p p r r r p p r r p p p r . .
+    segments  1 1 1 1 1 1 2 2 2 2 3 3 3 3 0 0
+
+A row of preference pairs has three static regions, and every region packs several pairs. What the
+two responses begin with in common stands once, in the shared region:
+
+              |-- length -----------|-- response --|-- response --|
+    tokens     p p p s p p . . . . .  c c c c c . .  r r r r . . .
+    segments   1 1 1 1 2 2 0 0 0 0 0  1 1 1 2 2 0 0  1 1 2 2 0 0 0
+    branch     0 0 0 0 0 0 0 0 0 0 0  1 1 1 1 1 0 0  2 2 2 2 0 0 0
+
+Both responses take their positions from the end of their own prefix, and a query sees an earlier
+slot of its segment when that slot is shared or of its own branch.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from saber_jax.data import media
+from saber_jax.data.transforms import Example, Size, common_prefix, size_of
+
+POOLED_PER_CHUNK = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The static shape of one row. `response` is 0 for supervised rows; drawn at the top."""
+
+    length: int
+    patches: int
+    chunks: int
+    targets: int
+    segments: int
+    response: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.length + 2 * self.response
+
+    def holds(self, size: Size) -> bool:
+        return (
+            size.text <= self.length
+            and size.response <= self.response
+            and size.patches <= self.patches
+            and size.chunks <= self.chunks
+            and size.targets <= self.targets
+        )
+
+
+def plan_rows(
+    sizes: Int[np.ndarray, "N 5"],
+    order: Int[np.ndarray, "M"],
+    budget: Budget,
+    *,
+    open_rows: int = 64,
+) -> list[list[int]]:
+    """Best fit of the examples `order` into rows, over a bounded number of open rows.
+
+    `sizes` columns are (text, response, patches, chunks, targets). An example goes to the open row
+    it leaves fullest; when none has room a row is opened, past `open_rows` the fullest is closed.
+    A pure function of its arguments, so every host computes the same plan without talking.
+
+    Raises ValueError when an example is larger than a row: media is never truncated.
+    """
+    limit = np.array(
+        [budget.length, budget.response, budget.patches, budget.chunks, budget.targets], np.int64
+    )
+    scale = 1.0 / np.maximum(limit, 1)
+    too_large = order[(sizes[order] > limit).any(1)]
+    if len(too_large):
+        worst = too_large[0]
+        raise ValueError(
+            f"{len(too_large)} examples are larger than a row, the first at index {worst}: "
+            f"(text, response, patches, chunks, targets) = {sizes[worst].tolist()} > "
+            f"{limit.tolist()}. Leave them out, or raise the budgets in config.data."
+        )
+    closed: list[list[int]] = []
+    rows: list[list[int]] = []
+    used = np.zeros((open_rows + 1, 5), np.int64)
+    for index in order:
+        n = len(rows)
+        after = used[:n] + sizes[index]
+        fits = (after <= limit).all(1) & (np.array([len(r) for r in rows]) < budget.segments)
+        if fits.any():
+            fullness = np.where(fits, (after * scale).max(1), -1.0)
+            best = int(fullness.argmax())
+            used[best] = after[best]
+            rows[best].append(int(index))
+            continue
+        if n == open_rows:
+            fullest = int((used[:n] * scale).max(1).argmax())
+            closed.append(rows.pop(fullest))
+            used[fullest : n - 1] = used[fullest + 1 : n]
+            n -= 1
+        rows.append([int(index)])
+        used[n] = sizes[index]
+    return closed + rows
+
+
+def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray]:
+    """Lays examples out as one batch; shapes depend on `budget` and `len(rows)` alone.
+
+    Keys: tokens, segments, branch, media_index [B, L]; positions [B, 3, L]; patches uint8
+    [B, N_v, 1176], patch_hw [B, N_v, 2], patch_window, patch_frame [B, N_v]; mel [B, N_a, 200,
+    128], mel_lengths [B, N_a]; target_{tokens,source,section,segment,branch,weights} [B, T];
+    reference_{chosen,rejected}, kappa, conflict, pair_valid [B, P].
+
+    `media_index` is the row of the slot in concat(vision units, pooled audio), -1 for text;
+    `target_source` is the slot whose hidden state predicts the target.
+    """
+    batch = _empty(len(rows), budget)
+    for b, examples in enumerate(rows):
+        row = {key: value[b] for key, value in batch.items()}
+        cursor = Size(text=0, response=0, patches=0, chunks=0, targets=0)
+        for segment, example in enumerate(examples, start=1):
+            _place_media(row, cursor, example, segment)
+            _place_text(row, cursor, example, segment, budget)
+            row["kappa"][segment - 1] = example.kappa
+            row["conflict"][segment - 1] = example.conflict
+            row["reference_chosen"][segment - 1] = example.reference[0]
+            row["reference_rejected"][segment - 1] = example.reference[1]
+            row["pair_valid"][segment - 1] = True
+            cursor = _advance(cursor, size_of(example))
+    return batch
+
+
+def _advance(cursor: Size, size: Size) -> Size:
+    a, b = dataclasses.astuple(cursor), dataclasses.astuple(size)
+    return Size(
+        **dict(zip(("text", "response", "patches", "chunks", "targets"), np.add(a, b), strict=True))
+    )
+
+
+def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
+    ints = {
+        "slots": ("tokens", "segments", "branch", "media_index"),
+        "patches": ("patch_window", "patch_frame"),
+        "chunks": ("mel_lengths",),
+        "targets": (
+            "target_tokens",
+            "target_source",
+            "target_section",
+            "target_segment",
+            "target_branch",
+        ),
+        "segments": ("conflict",),
+    }
+    batch = {
+        key: np.zeros((rows, getattr(budget, size)), np.int32)
+        for size, keys in ints.items()
+        for key in keys
+    }
+    batch["media_index"] -= 1
+    batch["positions"] = np.zeros((rows, 3, budget.slots), np.int32)
+    batch["patches"] = np.zeros((rows, budget.patches, media.PATCH_FEATURES), np.uint8)
+    batch["patch_hw"] = np.zeros((rows, budget.patches, 2), np.int32)
+    batch["mel"] = np.zeros((rows, budget.chunks, 200, 128), np.float32)
+    batch["target_weights"] = np.zeros((rows, budget.targets), np.float32)
+    for key in ("reference_chosen", "reference_rejected", "kappa"):
+        batch[key] = np.zeros((rows, budget.segments), np.float32)
+    batch["pair_valid"] = np.zeros((rows, budget.segments), bool)
+    return batch
+
+
+def _place_media(row: dict[str, np.ndarray], cursor: Size, example: Example, segment: int) -> None:
+    n, start = len(example.patches), cursor.patches
+    if example.layout is not None:
+        stop = start + n
+        row["patches"][start:stop] = example.patches
+        row["patch_hw"][start:stop] = example.layout.hw
+        # Ids only have to differ between neighbours in the row: offset by what came before.
+        for key, ids in (("window", example.layout.window), ("frame", example.layout.frame)):
+            row[f"patch_{key}"][start:stop] = ids + row[f"patch_{key}"].max()
+    chunks = slice(cursor.chunks, cursor.chunks + len(example.mel_lengths))
+    row["mel"][chunks] = example.mel
+    row["mel_lengths"][chunks] = example.mel_lengths
+
+
+def _place_text(
+    row: dict[str, np.ndarray], cursor: Size, example: Example, segment: int, budget: Budget
+) -> None:
+    prompt, start = example.prompt, cursor.text
+    stop = start + len(prompt.tokens)
+    row["tokens"][start:stop] = prompt.tokens
+    row["segments"][start:stop] = segment
+    row["positions"][:, start:stop] = prompt.positions
+    units = row["patch_window"].shape[0] // 4
+    offsets = np.array([0, cursor.patches // 4, units + cursor.chunks * POOLED_PER_CHUNK])
+    index = prompt.media_slot + offsets[prompt.media_kind]
+    row["media_index"][start:stop] = np.where(prompt.media_kind > 0, index, -1)
+
+    if len(example.responses) == 2:
+        chosen, rejected = example.responses
+        shared = common_prefix(chosen.tokens, rejected.tokens)
+        branches = [
+            (0, stop, stop - 1, chosen, 0, shared),
+            (1, budget.length + cursor.response, stop + shared - 1, chosen, shared, None),
+            (
+                2,
+                budget.length + budget.response + cursor.response,
+                stop + shared - 1,
+                rejected,
+                shared,
+                None,
+            ),
+        ]
+    else:
+        branches = [(0, stop, stop - 1, response, 0, None) for response in example.responses]
+    target = cursor.targets
+    for branch, slot, source, response, first, last in branches:
+        tokens, sections = response.tokens[first:last], response.sections[first:last]
+        slots, n = slice(slot, slot + len(tokens)), len(tokens)
+        row["tokens"][slots] = tokens
+        row["segments"][slots] = segment
+        row["branch"][slots] = branch
+        row["positions"][:, slots] = prompt.next_position + np.arange(first, first + n)
+        targets = slice(target, target + n)
+        row["target_tokens"][targets] = tokens
+        # The first token of a branch is predicted by the last slot before the branching.
+        row["target_source"][targets] = [source, *range(slot, slot + n - 1)] if n else []
+        row["target_section"][targets] = sections
+        row["target_segment"][targets] = segment
+        row["target_branch"][targets] = branch
+        row["target_weights"][targets] = 1.0
+        target += n

@@ -1,0 +1,219 @@
+"""SABER records: one clip, ready to train on, and random access to them on disk.
+
+Records are written by `python -m data_prep.build` through tensorflow-datasets as ArrayRecord files.
+Reading needs neither TensorFlow nor the original video.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int16, UInt8
+
+LANGUAGES = ("en", "zh")
+
+FIELDS = (
+    "video_desc",
+    "facial_exp_desc",
+    "body_lang_desc",
+    "acoustic_feat",
+    "speech_content",
+    "sentiment_analysis",
+)
+"""The six annotated sections in SED order: what is seen, what is heard, the reasoning."""
+
+AUDIO_GROUP = "audio_desc"
+AUDIO_FIELDS = ("speech_content", "acoustic_feat")
+LABELS = ("emotion", "face", "voice", "words", "conflict_type", "kappa", "speaker")
+"""Optional labels of a clip, all strings; emotion is the fused conclusion, kappa in 0.0..1.0."""
+
+
+class AnnotationError(ValueError):
+    """An annotation that does not follow the SABER JSON layout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """One clip. T is even (0 without video), H and W are multiples of 28; audio is 16 kHz mono.
+
+    `seconds_per_grid` is the time between two frame pairs. `annotation` maps FIELDS to text,
+    `labels` some of LABELS to text, `provenance` says which file and settings the clip came from.
+    """
+
+    clip_id: str
+    language: str
+    frames: UInt8[np.ndarray, "T H W 3"]
+    seconds_per_grid: float
+    audio: Int16[np.ndarray, " n"]
+    annotation: Mapping[str, str]
+    labels: Mapping[str, str]
+    provenance: Mapping[str, Any]
+
+
+def parse_annotation(obj: Any) -> dict[str, str]:
+    """SABER JSON to {field: text} in FIELDS order; sections may be empty but not missing.
+
+    Raises AnnotationError naming the wrong or missing key and the nearest right one.
+    """
+    top = tuple(name for name in FIELDS if name not in AUDIO_FIELDS)
+    outer = _checked(obj, (AUDIO_GROUP, *top), "the annotation")
+    inner = _checked(outer[AUDIO_GROUP], AUDIO_FIELDS, f'"{AUDIO_GROUP}"')
+    values = {**outer, **inner}
+    for field in FIELDS:
+        if not isinstance(values[field], str):
+            kind = type(values[field]).__name__
+            raise AnnotationError(f'"{field}" must be text, got {kind}; write it as one string.')
+    return {field: values[field].strip() for field in FIELDS}
+
+
+def _checked(obj: Any, expected: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    if not isinstance(obj, Mapping):
+        raise AnnotationError(
+            f"{where} must be a JSON object with {', '.join(expected)}; got {type(obj).__name__}."
+        )
+    missing = [name for name in expected if name not in obj]
+    unknown = [name for name in obj if name not in expected]
+    for name in unknown:
+        near = difflib.get_close_matches(str(name), missing or expected, n=1, cutoff=0.0)
+        raise AnnotationError(f'{where} has an unknown key "{name}"; did you mean "{near[0]}"?')
+    if missing:
+        raise AnnotationError(f'{where} lacks the key "{missing[0]}"; add it, "" if nothing fits.')
+    return obj
+
+
+def to_example(record: Record) -> dict[str, Any]:
+    """A record as the flat features stored on disk."""
+    return {
+        "clip_id": record.clip_id.encode(),
+        "language": record.language.encode(),
+        "frames": np.ascontiguousarray(record.frames).tobytes(),
+        "frames_shape": np.asarray(record.frames.shape[:3], np.int32),
+        "seconds_per_grid": np.float32(record.seconds_per_grid),
+        "audio": np.asarray(record.audio, "<i2").tobytes(),
+        "annotation": _json(record.annotation),
+        "labels": _json(record.labels),
+        "provenance": _json(record.provenance),
+    }
+
+
+def from_example(example: Mapping[str, Any]) -> Record:
+    """Inverse of `to_example`; arrays are read-only views of the stored bytes."""
+    shape = tuple(int(size) for size in example["frames_shape"])
+    return Record(
+        clip_id=example["clip_id"].decode(),
+        language=example["language"].decode(),
+        frames=np.frombuffer(example["frames"], np.uint8).reshape(*shape, 3),
+        seconds_per_grid=float(example["seconds_per_grid"]),
+        audio=np.frombuffer(example["audio"], "<i2"),
+        annotation=json.loads(example["annotation"]),
+        labels=json.loads(example["labels"]),
+        provenance=json.loads(example["provenance"]),
+    )
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(value), ensure_ascii=False).encode()
+
+
+Size = tuple[str, str, int, int, int, int, float]
+"""(clip_id, language, T, H, W, audio_samples, seconds_per_grid)."""
+
+
+class RecordSource:
+    """Random access to one split of built records. Picklable; safe to use from many processes."""
+
+    def __init__(self, path: str | Path, split: str):
+        """`path` is the --out directory of data_prep.build (or the dataset inside it).
+
+        Raises FileNotFoundError without records there, ValueError for an unknown split.
+        """
+        self.path = Path(path)
+        self.split = split
+        self._directory = _dataset_directory(self.path)
+        splits = _splits(self._directory)
+        if split not in splits:
+            raise ValueError(f"No split {split!r} in {self.path}; it has {', '.join(splits)}.")
+        self._length = splits[split]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Record {index} of {len(self)} in split {self.split!r}.")
+        return from_example(self._source[int(index) % len(self)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind; every process opens its own."""
+        keep = ("path", "split", "_directory", "_length")
+        return {name: self.__dict__[name] for name in keep}
+
+    def index(self, clip_id: str) -> int:
+        """Position of a clip; KeyError if this split does not hold it."""
+        if clip_id not in self._positions:
+            raise KeyError(f"No clip {clip_id!r} in split {self.split!r} of {self.path}.")
+        return self._positions[clip_id]
+
+    @functools.cached_property
+    def sizes(self) -> list[Size]:
+        """What packing needs to know about every record, without holding the records.
+
+        The first call reads the whole split and leaves the result in a file beside the records.
+        """
+        cache = self._directory / f"sizes-{self.split}.json"
+        if cache.exists():
+            return [tuple(row) for row in json.loads(cache.read_text(encoding="utf-8"))]
+        sizes = [_size(self[index]) for index in range(len(self))]
+        _write_if_possible(cache, json.dumps(sizes, ensure_ascii=False))
+        return sizes
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, int]:
+        return {size[0]: index for index, size in enumerate(self.sizes)}
+
+    @functools.cached_property
+    def _source(self):
+        # Imported late: loader processes that only need sizes should start in milliseconds.
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self._directory).as_data_source(split=self.split)
+
+
+def _size(record: Record) -> Size:
+    shape = record.frames.shape[:3]
+    clip = (record.clip_id, record.language)
+    return (*clip, *shape, len(record.audio), record.seconds_per_grid)
+
+
+def _dataset_directory(path: Path) -> Path:
+    found = [path] if (path / "dataset_info.json").exists() else []
+    found += sorted(file.parent for file in path.glob("records/*/dataset_info.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"No records in {path}. Build them with: python -m data_prep.build --out {path} ..."
+        )
+    return found[-1]
+
+
+def _splits(directory: Path) -> dict[str, int]:
+    info = json.loads((directory / "dataset_info.json").read_text())
+    return {
+        split["name"]: sum(int(length) for length in split["shardLengths"])
+        for split in info["splits"]
+    }
+
+
+def _write_if_possible(path: Path, text: str) -> None:
+    """Writes a cache in one step; records on a read-only disk simply stay without it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        return

@@ -1,0 +1,236 @@
+"""Text to token ids: a small SentencePiece vocabulary, or the released one as tokenizer.json."""
+
+import functools
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tokenizers
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+    "<|vision_pad|>",
+    "<|IMAGE|>",
+    "<|VIDEO|>",
+)
+"""In SentencePiece vocabularies trained here these have the ids 1..11, in this order."""
+
+SPACE = "\u2581"
+"""How SentencePiece stores a space; the same character in a text needs care."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of the code needs of a vocabulary."""
+
+    path: Path
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the unused ones included."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special strings inside it become their single ids."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special strings included."""
+        ...
+
+    def id(self, special: str) -> int:
+        """Id of a token of this exact text; ValueError if the vocabulary has none."""
+        ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a .model or .json file, or tokenizer.model / tokenizer.json of a directory.
+
+    Raises FileNotFoundError if there is none, ValueError for another kind of file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+        found = [file for file in candidates if file.is_file()]
+        if not found:
+            raise FileNotFoundError(f"No tokenizer.model or tokenizer.json in {path}.")
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"No tokenizer file {path}.")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    raise ValueError(f"A tokenizer is a .model or tokenizer.json file, got {path}.")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece .model file. Decoding an encoded text gives exactly that text back."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+        first_byte = self._model.piece_to_id("<0x00>")
+        if not self._model.is_byte(first_byte):
+            raise ValueError(f"{path} was trained without byte_fallback; some texts would be lost.")
+        self._bytes = [self._model.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
+        # User-defined symbols are the pieces between the unknown one and the bytes.
+        before = [token for token in range(first_byte) if not self._model.is_unknown(token)]
+        normal = [token for token in before if not self._model.is_control(token)]
+        self._symbols = {self._model.id_to_piece(token): token for token in normal}
+        # Symbols are cut out here, not by SentencePiece, which may join a symbol with
+        # its surroundings; so text around a symbol is encoded as if it stood alone.
+        longest_first = sorted([*self._symbols, SPACE], key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._splitter.split(text):
+            if part in self._symbols:
+                ids.append(self._symbols[part])
+            elif part == SPACE:  # As bytes, or it would come back as a space.
+                ids += [self._bytes[value] for value in part.encode()]
+            elif part:
+                ids += self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(token) for token in ids])
+
+    def id(self, special: str) -> int:
+        token = self._model.piece_to_id(special)
+        if self._model.id_to_piece(token) != special:
+            raise ValueError(_absent(special, self.path))
+        return token
+
+    def __reduce__(self):
+        return (type(self), (self.path,))
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json file, such as the one released with Qwen2.5-Omni."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._model = tokenizers.Tokenizer.from_file(str(self.path))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id; the ids may have gaps."""
+        return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def id(self, special: str) -> int:
+        token = self._model.token_to_id(special)
+        if token is None:
+            raise ValueError(_absent(special, self.path))
+        return token
+
+    def __reduce__(self):
+        return (type(self), (self.path,))
+
+
+def _absent(special: str, path: Path) -> str:
+    return (
+        f"The vocabulary {path} has no token {special!r}. Use the tokenizer of the checkpoint, or "
+        "train one with data_prep.build, which adds every token the model needs."
+    )
+
+
+def train_sentencepiece(
+    texts: Iterable[str], out: str | Path, *, vocab_size: int, symbols: Sequence[str]
+) -> SentencePieceTokenizer:
+    """Trains a BPE vocabulary of exactly `vocab_size` ids and writes it to `out`.
+
+    Ids: 0 unknown, then SPECIALS, then `symbols`, 256 byte pieces, learned pieces. Texts too small
+    for the size leave unused ids at the end. Raises ValueError if nothing is left to learn.
+    """
+    out = Path(out)
+    reserved = (*SPECIALS, *symbols)
+    learned = vocab_size - 1 - len(reserved) - 256
+    if learned < 1:
+        raise ValueError(
+            f"vocab_size must exceed {vocab_size - learned} (unknown, {len(reserved)} symbols, 256 "
+            f"bytes), got {vocab_size}."
+        )
+    lines = _training_lines(texts, reserved)
+    if not lines:
+        raise ValueError("Cannot train a vocabulary: the texts are empty.")
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=proto,
+        model_type="bpe",  # Uniform prose: a fifth fewer tokens than with "unigram".
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=_coverage(lines, learned * 2 // 5),
+        required_chars=SPACE,
+        byte_fallback=True,
+        user_defined_symbols=list(reserved),
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        max_sentence_length=1 << 20,
+        num_threads=1,  # Sums in a fixed order: the same texts give the same file.
+        minloglevel=2,
+    )
+    model = proto.getvalue()
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    out.write_bytes(_padded(model, vocab_size - size))
+    return SentencePieceTokenizer(out)
+
+
+def _training_lines(texts: Iterable[str], reserved: Sequence[str]) -> list[str]:
+    """Lines without symbols. A line break is its byte piece, so it is not learned."""
+    cut = re.compile("|".join(map(re.escape, (*reserved, "\n", SPACE, "\x00", "\t"))))
+    return [part for text in texts for part in cut.split(text) if part.strip()]
+
+
+def _coverage(lines: Sequence[str], most: int) -> float:
+    """Share of the text written with its `most` commonest characters; the rest become bytes.
+
+    Chinese has more characters than a small vocabulary has room for.
+    """
+    counts = Counter("".join(lines)).most_common()
+    total = sum(count for _, count in counts)
+    if len(counts) <= most:
+        return 1.0
+    # Half a character below the next one's share: SentencePiece stops once coverage is reached.
+    covered = sum(count for _, count in counts[:most])
+    return max(covered - 0.5, 0.5) / total
+
+
+def _padded(model: bytes, unused: int) -> bytes:
+    """Appends pieces of the type "unused" to a serialised ModelProto.
+
+    Written as protobuf bytes (field 1: piece, 2: score, 3: type 5) because the message classes that
+    SentencePiece ships demand one particular protobuf release.
+    """
+    for index in range(unused):
+        name = f"<unused_{index}>".encode()
+        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + bytes(4) + b"\x18\x05"
+        model += b"\x0a" + bytes([len(piece)]) + piece
+    return model

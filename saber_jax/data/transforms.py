@@ -1,0 +1,122 @@
+"""From one SABER record to one encoded example: tokens, positions, patches, mel. NumPy only."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from saber_jax.data import media, sed
+from saber_jax.data.records import Record
+from saber_jax.data.tokenizer import Tokenizer
+
+# Index in batch["conflict"]; "other" takes every name that a corpus has and we don't.
+CONFLICT_TYPES = ("none", "sarcasm", "masking", "suppression", "leakage", "other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer, end token included; `sections[i]` is 1..6, the field that token i belongs to."""
+
+    tokens: Int[np.ndarray, "R"]
+    sections: Int[np.ndarray, "R"]
+
+    @classmethod
+    def encode(cls, tokenizer: Tokenizer, text: str) -> "Response":
+        tokens, sections = sed.section_of_tokens(tokenizer, text)
+        return cls(tokens=tokens, sections=sections)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """A clip's prompt and media, ready to be packed, and none, one or two responses to it."""
+
+    clip_id: str
+    prompt: sed.Prompt
+    patches: UInt8[np.ndarray, "P 1176"]  # In tower order: window-permuted.
+    layout: media.VisionLayout | None
+    mel: Float[np.ndarray, "A 200 128"]
+    mel_lengths: Int[np.ndarray, "A"]
+    responses: tuple[Response, ...]
+    kappa: float = 0.0
+    conflict: int = 0
+    reference: tuple[float, float] = (0.0, 0.0)  # log pi_ref of (chosen, rejected).
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """What an example asks of a row's budgets.
+
+    `text` counts the slots of the region that all branches see: the prompt and, in a pair, the
+    tokens with which both responses begin; `response` the longer of the two remainders. For a
+    single response everything is `text`.
+    """
+
+    text: int
+    response: int
+    patches: int
+    chunks: int
+    targets: int
+
+
+def common_prefix(chosen: Int[np.ndarray, "R"], rejected: Int[np.ndarray, "S"]) -> int:
+    """How many tokens the two responses begin with in common."""
+    n = min(len(chosen), len(rejected))
+    differs = np.flatnonzero(chosen[:n] != rejected[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def size_of(example: Example) -> Size:
+    """See `Size`."""
+    prompt = len(example.prompt.tokens)
+    lengths = [len(r.tokens) for r in example.responses]
+    media_sizes = {"patches": len(example.patches), "chunks": len(example.mel_lengths)}
+    if len(lengths) < 2:
+        total = sum(lengths)
+        return Size(text=prompt + total, response=0, targets=total, **media_sizes)
+    shared = common_prefix(*(r.tokens for r in example.responses))
+    return Size(
+        text=prompt + shared,
+        response=max(lengths) - shared,
+        targets=sum(lengths) - shared,
+        **media_sizes,
+    )
+
+
+def encode_record(
+    record: Record,
+    tokenizer: Tokenizer,
+    *,
+    responses: tuple[str, ...] | None = None,
+    reference: tuple[float, float] = (0.0, 0.0),
+) -> Example:
+    """Encodes a record. `responses` defaults to its own SED target; `()` gives a bare prompt."""
+    frames = record.frames
+    grid, layout = None, None
+    patches = np.zeros((0, media.PATCH_FEATURES), np.uint8)
+    if len(frames):
+        grid = (len(frames) // 2, frames.shape[1] // 14, frames.shape[2] // 14)
+        layout = media.vision_layout(grid)
+        patches = media.patchify(frames)[layout.order]
+    mel = media.log_mel(record.audio)
+    chunks, lengths = media.audio_chunks(mel)
+    if responses is None:
+        responses = (sed.target_text(record.annotation),)
+    conflict = record.labels.get("conflict_type", "none")
+    return Example(
+        clip_id=record.clip_id,
+        prompt=sed.encode_prompt(
+            tokenizer,
+            record.language,
+            grids=[grid] if grid else [],
+            seconds_per_grid=record.seconds_per_grid,
+            audio_frames=len(mel),
+        ),
+        patches=patches,
+        layout=layout,
+        mel=chunks,
+        mel_lengths=lengths,
+        responses=tuple(Response.encode(tokenizer, text) for text in responses),
+        kappa=float(record.labels.get("kappa", 0.0)),
+        conflict=CONFLICT_TYPES.index(conflict if conflict in CONFLICT_TYPES else "other"),
+        reference=reference,
+    )

@@ -1,0 +1,38 @@
+"""Hide one modality of a record while every media token stays in the prompt.
+
+This is how unimodal answers are mined (the model still gets the tokens, but they carry nothing)
+and how a demonstration shows what a model takes from which modality.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import numpy as np
+
+from saber_jax.data import records
+
+Modality = Literal["audio", "video"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+# The middle of the uint8 range: nearly zero after the processor's mean and deviation.
+GREY = 128
+
+
+def withhold(record: records.Record, modality: Modality) -> records.Record:
+    """Returns `record` with silence for its audio or mid-grey for its frames.
+
+    Lengths, sizes and times are unchanged, so both versions give the same prompt. A modality that
+    the record does not have stays absent. Raises ValueError for anything but "audio" and "video".
+    """
+    if modality == "audio":
+        return dataclasses.replace(record, audio=np.zeros_like(record.audio))
+    if modality == "video":
+        return dataclasses.replace(record, frames=np.full_like(record.frames, GREY))
+    raise ValueError(
+        f"Only a modality can be withheld, got {modality!r}. Use one of {', '.join(MODALITIES)}."
+    )
+
+
+def has_modality(record: records.Record, modality: Modality) -> bool:
+    """Whether there is anything to withhold."""
+    return bool((record.audio if modality == "audio" else record.frames).size)

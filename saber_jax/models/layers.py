@@ -1,0 +1,132 @@
+"""What the towers share: parameters with named axes, norms, attention, the loop over layers.
+
+Axis letters: B batch   T queries   S keys   N heads   K kv heads   G query heads per kv head
+H head dim   P patches.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
+
+Remat = Literal["none", "layer"]
+
+MASKED = -1e30  # Finite: minus infinity makes a row that sees nothing NaN.
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, inputs: int
+) -> nnx.Param:
+    """A random matrix that maps `inputs` numbers to others; `axes` names its dimensions.
+
+    Standard deviation inputs**-0.5: near the released 0.02 at the released widths, and it still
+    lets a signal through at tiny ones.
+    """
+    draw = nnx.initializers.normal(stddev=1 / math.sqrt(inputs))
+    return nnx.Param(draw(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A bias (0) or the scale of a norm (1)."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
+    """One module whose every parameter has a leading axis of `layers` independent draws."""
+    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
+
+
+def project(equation: str, x: Array, w: nnx.Param, b: nnx.Param | None = None) -> Array:
+    """An einsum of activations and a weight, plus a bias over the trailing dimensions."""
+    y = jnp.einsum(equation, x, w[...])
+    return y if b is None else y + jnp.broadcast_to(b[...], y.shape)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: nnx.Param, eps: float) -> Float[Array, "... D"]:
+    """RMSNorm, https://arxiv.org/abs/1910.07467; normalised in float32, scaled in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * jnp.broadcast_to(scale[...], x.shape)
+
+
+def layer_norm(
+    x: Float[Array, "... D"], scale: nnx.Param, bias: nnx.Param, eps: float
+) -> Float[Array, "... D"]:
+    """LayerNorm, https://arxiv.org/abs/1607.06450, with statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    y = normed * jnp.broadcast_to(scale[...], x.shape) + jnp.broadcast_to(bias[...], x.shape)
+    return y.astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU; jax.nn.gelu's default approximation is off by 5e-4."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visible: Visibility,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention in float32; query head n reads kv head n // (N / K)."""
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    mask = visible.dense()[:, None, None, :, :]
+    scores = jnp.where(mask, scores * head_dim**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+
+
+def attend_nearby(
+    q: Float[Array, "B P N H"],
+    k: Float[Array, "B P K H"],
+    v: Float[Array, "B P K H"],
+    segments: Int[Array, "B P"],
+    block: int,
+) -> Float[Array, "B P N H"]:
+    """Attention inside segments of at most `block` positions, in time linear in P.
+
+    Queries are cut into blocks, and each block is compared with three blocks of keys.
+    """
+    batch, length = segments.shape
+    pad = -length % block
+
+    def blocked(x):
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, (length + pad) // block, block, *x.shape[2:])
+
+    def rows(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    out = attend(
+        rows(blocked(q)),
+        rows(with_neighbours(blocked(k))),
+        rows(with_neighbours(blocked(v))),
+        nearby_segment(jnp.pad(segments, [(0, 0), (0, pad)]), block),
+    )
+    return out.reshape(batch, length + pad, *q.shape[2:])[:, :length]
+
+
+def scan_layers(layer: Callable, carry: Any, xs: Any, *, remat: Remat) -> tuple[Any, Any]:
+    """`jax.lax.scan` over stacked layers; "layer" keeps only each layer's input for the backward.
+
+    Raises ValueError for another `remat`.
+    """
+    if remat not in ("none", "layer"):
+        raise ValueError(f'remat must be "none" or "layer", got {remat!r}.')
+    if remat == "layer":
+        # A scan body is never merged with its own recomputation, so the barrier that
+        # prevent_cse adds would cost without protecting anything.
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    return jax.lax.scan(layer, carry, xs)

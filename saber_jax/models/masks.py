@@ -1,0 +1,147 @@
+"""Who sees whom: every attention mask of the network.
+
+A mask is kept as labels per position, never as a stored [queries, keys] array: XLA fuses the
+comparison into the softmax, and a blockwise kernel takes the labels themselves.
+
+Axis letters: B batch   T queries   S keys.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visibility:
+    """Query i sees key j iff all of these hold.
+
+    - `query_segments[i] == key_segments[j]`, and they are not 0, the label of padding;
+    - with `causal`, j <= i;
+    - with branches, `key_branch[j]` is 0 (shared by all branches) or equals `query_branch[i]`.
+
+    A query that sees nothing (padding) gets a finite, meaningless row from `attend`.
+    """
+
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+    query_branch: Int[Array, "B T"] | None = None
+    key_branch: Int[Array, "B S"] | None = None
+    causal: bool = False
+
+    def dense(self) -> Bool[Array, "B T S"]:
+        """The mask as an array."""
+        query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
+        mask = (query == key) & (key != 0)
+        if self.causal:
+            slots = jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[2])[None, :]
+            mask &= slots[None]
+        if self.query_branch is not None and self.key_branch is not None:
+            shared = self.key_branch[:, None, :]
+            mask &= (shared == 0) | (shared == self.query_branch[:, :, None])
+        return mask
+
+
+def packed_text(segments: Int[Array, "B L"], branch: Int[Array, "B L"]) -> Visibility:
+    """Causal attention over packed examples whose responses share one prefix.
+
+    A preference pair (prefix `a b`, chosen `c d`, rejected `e f`), then another example, padding:
+
+        slot      a b c d e f g h .
+        segment   1 1 1 1 1 1 2 2 0
+        branch    0 0 1 1 2 2 0 1 0
+
+        sees    a b c d e f g h .
+        a       x
+        b       x x
+        c       x x x
+        d       x x x x
+        e       x x     x
+        f       x x     x x
+        g                   x
+        h                   x x
+        .
+    """
+    return Visibility(
+        query_segments=segments,
+        key_segments=segments,
+        query_branch=branch,
+        key_branch=branch,
+        causal=True,
+    )
+
+
+def cached_text(slots: Int[Array, " B"], length: int) -> Visibility:
+    """One new token per row, which sees its own cache slot and those before it.
+
+    Rows whose new tokens stand in slots 2 and 0 of a cache of 4:
+
+        cache     0 1 2 3
+        row 0     x x x
+        row 1     x
+    """
+    seen = jnp.arange(length)[None, :] <= slots[:, None]
+    return Visibility(
+        query_segments=jnp.ones((len(slots), 1), jnp.int32), key_segments=seen.astype(jnp.int32)
+    )
+
+
+def audio_chunk(steps: Int[Array, " C"], length: int) -> Visibility:
+    """Each row is one audio chunk: its valid steps see each other, in both directions.
+
+    A chunk of 4 steps with 3 valid ones:
+
+        sees    0 1 2 .
+        0       x x x
+        1       x x x
+        2       x x x
+        .
+    """
+    valid = (jnp.arange(length)[None, :] < steps[:, None]).astype(jnp.int32)
+    return Visibility(query_segments=valid, key_segments=valid)
+
+
+def same_segment(segments: Int[Array, "B P"]) -> Visibility:
+    """Patches of one window (or of one frame) see each other; 0 is padding.
+
+    segment   1 1 2 2 2 .
+    1         x x
+    1         x x
+    2             x x x
+    2             x x x
+    2             x x x
+    .
+    """
+    return Visibility(query_segments=segments, key_segments=segments)
+
+
+def nearby_segment(segments: Int[Array, "B P"], block: int) -> Visibility:
+    """`same_segment` for queries cut into blocks, with the keys of three blocks each.
+
+    Every row of the result is one block, whose keys are those of the block before, its own and the
+    block after. That is all of `same_segment` as long as no segment is longer than `block`. Blocks
+    of 2 over the segments `1 2 2 3`; `-` marks a neighbour that does not exist:
+
+        keys        - - 1 2 2 3          keys        1 2 2 3 - -
+        block 0, 1      x                block 1, 2    x x
+        block 0, 2        x x            block 1, 3        x
+
+    P must be a multiple of `block`.
+    """
+    batch, length = segments.shape
+    blocks = segments.reshape(batch, length // block, block)
+    return Visibility(
+        query_segments=blocks.reshape(-1, block),
+        key_segments=with_neighbours(blocks).reshape(-1, 3 * block),
+    )
+
+
+def with_neighbours(blocks: Array) -> Array:
+    """[B, blocks, block, ...] to [B, blocks, 3 * block, ...]: the block before, itself, after.
+
+    Blocks that do not exist are zeros.
+    """
+    edge = jnp.zeros_like(blocks[:, :1])
+    before = jnp.concatenate([edge, blocks[:, :-1]], axis=1)
+    after = jnp.concatenate([blocks[:, 1:], edge], axis=1)
+    return jnp.concatenate([before, blocks, after], axis=2)

@@ -1,0 +1,183 @@
+"""Vision tower: raw patches to one vector per 2 x 2 patches, as in Qwen2.5-Omni.
+
+Patches come in tower order, whole windows one after another, and leave in it: the batch's
+`media_index` addresses that order, so nothing is permuted on the device.
+
+Axis letters: B batch   P patches   U units of 2 x 2 patches   X pixels of a patch   D width
+F mlp width   N heads   H head dim   C merged width   O width of the text tower.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from saber_jax.models.config import VisionConfig
+from saber_jax.models.layers import (
+    Remat,
+    attend,
+    attend_nearby,
+    constant,
+    gelu,
+    project,
+    rms_norm,
+    scan_layers,
+    stack,
+    weight,
+)
+from saber_jax.models.masks import same_segment
+from saber_jax.models.positions import Rotary, rotate, vision_rotary
+
+# Red, green, blue of the CLIP training images, which the released tower was trained with.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Attention(nnx.Module):
+    """Bidirectional attention inside windows or frames, with a bias on every projection."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        d, n, h = cfg.width, cfg.heads, cfg.head_dim
+        self.w_q = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
+        self.w_k = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
+        self.w_v = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
+        self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=d)
+        self.b_q = constant(0, (n, h), ("heads", "head_dim"))
+        self.b_k = constant(0, (n, h), ("heads", "head_dim"))
+        self.b_v = constant(0, (n, h), ("heads", "head_dim"))
+        self.b_o = constant(0, (d,), ("norm",))
+
+    def __call__(
+        self,
+        x: Float[Array, "B P D"],
+        segments: Int[Array, "B P"],
+        rotary: Rotary,
+        block: int | None,
+    ) -> Float[Array, "B P D"]:
+        q = rotate(project("BPD,DNH->BPNH", x, self.w_q, self.b_q), rotary)
+        k = rotate(project("BPD,DNH->BPNH", x, self.w_k, self.b_k), rotary)
+        v = project("BPD,DNH->BPNH", x, self.w_v, self.b_v)
+        if block is None:
+            out = attend(q, k, v, same_segment(segments))
+        else:
+            out = attend_nearby(q, k, v, segments, block)
+        return project("BPNH,NHD->BPD", out, self.w_o, self.b_o)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU with biases."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        d, f = cfg.width, cfg.mlp_dim
+        self.w_gate = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
+        self.w_up = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
+        self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
+        self.b_gate = constant(0, (f,), ("mlp",))
+        self.b_up = constant(0, (f,), ("mlp",))
+        self.b_down = constant(0, (d,), ("norm",))
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        gate = jax.nn.silu(project("BPD,DF->BPF", x, self.w_gate, self.b_gate))
+        up = project("BPD,DF->BPF", x, self.w_up, self.b_up)
+        return project("BPF,FD->BPD", gate * up, self.w_down, self.b_down)
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.attn_norm = constant(1, (cfg.width,), ("norm",))
+        self.attn = Attention(cfg, rngs=rngs)
+        self.mlp_norm = constant(1, (cfg.width,), ("norm",))
+        self.mlp = Mlp(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B P D"],
+        segments: Int[Array, "B P"],
+        rotary: Rotary,
+        *,
+        eps: float,
+        block: int | None,
+    ) -> Float[Array, "B P D"]:
+        x = x + self.attn(rms_norm(x, self.attn_norm, eps), segments, rotary, block)
+        return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+
+
+class Merger(nnx.Module):
+    """Joins the four patches of a unit and maps them to the width of the text tower."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        c = cfg.width * cfg.merge**2
+        self.norm = constant(1, (cfg.width,), ("norm",))
+        self.w_in = weight(rngs, (c, c), ("embed", "mlp"), inputs=c)
+        self.b_in = constant(0, (c,), ("mlp",))
+        self.w_out = weight(rngs, (c, cfg.out_width), ("mlp", "embed"), inputs=c)
+        self.b_out = constant(0, (cfg.out_width,), ("norm",))
+
+    def __call__(self, x: Float[Array, "B P D"], *, eps: float) -> Float[Array, "B U O"]:
+        x = rms_norm(x, self.norm, eps).reshape(x.shape[0], -1, self.w_in.shape[0])
+        x = gelu(project("BUC,CF->BUF", x, self.w_in, self.b_in))
+        return project("BUF,FO->BUO", x, self.w_out, self.b_out)
+
+
+class Vision(nnx.Module):
+    """The tower."""
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.w_patch = weight(
+            rngs, (cfg.patch_values, cfg.width), ("patch", "embed"), inputs=cfg.patch_values
+        )
+        self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs)
+        self.merger = Merger(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        patches: UInt8[Array, "B P X"],
+        patch_hw: Int[Array, "B P 2"],
+        window: Int[Array, "B P"],
+        frame: Int[Array, "B P"],
+        cfg: VisionConfig,
+        *,
+        dtype: jnp.dtype,
+        remat: Remat = "none",
+        max_frame_patches: int | None = None,
+    ) -> Float[Array, "B U O"]:
+        """Units in tower order; rows of padding (`frame` 0) are zeros.
+
+        `max_frame_patches` promises that no frame has more patches, which makes attention local;
+        a longer frame would lose far keys.
+        """
+        length = patches.shape[1]
+        # Three blocks of keys that cover everything are no cheaper than everything.
+        local = max_frame_patches is not None and 3 * max_frame_patches < length
+        block = max_frame_patches if local else None
+        rotary = vision_rotary(patch_hw, head_dim=cfg.head_dim)
+        with jax.named_scope("patches"):
+            x = project("BPX,XD->BPD", normalize(patches).astype(dtype), self.w_patch)
+
+        def layer(x, inputs):
+            layer_block, full = inputs
+            segments = jnp.where(full, frame, window)
+            return layer_block(x, segments, rotary, eps=cfg.norm_eps, block=block), None
+
+        with jax.named_scope("blocks"):
+            x, _ = scan_layers(layer, x, (self.blocks, full_attention(cfg)), remat=remat)
+        with jax.named_scope("merger"):
+            units = self.merger(x, eps=cfg.norm_eps)
+        real = frame[:, :: cfg.merge**2, None] > 0
+        return jnp.where(real, units, jnp.zeros_like(units))
+
+
+def full_attention(cfg: VisionConfig) -> Bool[np.ndarray, " layers"]:
+    """Which layers attend over a whole frame instead of a window."""
+    return np.isin(np.arange(cfg.depth), cfg.full_attention_layers)
+
+
+def normalize(patches: UInt8[Array, "B P X"]) -> Float[Array, "B P X"]:
+    """Pixels 0..255 to float32 (x - 255 mean) / (255 std); columns are channel-major."""
+    per_channel = patches.shape[-1] // 3
+    mean = np.repeat(np.float32(255) * np.asarray(PIXEL_MEAN, np.float32), per_channel)
+    std = np.repeat(np.float32(255) * np.asarray(PIXEL_STD, np.float32), per_channel)
+    return (patches.astype(jnp.float32) - mean[None, None, :]) / std[None, None, :]
