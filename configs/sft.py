@@ -32,14 +32,14 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data = ConfigDict()
     c.data.path = f"runs/{variant}/records"
     c.data.split = "train"
-    c.data.batch_rows = 4 if tiny else 256  # Rows of an optimizer step, over all hosts.
+    c.data.batch_rows = 10 if tiny else 256  # Rows of an optimizer step, over all hosts.
     # The static shape of a row; examples are packed into it. `response` is for preference pairs.
-    c.data.length = 1024 if tiny else 4096
+    c.data.length = 384 if tiny else 4096
     c.data.response = 0
-    c.data.patches = 640 if tiny else 12_288
-    c.data.chunks = 5 if tiny else 16
-    c.data.targets = 640 if tiny else 1024
-    c.data.segments = 8 if tiny else 16
+    c.data.patches = 288 if tiny else 12_288
+    c.data.chunks = 2 if tiny else 16
+    c.data.targets = 256 if tiny else 1024
+    c.data.segments = 4 if tiny else 16
     c.data.threads = 1 if tiny else 16
     c.data.workers = 0 if tiny else 4
 
@@ -49,8 +49,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if tiny else "bfloat16"
     c.compute.remat = "none" if tiny else "layer"
-    c.compute.head_chunk = 640 if tiny else 256  # Targets whose logits exist at one time.
-    c.compute.frame_patches = 64 if tiny else 640  # Most patches of one frame pair.
+    c.compute.head_chunk = 256 if tiny else 256  # Targets whose logits exist at one time.
+    c.compute.frame_patches = 36 if tiny else 640  # Most patches of one frame pair.
 
     c.optimizer = ConfigDict()
     c.optimizer.peak_lr = 2e-3 if tiny else 1e-5

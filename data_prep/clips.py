@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing.connection
 import os
 import pickle
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 from saber_jax.data import decode, records
@@ -231,9 +232,21 @@ def _run_alone(job: Job, work: Callable[[Job], Refusal | None]) -> Refusal | Non
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Not fork: the caller may have threads. The server imports this module once for all workers.
-    context = get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    """Without this, the workers of a killed build would wait for work for ever."""
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _submit(pool: ProcessPoolExecutor, work: Callable, job: Job) -> Future:

@@ -7,8 +7,9 @@ DIR/corpus.json. The default 1,840 clips take about a minute on two cores. The s
 give the same files; a run that was stopped continues where it was, and a finished one returns at
 once.
 
-Licence: pictures, sentences and annotations are this project's own. Speech is made at build time by
-espeak-ng (GPL-3, from the espeakng-loader wheel), a tool of which nothing is copied into the output.
+Licence: pictures, sentences and annotations are this project's own. Speech is made at build time
+by espeak-ng (GPL-3, from the espeakng-loader wheel), a tool run in its own process; nothing of it
+is copied into this project or its output.
 """
 
 import argparse
@@ -17,20 +18,27 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int16, UInt8
 from tqdm import tqdm
 
 from data_prep import corpus_film, corpus_text, corpus_voice
 from data_prep.corpus_plan import SPLITS, Clip, Sizes, plan
 
 VERSION = "1.0.0"
-_speaker: corpus_voice.Speaker | None = None  # One per worker process, see `_start_worker`.
+# One per worker process, set by `_start_worker`.
+_speaker: corpus_voice.Speaker
+_out: Path
 
 
-def render(clip: Clip, speaker: corpus_voice.Speaker):
+def render(
+    clip: Clip, speaker: corpus_voice.Speaker
+) -> tuple[UInt8[np.ndarray, "frames 84 84 3"], Int16[np.ndarray, " samples"]]:
     """(RGB frames uint8 [T, 84, 84, 3] at 10 fps, mono int16 [n] at 16 kHz) of one clip."""
     rng = np.random.default_rng(clip.noise_seed)
     style = corpus_voice.prosody(clip.voice, clip.voice_intensity, rng)
@@ -67,7 +75,9 @@ def build(
             pass
     labels = "".join(json.dumps(clip.labels) + "\n" for clip in clips)
     _write(out / "labels.jsonl", labels)
-    _write(out / "corpus.json", json.dumps({**settings, "counts": counts}, indent=2) + "\n")
+    made_with = {name: version(name) for name in ("av", "espeakng-loader", "numpy", "pillow")}
+    summary = {**settings, "counts": counts, "made_with": made_with}
+    _write(out / "corpus.json", json.dumps(summary, indent=2) + "\n")
     print(f"{out}: {len(clips)} clips, " + ", ".join(f"{s} {counts[s]}" for s in SPLITS) + ".")
     return counts
 
@@ -100,7 +110,15 @@ def _write(path: Path, text: str):
 
 def _start_worker(out: Path):
     global _speaker, _out
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _speaker, _out = corpus_voice.Speaker(), out
+
+
+def _end_with_parent():
+    # A pool whose parent is killed waits for work for ever.
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _make(clip: Clip):
@@ -133,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns 0, or 2 after printing what is wrong with the request."""
     default = Sizes()
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.corpus", description=__doc__.split("\n")[0]
+        prog="python -m data_prep.corpus", description="Builds the embedded corpus saber_mini."
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the corpus")
     parser.add_argument("--seed", type=int, default=0)

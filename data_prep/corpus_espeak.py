@@ -6,10 +6,13 @@
 espeak-ng keeps hidden state between utterances, even through its own terminate and initialise, so
 one process that speaks twice makes two different sounds of the same text. Here every utterance is
 made by a fork of a process that has initialised the library and done nothing else, which makes it
-a function of its request alone. The answer is a little-endian uint32 sample rate and a uint32 byte
-count, then int16 samples; a count of 0 means that espeak-ng could not say it.
+a function of its request alone. The exception is a breathy voice (f2, f3, f5, Alicia, sandro,
+victor): its noise is seeded with the time of day.
 
-Only the standard library and espeakng-loader are imported: a lean process forks in about 1 ms.
+The answer is a little-endian uint32 sample rate and a uint32 byte count, then int16 samples; a
+count of 0 means that espeak-ng could not say it.
+
+Only the standard library and espeakng-loader are imported, because a lean process forks fast.
 """
 
 import ctypes

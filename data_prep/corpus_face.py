@@ -190,7 +190,9 @@ def _gradient(size: int, top: Colour, bottom: Colour) -> Image.Image:
     return Image.fromarray(column).resize((size, size))
 
 
-_CIRCLE = np.exp(1j * np.linspace(0, 2 * np.pi, 32, endpoint=False))
+_ANGLE = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+_COS, _SIN = np.cos(_ANGLE), np.sin(_ANGLE)
+_CIRCLE = _COS + 1j * _SIN
 _SMALL_CIRCLE = _CIRCLE[::4]
 _TIME = np.linspace(0, 1, 14)
 _BEZIER = np.stack([(1 - _TIME) ** 2, 2 * _TIME * (1 - _TIME), _TIME**2])
@@ -201,7 +203,7 @@ def _points(*points: complex) -> Points:
 
 
 def _ellipse(centre: complex, x_radius: float, y_radius: float) -> Points:
-    return centre + x_radius * _CIRCLE.real + 1j * y_radius * _CIRCLE.imag
+    return centre + x_radius * _COS + 1j * y_radius * _SIN
 
 
 def _curve(start: complex, middle: complex, end: complex) -> Points:
@@ -210,11 +212,13 @@ def _curve(start: complex, middle: complex, end: complex) -> Points:
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
-    return tuple(int(min(255, max(0, c * factor))) for c in colour)
+    red, green, blue = (int(min(255, max(0, c * factor))) for c in colour)
+    return red, green, blue
 
 
 def _blend(a: Colour, b: Colour, share: float) -> Colour:
-    return tuple(int((1 - share) * x + share * y) for x, y in zip(a, b, strict=True))
+    red, green, blue = (int((1 - share) * x + share * y) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def _body(canvas: _Canvas, person: Identity, shirt: Colour, pose: Pose):
@@ -250,24 +254,25 @@ def _head(canvas: _Canvas, person: Identity):
     for side in (-1, 1):
         canvas.ellipse(side * (w + 0.005) + 0.02j, 0.045, 0.07, _shade(skin, 0.9))
     # A superellipse: fuller cheeks than an ellipse, narrower chin than a box.
-    c, s = _CIRCLE.real, _CIRCLE.imag
+    c, s = _COS, _SIN
     x = np.sign(c) * np.abs(c) ** 0.85 * w * np.where(s > 0, 1 - 0.16 * s**2, 1)
     canvas.fill(x + 1j * np.sign(s) * np.abs(s) ** 0.95 * h, skin)
 
 
 def _front_hair(canvas: _Canvas, person: Identity):
     w, h = person.width, person.height
-    top = -0.02j - (w + 0.02) * np.cos(np.pi * _TIME) - 1j * (h + 0.035) * np.sin(np.pi * _TIME)
     # Height of the hairline: at the temples, and its highest point.
     temple, middle = {
         "long": (-0.06, 0.03 - 1j * (h - 0.03)),
         "bob": (-0.1, -1j * (h - 0.1)),
         "bun": (-0.12, -1j * (h - 0.06)),
         "short": (-0.1, -1j * (h - 0.07)),
-        "side": (-0.1, -0.14 - 1j * (h - 0.07)),
-        "crop": (-0.18, -1j * (h - 0.03)),
+        "side": (-0.12, -0.06 - 1j * (h - 0.08)),
+        "crop": (-0.15, -1j * (h - 0.03)),
     }[person.hairstyle]
     edge = w + 0.02
+    top = 1j * temple - edge * np.cos(np.pi * _TIME)
+    top = top - 1j * (h + 0.035 + temple) * np.sin(np.pi * _TIME)
     hairline = _curve(complex(edge, temple), middle, complex(-edge, temple))
     canvas.fill(np.concatenate([top, hairline]), person.hair)
 

@@ -23,7 +23,7 @@ def film(
     *,
     size: int = corpus_face.FRAME_SIZE,
 ) -> UInt8[np.ndarray, "frames size size 3"]:
-    """Draws the clip: the expression holds while the jaw follows the sound, with blink and gesture."""
+    """Draws the clip: the expression holds, the jaw follows the sound, eyes blink, heads move."""
     person = corpus_face.identity(clip.identity)
     base = corpus_face.expression(clip.face, clip.face_intensity, rng)
     jaw = _jaw(track, frames)

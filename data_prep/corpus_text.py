@@ -1,4 +1,4 @@
-"""Words of the embedded corpus: spoken sentences and the six annotation fields, English and Chinese.
+"""Words of the embedded corpus: spoken sentences and the six annotation fields, in two languages.
 
 Every field states latents that were really rendered, from a small closed vocabulary. The face field
 determines the face emotion and the acoustic field the voice emotion, so the conclusion at the end

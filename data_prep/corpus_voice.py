@@ -72,6 +72,8 @@ class Speaker:
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parents[1],
         )
+        assert self._process.stdin and self._process.stdout
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def __enter__(self):
         return self
@@ -88,8 +90,8 @@ class Speaker:
     ) -> tuple[Int16[np.ndarray, " samples"], int]:
         """(samples, samples per second) of one utterance; `rate` is in words per minute.
 
-        `pitch` and `spread` (pitch range) run from 0 to 99. Raises RuntimeError when espeak-ng
-        made no sound, for example because the voice variant does not exist.
+        `pitch` and `spread` (pitch range) run from 0 to 99. An unknown `variant` is
+        espeak-ng's plain voice. Raises RuntimeError when espeak-ng made no sound.
         """
         request = {
             "text": text,
@@ -98,14 +100,14 @@ class Speaker:
             "pitch": round(min(99, max(0, pitch))),
             "range": round(min(99, max(0, spread))),
         }
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        header = self._process.stdout.read(HEADER.size)
+        self._requests.write(json.dumps(request).encode() + b"\n")
+        self._requests.flush()
+        header = self._answers.read(HEADER.size)
         rate_out, count = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0)
-        pcm = np.frombuffer(self._process.stdout.read(count), np.int16)
+        pcm = np.frombuffer(self._answers.read(count), np.int16)
         if not pcm.size:
             raise RuntimeError(
-                f"espeak-ng made no sound for {request}. Check the voice, and that "
+                f"espeak-ng made no sound for {request}. Check the text, and that "
                 "`python -m data_prep.corpus_espeak` starts."
             )
         return pcm, rate_out

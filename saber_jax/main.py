@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -209,11 +209,11 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     ours = json.loads(config.to_json())
     path = workdir / "config.json"
     if path.exists():
-        theirs = json.loads(path.read_text())
+        ours, theirs = _flat(ours), _flat(json.loads(path.read_text()))
         changed = [
             f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
             for key in sorted(theirs | ours)
-            if key not in NOT_PART_OF_THE_RUN and theirs.get(key) != ours.get(key)
+            if key.split(".")[0] not in NOT_PART_OF_THE_RUN and theirs.get(key) != ours.get(key)
         ]
         if changed:
             raise ValueError(
@@ -223,6 +223,16 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(ours, indent=1))
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """{"data": {"path": x}} -> {"data.path": x}"""
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 def finish(workdir: Path, summary: dict) -> None:
@@ -250,6 +260,7 @@ def refuse_hopeless(config: ConfigDict) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
     try:
         refuse_hopeless(_CONFIG.value)
         train(_CONFIG.value)

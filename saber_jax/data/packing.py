@@ -25,8 +25,6 @@ from jaxtyping import Int
 from saber_jax.data import media
 from saber_jax.data.transforms import Example, Size, common_prefix, size_of
 
-POOLED_PER_CHUNK = 50
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -191,7 +189,7 @@ def _place_text(
     row["segments"][start:stop] = segment
     row["positions"][:, start:stop] = prompt.positions
     units = row["patch_window"].shape[0] // 4
-    offsets = np.array([0, cursor.patches // 4, units + cursor.chunks * POOLED_PER_CHUNK])
+    offsets = np.array([0, cursor.patches // 4, units + cursor.chunks * media.CHUNK_TOKENS])
     index = prompt.media_slot + offsets[prompt.media_kind]
     row["media_index"][start:stop] = np.where(prompt.media_kind > 0, index, -1)
 

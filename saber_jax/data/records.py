@@ -9,6 +9,7 @@ import difflib
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ AUDIO_GROUP = "audio_desc"
 AUDIO_FIELDS = ("speech_content", "acoustic_feat")
 LABELS = ("emotion", "face", "voice", "words", "conflict_type", "kappa", "speaker")
 """Optional labels of a clip, all strings; emotion is the fused conclusion, kappa in 0.0..1.0."""
+
+
+# Special tokens and section headings: inside a section they would end it or stand for media.
+_RESERVED = re.compile(rf"<\|\w+\|>|\[(?:{'|'.join(FIELDS)})\]")
 
 
 class AnnotationError(ValueError):
@@ -69,6 +74,11 @@ def parse_annotation(obj: Any) -> dict[str, str]:
         if not isinstance(values[field], str):
             kind = type(values[field]).__name__
             raise AnnotationError(f'"{field}" must be text, got {kind}; write it as one string.')
+        if reserved := _RESERVED.search(values[field]):
+            raise AnnotationError(
+                f'"{field}" holds {reserved[0]}, which has a meaning of its own in training; '
+                "write it another way."
+            )
     return {field: values[field].strip() for field in FIELDS}
 
 

@@ -92,8 +92,8 @@ def parse_response(text: str) -> dict[str, str]:
     sections = dict.fromkeys(FIELDS, "")
     text = re.sub(r"<\|(?:im_end|endoftext)\|>.*", "", text, flags=re.DOTALL)
     matches = list(_HEADING.finditer(text))
-    ends = [match.start() for match in matches[1:]] + [len(text)]
-    for match, end in zip(matches, ends, strict=True):
+    for index, match in enumerate(matches):
+        end = matches[index + 1].start() if index + 1 < len(matches) else len(text)
         sections[match[1]] = sections[match[1]] or text[match.end() : end].strip()
     return sections
 

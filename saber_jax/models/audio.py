@@ -3,13 +3,14 @@
 Nothing ever looks past its own chunk: convolutions, positions and attention start anew in each.
 
 Axis letters: B batch   A chunks of a row   C chunks   T steps   W taps   M mel bins   D width
-F mlp width   N heads   H head dim
-O width of the text tower.
+F mlp width   N heads   H head dim   S steps that a stride leaves
+O width of the text tower   R = 50 A rows of output.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from saber_jax.models.config import AudioConfig
@@ -34,8 +35,8 @@ class Norm(nnx.Module):
     """Scale and bias of a LayerNorm."""
 
     def __init__(self, width: int):
-        self.scale = constant(1, (width,), ("norm",))
-        self.bias = constant(0, (width,), ("norm",))
+        self.scale = constant(1.0, (width,), ("norm",))
+        self.bias = constant(0.0, (width,), ("norm",))
 
     def __call__(self, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
         return layer_norm(x, self.scale, self.bias, eps)
@@ -50,9 +51,9 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_v = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=d)
-        self.b_q = constant(0, (n, h), ("heads", "head_dim"))
-        self.b_v = constant(0, (n, h), ("heads", "head_dim"))
-        self.b_o = constant(0, (d,), ("norm",))
+        self.b_q = constant(0.0, (n, h), ("heads", "head_dim"))
+        self.b_v = constant(0.0, (n, h), ("heads", "head_dim"))
+        self.b_o = constant(0.0, (d,), ("norm",))
 
     def __call__(self, x: Float[Array, "C T D"], visible: Visibility) -> Float[Array, "C T D"]:
         q = project("CTD,DNH->CTNH", x, self.w_q, self.b_q)
@@ -70,9 +71,9 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = Norm(d)
         self.w_up = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
-        self.b_up = constant(0, (f,), ("mlp",))
+        self.b_up = constant(0.0, (f,), ("mlp",))
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
-        self.b_down = constant(0, (d,), ("norm",))
+        self.b_down = constant(0.0, (d,), ("norm",))
 
     def __call__(
         self, x: Float[Array, "C T D"], visible: Visibility, *, eps: float
@@ -88,9 +89,9 @@ class Conv(nnx.Module):
     def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
         shape, axes = (TAPS, inputs, width), ("taps", "mel", "embed")
         self.w = weight(rngs, shape, axes, inputs=TAPS * inputs)
-        self.b = constant(0, (width,), ("norm",))
+        self.b = constant(0.0, (width,), ("norm",))
 
-    def __call__(self, x: Float[Array, "C T M"], *, stride: int) -> Float[Array, "C T/stride D"]:
+    def __call__(self, x: Float[Array, "C T M"], *, stride: int) -> Float[Array, "C S D"]:
         length = x.shape[1]
         padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
         # As one matrix product; XLA's small convolutions are slow on CPU.
@@ -107,7 +108,7 @@ class Audio(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
         self.norm = Norm(cfg.width)
         self.w_out = weight(rngs, (cfg.width, cfg.out_width), ("mlp", "embed"), inputs=cfg.width)
-        self.b_out = constant(0, (cfg.out_width,), ("norm",))
+        self.b_out = constant(0.0, (cfg.out_width,), ("norm",))
         # Part of every released checkpoint, though no forward pass reads it.
         self.bos_eos = weight(rngs, (2, cfg.out_width), ("marker", "embed"), inputs=cfg.out_width)
 
@@ -117,9 +118,9 @@ class Audio(nnx.Module):
         mel_lengths: Int[Array, "B A"],
         cfg: AudioConfig,
         *,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         remat: Remat = "none",
-    ) -> Float[Array, "B A*50 O"]:
+    ) -> Float[Array, "B R O"]:
         """Row `chunk * 50 + i` holds token i of a chunk; rows without sound are zeros.
 
         A chunk with n valid frames has ((n + 1) // 2) // 2 tokens.

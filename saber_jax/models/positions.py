@@ -1,13 +1,13 @@
 """Positions as angles: rotary for words and for patches, sinusoids for audio.
 
-Axis letters: B batch   L length   P patches   N heads   H head dim.
+Axis letters: B batch   L length   P patches   N heads   H head dim   E = H / 2 pairs of features.
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Rotary = tuple[Float[Array, "B L H/2"], Float[Array, "B L H/2"]]
+Rotary = tuple[Float[Array, "B L E"], Float[Array, "B L E"]]
 """Cosines and sines of the angle of every pair of features."""
 
 
@@ -35,7 +35,7 @@ def vision_rotary(patch_hw: Int[Array, "B P 2"], *, head_dim: int) -> Rotary:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _frequencies(dim: int, theta: float) -> Float[np.ndarray, " dim/2"]:
+def _frequencies(dim: int, theta: float) -> Float[np.ndarray, " E"]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 

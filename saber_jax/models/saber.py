@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from saber_jax.models.audio import Audio
@@ -22,8 +23,8 @@ from saber_jax.models.vision import Vision
 Params = dict[str, Any]
 """{"vision": ..., "audio": ..., "text": ...}; repeated layers are stacked on a leading axis."""
 
-Batch = Mapping[str, Array]
-"""A packed batch, or the part of it that describes the inputs."""
+Batch = Mapping[str, Any]
+"""Arrays of a packed batch, or of the part of it that describes the inputs."""
 
 
 class Saber(nnx.Module):
@@ -69,7 +70,7 @@ def hidden(
     batch: Batch,
     cfg: SaberConfig,
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     max_frame_patches: int | None = None,
 ) -> Float[Array, "B L D"]:
@@ -97,7 +98,7 @@ def prefill(
     cfg: SaberConfig,
     *,
     cache_length: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     max_frame_patches: int | None = None,
 ) -> tuple[Float[Array, "B L D"], Cache]:
     """Reads one prompt per row (from slot 0, padding behind) and fills a cache with it.
@@ -123,7 +124,7 @@ def decode(
     cache: Cache,
     slots: Int[Array, " B"],
     cfg: SaberConfig,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Reads one token per row and returns its hidden state and the new cache.
 
@@ -180,7 +181,7 @@ def _blank(cfg: SaberConfig) -> Saber:
     return nnx.eval_shape(lambda: Saber(cfg, rngs=nnx.Rngs(0)))
 
 
-def _bind(params: Params, cfg: SaberConfig, dtype: jnp.dtype) -> Saber:
+def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike) -> Saber:
     """The network with these values, cast to `dtype`.
 
     Cast as a whole rather than layer by layer: sharded parameters are then gathered in `dtype`,
@@ -196,7 +197,7 @@ def _embed(
     model: Saber,
     batch: Batch,
     cfg: SaberConfig,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     remat: Remat,
     max_frame_patches: int | None,
 ) -> Float[Array, "B L D"]:

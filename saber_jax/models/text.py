@@ -9,6 +9,7 @@ from typing import TypedDict
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from saber_jax.models.config import TextConfig
@@ -42,9 +43,9 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), inputs=d)
         self.w_v = weight(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), inputs=d)
         self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=n * h)
-        self.b_q = constant(0, (n, h), ("heads", "head_dim"))
-        self.b_k = constant(0, (k, h), ("kv_heads", "head_dim"))
-        self.b_v = constant(0, (k, h), ("kv_heads", "head_dim"))
+        self.b_q = constant(0.0, (n, h), ("heads", "head_dim"))
+        self.b_k = constant(0.0, (k, h), ("kv_heads", "head_dim"))
+        self.b_v = constant(0.0, (k, h), ("kv_heads", "head_dim"))
 
     def qkv(self, x: Float[Array, "B L D"], rotary: Rotary) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
@@ -74,9 +75,9 @@ class Block(nnx.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = constant(1, (cfg.width,), ("norm",))
+        self.attn_norm = constant(1.0, (cfg.width,), ("norm",))
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp_norm = constant(1, (cfg.width,), ("norm",))
+        self.mlp_norm = constant(1.0, (cfg.width,), ("norm",))
         self.mlp = GatedMlp(cfg, rngs=rngs)
 
     def __call__(
@@ -119,7 +120,7 @@ class Text(nnx.Module):
         d, v = cfg.width, cfg.vocab
         self.embed = weight(rngs, (v, d), ("vocab", "embed"), inputs=d)
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
-        self.norm = constant(1, (d,), ("norm",))
+        self.norm = constant(1.0, (d,), ("norm",))
         self.lm_head = weight(rngs, (d, v), ("embed", "vocab"), inputs=d)
 
     def __call__(
@@ -183,7 +184,7 @@ class Text(nnx.Module):
         (x, cache), _ = jax.lax.scan(layer, (x[:, None], cache), layers)
         return rms_norm(x[:, 0], self.norm, cfg.norm_eps), cache
 
-    def _rotary(self, positions: Int[Array, "B 3 L"], cfg: TextConfig, dtype) -> Rotary:
+    def _rotary(self, positions: Int[Array, "B 3 L"], cfg: TextConfig, dtype: DTypeLike) -> Rotary:
         # Rotated in the activation dtype, unlike the vision tower: that is how it was trained.
         cos, sin = text_rotary(
             positions,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from saber_jax.models.config import VisionConfig
@@ -43,10 +44,10 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_v = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=d)
-        self.b_q = constant(0, (n, h), ("heads", "head_dim"))
-        self.b_k = constant(0, (n, h), ("heads", "head_dim"))
-        self.b_v = constant(0, (n, h), ("heads", "head_dim"))
-        self.b_o = constant(0, (d,), ("norm",))
+        self.b_q = constant(0.0, (n, h), ("heads", "head_dim"))
+        self.b_k = constant(0.0, (n, h), ("heads", "head_dim"))
+        self.b_v = constant(0.0, (n, h), ("heads", "head_dim"))
+        self.b_o = constant(0.0, (d,), ("norm",))
 
     def __call__(
         self,
@@ -73,9 +74,9 @@ class Mlp(nnx.Module):
         self.w_gate = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
         self.w_up = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
-        self.b_gate = constant(0, (f,), ("mlp",))
-        self.b_up = constant(0, (f,), ("mlp",))
-        self.b_down = constant(0, (d,), ("norm",))
+        self.b_gate = constant(0.0, (f,), ("mlp",))
+        self.b_up = constant(0.0, (f,), ("mlp",))
+        self.b_down = constant(0.0, (d,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         gate = jax.nn.silu(project("BPD,DF->BPF", x, self.w_gate, self.b_gate))
@@ -87,9 +88,9 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = constant(1, (cfg.width,), ("norm",))
+        self.attn_norm = constant(1.0, (cfg.width,), ("norm",))
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp_norm = constant(1, (cfg.width,), ("norm",))
+        self.mlp_norm = constant(1.0, (cfg.width,), ("norm",))
         self.mlp = Mlp(cfg, rngs=rngs)
 
     def __call__(
@@ -110,11 +111,11 @@ class Merger(nnx.Module):
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
         c = cfg.width * cfg.merge**2
-        self.norm = constant(1, (cfg.width,), ("norm",))
+        self.norm = constant(1.0, (cfg.width,), ("norm",))
         self.w_in = weight(rngs, (c, c), ("embed", "mlp"), inputs=c)
-        self.b_in = constant(0, (c,), ("mlp",))
+        self.b_in = constant(0.0, (c,), ("mlp",))
         self.w_out = weight(rngs, (c, cfg.out_width), ("mlp", "embed"), inputs=c)
-        self.b_out = constant(0, (cfg.out_width,), ("norm",))
+        self.b_out = constant(0.0, (cfg.out_width,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"], *, eps: float) -> Float[Array, "B U O"]:
         x = rms_norm(x, self.norm, eps).reshape(x.shape[0], -1, self.w_in.shape[0])
@@ -140,7 +141,7 @@ class Vision(nnx.Module):
         frame: Int[Array, "B P"],
         cfg: VisionConfig,
         *,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         remat: Remat = "none",
         max_frame_patches: int | None = None,
     ) -> Float[Array, "B U O"]:

@@ -1,0 +1,181 @@
+"""The two device programs behind saber_jax.generate: read the prompts, then go on token by token.
+
+Axis letters: B rows   D width   V vocabulary   N new tokens.
+"""
+
+import dataclasses
+import functools
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from saber_jax.models import saber
+from saber_jax.models.config import SaberConfig
+from saber_jax.models.text import Cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is picked: temperature 0 takes the likeliest one.
+
+    Otherwise one is drawn from the smallest set of tokens that holds `top_p` of the probability. A
+    draw depends on `seed`, the record's place in the call and the token's, not on the batch size.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
+            raise ValueError(
+                "temperature and seed must be at least 0 and top_p in (0, 1], got "
+                f"{self.temperature}, {self.seed} and {self.top_p}."
+            )
+
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the two programs are compiled for, besides their shapes."""
+
+    cfg: SaberConfig
+    dtype: jnp.dtype
+    greedy: bool
+    end: int  # The token that ends an answer.
+    vocabulary: int  # Ids from here on are padding of the model's vocabulary.
+    max_new_tokens: int
+    max_frame_patches: int | None  # Most patches of one frame pair.
+
+
+class State(TypedDict):
+    """What one batch carries from token to token."""
+
+    step: Int[Array, ""]  # New tokens so far.
+    tokens: Int[Array, "B"]  # The newest one, not read by the model yet.
+    positions: Int[Array, "B"]  # Its TMRoPE position, the same on all three axes.
+    slots: Int[Array, "B"]  # Its place in the cache.
+    finished: Bool[Array, "B"]
+    out: Int[Array, "B N"]
+
+
+Pick = tuple[Array, Array, Array, Array]
+"""(seed [], record index [B], temperature [], top_p [])."""
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def start(
+    params: saber.Params,
+    batch: saber.Batch,
+    finished: Bool[Array, "B"],
+    pick: Pick,
+    *,
+    program: Program,
+) -> tuple[State, Cache]:
+    """Reads the prompts and picks the first token of each row. `finished` rows stay silent."""
+    rows, length = batch["tokens"].shape
+    hidden, cache = saber.prefill(
+        params,
+        batch,
+        program.cfg,
+        cache_length=length + program.max_new_tokens,
+        dtype=program.dtype,
+        max_frame_patches=program.max_frame_patches,
+    )
+    slots = (batch["segments"] > 0).sum(1, dtype=jnp.int32)
+    last = jnp.take_along_axis(hidden, (slots - 1)[:, None, None], axis=1)[:, 0]
+    # A prompt ends in text, whose three positions are equal and the largest so far.
+    positions = jnp.take_along_axis(batch["positions"][:, 0], (slots - 1)[:, None], axis=1)[:, 0]
+    tokens = _next_token(params, last, jnp.int32(0), pick, program)
+    out = jnp.full((rows, program.max_new_tokens), program.end, jnp.int32)
+    state = State(
+        step=jnp.int32(1),
+        tokens=tokens,
+        positions=positions + 1,
+        slots=slots,
+        finished=finished | (tokens == program.end),
+        out=out.at[:, 0].set(tokens),
+    )
+    return state, cache
+
+
+# Donated, so that every step writes into the one cache.
+@functools.partial(jax.jit, static_argnames="program", donate_argnames=("state", "cache"))
+def proceed(
+    params: saber.Params,
+    state: State,
+    cache: Cache,
+    limit: Int[Array, ""],
+    pick: Pick,
+    *,
+    program: Program,
+) -> tuple[State, Cache]:
+    """Goes on until every row has ended or `limit` tokens stand."""
+
+    def unfinished(carry):
+        state, _ = carry
+        return (state["step"] < limit) & ~state["finished"].all()
+
+    def one_token(carry):
+        state, cache = carry
+        hidden, cache = saber.decode(
+            params,
+            state["tokens"],
+            state["positions"],
+            cache,
+            state["slots"],
+            program.cfg,
+            program.dtype,
+        )
+        tokens = _next_token(params, hidden, state["step"], pick, program)
+        tokens = jnp.where(state["finished"], program.end, tokens)
+        following = State(
+            step=state["step"] + 1,
+            tokens=tokens,
+            positions=state["positions"] + 1,
+            slots=state["slots"] + 1,
+            finished=state["finished"] | (tokens == program.end),
+            out=state["out"].at[:, state["step"]].set(tokens),
+        )
+        return following, cache
+
+    return jax.lax.while_loop(unfinished, one_token, (state, cache))
+
+
+def _next_token(
+    params: saber.Params,
+    hidden: Float[Array, "B D"],
+    step: Int[Array, ""],
+    pick: Pick,
+    program: Program,
+) -> Int[Array, "B"]:
+    logits = saber.logits(params, hidden)
+    # Released checkpoints pad the vocabulary; no tokenizer can read those ids.
+    real = jnp.arange(logits.shape[-1])[None] < program.vocabulary
+    logits = jnp.where(real, logits, -jnp.inf)
+    if program.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    seed, rows, temperature, top_p = pick
+    root = jax.random.key(seed)
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), step))(rows)
+    return jax.vmap(sample, in_axes=(0, 0, None, None))(logits, keys, temperature, top_p)
+
+
+def sample(
+    logits: Float[Array, "V"], key: Key[Array, ""], temperature: Array, top_p: Array
+) -> Int[Array, ""]:
+    """Draws from the likeliest tokens that together hold at least `top_p`.
+
+    Nucleus sampling, https://arxiv.org/abs/1904.09751.
+    """
+    logits = logits / temperature
+    ordered = jnp.sort(logits)[::-1]
+    probabilities = jax.nn.softmax(ordered)
+    before = jnp.cumsum(probabilities) - probabilities
+    threshold = jnp.where(before < top_p, ordered, jnp.inf).min()
+    kept = jnp.where(logits >= threshold, logits, -jnp.inf)
+    return jax.random.categorical(key, kept).astype(jnp.int32)

@@ -1,0 +1,296 @@
+"""Answers from a trained model: prefill, decode with a static cache, greedy or sampled.
+
+Any clip, on the terminal:
+
+    python -m saber_jax.generate --checkpoint runs/cadpo --video clip.mp4 --language en
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Int
+
+from saber_jax import decoding, sharding
+from saber_jax.data import decode, media, packing, sed, transforms
+from saber_jax.data import withhold as hiding
+from saber_jax.data.records import LANGUAGES, Record, Size
+from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.data.withhold import MODALITIES, Modality
+from saber_jax.models import saber
+from saber_jax.models.config import SaberConfig
+from saber_jax.train import checkpoint
+
+INPUTS = ("tokens", "segments", "branch", "media_index", "positions")
+INPUTS += ("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths")
+
+STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the device is never asked.
+
+# Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
+LENGTH_STEP = 32
+MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
+
+
+class Generator:
+    """Answers records in batches of one static shape.
+
+    Shapes grow to the largest clip seen. Call `reserve` with the sizes of everything that will come
+    and the first call compiles once for all.
+    """
+
+    def __init__(
+        self,
+        params: saber.Params,
+        cfg: SaberConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        """`params` may be sharded over a mesh; rows are then spread over its data axes."""
+        if max_new_tokens < 1 or batch_size < 1:
+            raise ValueError(
+                "max_new_tokens and batch_size must be at least 1, got "
+                f"{max_new_tokens} and {batch_size}."
+            )
+        self._cfg, self._tokenizer, self._dtype = cfg, tokenizer, dtype
+        self._max_new_tokens, self._end = max_new_tokens, tokenizer.id("<|im_end|>")
+        self._params = jax.tree.map(lambda leaf: jax.device_put(leaf).astype(dtype), params)
+        placed = jax.tree.leaves(self._params)[0].sharding
+        self._rows = self._everywhere = None
+        if isinstance(placed, NamedSharding):
+            self._rows = sharding.batch_sharding(placed.mesh)
+            self._everywhere = sharding.replicated(placed.mesh)
+            shards = placed.mesh.shape["data"] * placed.mesh.shape["fsdp"]
+            batch_size = -(-batch_size // shards) * shards
+        self._batch_size = batch_size
+        self._budget = packing.Budget(length=0, patches=0, chunks=0, targets=0, segments=1)
+        self._frame_patches = 0
+
+    def reserve(self, sizes: Iterable[Size]) -> None:
+        """Makes room for clips of these sizes, see RecordSource.sizes."""
+        words: dict[tuple[str, bool, bool], int] = {}
+        budget = dataclasses.asdict(self._budget)
+        for _, language, frames, height, width, samples, _ in sizes:
+            mel = min(-(-samples // media.HOP), MOST_MEL_FRAMES)
+            heard = media.audio_tokens(mel)
+            kind = (language, frames > 0, heard > 0)
+            if kind not in words:
+                words[kind] = len(self._tokenizer.encode(sed.prompt_text(*kind))) - sum(kind[1:])
+            frame_patches = height * width // media.PATCH**2
+            patches = frames // 2 * frame_patches
+            length = words[kind] + patches // 4 + heard
+            budget["length"] = max(budget["length"], -(-length // LENGTH_STEP) * LENGTH_STEP)
+            budget["patches"] = max(budget["patches"], patches)
+            budget["chunks"] = max(budget["chunks"], -(-mel // media.CHUNK_FRAMES))
+            self._frame_patches = max(self._frame_patches, frame_patches)
+        self._budget = packing.Budget(**budget)
+
+    def respond(
+        self,
+        records: Sequence[Record],
+        *,
+        withhold: Modality | None = None,
+        sampling: decoding.Sampling = decoding.GREEDY,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """One answer per record, without the end token.
+
+        `on_text(i, text)` receives the whole text of record i so far, every few tokens.
+        """
+        if withhold:
+            records = [hiding.withhold(record, withhold) for record in records]
+        self.reserve(map(size_of, records))
+        answers: list[str] = []
+        for first, batch in self._batches(records):
+            rows = min(self._batch_size, len(records) - first)
+            for state in self._run(batch, first, rows, sampling, streaming=on_text is not None):
+                out, step = jax.device_get((state["out"], state["step"]))
+                texts = [self._text(row[:step]) for row in out[:rows]]
+                for row, text in enumerate(texts if on_text else ()):
+                    on_text(first + row, text)
+            answers += texts
+        return answers
+
+    def _batches(self, records: Sequence[Record]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(index of its first record, packed batch); the next is packed while this one runs."""
+
+        def pack(first: int) -> dict[str, np.ndarray]:
+            rows = [
+                [transforms.encode_record(record, self._tokenizer, responses=())]
+                for record in records[first : first + self._batch_size]
+            ]
+            # Repeated, not empty: a row that sees nothing would be one more case to get right.
+            rows += [rows[-1]] * (self._batch_size - len(rows))
+            batch = packing.pack_rows(rows, self._budget)
+            return {name: batch[name] for name in INPUTS}
+
+        starts = range(0, len(records), self._batch_size)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            following = [pool.submit(pack, first) for first in starts[:1]]
+            for first in starts:
+                batch = following.pop().result()
+                if first + self._batch_size < len(records):
+                    following.append(pool.submit(pack, first + self._batch_size))
+                yield first, batch
+
+    def _run(
+        self,
+        batch: dict[str, np.ndarray],
+        first: int,
+        rows: int,
+        sampling: decoding.Sampling,
+        *,
+        streaming: bool,
+    ) -> Iterator[decoding.State]:
+        """States of one batch: every few tokens when streaming, else only the last."""
+        row = np.arange(self._batch_size)
+        seed, temperature, top_p = self._put(
+            (np.uint32(sampling.seed), np.float32(sampling.temperature), np.float32(sampling.top_p))
+        )
+        program = decoding.Program(
+            cfg=self._cfg,
+            dtype=self._dtype,
+            greedy=sampling.temperature == 0,
+            end=self._end,
+            vocabulary=self._tokenizer.vocab_size,
+            max_new_tokens=self._max_new_tokens,
+            max_frame_patches=self._frame_patches or None,
+        )
+        pick = (seed, self._put_rows((first + row).astype(np.uint32)), temperature, top_p)
+        state, cache = decoding.start(
+            self._params,
+            self._put_rows(batch),
+            self._put_rows(row >= rows),
+            pick,
+            program=program,
+        )
+        stride = STREAM_TOKENS if streaming else self._max_new_tokens
+        for limit in range(stride, self._max_new_tokens + stride, stride):
+            limit = self._put(np.int32(min(limit, self._max_new_tokens)))
+            state, cache = decoding.proceed(
+                self._params, state, cache, limit, pick, program=program
+            )
+            yield state
+            if streaming and jax.device_get(state["finished"]).all():
+                return
+
+    def _put(self, values: Any) -> Any:
+        return jax.device_put(values, self._everywhere)
+
+    def _put_rows(self, values: Any) -> Any:
+        return jax.device_put(values, self._rows)
+
+    def _text(self, tokens: Int[np.ndarray, " n"]) -> str:
+        ended = np.flatnonzero(tokens == self._end)
+        return self._tokenizer.decode(tokens[: ended[0]] if len(ended) else tokens)
+
+
+def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:
+    """The model of a run's work directory, on all devices of this machine.
+
+    Weights are spread over the devices and computed with in bfloat16, on CPUs in float32.
+    """
+    cpu = jax.default_backend() == "cpu"
+    cfg = SaberConfig.from_dict(checkpoint.read_model_file(workdir)["model"])
+    shardings = None
+    if jax.device_count() > 1:
+        mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
+        shardings = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)
+    params = checkpoint.load_params(workdir, cfg, shardings)
+    return Generator(
+        params,
+        cfg,
+        load_tokenizer(workdir),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        dtype=jnp.float32 if cpu else jnp.bfloat16,
+    )
+
+
+def size_of(record: Record) -> Size:
+    shape = record.frames.shape[:3]
+    return (record.clip_id, record.language, *shape, len(record.audio), record.seconds_per_grid)
+
+
+def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | None) -> Record:
+    """A video file as a record without annotation, decoded as model.json says.
+
+    `settings` are the fields of decode.Sampling; None takes its defaults. Raises FileNotFoundError
+    or decode.MediaError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Check --video.")
+    clip = decode.decode_clip(path, decode.Sampling(**(settings or {})))
+    return Record(
+        clip_id=path.stem,
+        language=language,
+        frames=clip.frames,
+        seconds_per_grid=clip.seconds_per_grid,
+        audio=clip.audio,
+        annotation={},
+        labels={},
+        provenance={"file": path.name, "source": clip.info},
+    )
+
+
+class Printer:
+    """Prints an answer while it grows."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def __call__(self, _: int, text: str, *, last: bool = False) -> None:
+        # The last characters may be half of a multi-byte one until more tokens have come.
+        settled = text if last else text.rstrip("\ufffd")
+        print(settled[self._shown :], end="\n" if last else "", flush=True)
+        self._shown = len(settled)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Describes one clip on the terminal; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Read the emotion of any video clip.")
+    parser.add_argument("--checkpoint", required=True, help="work directory of a training run")
+    parser.add_argument("--video", required=True, help="any video file with a sound track")
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the answer")
+    parser.add_argument("--withhold", choices=MODALITIES, help="hide one modality")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest token")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    flags = parser.parse_args(argv)
+    try:
+        about = checkpoint.read_model_file(flags.checkpoint)
+        sampling = decoding.Sampling(
+            temperature=flags.temperature, top_p=flags.top_p, seed=flags.seed
+        )
+        settings = about.get("provenance", {}).get("sampling")
+        record = record_of_clip(flags.video, flags.language, settings)
+        generator = load_generator(
+            flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=1
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    shown = Printer()
+    (answer,) = generator.respond(
+        [record], withhold=flags.withhold, sampling=sampling, on_text=shown
+    )
+    shown(0, answer, last=True)
+    emotion = sed.conclusion(answer) or "none named"
+    print(f"conclusion: {emotion}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from saber_jax.data import records
+
+GOOD = {
+    "audio_desc": {"speech_content": "Hi.", "acoustic_feat": "calm"},
+    "video_desc": " a kitchen ",
+    "facial_exp_desc": "a smile",
+    "body_lang_desc": "",
+    "sentiment_analysis": "content",
+}
+
+
+def record(clip_id: str = "a", frames: int = 4) -> records.Record:
+    rng = np.random.default_rng(0)
+    return records.Record(
+        clip_id=clip_id,
+        language="zh",
+        frames=rng.integers(0, 256, (frames, 28, 56, 3), np.uint8),
+        seconds_per_grid=0.75,
+        audio=rng.integers(-32768, 32768, 1234).astype(np.int16),
+        annotation=dict.fromkeys(records.FIELDS, "好"),
+        labels={"emotion": "sad"},
+        provenance={"file": "a.mp4"},
+    )
+
+
+def test_annotation_comes_back_in_training_order_and_stripped():
+    parsed = records.parse_annotation(dict(reversed(GOOD.items())))
+    assert tuple(parsed) == records.FIELDS
+    assert parsed["video_desc"] == "a kitchen"
+    assert parsed["speech_content"] == "Hi."
+
+
+def renamed(old: str, new: str) -> dict:
+    return {new if key == old else key: value for key, value in GOOD.items()}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (
+            renamed("facial_exp_desc", "facial_expression_desc"),
+            "facial_expression_desc facial_exp_desc",
+        ),
+        (
+            renamed("sentiment_analysis", "sentimentAnalysis"),
+            "sentimentAnalysis sentiment_analysis",
+        ),
+        (
+            {**GOOD, "audio_desc": {"speech": "", "acoustic_feat": ""}},
+            "audio_desc speech speech_content",
+        ),
+        ({k: v for k, v in GOOD.items() if k != "video_desc"}, "video_desc lacks"),
+        ({**GOOD, "speech_content": "Hi"}, "unknown speech_content"),
+        ({**GOOD, "video_desc": ["a"]}, "video_desc list"),
+        ({**GOOD, "audio_desc": "calm"}, "audio_desc object str"),
+        ({**GOOD, "video_desc": "a <|VIDEO|> b"}, "<|VIDEO|>"),
+        ({**GOOD, "video_desc": "[acoustic_feat] b"}, "[acoustic_feat]"),
+        ([GOOD], "object list"),
+    ],
+)
+def test_a_wrong_annotation_is_refused_by_name(annotation, words):
+    with pytest.raises(records.AnnotationError) as error:
+        records.parse_annotation(annotation)
+    for word in words.split():
+        assert word in str(error.value)
+
+
+def test_a_record_survives_storage_exactly():
+    before = record()
+    after = records.from_example(records.to_example(before))
+    np.testing.assert_array_equal(after.frames, before.frames)
+    np.testing.assert_array_equal(after.audio, before.audio)
+    for name in ("clip_id", "language", "seconds_per_grid", "annotation", "labels", "provenance"):
+        assert getattr(after, name) == getattr(before, name)
+
+
+def test_a_clip_without_video_survives_storage():
+    after = records.from_example(records.to_example(record(frames=0)))
+    assert after.frames.shape == (0, 28, 56, 3)
+
+
+class Written:
+    """A split on disk as TFDS describes it, with records served from memory."""
+
+    def __init__(self, directory, names):
+        self.directory = directory / "records" / "1.0.0"
+        self.directory.mkdir(parents=True)
+        half = len(names) // 2
+        shards = [str(half), str(len(names) - half)]
+        info = {"splits": [{"name": "train", "shardLengths": shards}]}
+        (self.directory / "dataset_info.json").write_text(json.dumps(info))
+        self.examples = [records.to_example(record(name)) for name in names]
+        self.path = directory
+
+
+@pytest.fixture
+def written(tmp_path):
+    return Written(tmp_path, ["x", "y", "z"])
+
+
+def opened(written) -> records.RecordSource:
+    source = records.RecordSource(written.path, "train")
+    source.__dict__["_source"] = written.examples
+    return source
+
+
+def test_sizes_are_read_once_then_taken_from_the_file_beside_the_records(written):
+    expected = [(name, "zh", 4, 28, 56, 1234, 0.75) for name in "xyz"]
+    assert opened(written).sizes == expected
+    written.examples.clear()
+    assert opened(written).sizes == expected
+
+
+def test_a_record_is_found_by_name_and_by_number(written):
+    source = opened(written)
+    assert len(source) == 3
+    assert source[source.index("y")].clip_id == source[-2].clip_id == "y"
+    with pytest.raises(KeyError, match="nobody"):
+        source.index("nobody")
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_a_source_travels_to_another_process_without_its_open_files(written):
+    source = pickle.loads(pickle.dumps(opened(written)))
+    assert "_source" not in vars(source)
+    assert len(source) == 3
+
+
+def test_a_missing_dataset_or_split_is_one_clear_error(written, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data_prep\.build"):
+        records.RecordSource(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match=r"'tset'.*train"):
+        records.RecordSource(written.path, "tset")

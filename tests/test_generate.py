@@ -1,0 +1,194 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saber_jax import decoding, generate
+from saber_jax.data import packing, sed, transforms
+from saber_jax.data.records import FIELDS, Record
+from saber_jax.data.tokenizer import SPECIALS, load_tokenizer, train_sentencepiece
+from saber_jax.data.withhold import withhold
+from saber_jax.models import saber
+from saber_jax.models.config import saber_config
+
+NEW_TOKENS = 6
+
+
+def _record(seed: int, *, frames: int, samples: int, language: str = "en") -> Record:
+    rng = np.random.default_rng(seed)
+    return Record(
+        clip_id=f"clip{seed}",
+        language=language,
+        frames=rng.integers(0, 256, (frames, 56, 84, 3), np.uint8),
+        seconds_per_grid=0.5,
+        audio=rng.integers(-9000, 9000, samples, np.int16),
+        annotation=dict.fromkeys(FIELDS, "text"),
+        labels={},
+        provenance={},
+    )
+
+
+RECORDS = [
+    _record(1, frames=4, samples=9000),
+    _record(2, frames=2, samples=0, language="zh"),
+    _record(3, frames=0, samples=40_000),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [sed.prompt_text(language, True, True) for language in ("en", "zh")]
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    headings = [sed.heading(field) for field in FIELDS]
+    return train_sentencepiece(texts, path, vocab_size=768, symbols=headings)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return saber.init(saber_config("tiny"), jax.random.key(0))
+
+
+def _generator(params, tokenizer, batch_size=2, cfg=None):
+    cfg = cfg or saber_config("tiny")
+    return generate.Generator(
+        params, cfg, tokenizer, max_new_tokens=NEW_TOKENS, batch_size=batch_size
+    )
+
+
+def _greedy_tokens(params, tokenizer, record) -> list[int]:
+    """Runs the whole sequence through the model again for every token."""
+    example = transforms.encode_record(record, tokenizer, responses=())
+    budget = packing.Budget(
+        length=len(example.prompt.tokens) + NEW_TOKENS,
+        patches=len(example.patches),
+        chunks=len(example.mel),
+        targets=NEW_TOKENS,
+        segments=1,
+    )
+
+    @jax.jit
+    def logits(batch):
+        return saber.logits(params, saber.hidden(params, batch, saber_config("tiny")))
+
+    tokens: list[int] = []
+    for _ in range(NEW_TOKENS):
+        answer = transforms.Response(
+            tokens=np.array(tokens, np.int32), sections=np.ones(len(tokens), np.int32)
+        )
+        batch = packing.pack_rows([[dataclasses.replace(example, responses=(answer,))]], budget)
+        last = len(example.prompt.tokens) + len(tokens) - 1
+        tokens.append(int(logits(batch)[0, last].argmax()))
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def greedy(params, tokenizer):
+    return [_greedy_tokens(params, tokenizer, record) for record in RECORDS]
+
+
+def test_greedy_equals_the_full_forward_repeated_for_every_token(params, tokenizer, greedy):
+    answers = _generator(params, tokenizer).respond(RECORDS)
+    assert answers == [tokenizer.decode(tokens) for tokens in greedy]
+    assert len(set(answers)) == len(answers)
+
+
+class _OtherEnd:
+    """A tokenizer in which another token ends an answer."""
+
+    def __init__(self, tokenizer, end):
+        self._tokenizer, self._end = tokenizer, end
+        self.vocab_size, self.path = tokenizer.vocab_size, tokenizer.path
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+
+    def id(self, special):
+        return self._end if special == "<|im_end|>" else self._tokenizer.id(special)
+
+
+def test_an_answer_stops_before_the_end_token_and_other_rows_go_on(params, tokenizer, greedy):
+    end = greedy[0][3]
+    assert end not in greedy[0][:3] + greedy[1]
+    answers = _generator(params, _OtherEnd(tokenizer, end)).respond(RECORDS[:2])
+    assert answers == [tokenizer.decode(greedy[0][:3]), tokenizer.decode(greedy[1])]
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_generated(params, tokenizer, greedy):
+    small = _OtherEnd(tokenizer, tokenizer.id("<|im_end|>"))
+    small.vocab_size = min(max(tokens) for tokens in greedy)
+    spoken = []
+    small.decode = lambda tokens: spoken.extend(tokens) or ""
+    _generator(params, small).respond(RECORDS)
+    assert len(spoken) == NEW_TOKENS * len(RECORDS)
+    assert max(spoken) < small.vocab_size
+
+
+def test_streamed_texts_grow_into_the_answer(params, tokenizer, monkeypatch):
+    monkeypatch.setattr(generate, "STREAM_TOKENS", 2)
+    seen: dict[int, list[str]] = {}
+    generator = _generator(params, tokenizer)
+    answers = generator.respond(
+        RECORDS, on_text=lambda row, text: seen.setdefault(row, []).append(text)
+    )
+    assert [seen[row][-1] for row in range(3)] == answers == generator.respond(RECORDS)
+    assert [len(seen[row]) for row in range(3)] == [NEW_TOKENS // 2] * 3
+
+
+def test_withholding_in_the_call_equals_withholding_the_record(params, tokenizer):
+    generator = _generator(params, tokenizer)
+    hidden = [withhold(record, "audio") for record in RECORDS]
+    assert generator.respond(RECORDS, withhold="audio") == generator.respond(hidden)
+    assert generator.respond(RECORDS, withhold="audio")[0] != generator.respond(RECORDS)[0]
+
+
+def test_sampling_repeats_for_a_seed_whatever_the_batch_size(params, tokenizer):
+    warm = decoding.Sampling(temperature=1.0, top_p=0.9, seed=3)
+    pairs, threes = _generator(params, tokenizer), _generator(params, tokenizer, batch_size=3)
+    answers = pairs.respond(RECORDS, sampling=warm)
+    assert answers == threes.respond(RECORDS, sampling=warm)
+    assert answers != pairs.respond(RECORDS, sampling=dataclasses.replace(warm, seed=4))
+
+
+def test_a_tiny_top_p_takes_the_likeliest_token(params, tokenizer):
+    generator = _generator(params, tokenizer)
+    narrow = decoding.Sampling(temperature=1.0, top_p=1e-6)
+    assert generator.respond(RECORDS, sampling=narrow) == generator.respond(RECORDS)
+
+
+def test_top_p_draws_only_from_the_smallest_sufficient_set():
+    # The two likeliest hold 0.75 of the probability, so 0.7 needs both and nothing else.
+    logits = jnp.log(jnp.array([0.1, 0.45, 0.15, 0.3]))
+    keys = jax.random.split(jax.random.key(0), 200)
+    drawn = jax.vmap(lambda key: decoding.sample(logits, key, jnp.array(1.0), jnp.array(0.7)))(keys)
+    assert set(drawn.tolist()) == {1, 3}
+
+
+def test_impossible_sampling_is_refused():
+    with pytest.raises(ValueError, match=r"top_p in \(0, 1\]"):
+        decoding.Sampling(temperature=1.0, top_p=0.0)
+
+
+def test_reserving_prevents_a_second_compilation(params, tokenizer):
+    generator = _generator(params, tokenizer)
+    generator.reserve(generate.size_of(record) for record in RECORDS)
+    before = decoding.start._cache_size()
+    for record in RECORDS:
+        generator.respond([record])
+    assert decoding.start._cache_size() - before <= 1
+
+
+def test_a_missing_clip_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file .*gone.mp4"):
+        generate.record_of_clip(tmp_path / "gone.mp4", "en", None)
+
+
+def test_a_directory_without_a_checkpoint_is_an_error_on_one_line(tmp_path, capsys):
+    code = generate.main(["--checkpoint", str(tmp_path), "--video", "clip.mp4"])
+    assert code == 1
+    assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_special_tokens_are_the_ones_of_the_model(tokenizer):
+    cfg = saber_config("tiny")
+    assert tokenizer.id(SPECIALS[2]) == cfg.tokens.eos
+    assert load_tokenizer(tokenizer.path).vocab_size == cfg.text.vocab
