@@ -20,12 +20,13 @@ def get_config(variant: str = "7b") -> ConfigDict:
     tiny = variant == "tiny"
     c = sft.get_config(variant)
     c.stage = "cadpo"
-    c.workdir = f"runs/{variant}/cadpo"
+    root = c.get_ref("root")
+    c.workdir = root + "/cadpo"
     c.steps = 150 if tiny else 1_000
-    c.init.checkpoint = f"runs/{variant}/sft"
+    c.init.checkpoint = root + "/sft"
 
     c.data.split = "preference"
-    c.data.pairs = f"runs/{variant}/pairs"
+    c.data.pairs = root + "/pairs"
     # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
     c.data.length = 640 if tiny else 3072
     c.data.response = 512

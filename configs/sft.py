@@ -20,21 +20,24 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c = ConfigDict()
     c.stage = "sft"
     c.model = variant
-    c.workdir = f"runs/{variant}/sft"
+    # Everything a chain leaves lies under here; the other paths follow it.
+    c.root = f"runs/{variant}"
+    root = c.get_ref("root")
+    c.workdir = root + "/sft"
     c.seed = 0
     c.steps = 600 if tiny else 4_000
 
     # Where the weights come from: a checkpoint directory, or "" for random ones.
-    c.init = ConfigDict({"checkpoint": "" if tiny else f"runs/{variant}/init"})
+    c.init = ConfigDict({"checkpoint": "" if tiny else root + "/init"})
     # Shell patterns over parameter names. The published recipe freezes both towers.
     c.trainable = ("*",) if tiny else ("text/*",)
 
     c.data = ConfigDict()
-    c.data.path = f"runs/{variant}/records"
+    c.data.path = root + "/records"
     c.data.split = "train"
     c.data.batch_rows = 10 if tiny else 256  # Rows of an optimizer step, over all hosts.
     # The static shape of a row; examples are packed into it. `response` is for preference pairs.
-    c.data.length = 384 if tiny else 4096
+    c.data.length = 352 if tiny else 4096
     c.data.response = 0
     c.data.patches = 288 if tiny else 12_288
     c.data.chunks = 2 if tiny else 16
@@ -49,7 +52,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if tiny else "bfloat16"
     c.compute.remat = "none" if tiny else "layer"
-    c.compute.head_chunk = 256 if tiny else 256  # Targets whose logits exist at one time.
+    c.compute.head_chunk = 256  # Targets whose logits exist at one time.
     c.compute.frame_patches = 36 if tiny else 640  # Most patches of one frame pair.
 
     c.optimizer = ConfigDict()
@@ -62,4 +65,9 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.checkpoint_every = 100
+
+    # The embedded corpus is made on the spot, and its clips are sampled like this.
+    c.embedded = tiny
+    c.sampling = ("--fps", "4", "--min_pixels", "7056", "--max_pixels", "7056") if tiny else ()
+    c.generation = ConfigDict({"batch_size": 60, "max_new_tokens": 128 if tiny else 1024})
     return c

@@ -5,7 +5,7 @@ Axis letters: B rows   D width   V vocabulary   N new tokens.
 
 import dataclasses
 import functools
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,6 @@ class Program:
     cfg: SaberConfig
     dtype: jnp.dtype
     greedy: bool
-    end: int  # The token that ends an answer.
-    vocabulary: int  # Ids from here on are padding of the model's vocabulary.
     max_new_tokens: int
     max_frame_patches: int | None  # Most patches of one frame pair.
 
@@ -63,8 +61,15 @@ class State(TypedDict):
     out: Int[Array, "B N"]
 
 
-Pick = tuple[Array, Array, Array, Array]
-"""(seed [], record index [B], temperature [], top_p [])."""
+class Pick(NamedTuple):
+    """What decides the next token besides the model."""
+
+    seed: Int[Array, ""]
+    rows: Int[Array, "B"]  # Place of each row's record in the call.
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    end: Int[Array, ""]  # The token that ends an answer.
+    vocabulary: Int[Array, ""]  # Ids from here on are padding of the model's vocabulary.
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -91,13 +96,13 @@ def start(
     # A prompt ends in text, whose three positions are equal and the largest so far.
     positions = jnp.take_along_axis(batch["positions"][:, 0], (slots - 1)[:, None], axis=1)[:, 0]
     tokens = _next_token(params, last, jnp.int32(0), pick, program)
-    out = jnp.full((rows, program.max_new_tokens), program.end, jnp.int32)
+    out = jnp.full((rows, program.max_new_tokens), pick.end, jnp.int32)
     state = State(
         step=jnp.int32(1),
         tokens=tokens,
         positions=positions + 1,
         slots=slots,
-        finished=finished | (tokens == program.end),
+        finished=finished | (tokens == pick.end),
         out=out.at[:, 0].set(tokens),
     )
     return state, cache
@@ -132,13 +137,13 @@ def proceed(
             program.dtype,
         )
         tokens = _next_token(params, hidden, state["step"], pick, program)
-        tokens = jnp.where(state["finished"], program.end, tokens)
+        tokens = jnp.where(state["finished"], pick.end, tokens)
         following = State(
             step=state["step"] + 1,
             tokens=tokens,
             positions=state["positions"] + 1,
             slots=state["slots"] + 1,
-            finished=state["finished"] | (tokens == program.end),
+            finished=state["finished"] | (tokens == pick.end),
             out=state["out"].at[:, state["step"]].set(tokens),
         )
         return following, cache
@@ -155,14 +160,14 @@ def _next_token(
 ) -> Int[Array, "B"]:
     logits = saber.logits(params, hidden)
     # Released checkpoints pad the vocabulary; no tokenizer can read those ids.
-    real = jnp.arange(logits.shape[-1])[None] < program.vocabulary
+    real = jnp.arange(logits.shape[-1])[None] < pick.vocabulary
     logits = jnp.where(real, logits, -jnp.inf)
     if program.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    seed, rows, temperature, top_p = pick
-    root = jax.random.key(seed)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), step))(rows)
-    return jax.vmap(sample, in_axes=(0, 0, None, None))(logits, keys, temperature, top_p)
+    root = jax.random.key(pick.seed)
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), step))(pick.rows)
+    draw = jax.vmap(sample, in_axes=(0, 0, None, None))
+    return draw(logits, keys, pick.temperature, pick.top_p)
 
 
 def sample(

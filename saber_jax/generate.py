@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxtyping import Int
 from saber_jax import decoding, sharding
 from saber_jax.data import decode, media, packing, sed, transforms
 from saber_jax.data import withhold as hiding
+from saber_jax.data.journal import fingerprint
 from saber_jax.data.records import LANGUAGES, Record, Size
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import MODALITIES, Modality
@@ -37,6 +38,9 @@ STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the devic
 # Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
 LENGTH_STEP = 32
 MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
+
+
+T = TypeVar("T")
 
 
 class Generator:
@@ -110,38 +114,42 @@ class Generator:
         if withhold:
             records = [hiding.withhold(record, withhold) for record in records]
         self.reserve(map(size_of, records))
-        answers: list[str] = []
-        for first, batch in self._batches(records):
-            rows = min(self._batch_size, len(records) - first)
+        size = self._batch_size
+        parts = (records[first : first + size] for first in range(0, len(records), size))
+        answers = self.respond_batches(parts, sampling=sampling, on_text=on_text)
+        return [answer for batch in answers for answer in batch]
+
+    def respond_batches(
+        self,
+        batches: Iterable[Sequence[Record]],
+        *,
+        sampling: decoding.Sampling = decoding.GREEDY,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[list[str]]:
+        """Answers of batch after batch; the next is read and packed while this one runs.
+
+        Batches hold at most `batch_size` records; their sizes should have been reserved.
+        """
+        first = 0
+        for rows, batch in _ahead(map(self._pack, batches)):
             for state in self._run(batch, first, rows, sampling, streaming=on_text is not None):
                 out, step = jax.device_get((state["out"], state["step"]))
                 texts = [self._text(row[:step]) for row in out[:rows]]
                 for row, text in enumerate(texts if on_text else ()):
                     on_text(first + row, text)
-            answers += texts
-        return answers
+            first += rows
+            yield texts
 
-    def _batches(self, records: Sequence[Record]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(index of its first record, packed batch); the next is packed while this one runs."""
-
-        def pack(first: int) -> dict[str, np.ndarray]:
-            rows = [
-                [transforms.encode_record(record, self._tokenizer, responses=())]
-                for record in records[first : first + self._batch_size]
-            ]
-            # Repeated, not empty: a row that sees nothing would be one more case to get right.
-            rows += [rows[-1]] * (self._batch_size - len(rows))
-            batch = packing.pack_rows(rows, self._budget)
-            return {name: batch[name] for name in INPUTS}
-
-        starts = range(0, len(records), self._batch_size)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            following = [pool.submit(pack, first) for first in starts[:1]]
-            for first in starts:
-                batch = following.pop().result()
-                if first + self._batch_size < len(records):
-                    following.append(pool.submit(pack, first + self._batch_size))
-                yield first, batch
+    def _pack(self, records: Sequence[Record]) -> tuple[int, dict[str, np.ndarray]]:
+        """(number of records, packed batch)."""
+        self.reserve(map(size_of, records))
+        rows = [
+            [transforms.encode_record(record, self._tokenizer, responses=())] for record in records
+        ]
+        # Repeated, not empty: a row that sees nothing would be one more case to get right.
+        rows += [rows[-1]] * (self._batch_size - len(rows))
+        batch = packing.pack_rows(rows, self._budget)
+        return len(records), {name: batch[name] for name in INPUTS}
 
     def _run(
         self,
@@ -154,19 +162,21 @@ class Generator:
     ) -> Iterator[decoding.State]:
         """States of one batch: every few tokens when streaming, else only the last."""
         row = np.arange(self._batch_size)
-        seed, temperature, top_p = self._put(
-            (np.uint32(sampling.seed), np.float32(sampling.temperature), np.float32(sampling.top_p))
-        )
         program = decoding.Program(
             cfg=self._cfg,
             dtype=self._dtype,
             greedy=sampling.temperature == 0,
-            end=self._end,
-            vocabulary=self._tokenizer.vocab_size,
             max_new_tokens=self._max_new_tokens,
             max_frame_patches=self._frame_patches or None,
         )
-        pick = (seed, self._put_rows((first + row).astype(np.uint32)), temperature, top_p)
+        pick = decoding.Pick(
+            seed=self._put(np.uint32(sampling.seed)),
+            rows=self._put_rows((first + row).astype(np.uint32)),
+            temperature=self._put(np.float32(sampling.temperature)),
+            top_p=self._put(np.float32(sampling.top_p)),
+            end=self._put(np.int32(self._end)),
+            vocabulary=self._put(np.int32(self._tokenizer.vocab_size)),
+        )
         state, cache = decoding.start(
             self._params,
             self._put_rows(batch),
@@ -195,6 +205,15 @@ class Generator:
         return self._tokenizer.decode(tokens[: ended[0]] if len(ended) else tokens)
 
 
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
 def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:
     """The model of a run's work directory, on all devices of this machine.
 
@@ -215,6 +234,14 @@ def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int)
         batch_size=batch_size,
         dtype=jnp.float32 if cpu else jnp.bfloat16,
     )
+
+
+def model_fingerprint(workdir: str | Path) -> str:
+    """Changes with the weights, vocabulary or shape of a run's newest checkpoint."""
+    steps = sorted(int(p.name) for p in Path(workdir).glob("checkpoints/*") if p.name.isdigit())
+    newest = f"checkpoints/{steps[-1] if steps else 0}/params/**/*"
+    checkpoint.read_model_file(workdir)  # Says what is wrong when this is no checkpoint at all.
+    return fingerprint(workdir, checkpoint.MODEL_FILE, "tokenizer.*", newest)
 
 
 def size_of(record: Record) -> Size:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
 from saber_jax.data import pipeline
 from saber_jax.data.packing import Budget
@@ -37,11 +38,8 @@ from saber_jax.train.step import (
     sft_step,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py:VARIANT")
-flags.mark_flag_as_required("config")
-
 # A run's fingerprint leaves these out: they change where or how often, not what is computed.
-NOT_PART_OF_THE_RUN = ("workdir", "mesh", "checkpoint_every")
+NOT_PART_OF_THE_RUN = ("root", "workdir", "mesh", "checkpoint_every", "generation")
 
 
 def train(config: ConfigDict) -> None:
@@ -262,11 +260,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
     try:
-        refuse_hopeless(_CONFIG.value)
-        train(_CONFIG.value)
+        refuse_hopeless(CONFIG.value)
+        train(CONFIG.value)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"saber_jax.main: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

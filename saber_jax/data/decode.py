@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Int, Int16, UInt8
 
@@ -143,7 +144,7 @@ class _Timeline:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+def _opened(path: Path) -> Iterator[InputContainer]:
     """Every opening decodes a little to learn the formats, so a clip is opened only twice."""
     with av.open(str(path), metadata_errors="ignore") as container:
         for stream in (*container.streams.video, *container.streams.audio):
@@ -151,7 +152,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
         yield container
 
 
-def _check_header(path: Path, container: av.container.InputContainer, sampling: Sampling) -> None:
+def _check_header(path: Path, container: InputContainer, sampling: Sampling) -> None:
     """Refuses before any packet is read, so that a film of four hours costs nothing."""
     if not container.streams.video:
         raise MediaError("no_video", path.name)
@@ -214,7 +215,7 @@ def _content(
     if not tracks.sound:
         raise MediaError("no_audio", f"{path.name}: the audio track is empty")
     frames = np.stack([tracks.pictures[index] for index in indices.tolist()])
-    height, width = sampling.frame_size(*frames.shape[1:3], len(frames))
+    height, width = sampling.frame_size(frames.shape[1], frames.shape[2], len(frames))
     audio = np.concatenate(tracks.sound)
     if sampling.mode == "exact" and tracks.sound_start is not None:
         late = tracks.sound_start - timeline.start
@@ -254,16 +255,16 @@ def _decoded(path: Path, indices: Int[np.ndarray, " T"]) -> _Tracks:
         streams = (container.streams.video[0], container.streams.audio[0])
         for frame in container.decode(*streams):
             if isinstance(frame, av.AudioFrame):
-                if tracks.sound_start is None and frame.pts is not None:
+                if tracks.sound_start is None and frame.pts is not None and frame.time_base:
                     tracks.sound_start = frame.pts * frame.time_base
                 tracks.sound += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-                continue
-            if tracks.count in wanted:
-                # A stream may change its size midway; the first frame decides.
-                size = size or (frame.width, frame.height)
-                picture = reformatter.reformat(frame, *size, format="rgb24", threads=1)
-                tracks.pictures[tracks.count] = picture.to_ndarray()
-            tracks.count += 1
+            elif isinstance(frame, av.VideoFrame):
+                if tracks.count in wanted:
+                    # A stream may change its size midway; the first frame decides.
+                    size = size or (frame.width, frame.height)
+                    picture = reformatter.reformat(frame, *size, format="rgb24", threads=1)
+                    tracks.pictures[tracks.count] = picture.to_ndarray()
+                tracks.count += 1
     if tracks.sound:
         tracks.sound += [part.to_ndarray()[0] for part in resampler.resample(None)]
     return tracks

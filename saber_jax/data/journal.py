@@ -34,11 +34,11 @@ class Journal:
                 )
             write_json(manifest, inputs)
             return
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        before = read_json(manifest)
         if changed := sorted(k for k in before | inputs if before.get(k) != inputs.get(k)):
             detail = "; ".join(f"{k}: {before.get(k)!r}, now {inputs.get(k)!r}" for k in changed)
             raise ValueError(
-                f"{self.folder} was made from other inputs ({detail}). "
+                f"{self.folder} was made from other inputs ({detail}); the two may not be mixed. "
                 "Choose another --out, or delete that folder to start again."
             )
 
@@ -74,6 +74,11 @@ def batches(total: int, size: int, *, first: int = 0) -> list[tuple[int, int]]:
     """
     stop = first + total
     return [(start, min(start + size, stop)) for start in range(first, stop, size)]
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Int16, UInt8
 
 LANGUAGES = ("en", "zh")
 
-FIELDS = (
+FIELDS: tuple[str, ...] = (
     "video_desc",
     "facial_exp_desc",
     "body_lang_desc",
@@ -192,7 +192,9 @@ class RecordSource:
         # Imported late: loader processes that only need sizes should start in milliseconds.
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(self._directory).as_data_source(split=self.split)
+        builder = tfds.builder_from_directory(self._directory)
+        # The decorator of this method hides its arguments from the type checker.
+        return builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
 
 
 def _size(record: Record) -> Size:

@@ -1,6 +1,5 @@
 """Text to token ids: a small SentencePiece vocabulary, or the released one as tokenizer.json."""
 
-import functools
 import io
 import re
 from collections import Counter
@@ -127,11 +126,12 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._model = tokenizers.Tokenizer.from_file(str(self.path))
+        # One more than the largest id, because the ids may have gaps.
+        self._size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
-    @functools.cached_property
+    @property
     def vocab_size(self) -> int:
-        """One more than the largest id; the ids may have gaps."""
-        return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        return self._size
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

@@ -207,10 +207,12 @@ def _embed(
     media = []
     if batch["patches"].shape[1]:
         with jax.named_scope("vision"):
-            patches = (batch[n] for n in ("patches", "patch_hw", "patch_window", "patch_frame"))
             media.append(
                 model.vision(
-                    *patches,
+                    batch["patches"],
+                    batch["patch_hw"],
+                    batch["patch_window"],
+                    batch["patch_frame"],
                     cfg.vision,
                     dtype=dtype,
                     remat=remat,

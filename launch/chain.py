@@ -1,0 +1,240 @@
+"""Everything that a config needs, in order, each step only if it is not done yet.
+
+`launch/tpu_run.sh configs/cadpo.py:tiny` lands here. Every step is a command that a person could
+type; it is printed before it runs. A step that ended well leaves ROOT/done/STEP.json, which names
+its command and the steps it stands on, so the same call starts, goes on after a kill, and finds in
+seconds that all is done.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app
+from ml_collections import ConfigDict
+
+from configs.command_line import CONFIG, parse_flags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """`after` are the steps whose results this one reads; `leaves` is what to look at when done."""
+
+    name: str
+    says: str
+    command: tuple[str, ...]
+    leaves: str
+    after: tuple[str, ...] = ()
+
+
+def steps(config: ConfigDict) -> list[Step]:
+    """The whole chain of a config, the steps of the config it starts from included."""
+    root, data = Path(config.root), Path(config.data.path)
+    chain, records = [], ()
+    if config.embedded and data == root / "records":
+        chain += _embedded_corpus(config, root)
+        records = ("records",)
+    python = ("python", "-m")
+    overrides = () if data == root / "records" else (f"--config.data.path={data}",)
+    name = f"{config.model}"
+    chain.append(
+        Step(
+            name="sft",
+            says="stage 1, SED: evidence first, then the reasoning",
+            command=(
+                *python,
+                "saber_jax.main",
+                f"--config=configs/sft.py:{name}",
+                f"--config.root={root}",
+                *(overrides if config.stage == "cadpo" else _given()),
+            ),
+            leaves=str(sft_directory(config)),
+            after=records,
+        )
+    )
+    if config.stage == "sft":
+        return chain
+    chain += _preference_stage(config, root, data)
+    return chain + _results(config, root, data)
+
+
+def sft_directory(config: ConfigDict) -> str:
+    return config.workdir if config.stage == "sft" else config.init.checkpoint
+
+
+def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
+    corpus = root / "corpus"
+    return [
+        Step(
+            name="corpus",
+            says="the embedded corpus saber_mini: drawn faces, synthetic voices, known conflicts",
+            command=("python", "-m", "data_prep.corpus", "--out", str(corpus)),
+            leaves=str(corpus),
+        ),
+        Step(
+            name="records",
+            says="clips and annotations -> SABER records and a vocabulary",
+            command=(
+                *("python", "-m", "data_prep.build", "--out", str(root / "records")),
+                *("--clips", str(corpus / "clips"), "--annotations", str(corpus / "annotations")),
+                *("--labels", str(corpus / "labels.jsonl"), *config.sampling),
+            ),
+            leaves=str(root / "records"),
+            after=("corpus",),
+        ),
+    ]
+
+
+def _preference_stage(config: ConfigDict, root: Path, data: Path) -> list[Step]:
+    return [
+        Step(
+            name="pairs",
+            says="preference pairs: what the SED model says with one modality withheld",
+            command=(
+                *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
+                *("--records", str(data), "--split", config.data.split),
+                *("--out", config.data.pairs, *_generation(config)),
+            ),
+            leaves=str(config.data.pairs),
+            after=("sft",),
+        ),
+        Step(
+            name="cadpo",
+            says="stage 2, CA-DPO: prefer the answer that weighs all modalities",
+            command=("python", "-m", "saber_jax.main", f"--config={_config_flag()}", *_given()),
+            leaves=config.workdir,
+            after=("sft", "pairs"),
+        ),
+    ]
+
+
+def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
+    stages = {"sft": config.init.checkpoint, "cadpo": config.workdir}
+    evaluations = [
+        Step(
+            name=f"evaluate_{stage}",
+            says=f"held-out consistent and inconsistent clips, {stage} model",
+            command=(
+                *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
+                *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
+                *("--out", str(root / "eval" / stage), *_generation(config)),
+            ),
+            leaves=str(root / "eval" / stage / "scores.json"),
+            after=(stage,),
+        )
+        for stage, checkpoint in stages.items()
+    ]
+    export = Step(
+        name="export",
+        says="the CA-DPO model as a HuggingFace directory",
+        command=(
+            *("python", "-m", "saber_jax.hf.export", "--checkpoint", config.workdir),
+            *("--out", str(root / "hf")),
+        ),
+        leaves=str(root / "hf"),
+        after=("cadpo",),
+    )
+    clips = ("--corpus", str(root / "corpus")) if config.embedded else ()
+    report = Step(
+        name="report",
+        says="one page of what was learnt",
+        command=(
+            *("python", "-m", "saber_jax.evaluation.report", "--out", str(root / "report.html")),
+            *("--sft", stages["sft"], "--cadpo", stages["cadpo"], "--pairs", config.data.pairs),
+            *("--sft_scores", str(root / "eval/sft"), "--cadpo_scores", str(root / "eval/cadpo")),
+            *clips,
+        ),
+        leaves=str(root / "report.html"),
+        after=("evaluate_sft", "evaluate_cadpo"),
+    )
+    return [*evaluations, export, report]
+
+
+def _generation(config: ConfigDict) -> tuple[str, ...]:
+    g = config.generation
+    return ("--batch_size", str(g.batch_size), "--max_new_tokens", str(g.max_new_tokens))
+
+
+def _config_flag() -> str:
+    return next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
+
+
+def _given() -> tuple[str, ...]:
+    """The settings typed by whoever called; they belong to the stage that was named."""
+    return tuple(argument for argument in sys.argv[1:] if argument.startswith("--config."))
+
+
+def run(chain: list[Step], root: Path) -> None:
+    """Runs what is missing. Exits with the failing step's status, saying how to go on."""
+    began, ran = time.perf_counter(), 0
+    stamps: dict[str, str] = {}
+    for number, step in enumerate(chain, start=1):
+        stamp = hashlib.sha256(
+            json.dumps([step.command, [stamps.get(name) for name in step.after]]).encode()
+        ).hexdigest()[:16]
+        stamps[step.name] = stamp
+        done = root / "done" / f"{step.name}.json"
+        title = f"[{number}/{len(chain)}] {step.name}"
+        if done.exists() and json.loads(done.read_text())["stamp"] == stamp:
+            print(f"{title}: done, see {step.leaves}", flush=True)
+            continue
+        print(f"\n{title}: {step.says}\n  $ {shlex.join(step.command)}", flush=True)
+        clock = time.perf_counter()
+        status = subprocess.run([sys.executable, *step.command[1:]], check=False).returncode
+        if status:
+            print(
+                f"{title}: failed with status {status} (see above). When that is mended, the same "
+                "command goes on from here.",
+                file=sys.stderr,
+            )
+            sys.exit(status if status > 0 else 1)
+        seconds, ran = time.perf_counter() - clock, ran + 1
+        _write(done, {"stamp": stamp, "command": step.command, "seconds": round(seconds, 1)})
+        print(f"{title}: took {seconds:.0f} s, left {step.leaves}", flush=True)
+    total = time.perf_counter() - began
+    what = f"{ran} steps run in {total:.0f} s" if ran else "nothing left to do"
+    print(f"\nAll {len(chain)} steps are done ({what}). Look at {chain[-1].leaves}", flush=True)
+
+
+def _write(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def refuse_hopeless(config: ConfigDict) -> None:
+    """Before hours of preparation: is there an accelerator, and is there data?"""
+    if config.embedded:
+        return
+    probe = "import jax, sys; sys.exit(jax.default_backend() == 'cpu')"
+    # In a process of its own, because whoever asks for the TPU keeps it from the training step.
+    if subprocess.run([sys.executable, "-c", probe], check=False).returncode:
+        sys.exit(
+            f"launch/tpu_run.sh: {config.model} needs TPUs or GPUs and this machine has only a "
+            "CPU. Run it on a pod (README, `On a pod`); here there is "
+            f"launch/tpu_run.sh configs/{config.stage}.py:tiny"
+        )
+    if not Path(config.data.path).exists():
+        sys.exit(
+            f"launch/tpu_run.sh: no records at {config.data.path}. Build them with python -m "
+            f"data_prep.build --clips DIR --annotations DIR --out {config.data.path}"
+        )
+
+
+def main(argv: list[str]) -> None:
+    config = CONFIG.value
+    if len(argv) > 1:
+        sys.exit(f"launch/tpu_run.sh: unexpected {argv[1:]}; settings look like --config.seed=1")
+    refuse_hopeless(config)
+    run(steps(config), Path(config.root))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

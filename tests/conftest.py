@@ -1,0 +1,18 @@
+import os
+
+# Set before jax is imported: eight devices, so that sharding is tested and not assumed.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import pytest
+
+from saber_jax.data.tokenizer import Tokenizer
+from tests import synthetic
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The vocabulary of tests/synthetic.py."""
+    return synthetic.tokenizer(tmp_path_factory.mktemp("vocabulary"))

@@ -1,0 +1,120 @@
+"""Which examples share a row, and how the row is laid out."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from saber_jax.data.packing import Budget, pack_rows, plan_rows
+from saber_jax.data.transforms import common_prefix, encode_record, size_of
+from tests import synthetic
+
+BUDGET = Budget(length=400, patches=288, chunks=2, targets=256, segments=4)
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    """Two responses that begin alike: the first section and a half."""
+    chosen = "[video_desc] a calm room\n[facial_exp_desc] the person smiles slowly"
+    rejected = "[video_desc] a calm room\n[facial_exp_desc] the red room"
+    return encode_record(synthetic.record(1), tokenizer, responses=(chosen, rejected))
+
+
+def random_sizes(n: int, rng: np.random.Generator) -> np.ndarray:
+    text = rng.integers(20, 200, n)
+    return np.stack([text, 0 * text, rng.integers(1, 9, n) * 16, 0 * text + 1, text // 2], 1)
+
+
+def test_every_example_lands_in_exactly_one_row():
+    rng = np.random.default_rng(0)
+    sizes = random_sizes(500, rng)
+    rows = plan_rows(sizes, rng.permutation(500), BUDGET)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+
+
+def test_no_row_exceeds_any_budget():
+    rng = np.random.default_rng(1)
+    sizes = random_sizes(300, rng)
+    for row in plan_rows(sizes, np.arange(300), BUDGET):
+        text, _, patches, chunks, targets = sizes[row].sum(0)
+        assert text <= 400 and patches <= 288 and chunks <= 2 and targets <= 256
+        assert len(row) <= BUDGET.segments
+
+
+def test_plan_is_a_function_of_its_arguments_alone():
+    sizes = random_sizes(200, np.random.default_rng(2))
+    order = np.random.default_rng(3).permutation(200)
+    assert plan_rows(sizes, order, BUDGET) == plan_rows(sizes.copy(), order.copy(), BUDGET)
+
+
+def test_best_fit_beats_one_example_per_row():
+    sizes = random_sizes(400, np.random.default_rng(4))
+    wide = dataclasses.replace(
+        BUDGET, length=1000, patches=2000, chunks=64, targets=999, segments=64
+    )
+    rows = plan_rows(sizes, np.arange(400), wide)
+    assert sizes[:, 0].sum() / (len(rows) * wide.length) > 0.9
+
+
+def test_an_example_larger_than_a_row_is_refused_with_its_size():
+    sizes = np.array([[10, 0, 4, 1, 5], [10, 0, 999, 1, 5]])
+    with pytest.raises(ValueError, match=r"index 1.*999.*288"):
+        plan_rows(sizes, np.arange(2), BUDGET)
+
+
+def test_row_of_two_examples_is_laid_out_as_drawn(tokenizer):
+    examples = [encode_record(synthetic.record(i, words=3), tokenizer) for i in (1, 2)]
+    budget = dataclasses.replace(BUDGET, length=600)
+    batch = pack_rows([examples], budget)
+    first, second = (size_of(example) for example in examples)
+    segments = batch["segments"][0]
+    assert (segments[: first.text] == 1).all()
+    assert (segments[first.text : first.text + second.text] == 2).all()
+    assert (segments[first.text + second.text :] == 0).all()
+    # The second example's positions start again: nothing leaks from its neighbour.
+    np.testing.assert_array_equal(batch["positions"][0, :, first.text], [0, 0, 0])
+
+
+def test_each_target_is_the_token_after_its_source(tokenizer):
+    examples = [encode_record(synthetic.record(i, words=3), tokenizer) for i in (1, 2)]
+    batch = pack_rows([examples], dataclasses.replace(BUDGET, length=600))
+    row = {key: value[0] for key, value in batch.items()}
+    used = row["target_weights"] > 0
+    np.testing.assert_array_equal(
+        row["tokens"][row["target_source"][used] + 1], row["target_tokens"][used]
+    )
+    assert used.sum() == sum(len(e.responses[0].tokens) for e in examples)
+
+
+def test_media_slots_point_at_their_own_media(tokenizer):
+    examples = [encode_record(synthetic.record(i, words=2), tokenizer) for i in (1, 2)]
+    batch = pack_rows([examples], dataclasses.replace(BUDGET, length=600))
+    index, segments = batch["media_index"][0], batch["segments"][0]
+    units = BUDGET.patches // 4
+    vision = [index[(segments == s) & (index >= 0) & (index < units)] for s in (1, 2)]
+    audio = [index[(segments == s) & (index >= units)] - units for s in (1, 2)]
+    assert sorted(vision[0]) == list(range(18)) and sorted(vision[1]) == list(range(18, 36))
+    assert audio[0].max() < 50 <= audio[1].min() < 100
+    assert set(audio[1] - 50) == set(audio[0])
+
+
+def test_pair_row_is_laid_out_as_drawn(pair):
+    budget = Budget(length=200, response=40, patches=72, chunks=1, targets=128, segments=2)
+    row = {key: value[0] for key, value in pack_rows([[pair]], budget).items()}
+    prompt = len(pair.prompt.tokens)
+    chosen, rejected = (response.tokens for response in pair.responses)
+    shared = common_prefix(chosen, rejected)
+    assert shared > 5
+    assert (row["branch"][:200] == 0).all()
+    np.testing.assert_array_equal(row["tokens"][prompt : prompt + shared], chosen[:shared])
+    np.testing.assert_array_equal(row["tokens"][200 : 200 + len(chosen) - shared], chosen[shared:])
+    np.testing.assert_array_equal(
+        row["tokens"][240 : 240 + len(rejected) - shared], rejected[shared:]
+    )
+    # Both branches go on from the same position and from the same slot.
+    np.testing.assert_array_equal(row["positions"][:, 200], row["positions"][:, 240])
+    np.testing.assert_array_equal(
+        row["positions"][:, 200], row["positions"][:, prompt + shared - 1] + 1
+    )
+    first = {b: row["target_source"][row["target_branch"] == b][0] for b in (1, 2)}
+    assert first == {1: prompt + shared - 1, 2: prompt + shared - 1}

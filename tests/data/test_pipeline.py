@@ -1,0 +1,95 @@
+"""The order of batches, resuming, and what a broken record does."""
+
+import numpy as np
+import pytest
+
+from saber_jax.data import pipeline
+from saber_jax.data.packing import Budget
+from saber_jax.data.pairs import Pair
+from saber_jax.data.transforms import size_of
+from tests import synthetic
+
+BUDGET = Budget(length=640, patches=216, chunks=3, targets=384, segments=3)
+
+
+class Source:
+    """A RecordSource of made-up records, one of which may be broken."""
+
+    path, split = "made-up", "train"
+
+    def __init__(self, count: int, broken: int | None = None):
+        self._count, self._broken = count, broken
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int):
+        if index == self._broken:
+            raise OSError("bad block")
+        return synthetic.record(index, words=3)
+
+    def index(self, clip_id: str) -> int:
+        return int(clip_id.removeprefix("clip"))
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    return pipeline.Examples(Source(17), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def plan(examples, tmp_path_factory):
+    sizes, _ = pipeline.measure(examples, tmp_path_factory.mktemp("sizes") / "sizes.npz")
+    return pipeline.Plan(sizes, BUDGET, seed=3)
+
+
+def batches(examples, plan, *, steps: int, start: int = 0, threads: int = 2):
+    rows = [plan.row(i) for i in range(2 * steps)]
+    host = pipeline.HostBatches(examples, rows, plan.budget, 2, start)
+    return list(pipeline.stream(host, threads=threads))
+
+
+def test_an_epoch_visits_every_example_once_and_the_next_in_another_order(plan):
+    rows = plan.rows_per_epoch
+    first, second = (
+        [i for r in range(epoch * rows, (epoch + 1) * rows) for i in plan.row(r)]
+        for epoch in (0, 1)
+    )
+    assert sorted(first) == list(range(17))
+    assert first != second
+
+
+def test_resumed_stream_repeats_the_uninterrupted_one_bit_for_bit(examples, plan):
+    whole = batches(examples, plan, steps=6)
+    rest = batches(examples, plan, steps=6, start=4, threads=1)
+    assert len(whole) == 6 and len(rest) == 2
+    for expected, got in zip(whole[4:], rest, strict=True):
+        for key in expected:
+            np.testing.assert_array_equal(expected[key], got[key], err_msg=key)
+
+
+def test_measured_sizes_survive_in_the_cache(examples, tmp_path):
+    sizes, counts = pipeline.measure(examples, tmp_path / "sizes.npz")
+    again, counts_again = pipeline.measure(None, tmp_path / "sizes.npz")
+    np.testing.assert_array_equal(sizes, again)
+    assert counts == counts_again
+    assert sum(counts.values()) == sizes[:, 4].sum()
+    assert sizes[0].tolist()[0] == size_of(examples[0]).text
+
+
+def test_a_broken_record_is_named_and_ends_the_stream(tokenizer, plan):
+    broken = pipeline.Examples(Source(17, broken=5), tokenizer)
+    with pytest.raises(RuntimeError, match=r"Record 5 of split 'train' in made-up.*bad block"):
+        batches(broken, plan, steps=6)
+
+
+def test_pairs_are_joined_to_their_clips_and_carry_their_references(tokenizer):
+    pair = Pair(clip_id="clip7", chosen="[video_desc] a room", rejected="[video_desc] a person")
+    examples = pipeline.Examples(Source(9), tokenizer, [pair])
+    assert len(examples) == 1 and examples[0].clip_id == "clip7"
+    scored = examples.with_references(np.array([[-3.0, -5.0]], np.float32))
+    assert scored[0].reference == (-3.0, -5.0) and examples[0].reference == (0.0, 0.0)
+
+
+def test_unigram_entropy_of_a_fair_coin_is_log_two():
+    assert pipeline.unigram_entropy({4: 10, 9: 10}) == pytest.approx(np.log(2))

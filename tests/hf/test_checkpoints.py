@@ -1,0 +1,240 @@
+"""Checkpoint directories: export and load are inverse, and everything wrong is refused at once."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from saber_jax.data.sed import heading
+from saber_jax.data.tokenizer import SPECIALS, train_sentencepiece
+from saber_jax.hf import export, load
+from saber_jax.hf.config import from_hf, to_hf
+from saber_jax.hf.tokenizer import convert
+from saber_jax.models import saber
+from saber_jax.models.config import saber_config
+from tests.models.batches import CONFIG
+
+TEXTS = [
+    "A woman smiles, but her voice trembles.\nShe looks away.",
+    "  two  spaces, a tab\tand an emoji 😀 ",
+    "他说他很开心，可是声音里有悲伤。",
+    f"<|im_start|>user\n<|AUDIO|>hello<|im_end|>\n{heading('video_desc')} a man laughs",
+]
+
+
+@pytest.fixture(scope="module")
+def params():
+    draw = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), saber.abstract(CONFIG)
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    out = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+    headings = [heading("video_desc")]
+    return train_sentencepiece(TEXTS * 20, out, vocab_size=380, symbols=headings)
+
+
+@pytest.fixture(scope="module")
+def exported(params, tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "hf"
+    export.export(params, CONFIG, out, tokenizer)
+    return out
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """An export that a test may damage."""
+    return shutil.copytree(exported, tmp_path / "hf")
+
+
+def equal(got, want):
+    saber.check_tree(want, got)
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), got, want)))
+
+
+@pytest.mark.parametrize("name", ["tiny", "3b", "7b"])
+def test_config_json_survives(name):
+    config = saber_config(name)
+    assert from_hf(json.loads(json.dumps(to_hf(config, dtype="float32")))) == config
+
+
+def test_both_places_of_the_rotary_settings_are_read():
+    config = to_hf(CONFIG, dtype="float32")
+    text = config["text_config"]
+    del text["rope_scaling"]
+    text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "mrope_section": [2, 3, 3]}
+    assert from_hf(config) == CONFIG
+
+
+def test_export_then_load_is_bit_identical(params, exported):
+    loaded, config = load.load_params(exported)
+    assert config == CONFIG
+    assert equal(loaded, params)
+
+
+def test_shards_and_the_omni_layout_load_alike(params, exported, tmp_path):
+    out = tmp_path / "sharded"
+    export.export(params, CONFIG, out, shard_bytes=300_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert equal(load.load_params(out)[0], params)
+    omni = tmp_path / "omni"
+    omni.mkdir()
+    config = json.loads((exported / "config.json").read_text())
+    (omni / "config.json").write_text(json.dumps({"thinker_config": config}))
+    weights = {f"thinker.{n}": w for n, w in load_file(exported / "model.safetensors").items()}
+    weights["talker.x"] = weights["token2wav.y"] = np.zeros(2, np.float32)
+    save_file(weights, omni / "model.safetensors")
+    assert equal(load.load_params(omni)[0], params)
+
+
+def test_bfloat16_export_rounds_once(params, tmp_path):
+    export.export(params, CONFIG, tmp_path / "hf", dtype="bfloat16")
+    loaded, _ = load.load_params(tmp_path / "hf")
+    rounded = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float32), params)
+    assert equal(loaded, rounded)
+
+
+def test_a_tied_head_is_the_embedding(copy):
+    rewrite(copy, lambda weights: weights.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="missing lm_head.weight"):
+        load.load_params(copy)
+    edit(
+        copy / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=True)
+    )
+    text = load.load_params(copy)[0]["text"]
+    np.testing.assert_array_equal(text["lm_head"], text["embed"].T)
+
+
+def rewrite(directory, change):
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refusal(directory) -> str:
+    with pytest.raises(ValueError) as error:
+        load.load_params(directory)
+    return str(error.value)
+
+
+def test_every_wrong_tensor_is_listed_in_one_error(copy):
+    def change(weights):
+        weights["visual.merger.mlp.1.weight"] = weights.pop("visual.merger.mlp.0.weight")
+        weights["model.norm.weight"] = np.zeros(7, np.float32)
+        weights["audio_tower.proj.bias"] = np.zeros(48, np.int8)
+
+    rewrite(copy, change)
+    message = refusal(copy)
+    assert "4 problems" in message
+    assert "missing visual.merger.mlp.0.weight (128, 128)" in message
+    assert "unexpected visual.merger.mlp.1.weight" in message
+    assert "model.norm.weight: expected shape (48,), got (7,)" in message
+    assert "audio_tower.proj.bias: expected dtype F32, F16, BF16, got I8" in message
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1])
+def test_a_truncated_file_is_refused(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    message = refusal(copy)
+    assert "model.safetensors is truncated" in message and "missing" not in message
+
+
+def test_a_damaged_header_is_refused(copy):
+    path = copy / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:12] = b"\xff\xfe{{"
+    path.write_bytes(data)
+    assert "model.safetensors has a damaged header" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("../secret.safetensors", "points outside the directory: '../secret.safetensors'"),
+        ("/etc/passwd", "points outside the directory: '/etc/passwd'"),
+        ("pytorch_model.bin", "only .safetensors is read, never pickles"),
+        ("gone.safetensors", "shard gone.safetensors does not exist"),
+    ],
+)
+def test_an_index_must_name_safetensors_inside_the_directory(copy, target, message):
+    names = list(load_file(copy / "model.safetensors"))
+    places = {name: "model.safetensors" for name in names} | {names[0]: target}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert message in refusal(copy)
+
+
+def test_an_index_that_is_none_and_one_that_lies_are_refused(copy):
+    index = copy / "model.safetensors.index.json"
+    index.write_text("[]")
+    assert "is not an index" in refusal(copy)
+    names = list(load_file(copy / "model.safetensors"))
+    places = {name: "model.safetensors" for name in [*names, "model.extra"]}
+    index.write_text(json.dumps({"weight_map": places}))
+    assert "model.extra is not in model.safetensors, where the index puts it" in refusal(copy)
+
+
+def test_pickles_are_refused(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "pickles, which can run any code" in refusal(copy)
+
+
+def test_unsupported_settings_are_listed_together_with_broken_files(copy):
+    def change(config):
+        config["text_config"]["use_sliding_window"] = True
+        config["text_config"]["rope_scaling"]["rope_type"] = "yarn"
+        del config["vision_config"]["hidden_size"]
+
+    edit(copy / "config.json", change)
+    (copy / "model.safetensors").unlink()
+    message = refusal(copy)
+    assert "use_sliding_window must be False, got True" in message
+    assert "rope_type must be 'default', got 'yarn'" in message
+    assert "vision_config.hidden_size is missing" in message
+    assert "no model.safetensors" in message
+
+
+def test_a_directory_without_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="it has no config.json"):
+        load.load_params(tmp_path)
+
+
+def test_export_replaces_an_export_but_no_other_directory(params, copy):
+    export.export(params, CONFIG, copy)
+    assert not (copy / "tokenizer.json").exists()
+    (copy / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="thesis.txt"):
+        export.export(params, CONFIG, copy)
+    assert (copy / "thesis.txt").exists()
+
+
+def test_export_refuses_what_does_not_fit_and_leaves_nothing(params, tmp_path):
+    with pytest.raises(ValueError, match="missing text/norm"):
+        wrong = params | {"text": {k: v for k, v in params["text"].items() if k != "norm"}}
+        export.export(wrong, CONFIG, tmp_path / "hf")
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'int4'"):
+        export.export(params, CONFIG, tmp_path / "hf", dtype="int4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *SPECIALS, "[video_desc]", "unseen wörds ∑ 龘", ""])
+def test_the_converted_tokenizer_gives_the_same_ids_and_text(tokenizer, exported, text):
+    converted = convert(tokenizer.path)
+    ids = tokenizer.encode(text)
+    assert converted.encode(text, add_special_tokens=False).ids == ids
+    assert converted.decode(ids, skip_special_tokens=False) == text
+    assert (exported / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()

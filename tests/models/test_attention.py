@@ -1,0 +1,63 @@
+"""attend() against a loop, and its blocked form against the dense one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saber_jax.models.layers import attend, attend_nearby, scan_layers
+from saber_jax.models.masks import packed_text, same_segment
+
+
+def random(shape, seed):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_query_heads_share_kv_heads_in_order():
+    q, k, v = random((2, 5, 6, 4), 0), random((2, 5, 3, 4), 1), random((2, 5, 3, 4), 2)
+    segments = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
+    got = attend(q, k, v, packed_text(segments, np.zeros_like(segments)))
+    for row, i, head in [(0, 0, 0), (0, 2, 1), (0, 4, 5), (1, 3, 2), (1, 1, 4)]:
+        seen = [j for j in range(i + 1) if segments[row, j] == segments[row, i]]
+        scores = np.array([q[row, i, head] @ k[row, j, head // 2] for j in seen]) / 2
+        weights = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(
+            got[row, i, head], weights @ v[row, seen, head // 2], rtol=2e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("length", [24, 29])
+def test_nearby_attention_equals_dense_attention(length):
+    lengths = [5, 1, 6, 6, 3]
+    segments = np.repeat([1, 2, 3, 4, 5], lengths)
+    segments = np.pad(segments, (0, length - len(segments)))[None]
+    q, k, v = (random((1, length, 2, 4), seed) for seed in range(3))
+    real = segments[0] > 0
+
+    def loss(q, k, v, form):
+        out = form(q, k, v)[:, real]
+        return (out**2).sum(), out
+
+    def both(form):
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, form=form), (0, 1, 2), True))
+        (_, out), gradients = run(q, k, v)
+        return [out, *gradients]
+
+    got = both(lambda q, k, v: attend_nearby(q, k, v, segments, 6))
+    want = both(lambda q, k, v: attend(q, k, v, same_segment(segments)))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    q = k = v = random((1, 3, 1, 4), 0)
+    segments = np.zeros((1, 3), np.int32)
+    value, gradient = jax.value_and_grad(lambda q: attend(q, k, v, same_segment(segments)).sum())(q)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_an_unknown_remat_is_refused():
+    with pytest.raises(ValueError, match=r'"none" or "layer", got \'all\''):
+        scan_layers(lambda x, _: (x, None), jnp.zeros(1), jnp.zeros(2), remat="all")
