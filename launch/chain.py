@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import app
 from ml_collections import ConfigDict
 
+from configs import sft
 from configs.command_line import CONFIG, parse_flags
 
 
@@ -33,39 +34,45 @@ class Step:
     after: tuple[str, ...] = ()
 
 
-def steps(config: ConfigDict) -> list[Step]:
-    """The whole chain of a config, the steps of the config it starts from included."""
+def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:
+    """The whole chain of config `name`, the steps of the config it starts from included.
+
+    `settings` are the `--config.key=value` that were typed; they belong to the stage named.
+    """
     root, data = Path(config.root), Path(config.data.path)
-    chain, records = [], ()
-    if config.embedded and data == root / "records":
-        chain += _embedded_corpus(config, root)
-        records = ("records",)
-    python = ("python", "-m")
-    overrides = () if data == root / "records" else (f"--config.data.path={data}",)
-    name = f"{config.model}"
-    chain.append(
-        Step(
-            name="sft",
-            says="stage 1, SED: evidence first, then the reasoning",
-            command=(
-                *python,
-                "saber_jax.main",
-                f"--config=configs/sft.py:{name}",
-                f"--config.root={root}",
-                *(overrides if config.stage == "cadpo" else _given()),
-            ),
-            leaves=str(sft_directory(config)),
-            after=records,
-        )
-    )
+    own_records = data != root / "records"
+    chain = [] if own_records or not config.embedded else _embedded_corpus(config, root)
+    after = ("records",) if chain else ()
     if config.stage == "sft":
-        return chain
-    chain += _preference_stage(config, root, data)
-    return chain + _results(config, root, data)
+        return [*chain, _train(config, name, settings, after)]
+    inherited = (f"--config.root={root}", *([f"--config.data.path={data}"] if own_records else []))
+    start = sft.get_config(config.model)
+    start.root = config.root
+    return [
+        *chain,
+        _train(start, f"configs/sft.py:{config.model}", inherited, after),
+        _pairs(config, data),
+        _train(config, name, settings, ("sft", "pairs")),
+        *_results(config, root, data),
+    ]
 
 
-def sft_directory(config: ConfigDict) -> str:
-    return config.workdir if config.stage == "sft" else config.init.checkpoint
+STAGES = {
+    "sft": "stage 1, SED: evidence first, then the reasoning",
+    "cadpo": "stage 2, CA-DPO: prefer the answer that weighs all modalities",
+}
+
+
+def _train(
+    config: ConfigDict, name: str, settings: tuple[str, ...], after: tuple[str, ...]
+) -> Step:
+    return Step(
+        name=config.stage,
+        says=STAGES[config.stage],
+        command=("python", "-m", "saber_jax.main", f"--config={name}", *settings),
+        leaves=config.workdir,
+        after=after,
+    )
 
 
 def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
@@ -91,27 +98,18 @@ def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
     ]
 
 
-def _preference_stage(config: ConfigDict, root: Path, data: Path) -> list[Step]:
-    return [
-        Step(
-            name="pairs",
-            says="preference pairs: what the SED model says with one modality withheld",
-            command=(
-                *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
-                *("--records", str(data), "--split", config.data.split),
-                *("--out", config.data.pairs, *_generation(config)),
-            ),
-            leaves=str(config.data.pairs),
-            after=("sft",),
+def _pairs(config: ConfigDict, data: Path) -> Step:
+    return Step(
+        name="pairs",
+        says="preference pairs: what the SED model says with one modality withheld",
+        command=(
+            *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
+            *("--records", str(data), "--split", config.data.split),
+            *("--out", config.data.pairs, *_generation(config)),
         ),
-        Step(
-            name="cadpo",
-            says="stage 2, CA-DPO: prefer the answer that weighs all modalities",
-            command=("python", "-m", "saber_jax.main", f"--config={_config_flag()}", *_given()),
-            leaves=config.workdir,
-            after=("sft", "pairs"),
-        ),
-    ]
+        leaves=config.data.pairs,
+        after=("sft",),
+    )
 
 
 def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
@@ -159,15 +157,6 @@ def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
 def _generation(config: ConfigDict) -> tuple[str, ...]:
     g = config.generation
     return ("--batch_size", str(g.batch_size), "--max_new_tokens", str(g.max_new_tokens))
-
-
-def _config_flag() -> str:
-    return next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
-
-
-def _given() -> tuple[str, ...]:
-    """The settings typed by whoever called; they belong to the stage that was named."""
-    return tuple(argument for argument in sys.argv[1:] if argument.startswith("--config."))
 
 
 def run(chain: list[Step], root: Path) -> None:
@@ -233,7 +222,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"launch/tpu_run.sh: unexpected {argv[1:]}; settings look like --config.seed=1")
     refuse_hopeless(config)
-    run(steps(config), Path(config.root))
+    name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
+    settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))
+    run(steps(config, name, settings), Path(config.root))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """config.json of the Qwen2.5-Omni thinker against SaberConfig, both ways."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,7 +96,14 @@ def from_hf(config: Mapping[str, Any]) -> SaberConfig:
                 got = sections[section][key]
                 problems.append(f"{section}.{key} must be {value!r}, got {got!r}")
     rope, rope_problems = _rope(sections["text_config"])
+    tokens = _tokens(config)
+    vocab = sections["text_config"].get("vocab_size", math.inf)
     problems += rope_problems
+    problems += [
+        f"{TOKENS[name]} {value} is outside the vocabulary of {vocab}"
+        for name, value in dataclasses.asdict(tokens).items()
+        if not 0 <= value < vocab
+    ]
     if problems:
         raise ValueError("config.json is not one of a Qwen2.5-Omni thinker: " + "; ".join(problems))
     text = sections["text_config"]
@@ -106,7 +115,7 @@ def from_hf(config: Mapping[str, Any]) -> SaberConfig:
         text=TextConfig(head_dim=head_dim, **rope, **picked["text_config"]),
         vision=VisionConfig(**vision),
         audio=AudioConfig(**picked["audio_config"]),
-        tokens=_tokens(config),
+        tokens=tokens,
         positions_per_second=config.get("position_id_per_seconds", 25),
         seconds_per_chunk=config.get("seconds_per_chunk", 2),
     )

@@ -3,10 +3,9 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
+import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from saber_jax.data.tokenizer import SPACE, SPECIALS, SentencePieceTokenizer, Tokenizer
@@ -48,26 +47,43 @@ def convert(path: Path) -> tokenizers.Tokenizer:
 
     Raises ValueError for a SentencePiece model of another kind than the ones trained here.
     """
-    generated: Any = sentencepiece_model_pb2  # Type checkers see no names in it.
-    proto = generated.ModelProto.FromString(path.read_bytes())
-    trainer, kinds = proto.trainer_spec, generated.ModelProto.SentencePiece
-    if trainer.model_type != trainer.UNIGRAM or not trainer.byte_fallback:
-        raise ValueError(f"{path} must be a unigram model with byte fallback to be converted.")
-    learned = [p.score for p in proto.pieces if p.type == kinds.NORMAL]
-    # Bytes and unused ids must not win over learned pieces, nor lower the cost of the unknown.
-    lowest = min(learned)
-    scores = [
-        (piece.piece, piece.score if piece.type == kinds.NORMAL else lowest)
-        for piece in proto.pieces
-    ]
-    model = models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=True)
+    source = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    pieces = [source.id_to_piece(token) for token in range(source.vocab_size())]
+    first_byte = source.piece_to_id("<0x00>")
+    symbols = pieces[1:first_byte]
+    learned = [p for i, p in enumerate(pieces) if i >= first_byte + 256 and not source.is_unused(i)]
+    ranks = [-source.get_score(source.piece_to_id(piece)) for piece in learned]
+    if not source.is_byte(first_byte) or ranks != list(range(len(learned))):
+        raise ValueError(
+            f"{path} is not a byte-pair vocabulary with byte fallback, as data_prep.build trains "
+            "them. Use such a one, or give a tokenizer.json."
+        )
+    model = models.BPE(
+        vocab={piece: token for token, piece in enumerate(pieces)},
+        merges=_merges(learned),
+        unk_token=pieces[0],
+        byte_fallback=True,
+    )
     converted = tokenizers.Tokenizer(model)
     converted.normalizer = normalizers.Replace(" ", SPACE)
     converted.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    symbols = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
     for symbol in symbols:
         added = AddedToken(symbol, normalized=False, special=symbol in SPECIALS)
         (converted.add_special_tokens if added.special else converted.add_tokens)([added])
     return converted
+
+
+def _merges(learned: list[str]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, the earliest learned first.
+
+    SentencePiece stores no merges: it joins whatever gives the best-ranked piece.
+    """
+    known = set(learned)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in learned
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]

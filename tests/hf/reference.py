@@ -39,6 +39,9 @@ def thinker(seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
 def _config() -> dict:
     text, vision, audio, ids = CONFIG.text, CONFIG.vision, CONFIG.audio, CONFIG.tokens
     return {
+        "pad_token_id": ids.pad,
+        "bos_token_id": ids.im_start,
+        "eos_token_id": ids.eos,
         "audio_token_index": ids.audio,
         "image_token_index": ids.image,
         "video_token_index": ids.video,

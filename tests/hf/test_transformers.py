@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+import transformers
 
 from saber_jax.data.tokenizer import train_sentencepiece
 from saber_jax.hf import names

@@ -25,7 +25,7 @@ def test_packed_text_is_the_drawing():
     segments = jnp.array([[1, 1, 1, 1, 1, 1, 2, 2, 0]])
     branch = jnp.array([[0, 0, 1, 1, 2, 2, 0, 1, 0]])
     want = drawing(masks.packed_text, "sees")
-    assert want.shape == (9, 9) and want.sum() == 18
+    assert want.shape == (9, 9) and want.sum() == 20
     np.testing.assert_array_equal(masks.packed_text(segments, branch).dense()[0], want)
 
 

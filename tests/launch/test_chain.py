@@ -1,0 +1,71 @@
+"""The chain runs what is missing, in order, and says how to go on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import cadpo
+from launch import chain
+
+
+def step(name: str, code: str, after: tuple[str, ...] = ()) -> chain.Step:
+    return chain.Step(
+        name=name, says="a test", command=("python", "-c", code), leaves="nothing", after=after
+    )
+
+
+def appending(log: Path, word: str) -> str:
+    return f"open({str(log)!r}, 'a').write({word!r} + ' ')"
+
+
+def test_steps_run_once_and_in_order(tmp_path, capfd):
+    log = tmp_path / "log"
+    links = [step("a", appending(log, "a")), step("b", appending(log, "b"), ("a",))]
+    chain.run(links, tmp_path)
+    chain.run(links, tmp_path)
+    assert log.read_text().split() == ["a", "b"]
+    assert "nothing left to do" in capfd.readouterr().out
+
+
+def test_a_failing_step_ends_the_chain_with_its_status_and_is_run_again(tmp_path, capfd):
+    log = tmp_path / "log"
+    first = step("a", appending(log, "a"))
+    with pytest.raises(SystemExit) as failure:
+        chain.run([first, step("b", "raise SystemExit(7)", ("a",))], tmp_path)
+    assert failure.value.code == 7
+    assert "goes on from here" in capfd.readouterr().err
+    chain.run([first, step("b", appending(log, "b"), ("a",))], tmp_path)
+    assert log.read_text().split() == ["a", "b"]
+
+
+def test_a_changed_step_is_run_again_with_everything_that_stands_on_it(tmp_path):
+    log = tmp_path / "log"
+    rest = [step("b", appending(log, "b"), ("a",)), step("c", appending(log, "c"))]
+    chain.run([step("a", appending(log, "a")), *rest], tmp_path)
+    chain.run([step("a", appending(log, "A")), *rest], tmp_path)
+    assert log.read_text().split() == ["a", "b", "c", "A", "b"]
+
+
+def test_the_tiny_chain_goes_from_clips_to_the_report():
+    config = cadpo.get_config("tiny")
+    names = [link.name for link in chain.steps(config, "configs/cadpo.py:tiny", ())]
+    assert names == [
+        *("corpus", "records", "sft", "pairs", "cadpo"),
+        *("evaluate_sft", "evaluate_cadpo", "export", "report"),
+    ]
+
+
+def test_records_of_ones_own_replace_the_embedded_corpus():
+    config = cadpo.get_config("tiny")
+    config.data.path = "/data/mine"
+    links = {s.name: s for s in chain.steps(config, "configs/cadpo.py:tiny", ())}
+    assert "corpus" not in links and "records" not in links
+    assert "--config.data.path=/data/mine" in links["sft"].command
+
+
+def test_every_path_follows_the_root():
+    config = cadpo.get_config("tiny")
+    config.root = "/elsewhere"
+    paths = json.dumps([s.command for s in chain.steps(config, "configs/cadpo.py:tiny", ())])
+    assert "runs/tiny" not in paths and "/elsewhere/cadpo" in paths

@@ -1,0 +1,49 @@
+"""Imports point one way; docs/architecture.md says which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "saber_jax/data": ("saber_jax.models", "saber_jax.train", "saber_jax.hf", "data_prep"),
+    "saber_jax/models": (
+        *("saber_jax.data", "saber_jax.train", "saber_jax.hf", "saber_jax.evaluation"),
+        *("saber_jax.generate", "saber_jax.main", "data_prep", "configs"),
+    ),
+    "saber_jax/train": ("saber_jax.main", "saber_jax.evaluation", "data_prep", "configs"),
+    "saber_jax/hf": ("saber_jax.main", "saber_jax.evaluation", "saber_jax.generate", "data_prep"),
+    "saber_jax/evaluation": ("saber_jax.main", "data_prep", "configs"),
+    "data_prep": ("saber_jax.main", "saber_jax.evaluation", "configs"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_no_import_points_backwards(folder):
+    backwards = [
+        (path.name, name)
+        for path in (ROOT / folder).glob("*.py")
+        for name in imports(path)
+        if name.startswith(FORBIDDEN[folder])
+    ]
+    assert not backwards
+
+
+def test_only_the_pipeline_brings_jax_into_data():
+    importers = {
+        path.name
+        for path in (ROOT / "saber_jax/data").glob("*.py")
+        if any(name.split(".")[0] in ("jax", "flax") for name in imports(path))
+    }
+    assert importers == {"pipeline.py"}
