@@ -27,6 +27,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.data.split = "preference"
     c.data.pairs = root + "/pairs"
+    c.data.withhold = 0.0
     # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
     c.data.length = 640 if tiny else 3072
     c.data.response = 512

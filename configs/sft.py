@@ -43,6 +43,9 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.chunks = 2 if tiny else 16
     c.data.targets = 256 if tiny else 1024
     c.data.segments = 4 if tiny else 16
+    # Share of examples with one modality hidden. A network that starts from nothing has never met
+    # silence or a blank picture; a pretrained one has, and a unimodal prompt finds it prepared.
+    c.data.withhold = 0.2 if tiny else 0.0
     c.data.threads = 1 if tiny else 16
     c.data.workers = 0 if tiny else 4
 

@@ -240,7 +240,10 @@ def _write(
     vocabulary = _vocabulary(ready, arguments, jobs)
     rows = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in refusals]
     (ready / "refused.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    splits = dataset.write(ready, jobs)
+    by_split: dict[str, list[clips.Job]] = {}
+    for job in jobs:
+        by_split.setdefault(job.split, []).append(job)
+    splits = dataset.write(ready, by_split, clips.load_staged)
     targets = [sed.section_of_tokens(vocabulary, sed.target_text(job.annotation)) for job in jobs]
     lengths = sorted(len(ids) for ids, _ in targets)
     return {

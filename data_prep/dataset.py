@@ -2,15 +2,17 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from data_prep import clips
 from saber_jax.data import records
+
+Load = Callable[[Any], records.Record]
 
 
 class Records(tfds.core.GeneratorBasedBuilder):
@@ -22,9 +24,9 @@ class Records(tfds.core.GeneratorBasedBuilder):
     # module and for that needs importlib_resources, which it does not install.
     url_infos = None
 
-    def __init__(self, *, jobs: Mapping[str, list[clips.Job]], **kwargs):
-        """`jobs` maps a split to its decoded clips; the rest goes to the base class."""
-        self._jobs = jobs
+    def __init__(self, *, splits: Mapping[str, Sequence[Any]], load: Load, **kwargs):
+        """`load` turns each item of a split into its record; the rest goes to the base class."""
+        self._splits, self._load = splits, load
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -50,24 +52,23 @@ class Records(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # Everything is on disk already.
-        return {split: self._generate_examples(split) for split in self._jobs}
+        return {split: self._generate_examples(split) for split in self._splits}
 
     def _generate_examples(self, split: str):
-        for job in tqdm(self._jobs[split], desc=f"write {split}", unit="clip"):
-            yield job.clip_id, records.to_example(clips.load_staged(job))
+        for item in tqdm(self._splits[split], desc=f"write {split}", unit="clip"):
+            record = self._load(item)
+            yield record.clip_id, records.to_example(record)
 
 
-def write(directory: Path, jobs: Iterable[clips.Job]) -> dict[str, int]:
+def write(directory: Path, splits: Mapping[str, Sequence[Any]], load: Load) -> dict[str, int]:
     """Writes all splits to `directory`/records/1.0.0 and returns the clips of each.
 
-    Also leaves the sizes of all records beside them, so that training starts at once.
+    `load` turns one item of a split into its record, one at a time. Also leaves the sizes of all
+    records beside them, so that training starts at once.
     """
-    by_split: dict[str, list[clips.Job]] = {}
-    for job in jobs:
-        by_split.setdefault(job.split, []).append(job)
     tfds.disable_progress_bar()  # Its bars count splits and shards; ours count clips.
-    builder = Records(jobs=by_split, data_dir=directory, file_format="array_record")
+    builder = Records(splits=splits, load=load, data_dir=directory, file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ... unknown size".
         builder.download_and_prepare()
-    sources = {split: records.RecordSource(directory, split) for split in sorted(by_split)}
+    sources = {split: records.RecordSource(directory, split) for split in sorted(splits)}
     return {split: len(source.sizes) for split, source in sources.items()}

@@ -6,10 +6,13 @@ Any clip, on the terminal:
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +73,7 @@ class Generator:
         self._max_new_tokens, self._end = max_new_tokens, tokenizer.id("<|im_end|>")
         self._params = jax.tree.map(lambda leaf: jax.device_put(leaf).astype(dtype), params)
         placed = jax.tree.leaves(self._params)[0].sharding
+        self._devices = placed.device_set
         self._rows = self._everywhere = None
         if isinstance(placed, NamedSharding):
             self._rows = sharding.batch_sharding(placed.mesh)
@@ -126,22 +130,38 @@ class Generator:
         sampling: decoding.Sampling = decoding.GREEDY,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[list[str]]:
-        """Answers of batch after batch; the next is read and packed while this one runs.
+        """Answers of batch after batch. Two batches are in work, so that neither host nor device
+        waits; with `on_text`, or with several devices, one.
 
         Batches hold at most `batch_size` records; their sizes should have been reserved.
         """
-        first = 0
-        for rows, batch in _ahead(map(self._pack, batches)):
-            for state in self._run(batch, first, rows, sampling, streaming=on_text is not None):
-                out, step = jax.device_get((state["out"], state["step"]))
-                texts = [self._text(row[:step]) for row in out[:rows]]
-                for row, text in enumerate(texts if on_text else ()):
-                    on_text(first + row, text)
-            first += rows
-            yield texts
+        # Programs with collectives, started from two threads, could wait for each other for ever.
+        alone = on_text is not None or len(self._devices) > 1
+        starts = itertools.count(step=self._batch_size)
+        work = (
+            functools.partial(self._answer, first, batch, sampling, on_text)
+            for first, batch in zip(starts, batches, strict=False)
+        )
+        return _in_flight(work, 1 if alone else 2)
 
-    def _pack(self, records: Sequence[Record]) -> tuple[int, dict[str, np.ndarray]]:
-        """(number of records, packed batch)."""
+    def _answer(
+        self,
+        first: int,
+        records: Sequence[Record],
+        sampling: decoding.Sampling,
+        on_text: Callable[[int, str], None] | None,
+    ) -> list[str]:
+        """Answers one batch, whose first record is number `first`."""
+        batch = self._pack(records)
+        texts: list[str] = []
+        for state in self._run(batch, first, len(records), sampling, streaming=bool(on_text)):
+            out, step = jax.device_get((state["out"], state["step"]))
+            texts = [self._text(row[:step]) for row in out[: len(records)]]
+            for row, text in enumerate(texts if on_text else ()):
+                on_text(first + row, text)
+        return texts
+
+    def _pack(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
         self.reserve(map(size_of, records))
         rows = [
             [transforms.encode_record(record, self._tokenizer, responses=())] for record in records
@@ -149,7 +169,7 @@ class Generator:
         # Repeated, not empty: a row that sees nothing would be one more case to get right.
         rows += [rows[-1]] * (self._batch_size - len(rows))
         batch = packing.pack_rows(rows, self._budget)
-        return len(records), {name: batch[name] for name in INPUTS}
+        return {name: batch[name] for name in INPUTS}
 
     def _run(
         self,
@@ -205,13 +225,19 @@ class Generator:
         return self._tokenizer.decode(tokens[: ended[0]] if len(ended) else tokens)
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before is in use."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item
+def _in_flight(work: Iterable[Callable[[], T]], most: int) -> Iterator[T]:
+    """Results in order, of which up to `most` are being made at any time.
+
+    The first is made alone: what it compiles, the others use.
+    """
+    with ThreadPoolExecutor(max_workers=most) as pool:
+        started: collections.deque[Future[T]] = collections.deque()
+        for position, job in enumerate(work):
+            started.append(pool.submit(job))
+            if position == 0 or len(started) == most:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
 
 
 def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:

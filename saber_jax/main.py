@@ -80,7 +80,7 @@ def train(config: ConfigDict) -> None:
     )
     start, began = int(state.step), time.perf_counter()
     rows = [plan.row(i) for i in range(config.steps * config.data.batch_rows)]
-    batches = global_batches(config, examples, rows, plan.budget, mesh, start)
+    batches = global_batches(config, examples, rows, plan.budget, mesh, start, config.data.withhold)
     writer = MetricsWriter(workdir, start=start)
     state = loop.run(
         state,
@@ -185,7 +185,7 @@ def with_references(
     )
     references = reference_log_probs(
         functools.partial(log_probs, params),
-        global_batches(config, examples, rows, plan.budget, mesh, 0),
+        global_batches(config, examples, rows, plan.budget, mesh, 0, withhold=0.0),
         rows,
         batch_rows=config.data.batch_rows,
         pairs=len(examples),
@@ -195,8 +195,18 @@ def with_references(
     return examples.with_references(references)
 
 
-def global_batches(config: ConfigDict, examples, rows, budget: Budget, mesh: Mesh, start: int):
-    host = pipeline.HostBatches(examples, rows, budget, config.data.batch_rows, start)
+def global_batches(
+    config: ConfigDict, examples, rows, budget: Budget, mesh: Mesh, start: int, withhold: float
+):
+    host = pipeline.HostBatches(
+        examples,
+        rows,
+        budget,
+        config.data.batch_rows,
+        start,
+        withhold=withhold,
+        seed=config.seed,
+    )
     stream = pipeline.stream(host, threads=config.data.threads, workers=config.data.workers)
     place = sharding.batch_sharding(mesh)
     return (pipeline.to_global(batch, place) for batch in stream)

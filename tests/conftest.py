@@ -1,9 +1,9 @@
 import os
 
-# Set before jax is imported: eight devices, so that sharding is tested and not assumed.
+# Set before jax is imported: two devices, so that sharding is tested and not assumed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 )
 
 import pytest

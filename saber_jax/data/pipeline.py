@@ -24,6 +24,7 @@ from saber_jax.data.pairs import Pair
 from saber_jax.data.records import RecordSource
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.transforms import Example, encode_record, size_of
+from saber_jax.data.withhold import MODALITIES, Modality, withhold
 
 
 class Examples:
@@ -45,9 +46,14 @@ class Examples:
 
     def __getitem__(self, index: int) -> Example:
         """Raises RuntimeError naming the record when it cannot be encoded."""
+        return self.encode(index, None)
+
+    def encode(self, index: int, hidden: Modality | None) -> Example:
+        """The example as it is, or with one modality of its clip hidden; its size is the same."""
         position = index if self._indices is None else self._indices[index]
         try:
             record = self._source[position]
+            record = record if hidden is None else withhold(record, hidden)
             if self._pairs is None:
                 return encode_record(record, self._tokenizer)
             pair = self._pairs[index]
@@ -139,14 +145,25 @@ class HostBatches:
     """Grain source whose element s is this host's part of global batch `start + s`."""
 
     def __init__(
-        self, examples: Examples, rows: list[list[int]], budget: Budget, batch_rows: int, start: int
+        self,
+        examples: Examples,
+        rows: list[list[int]],
+        budget: Budget,
+        batch_rows: int,
+        start: int,
+        *,
+        withhold: float = 0.0,
+        seed: int = 0,
     ):
+        """`rows[r]` lists the examples of global row r. Of each example one modality is hidden with
+        probability `withhold`; which one, and whether, depends on `seed` and the row alone."""
         hosts = jax.process_count()
         if batch_rows % hosts:
             raise ValueError(f"config.data.batch_rows={batch_rows} must divide over {hosts} hosts.")
         self._examples, self._budget = examples, budget
         self._rows = rows
         self._batch_rows, self._start = batch_rows, start
+        self._withhold, self._seed = withhold, seed
         self._host, self._host_rows = jax.process_index(), batch_rows // hosts
 
     def __len__(self) -> int:
@@ -155,8 +172,15 @@ class HostBatches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         first = (self._start + index) * self._batch_rows + self._host * self._host_rows
         rows = self._rows[first : first + self._host_rows]
-        rows = rows + [[]] * (self._host_rows - len(rows))
-        return pack_rows([[self._examples[i] for i in row] for row in rows], self._budget)
+        encoded = [self._encoded(first + i, row) for i, row in enumerate(rows)]
+        return pack_rows(encoded + [[]] * (self._host_rows - len(rows)), self._budget)
+
+    def _encoded(self, number: int, row: list[int]) -> list[Example]:
+        rng = np.random.default_rng([self._seed, number])
+        hidden = [
+            MODALITIES[rng.integers(2)] if rng.random() < self._withhold else None for _ in row
+        ]
+        return [self._examples.encode(i, h) for i, h in zip(row, hidden, strict=True)]
 
 
 def stream(

@@ -79,6 +79,19 @@ def test_export_then_load_is_bit_identical(params, exported):
     assert equal(loaded, params)
 
 
+def test_the_commands_load_and_export_without_changing_a_bit(params, exported, tmp_path, capsys):
+    work, again = tmp_path / "work", tmp_path / "again"
+    assert load.main(["--hf_dir", str(exported), "--out", str(work)]) == 0
+    assert load.main(["--hf_dir", str(exported), "--out", str(work)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert export.main(["--checkpoint", str(work), "--out", str(again)]) == 0
+    assert equal(load.load_params(again)[0], params)
+    assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in exported.iterdir())
+    assert export.main(["--checkpoint", str(tmp_path), "--out", str(again)]) == 1
+    assert load.main(["--hf_dir", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
+    assert load.main(["--hf_dir", str(exported), "--out", str(again)]) == 1
+
+
 def test_shards_and_the_omni_layout_load_alike(params, exported, tmp_path):
     out = tmp_path / "sharded"
     export.export(params, CONFIG, out, shard_bytes=300_000)

@@ -140,7 +140,8 @@ def test_merge_undoes_flatten(params):
     jax.tree.map(np.testing.assert_array_equal, merge(flatten(params)), params)
 
 
-def test_sharded_step_equals_the_step_on_one_device(cfg, params, tokenizer):
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_sharded_step_equals_the_step_on_one_device(cfg, params, tokenizer, axis):
     rows = [
         [encode_record(synthetic.record(i), tokenizer, responses=(RESPONSES[i % 2][0],))]
         for i in range(4)
@@ -150,7 +151,7 @@ def test_sharded_step_equals_the_step_on_one_device(cfg, params, tokenizer):
     step = functools.partial(sft_step, cfg=cfg, compute=COMPUTE, tx=tx)
     _, expected_metrics = jax.jit(step)(state_of(params, tx), batch)
 
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, axis: 2})
     shardings = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)
     state = state_of(jax.device_put(params, shardings), tx)
     opt = optimizer_lib.optimizer_shardings(tx, state.trainable, flatten(shardings), mesh)
