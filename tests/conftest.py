@@ -2,8 +2,10 @@ import os
 
 # Set before jax is imported: two devices, so that sharding is tested and not assumed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The suite compiles far more than it computes, so XLA is told not to polish.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2 "
+    "--xla_backend_optimization_level=0"
 )
 
 import pytest

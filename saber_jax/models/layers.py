@@ -88,6 +88,22 @@ def attend(
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
 
 
+def attend_cached(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
+    visible: Visibility,
+) -> Float[Array, "B 1 N H"]:
+    """`attend` of one query per row over a cache."""
+    batch, _, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible.dense()[:, None], scores * head_dim**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", weights, v).reshape(q.shape)
+
+
 def attend_nearby(
     q: Float[Array, "B P N H"],
     k: Float[Array, "B P K H"],

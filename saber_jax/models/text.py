@@ -16,6 +16,7 @@ from saber_jax.models.config import TextConfig
 from saber_jax.models.layers import (
     Remat,
     attend,
+    attend_cached,
     constant,
     project,
     rms_norm,
@@ -28,10 +29,14 @@ from saber_jax.models.positions import Rotary, rotate, text_rotary
 
 
 class Cache(TypedDict):
-    """Keys and values of the tokens read so far, one slot each."""
+    """Keys and values of the tokens read so far, one slot each.
 
-    k: Float[Array, "Y B S K H"]
-    v: Float[Array, "Y B S K H"]
+    Laid out as the two matrix products of one decoding step read them; with slots before heads,
+    XLA on CPUs would transpose the whole cache for every token.
+    """
+
+    k: Float[Array, "Y B K H S"]
+    v: Float[Array, "Y B K S H"]
 
 
 class Attention(nnx.Module):
@@ -105,11 +110,11 @@ class Block(nnx.Module):
         q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
         rows = jnp.arange(len(slots))
         cache = {
-            "k": cache["k"].at[layer, rows, slots].set(k[:, 0]),
-            "v": cache["v"].at[layer, rows, slots].set(v[:, 0]),
+            "k": cache["k"].at[layer, rows, :, :, slots].set(k[:, 0]),
+            "v": cache["v"].at[layer, rows, :, slots].set(v[:, 0]),
         }
-        visible = cached_text(slots, cache["k"].shape[2])
-        x = x + self.attn.out(attend(q, cache["k"][layer], cache["v"][layer], visible))
+        visible = cached_text(slots, cache["v"].shape[3])
+        x = x + self.attn.out(attend_cached(q, cache["k"][layer], cache["v"][layer], visible))
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps)), cache
 
 
@@ -158,8 +163,12 @@ class Text(nnx.Module):
             return block(x, visible, rotary, eps=cfg.norm_eps)
 
         x, (k, v) = jax.lax.scan(layer, x, self.blocks)
-        room = [(0, 0), (0, 0), (0, cache_length - x.shape[1]), (0, 0), (0, 0)]
-        cache: Cache = {"k": jnp.pad(k, room), "v": jnp.pad(v, room)}
+        room = (0, cache_length - x.shape[1])
+        none = (0, 0)
+        cache: Cache = {
+            "k": jnp.pad(k.transpose(0, 1, 3, 4, 2), [none, none, none, none, room]),
+            "v": jnp.pad(v.transpose(0, 1, 3, 2, 4), [none, none, none, room, none]),
+        }
         return rms_norm(x, self.norm, cfg.norm_eps), cache
 
     def decode(

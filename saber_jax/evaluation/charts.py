@@ -1,0 +1,100 @@
+"""Line charts as inline SVG, in colours that the page's style sheet chooses."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+WIDTH, HEIGHT = 460, 220
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 34
+MOST_POINTS = 300
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A horizontal line to compare a curve with."""
+
+    value: float
+    label: str
+
+
+def line_chart(
+    points: Sequence[tuple[float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    reference: Reference | None = None,
+) -> str:
+    """One curve over (x, y) points, ordered by x. Long curves are drawn as means of neighbours.
+
+    Raises ValueError without any point.
+    """
+    if not points:
+        raise ValueError(f"There is nothing to draw for {y_label}.")
+    xs = [x for x, _ in points]
+    points = thinned(points, MOST_POINTS)
+    ys = [y for _, y in points]
+    x_ticks = ticks(min(xs), max(xs), 5)
+    y_ticks = ticks(*_span([*ys, reference.value] if reference else ys), 5)
+    x_range = (min(xs), max(max(xs), min(xs) + 1e-9))
+    y_range = (y_ticks[0], y_ticks[-1])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_range[0]) / (x_range[1] - x_range[0])
+        up = (y - y_range[0]) / (y_range[1] - y_range[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
+            HEIGHT - TOP - BOTTOM
+        )
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{y_label} by {x_label}">']
+    for tick in y_ticks:
+        _, y = place(x_range[0], tick)
+        parts.append(_line("rule", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(_text("tick end", LEFT - 6, y + 4, _number(tick)))
+    for tick in x_ticks:
+        if x_range[0] <= tick <= x_range[1]:
+            x, _ = place(tick, y_range[0])
+            parts.append(_text("tick middle", x, HEIGHT - BOTTOM + 16, _number(tick)))
+    parts.append(_text("tick middle", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
+    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    parts.append(f'<polyline class="curve" points="{curve}"/>')
+    if reference:
+        _, y = place(x_range[0], reference.value)
+        parts.append(_line("reference", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(_text("note end", WIDTH - RIGHT - 2, y - 5, reference.label))
+    return "".join([*parts, "</svg>"])
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` points: means over equally long stretches."""
+    stretch = -(-len(points) // most)
+    means = []
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        means.append(tuple(math.fsum(axis) / len(part) for axis in zip(*part, strict=True)))
+    return means
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, `most` steps or fewer."""
+    span = max(high - low, 1e-9)
+    step = 10 ** math.floor(math.log10(span / most))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if span / (step * factor) <= most - 1)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * i, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
+
+
+def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{name}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(name: str, x: float, y: float, text: str) -> str:
+    return f'<text class="{name}" x="{x:.1f}" y="{y:.1f}">{text}</text>'
