@@ -151,7 +151,8 @@ def initial_params(config: ConfigDict, cfg: SaberConfig, shardings: dict) -> dic
     if config.init.checkpoint:
         return checkpoint.load_params(config.init.checkpoint, cfg, shardings)
     init = jax.jit(functools.partial(saber.init, cfg), out_shardings=shardings)
-    return init(jax.random.key(config.seed))
+    # rbg: the default generator takes half a minute to compile for the tiny model alone.
+    return init(jax.random.key(config.seed, impl="rbg"))
 
 
 def new_state(config: ConfigDict, params: dict, tx, shardings: dict, mesh: Mesh):

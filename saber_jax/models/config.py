@@ -214,7 +214,7 @@ def saber_config(name: str) -> SaberConfig:
 
 def _tiny() -> SaberConfig:
     text = TextConfig(
-        layers=4,
+        layers=2,
         width=128,
         heads=4,
         kv_heads=2,

@@ -77,15 +77,26 @@ def attend(
     v: Float[Array, "B S K H"],
     visible: Visibility,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention in float32; query head n reads kv head n // (N / K)."""
+    """Softmax attention in float32; query head n reads kv head n // (N / K).
+
+    The heads that share a kv head are laid side by side, so that both products are plain batched
+    matrix products, and the sum divides the output instead of the [T, S] weights.
+    """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    mask = visible.dense()[:, None, None, :, :]
-    scores = jnp.where(mask, scores * head_dim**-0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+    group = heads // kv_heads
+    queries = (q * head_dim**-0.5).reshape(batch, length, kv_heads, group, head_dim)
+    queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, head_dim)
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
+    bias = jnp.where(visible.dense(), 0.0, MASKED)[:, None, None]
+    scores = scores.reshape(batch, kv_heads, group, length, -1) + bias
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1).reshape(batch, kv_heads, group * length, 1)
+    weights = weights.reshape(batch, kv_heads, group * length, -1).astype(v.dtype)
+    out = jnp.matmul(weights, values, preferred_element_type=jnp.float32) / total
+    out = out.astype(v.dtype).reshape(batch, kv_heads, group, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def attend_cached(
