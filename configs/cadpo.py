@@ -22,21 +22,25 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.stage = "cadpo"
     root = c.get_ref("root")
     c.workdir = root + "/cadpo"
-    c.steps = 150 if tiny else 1_000
+    c.steps = 80 if tiny else 1_000
     c.init.checkpoint = root + "/sft"
 
     c.data.split = "preference"
     c.data.pairs = root + "/pairs"
     c.data.withhold = 0.0
     # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
-    c.data.length = 640 if tiny else 3072
-    c.data.response = 512
-    c.data.targets = 1024
+    c.data.batch_rows = 12 if tiny else 256
+    c.data.length = 176 if tiny else 3072
+    c.data.response = 112 if tiny else 512
+    c.data.patches = 144 if tiny else 12_288
+    c.data.chunks = 1 if tiny else 16
+    c.data.targets = 224 if tiny else 1024
+    c.data.segments = 1 if tiny else 8
 
     c.loss = ConfigDict({"beta": 0.1})
 
-    c.compute.head_chunk = 1024 if tiny else 256
-    c.optimizer.peak_lr = 2e-4 if tiny else 5e-7
+    c.compute.head_chunk = 224 if tiny else 256
+    c.optimizer.peak_lr = 3e-4 if tiny else 5e-7
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
     return c

@@ -17,5 +17,7 @@ config=$1; shift
 python=$(launch/setup.sh)
 # What was compiled once is not compiled again after a restart.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilation_cache}
+# NumPy's threads and XLA's would take turns at waiting for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1
 exec "$python" -m launch.chain "--config=$config" "$@"
