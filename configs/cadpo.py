@@ -40,7 +40,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.loss = ConfigDict({"beta": 0.1})
 
     c.compute.head_chunk = 224 if tiny else 256
-    c.optimizer.peak_lr = 3e-4 if tiny else 5e-7
+    c.optimizer.peak_lr = 5e-5 if tiny else 5e-7
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
     return c
