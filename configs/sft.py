@@ -3,11 +3,12 @@
     launch/tpu_run.sh configs/sft.py:tiny     the embedded corpus, on whatever is here
     launch/tpu_run.sh configs/sft.py:7b       Qwen2.5-Omni-7B's thinker, on a TPU pod
 
-`tiny` learns from nothing on two CPU cores: 550 steps in 6 to 8 minutes, to a loss of about 0.07 nats
-a token (unigram entropy 4.7) and 95% right conclusions on held-out clips whose modalities agree. It
-gets there by voice; colours it reads from step 250 on, faces hardly at all by the end. `3b` and `7b` start from a HuggingFace
-directory: set config.init.checkpoint to what `python -m saber_jax.hf.load` wrote, and
-config.data.path to what `python -m data_prep.build` wrote.
+`tiny` learns from nothing on two CPU cores: 550 steps in 6 to 8 minutes, to a loss of about 0.07
+nats a token (unigram entropy 4.8) and 95% right conclusions on held-out clips whose modalities
+agree. It gets there by voice; colours it reads from step 250 on, faces hardly at all by the end.
+
+`3b` and `7b` start from a HuggingFace directory: set config.init.checkpoint to what `python -m
+saber_jax.hf.load` wrote, and config.data.path to what `python -m data_prep.build` wrote.
 """
 
 from ml_collections import ConfigDict
