@@ -4,9 +4,9 @@
     launch/tpu_run.sh configs/cadpo.py:7b     on a TPU pod, from what configs/sft.py:7b leaves
 
 `tiny` takes 80 steps in a minute and a half: reward accuracy reaches 1.0, unimodal dominance on
-held-out conflicting clips falls from 93% to 69%, accuracy there rises from 2% to 8% (n = 120). With
-a peak learning rate of 3e-4 instead of 5e-5 a run went from 0% to 28%, but broke the six sections on
-105 of 240 clips.
+held-out conflicting clips falls from 93% to 69%, accuracy there rises from 2% to 8% (n = 120). A
+learning rate of 3e-4, after a shorter stage 1 on fewer conflicts, went from 0% to 28% but broke the
+six sections on 105 of 240 clips.
 
 The starting point is what configs/sft.py of the same variant leaves, and the pairs are mined with
 it: launch/tpu_run.sh makes whatever of that is missing.
