@@ -11,4 +11,5 @@ torch=(--torch)
 if [[ "${1:-}" == --no-torch ]]; then torch=(); shift; fi
 python=$(launch/setup.sh --test "${torch[@]}")
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m pytest "$@"
