@@ -9,7 +9,6 @@ seconds that all is done.
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import sft
 from configs.command_line import CONFIG, parse_flags
+from saber_jax.data.journal import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,18 +184,12 @@ def run(chain: list[Step], root: Path) -> None:
             )
             sys.exit(status if status > 0 else 1)
         seconds, ran = time.perf_counter() - clock, ran + 1
-        _write(done, {"stamp": stamp, "command": step.command, "seconds": round(seconds, 1)})
+        done.parent.mkdir(parents=True, exist_ok=True)
+        write_json(done, {"stamp": stamp, "command": step.command, "seconds": round(seconds, 1)})
         print(f"{title}: took {seconds:.0f} s, left {step.leaves}", flush=True)
     total = time.perf_counter() - began
     what = f"{ran} steps run in {total:.0f} s" if ran else "nothing left to do"
     print(f"\nAll {len(chain)} steps are done ({what}). Look at {chain[-1].leaves}", flush=True)
-
-
-def _write(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def refuse_hopeless(config: ConfigDict) -> None:

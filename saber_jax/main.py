@@ -5,7 +5,6 @@ Reads from top to bottom: flags, mesh, data, state, loop. The train step itself 
 
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
 from saber_jax.data import pipeline
+from saber_jax.data.journal import write_json
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
@@ -231,7 +231,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             )
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(ours, indent=1))
+    write_json(path, ours)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -247,13 +247,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 def finish(workdir: Path, summary: dict) -> None:
     """summary.json, written last: its presence is what says that the stage is done."""
     if jax.process_index() == 0:
-        _write(workdir / "summary.json", json.dumps(summary, indent=1))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        write_json(workdir / "summary.json", summary)
 
 
 def refuse_hopeless(config: ConfigDict) -> None:

@@ -117,7 +117,7 @@ def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray
         row = {key: value[b] for key, value in batch.items()}
         cursor = Size(text=0, response=0, patches=0, chunks=0, targets=0)
         for segment, example in enumerate(examples, start=1):
-            _place_media(row, cursor, example, segment)
+            _place_media(row, cursor, example)
             _place_text(row, cursor, example, segment, budget)
             row["kappa"][segment - 1] = example.kappa
             row["conflict"][segment - 1] = example.conflict
@@ -166,10 +166,10 @@ def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
     return batch
 
 
-def _place_media(row: dict[str, np.ndarray], cursor: Size, example: Example, segment: int) -> None:
-    n, start = len(example.patches), cursor.patches
+def _place_media(row: dict[str, np.ndarray], cursor: Size, example: Example) -> None:
+    start = cursor.patches
     if example.layout is not None:
-        stop = start + n
+        stop = start + len(example.patches)
         row["patches"][start:stop] = example.patches
         row["patch_hw"][start:stop] = example.layout.hw
         # Ids only have to differ between neighbours in the row: offset by what came before.
