@@ -1,0 +1,5 @@
+"""Benchmarks: `python -m benchmarks.NAME [--quick]`, each against a peer or a limit it measures.
+
+A benchmark prints what it measures as it goes; its last line is one JSON object, by `finish`.
+Machines are noisy, so values are medians, and what counts is the ratio.
+"""

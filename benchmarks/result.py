@@ -1,0 +1,38 @@
+"""The last line of every benchmark."""
+
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+
+def device() -> str:
+    """The accelerator, or the processor and how many of its cores may be used."""
+    import jax
+
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return f"{jax.device_count()} x {first.device_kind}"
+    return f"{len(os.sched_getaffinity(0))} cores, {_processor()}"
+
+
+def finish(
+    name: str, *, value: float, unit: str, goal: float, ok: bool, device: str, **more: Any
+) -> None:
+    """Prints the result as one JSON line and exits 0 if `ok`, else 1.
+
+    `value` is what `goal` is about; whatever else a reader should see goes into `more`.
+    """
+    result = {"name": name, "value": value, "unit": unit, "goal": goal, "ok": bool(ok)}
+    print(json.dumps(result | {"device": device} | more, ensure_ascii=False), flush=True)
+    sys.exit(0 if ok else 1)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
