@@ -12,4 +12,5 @@ if [[ "${1:-}" == --no-torch ]]; then torch=(); shift; fi
 python=$(launch/setup.sh --test "${torch[@]}")
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest "$@"
+# Files stay together, because their fixtures (goldens, a trained model) cost more than their tests.
+exec "$python" -m pytest -n auto --dist loadfile "$@"
