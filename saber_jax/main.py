@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import app, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -24,19 +23,10 @@ from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.models import saber
-from saber_jax.models.config import SaberConfig, saber_config
-from saber_jax.train import checkpoint, loop
-from saber_jax.train import optimizer as optimizer_lib
+from saber_jax.models.config import saber_config
+from saber_jax.train import checkpoint, loop, setup
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.reference import reference_log_probs, weights_digest
-from saber_jax.train.step import (
-    Compute,
-    TrainState,
-    cadpo_step,
-    pair_log_probs,
-    partition,
-    sft_step,
-)
 
 # A run's fingerprint leaves these out: they change where or how often, not what is computed.
 NOT_PART_OF_THE_RUN = ("root", "workdir", "mesh", "checkpoint_every", "generation")
@@ -48,36 +38,20 @@ def train(config: ConfigDict) -> None:
     claim(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
 
-    cfg, abstract, shardings = network(config, mesh)
+    stage = setup.build(config, mesh)
     examples, plan, counts = data(config, workdir)
-    tx = optimizer_lib.make_optimizer(
-        optimizer_lib.OptimizerConfig(**config.optimizer), config.steps
-    )
-    compute = Compute(**config.compute)
     meta = {"plan": plan.fingerprint(), "batch_rows": config.data.batch_rows}
 
     checkpoints = checkpoint.Checkpoints(workdir, every=config.checkpoint_every)
-    params = initial_params(config, cfg, shardings)
+    params = initial_params(config, stage)
     if config.stage == "cadpo":
-        examples = with_references(config, params, examples, plan, cfg, compute, mesh, workdir)
-        step = functools.partial(cadpo_step, beta=config.loss.beta)
-    else:
-        step = sft_step
-    state, state_shardings = new_state(config, params, tx, shardings, mesh)
+        examples = with_references(config, params, examples, plan, stage, workdir)
+    state = stage.begin(params)
     if checkpoints.latest() is not None:
-        layout = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            state,
-            state_shardings,
-        )
-        state = checkpoints.restore(layout, meta)
+        state = checkpoints.restore(stage.state, meta)
         print(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
 
-    step_fn = jax.jit(
-        functools.partial(step, cfg=cfg, compute=compute, tx=tx),
-        donate_argnums=0,
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
-    )
+    step_fn = stage.train_step()
     start, began = int(state.step), time.perf_counter()
     rows = [plan.row(i) for i in range(config.steps * config.data.batch_rows)]
     batches = global_batches(config, examples, rows, plan.budget, mesh, start, config.data.withhold)
@@ -101,18 +75,11 @@ def train(config: ConfigDict) -> None:
         "rows_per_epoch": plan.rows_per_epoch,
         "fill": plan.fill(),
         "unigram_entropy": pipeline.unigram_entropy(counts),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
         "wall_seconds": time.perf_counter() - began,
     }
     finish(workdir, summary)
     print(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
-
-
-def network(config: ConfigDict, mesh: Mesh) -> tuple[SaberConfig, dict, dict]:
-    """The model's shape, its abstract parameters and their shardings."""
-    cfg = saber_config(config.model)
-    abstract = saber.abstract(cfg)
-    return cfg, abstract, sharding.parameter_shardings(saber.axes(cfg), abstract, mesh)
 
 
 def data(
@@ -129,15 +96,7 @@ def data(
         workdir, cfg, tokenizer, stage=config.stage, provenance=dict(source[0].provenance)
     )
     sizes, counts = pipeline.measure(examples, workdir / "sizes.npz")
-    budget = Budget(
-        length=d.length,
-        response=d.response,
-        patches=d.patches,
-        chunks=d.chunks,
-        targets=d.targets,
-        segments=d.segments,
-    )
-    plan = pipeline.Plan(sizes, budget, config.seed)
+    plan = pipeline.Plan(sizes, setup.budget(config), config.seed)
     fill = ", ".join(f"{name} {share:.0%}" for name, share in plan.fill().items())
     print(
         f"{config.stage}: {len(examples)} examples in {plan.rows_per_epoch} rows an epoch; "
@@ -146,26 +105,14 @@ def data(
     return examples, plan, counts
 
 
-def initial_params(config: ConfigDict, cfg: SaberConfig, shardings: dict) -> dict:
+def initial_params(config: ConfigDict, stage: setup.Setup) -> dict:
     """From config.init.checkpoint, or random."""
     if config.init.checkpoint:
-        return checkpoint.load_params(config.init.checkpoint, cfg, shardings)
-    init = jax.jit(functools.partial(saber.init, cfg), out_shardings=shardings)
+        return checkpoint.load_params(config.init.checkpoint, stage.cfg, stage.param_shardings)
+    init = functools.partial(saber.init, stage.cfg)
     # rbg: the default generator takes half a minute to compile for the tiny model alone.
-    return init(jax.random.key(config.seed, impl="rbg"))
-
-
-def new_state(config: ConfigDict, params: dict, tx, shardings: dict, mesh: Mesh):
-    """A state at step 0 and its shardings, the optimizer's moments sharded like the weights."""
-    patterns = tuple(config.trainable)
-    trainable, frozen = partition(params, patterns)
-    trainable_shardings, frozen_shardings = partition(shardings, patterns)
-    opt_shardings = optimizer_lib.optimizer_shardings(tx, trainable, trainable_shardings, mesh)
-    opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(trainable)
-    step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, trainable, frozen, opt_state), TrainState(
-        sharding.replicated(mesh), trainable_shardings, frozen_shardings, opt_shardings
-    )
+    key = jax.random.key(config.seed, impl="rbg")
+    return jax.jit(init, out_shardings=stage.param_shardings)(key)
 
 
 def with_references(
@@ -173,25 +120,20 @@ def with_references(
     params: dict,
     examples: pipeline.Examples,
     plan: pipeline.Plan,
-    cfg: SaberConfig,
-    compute: Compute,
-    mesh: Mesh,
+    stage: setup.Setup,
     workdir: Path,
 ) -> pipeline.Examples:
     """The pairs with their reference log-probs, computed by the starting weights."""
     rows = [plan.row(i) for i in range(plan.rows_per_epoch)]
-    log_probs = jax.jit(
-        functools.partial(pair_log_probs, cfg=cfg, compute=compute),
-        out_shardings=sharding.batch_sharding(mesh),
-    )
+    dtype = stage.compute.dtype
     references = reference_log_probs(
-        functools.partial(log_probs, params),
-        global_batches(config, examples, rows, plan.budget, mesh, 0, withhold=0.0),
+        functools.partial(stage.reference_step(), params),
+        global_batches(config, examples, rows, plan.budget, stage.mesh, 0, withhold=0.0),
         rows,
         batch_rows=config.data.batch_rows,
         pairs=len(examples),
         cache=workdir / "reference.npz",
-        fingerprint=f"{weights_digest(params)}-{plan.fingerprint()}-{compute.dtype}",
+        fingerprint=f"{weights_digest(params)}-{plan.fingerprint()}-{dtype}",
     )
     return examples.with_references(references)
 

@@ -4,6 +4,8 @@ The strategy lives in the mesh's shape, not in the rules: (data=8, fsdp=1, tenso
 parallelism and (data=1, fsdp=8, tensor=1) is ZeRO-3, both under the one table below.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -30,25 +32,28 @@ AXIS_RULES: dict[str | None, str | None] = {
 }
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over `devices`, by default all there are; one size may be -1 and takes what is left.
 
     Auto axes: under Explicit ones every FSDP all-gather would have to be written out by hand.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) > 1:
         raise ValueError(
             f"At most one mesh axis can be -1, got {dict(zip(MESH_AXES, sizes, strict=True))}."
         )
     if -1 in sizes:
         known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = devices // known if devices % known == 0 else 0
-    if int(np.prod(sizes)) != devices:
+        sizes[sizes.index(-1)] = count // known if count % known == 0 else 0
+    if int(np.prod(sizes)) != count:
         raise ValueError(
             f"config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not fill "
-            f"{devices} devices. Make the product {devices}, or set one axis to -1."
+            f"{count} devices. Make the product {count}, or set one axis to -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def parameter_spec(

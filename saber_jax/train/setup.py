@@ -1,0 +1,127 @@
+"""From a config to what is compiled: the steps, the state and the batch, without a value in them.
+
+`main` runs what is built here and `aot` compiles it, so that a report is about the very step that
+trains.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from saber_jax import sharding
+from saber_jax.data.packing import Budget, pack_rows
+from saber_jax.models import saber
+from saber_jax.models.config import SaberConfig, saber_config
+from saber_jax.train import optimizer as optimizer_lib
+from saber_jax.train.step import (
+    Batch,
+    Compute,
+    Metrics,
+    TrainState,
+    cadpo_step,
+    merge,
+    pair_log_probs,
+    partition,
+    sft_step,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One stage on one mesh. `state` and `batch` hold jax.ShapeDtypeStruct with shardings."""
+
+    cfg: SaberConfig
+    compute: Compute
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    trainable: tuple[str, ...]
+    state: TrainState
+    batch: Batch
+    objective: Callable
+
+    @property
+    def param_shardings(self) -> dict:
+        """As the network takes its parameters: a nested dict."""
+        return merge(_shardings(self.state.trainable), _shardings(self.state.frozen))
+
+    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The jitted step; it takes its state's memory over."""
+        step = functools.partial(self.objective, cfg=self.cfg, compute=self.compute, tx=self.tx)
+        everywhere = sharding.replicated(self.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), everywhere))
+
+    def reference_step(self) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
+        """Jitted (params, batch) -> log pi of (chosen, rejected) per pair."""
+        log_probs = functools.partial(pair_log_probs, cfg=self.cfg, compute=self.compute)
+        return jax.jit(log_probs, out_shardings=sharding.batch_sharding(self.mesh))
+
+    def begin(self, params: dict) -> TrainState:
+        """The state at step 0, optimizer moments laid out like their weights."""
+        trainable, frozen = partition(params, self.trainable)
+        init = jax.jit(self.tx.init, out_shardings=_shardings(self.state.opt_state))
+        step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
+        return TrainState(step, trainable, frozen, init(trainable))
+
+
+def build(config: ConfigDict, mesh: Mesh) -> Setup:
+    """Everything about a run but its data and its values."""
+    cfg = saber_config(config.model)
+    tx = optimizer_lib.make_optimizer(
+        optimizer_lib.OptimizerConfig(**config.optimizer), config.steps
+    )
+    if config.stage == "cadpo":
+        objective = functools.partial(cadpo_step, beta=config.loss.beta)
+    else:
+        objective = sft_step
+    patterns = tuple(config.trainable)
+    return Setup(
+        cfg=cfg,
+        compute=Compute(**config.compute),
+        tx=tx,
+        mesh=mesh,
+        trainable=patterns,
+        state=_abstract_state(cfg, tx, patterns, mesh),
+        batch=_abstract_batch(budget(config), config.data.batch_rows, mesh),
+        objective=objective,
+    )
+
+
+def budget(config: ConfigDict) -> Budget:
+    """The static shape of one row."""
+    return Budget(**{field.name: config.data[field.name] for field in dataclasses.fields(Budget)})
+
+
+def _abstract_state(
+    cfg: SaberConfig, tx: optax.GradientTransformation, patterns: tuple[str, ...], mesh: Mesh
+) -> TrainState:
+    abstract = saber.abstract(cfg)
+    shardings = sharding.parameter_shardings(saber.axes(cfg), abstract, mesh)
+    trainable, frozen = partition(_placed(abstract, shardings), patterns)
+    opt_shardings = optimizer_lib.optimizer_shardings(tx, trainable, _shardings(trainable), mesh)
+    opt_state = _placed(jax.eval_shape(tx.init, trainable), opt_shardings)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return TrainState(step, trainable, frozen, opt_state)
+
+
+def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> Batch:
+    place = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place)
+        for name, array in pack_rows([[]], row).items()
+    }
+
+
+def _placed(tree, shardings):
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
+    )
+
+
+def _shardings(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
