@@ -1,0 +1,269 @@
+"""Any OpenAI-compatible chat endpoint (vLLM, SGLang, Gemini, OpenAI ...): judges and annotators.
+
+    endpoint = Endpoint(url="http://localhost:8000/v1", model="Qwen/Qwen2.5-72B-Instruct")
+    reply = endpoint.ask([{"role": "user", "content": "1 + 1?"}], temperature=0)
+
+The API key comes from the environment variable SABER_API_KEY alone (a server without one needs
+none) and appears in no message, file or cache. Replies are cached by the content of the question,
+so a run that was killed asks nothing twice.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+
+from saber_jax.data.journal import read_json, write_json
+
+KEY_VARIABLE = "SABER_API_KEY"
+
+REASONS = {
+    "rate_limited": "the endpoint kept saying that it is asked too often",
+    "timeout": "no answer came in time",
+    "disconnected": "the connection broke before the answer was complete",
+    "server_error": "the endpoint kept failing",
+    "malformed": "what came back is not a chat completion",
+    "rejected": "the endpoint does not accept this request",
+    "unreachable": "there is no endpoint at this address",
+    "unauthorised": "the endpoint does not accept the key, or the key may not use the model",
+    "not_found": "the endpoint knows no such address or model",
+    "budget_spent": "the tokens allowed for this run are spent",
+}
+# Asking something else would fail the same way, so a run stops instead of failing item by item.
+FATAL = ("unreachable", "unauthorised", "not_found", "budget_spent")
+
+Message = Mapping[str, Any]
+
+
+class EndpointError(RuntimeError):
+    """A question that stays without an answer. `reason` is a key of REASONS."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{REASONS[reason]}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    @property
+    def fatal(self) -> bool:
+        return self.reason in FATAL
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Chat messages and the settings that go with them (temperature, max_tokens, ...).
+
+    `draw` tells repetitions of one question apart: each has a cache entry of its own.
+    """
+
+    messages: Sequence[Message]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    draw: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """`finish_reason` is the endpoint's: "stop", "length" (cut off), "content_filter" ..."""
+
+    text: str
+    finish_reason: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached: bool = False
+
+
+@dataclasses.dataclass
+class Usage:
+    """What a run asked for so far. Cached replies cost no tokens."""
+
+    asked: int = 0
+    cached: int = 0
+    failed: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Endpoint:
+    """One model behind one address. All methods may be called from several threads."""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        model: str,
+        cache: str | Path | None = None,
+        concurrency: int = 8,
+        retries: int = 5,
+        timeout: float = 120.0,
+        requests_per_minute: float | None = None,
+        most_tokens: int | None = None,
+    ):
+        """`timeout` is in seconds per attempt; a retry waits twice as long as the one before it, up
+        to 8 s, or what the endpoint's Retry-After says. With `most_tokens`, no question is begun
+        once that many tokens were used.
+        """
+        if concurrency < 1 or retries < 0 or timeout <= 0:
+            raise ValueError(
+                "concurrency must be at least 1, retries at least 0 and timeout positive, got "
+                f"{concurrency}, {retries} and {timeout}."
+            )
+        self.url, self.model = url, model
+        self.usage = Usage()
+        self._concurrency, self._retries, self._most_tokens = concurrency, retries, most_tokens
+        self._cache = Path(cache) if cache else None
+        self._lock = threading.Lock()
+        self._pause = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._next_start = 0.0
+        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._client = openai.OpenAI(
+            base_url=url, api_key=self._key or "none", max_retries=retries, timeout=timeout
+        )
+
+    def ask(self, messages: Sequence[Message], *, draw: int = 0, **settings: Any) -> Reply:
+        """One answer. Raises EndpointError."""
+        request = Request(messages=messages, settings=settings, draw=draw)
+        if (known := self._cached(request)) is not None:
+            self._count(cached=1)
+            return known
+        try:
+            reply = self._complete(request)
+        except EndpointError:
+            self._count(failed=1)
+            raise
+        if self._cache:
+            path = self._cache_path(request)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, dataclasses.asdict(reply))
+        return reply
+
+    def ask_all(self, requests: Iterable[Request]) -> Iterator[Reply | EndpointError]:
+        """The outcome of each request, in order, `concurrency` of them in work at a time.
+
+        `requests` is read as answers are taken, so it may be long and make its media late. Raises
+        EndpointError when it is a fatal one.
+        """
+
+        def outcome(request: Request) -> Reply | EndpointError:
+            try:
+                return self.ask(request.messages, draw=request.draw, **request.settings)
+            except EndpointError as error:
+                return error
+
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        waiting = iter(requests)
+        with concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool:
+            try:
+                # Twice as many as threads: a slow first one does not leave the others idle.
+                for request in itertools.islice(waiting, 2 * self._concurrency):
+                    pending.append(pool.submit(outcome, request))
+                while pending:
+                    result = pending.popleft().result()
+                    if isinstance(result, EndpointError) and result.fatal:
+                        raise result
+                    yield result
+                    for request in itertools.islice(waiting, 1):
+                        pending.append(pool.submit(outcome, request))
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _complete(self, request: Request) -> Reply:
+        for attempt in itertools.count():
+            self._wait_for_turn()
+            try:
+                raw = self._client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=list(request.messages), **request.settings
+                )
+                self._count(asked=1, retries=raw.retries_taken + (attempt > 0))
+                return self._reply(raw.text)
+            except (openai.OpenAIError, httpx2.HTTPError) as error:
+                reason, detail = _explain(error)
+                # No chain: the library's own errors may quote the key.
+                raise EndpointError(reason, self._without_key(detail)) from None
+            except EndpointError:
+                # The library retries what the network or the server admits; this one looked fine.
+                if attempt >= self._retries:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _reply(self, body: str) -> Reply:
+        try:
+            completion = json.loads(body)
+            choice, used = completion["choices"][0], completion.get("usage") or {}
+            reply = Reply(
+                text=choice["message"].get("content") or "",
+                finish_reason=choice.get("finish_reason") or "unknown",
+                model=completion.get("model") or self.model,
+                prompt_tokens=int(used.get("prompt_tokens") or 0),
+                completion_tokens=int(used.get("completion_tokens") or 0),
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            detail = self._without_key(f"{error}, in {body[:200]!r}")
+            raise EndpointError("malformed", detail) from None
+        self._count(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
+        return reply
+
+    def _wait_for_turn(self) -> None:
+        with self._lock:
+            if self._most_tokens is not None and self.usage.tokens >= self._most_tokens:
+                detail = f"{self.usage.tokens} used, {self._most_tokens} allowed"
+                raise EndpointError("budget_spent", detail)
+            start = max(self._next_start, time.monotonic())
+            self._next_start = start + self._pause
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def _cached(self, request: Request) -> Reply | None:
+        if not self._cache or not (path := self._cache_path(request)).exists():
+            return None
+        return Reply(**read_json(path) | {"cached": True})
+
+    def _cache_path(self, request: Request) -> Path:
+        assert self._cache
+        content = {
+            "model": self.model,
+            "messages": list(request.messages),
+            "settings": dict(request.settings),
+            "draw": request.draw,
+        }
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return self._cache / name[:2] / f"{name}.json"
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, value in more.items():
+                setattr(self.usage, name, getattr(self.usage, name) + value)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "<key>") if self._key else text
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """(reason, detail) of what the client library raised after its last retry."""
+    if isinstance(error, openai.APITimeoutError):
+        return "timeout", "the last attempt timed out"
+    if isinstance(error, openai.APIConnectionError):
+        refused = isinstance(error.__cause__, httpx2.ConnectError)
+        return ("unreachable" if refused else "disconnected"), str(error.__cause__ or error)
+    if isinstance(error, openai.APIStatusError):
+        status = error.status_code
+        named = {401: "unauthorised", 403: "unauthorised", 404: "not_found", 429: "rate_limited"}
+        other = "server_error" if status >= 500 else "rejected"
+        return named.get(status, other), f"HTTP {status}, {error.message[:300]}"
+    return "disconnected", str(error)
