@@ -33,6 +33,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.split = "preference"
     c.data.pairs = root + "/pairs"
     c.data.withhold = 0.0
+    del c.data.tasks, c.data.wordings  # A pair answers the six-section request.
     # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
     c.data.batch_rows = 12 if tiny else 256
     c.data.length = 176 if tiny else 3072

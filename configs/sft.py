@@ -13,6 +13,8 @@ saber_jax.hf.load` wrote, and config.data.path to what `python -m data_prep.buil
 
 from ml_collections import ConfigDict
 
+from saber_jax.data.records import FIELDS
+
 VARIANTS = ("tiny", "3b", "7b")
 
 
@@ -49,6 +51,12 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # Share of examples with one modality hidden. A network that starts from nothing has never met
     # silence or a blank picture; a pretrained one has, and a unimodal prompt finds it prepared.
     c.data.withhold = 0.2 if tiny else 0.0
+    # How often each task is drawn, relative to the others: all six sections, what is seen, what is
+    # heard, or one section alone; and in how many wordings (1 to 4) each is asked for.
+    c.data.tasks = ConfigDict(
+        {"sed": 1.0, "visual": 0.0, "acoustic": 0.0, **dict.fromkeys(FIELDS, 0.0)}
+    )
+    c.data.wordings = 1
     c.data.threads = 1 if tiny else 16
     c.data.workers = 0 if tiny else 4
 

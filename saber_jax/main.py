@@ -21,6 +21,7 @@ from saber_jax.data.journal import write_json
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
+from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config
@@ -89,14 +90,17 @@ def data(
     d = config.data
     tokenizer = load_tokenizer(d.path)
     source = RecordSource(d.path, d.split)
-    pairs = read_pairs(d.pairs) if config.stage == "cadpo" else None
-    examples = pipeline.Examples(source, tokenizer, pairs)
+    if config.stage == "cadpo":
+        mixture, examples = None, pipeline.Examples(source, tokenizer, read_pairs(d.pairs))
+    else:
+        mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
+        examples = pipeline.Examples(source, tokenizer, requests=mixture.requests)
     cfg = saber_config(config.model)
     checkpoint.write_model_files(
         workdir, cfg, tokenizer, stage=config.stage, provenance=dict(source[0].provenance)
     )
     sizes, counts = pipeline.measure(examples, workdir / "sizes.npz")
-    plan = pipeline.Plan(sizes, setup.budget(config), config.seed)
+    plan = pipeline.Plan(sizes, setup.budget(config), config.seed, mixture)
     fill = ", ".join(f"{name} {share:.0%}" for name, share in plan.fill().items())
     print(
         f"{config.stage}: {len(examples)} examples in {plan.rows_per_epoch} rows an epoch; "

@@ -22,17 +22,29 @@ from tqdm import tqdm
 from saber_jax.data.packing import Budget, pack_rows, plan_rows
 from saber_jax.data.pairs import Pair
 from saber_jax.data.records import RecordSource
+from saber_jax.data.tasks import Mixture, Request
 from saber_jax.data.tokenizer import Tokenizer
-from saber_jax.data.transforms import Example, encode_record, size_of
+from saber_jax.data.transforms import Example, asked_again, encode_record, size_of
 from saber_jax.data.withhold import MODALITIES, Modality, withhold
 
 
 class Examples:
-    """Random access to encoded examples: one per record, or one per preference pair."""
+    """Random access to encoded examples: one per record, or one per preference pair.
 
-    def __init__(self, source: RecordSource, tokenizer: Tokenizer, pairs: list[Pair] | None = None):
+    A record can be asked for more than one thing: of N records, example i + N * k is record i as
+    the answer to request k. A pair answers the six-section request alone.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        tokenizer: Tokenizer,
+        pairs: list[Pair] | None = None,
+        requests: tuple[Request, ...] = (Request(),),
+    ):
         self._source, self._tokenizer, self._pairs = source, tokenizer, pairs
         self._indices = [source.index(pair.clip_id) for pair in pairs] if pairs else None
+        self.requests = requests if pairs is None else (Request(),)
         self._references: Float[np.ndarray, "N 2"] | None = None
 
     def with_references(self, references: Float[np.ndarray, "N 2"]) -> "Examples":
@@ -50,12 +62,13 @@ class Examples:
 
     def encode(self, index: int, hidden: Modality | None) -> Example:
         """The example as it is, or with one modality of its clip hidden; its size is the same."""
+        asked, index = divmod(int(index), len(self))
         position = index if self._indices is None else self._indices[index]
         try:
             record = self._source[position]
             record = record if hidden is None else withhold(record, hidden)
             if self._pairs is None:
-                return encode_record(record, self._tokenizer)
+                return encode_record(record, self._tokenizer, request=self.requests[asked])
             pair = self._pairs[index]
             reference = (0.0, 0.0) if self._references is None else self._references[index]
             return encode_record(
@@ -70,9 +83,19 @@ class Examples:
                 f"be encoded: {error}"
             ) from error
 
+    def every_request(self, index: int) -> list[Example]:
+        """Record `index` as the answer to each of the requests, its media read once."""
+        first = self[index]
+        others = self.requests[1:]
+        record = self._source[index] if others else None
+        return [first, *(asked_again(first, record, self._tokenizer, r) for r in others)]
 
-def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "N 5"], dict[str, int]]:
-    """Sizes of all examples, and how often each target token occurs; kept in `cache`."""
+
+def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "K N 5"], dict[str, int]]:
+    """Sizes of all N examples under all K requests, and how often each target token occurs.
+
+    Kept in `cache`.
+    """
     if cache.exists():
         stored = np.load(cache)
         return stored["sizes"], dict(
@@ -80,15 +103,16 @@ def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "N 5"], di
         )
     sizes, counts = [], np.zeros(0, np.int64)
     for index in tqdm(range(len(examples)), desc="measuring examples", unit="clip"):
-        example = examples[index]
-        sizes.append(dataclasses.astuple(size_of(example)))
-        tokens = np.concatenate([r.tokens for r in example.responses])
+        variants = examples.every_request(index)
+        sizes.append([dataclasses.astuple(size_of(example)) for example in variants])
+        tokens = np.concatenate([r.tokens for e in variants for r in e.responses])
         more = np.bincount(tokens, minlength=len(counts))
         more[: len(counts)] += counts
         counts = more
     tokens = np.flatnonzero(counts)
     temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
-    np.savez(temporary, sizes=np.array(sizes, np.int64), tokens=tokens, counts=counts[tokens])
+    by_request = np.array(sizes, np.int64).swapaxes(0, 1)
+    np.savez(temporary, sizes=by_request, tokens=tokens, counts=counts[tokens])
     os.replace(temporary, cache)
     return measure(examples, cache)
 
@@ -102,11 +126,21 @@ def unigram_entropy(counts: dict[int, int]) -> float:
 
 
 class Plan:
-    """Which examples make up row r of the endless, every epoch newly shuffled, stream of rows."""
+    """Which examples make up row r of the endless, every epoch newly shuffled, stream of rows.
 
-    def __init__(self, sizes: Int[np.ndarray, "N 5"], budget: Budget, seed: int):
+    Every epoch visits each record once, under a request that `mixture` draws anew; without a
+    mixture it is the first.
+    """
+
+    def __init__(
+        self,
+        sizes: Int[np.ndarray, "K N 5"],
+        budget: Budget,
+        seed: int,
+        mixture: Mixture | None = None,
+    ):
         self.budget = budget
-        self._sizes, self._seed = sizes, seed
+        self._sizes, self._seed, self._mixture = sizes, seed, mixture
         self._rows: list[list[int]] = []
         self._epochs = 0
         self.rows_per_epoch = len(self._upto(1))
@@ -116,7 +150,8 @@ class Plan:
 
     def fill(self) -> dict[str, float]:
         """Share of each budget that carries data, over the first epoch."""
-        total = self._sizes.sum(0) / self.rows_per_epoch
+        ids = np.concatenate([self.row(i) for i in range(self.rows_per_epoch)])
+        total = self._flat()[ids].sum(0) / self.rows_per_epoch
         b = self.budget
         slots = total[0] + 2 * total[1]
         return {
@@ -128,17 +163,28 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Changes with anything that would change a batch's composition."""
-        digest = hashlib.sha256(repr((self.budget, self._seed)).encode())
+        drawn = None if self._mixture is None else self._drawn(0).tolist()
+        digest = hashlib.sha256(repr((self.budget, self._seed, drawn)).encode())
         digest.update(np.ascontiguousarray(self._sizes).tobytes())
         return digest.hexdigest()[:16]
 
     def _upto(self, count: int) -> list[list[int]]:
         while len(self._rows) < count:
             rng = np.random.default_rng([self._seed, self._epochs])
-            rows = plan_rows(self._sizes, rng.permutation(len(self._sizes)), self.budget)
+            ids = self._drawn(self._epochs)
+            rows = plan_rows(self._flat(), ids[rng.permutation(len(ids))], self.budget)
             self._rows += [rows[i] for i in rng.permutation(len(rows))]
             self._epochs += 1
         return self._rows
+
+    def _drawn(self, epoch: int) -> Int[np.ndarray, " N"]:
+        """The example of every record in this epoch, numbered as `Examples` does."""
+        records = self._sizes.shape[1]
+        asked = 0 if self._mixture is None else self._mixture.draw(epoch, records)
+        return np.arange(records) + records * asked
+
+    def _flat(self) -> Int[np.ndarray, "KN 5"]:
+        return self._sizes.reshape(-1, self._sizes.shape[-1])
 
 
 class HostBatches:

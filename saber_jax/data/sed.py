@@ -58,12 +58,12 @@ def emotion_word(emotion: str, language: str) -> str:
     return words[emotion]
 
 
-def target_text(annotation: Mapping[str, str]) -> str:
-    """The six sections in training order, one line break between sections.
+def target_text(annotation: Mapping[str, str], sections: Sequence[str] = FIELDS) -> str:
+    """The sections, by default all six, in training order, one line break between them.
 
     Line breaks inside a section become spaces: a section is one line of the answer.
     """
-    lines = (f"{heading(field)} {' '.join(annotation[field].split())}" for field in FIELDS)
+    lines = (f"{heading(field)} {' '.join(annotation[field].split())}" for field in sections)
     return "\n".join(lines)
 
 
@@ -72,9 +72,15 @@ def prompt(language: str) -> tuple[str, str]:
     return _PROMPTS[_known(language)]
 
 
-def prompt_text(language: str, has_video: bool, has_audio: bool) -> str:
-    """The whole chat up to where the answer starts, in Qwen2.5-Omni's template."""
-    system, instruction = prompt(language)
+def prompt_text(
+    language: str, has_video: bool, has_audio: bool, instruction: str | None = None
+) -> str:
+    """The whole chat up to where the answer starts, in Qwen2.5-Omni's template.
+
+    `instruction` defaults to the one of `prompt`; `saber_jax.data.tasks` has others.
+    """
+    system, usual = prompt(language)
+    instruction = usual if instruction is None else instruction
     video = "<|vision_bos|><|VIDEO|><|vision_eos|>" if has_video else ""
     audio = "<|audio_bos|><|AUDIO|><|audio_eos|>" if has_audio else ""
     return (
@@ -116,8 +122,8 @@ def section_of_tokens(
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Token ids of a target plus <|im_end|>, and each one's section 1..6 in FIELDS order.
 
-    A heading and the line break after a section belong to that section; <|im_end|> belongs to
-    section 6. Text before the first heading counts as section 1.
+    A heading and the line break after a section belong to that section, <|im_end|> to the last one.
+    Text before the first heading counts as section 1; without any heading, <|im_end|> is section 6.
 
         text     [video_desc] Hi \\n [facial_exp_desc] ... [sentiment_analysis] Sad <|im_end|>
         section       1       1  1         2                       6            6       6
@@ -133,7 +139,7 @@ def section_of_tokens(
         ids += part
         sections += [name] * len(part)
     ids.append(tokenizer.id("<|im_end|>"))
-    sections.append(len(FIELDS))
+    sections.append(names[-1] if matches else len(FIELDS))
     return np.asarray(ids, np.int32), np.asarray(sections, np.int32)
 
 
@@ -160,6 +166,7 @@ def encode_prompt(
     grids: Sequence[tuple[int, int, int]],
     seconds_per_grid: float,
     audio_frames: int,
+    instruction: str | None = None,
 ) -> Prompt:
     """Prompt of one clip: a video block per grid (t, h, w in patches), then its audio block.
 
@@ -169,7 +176,7 @@ def encode_prompt(
     ids = media_ids(tokenizer)
     heard = media.audio_tokens(audio_frames)
     layouts = [media.vision_layout(tuple(grid)) for grid in grids]
-    text = prompt_text(language, bool(layouts), heard > 0)
+    text = prompt_text(language, bool(layouts), heard > 0, instruction)
     block = "<|vision_bos|><|VIDEO|><|vision_eos|>"
     text = text.replace(block, block * len(layouts))
     counts = iter([len(layout.unit_slot) for layout in layouts])

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int, UInt8
 
 from saber_jax.data import media, sed
 from saber_jax.data.records import Record
+from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
 
 # Index in batch["conflict"]; "other" takes every name that a corpus has and we don't.
@@ -86,12 +87,16 @@ def encode_record(
     record: Record,
     tokenizer: Tokenizer,
     *,
+    request: Request = Request(),
     responses: tuple[str, ...] | None = None,
     reference: tuple[float, float] = (0.0, 0.0),
 ) -> Example:
-    """Encodes a record. `responses` defaults to its own SED target; `()` gives a bare prompt."""
+    """Encodes a record as the answer to `request`, by default the six-section one.
+
+    `responses` defaults to the record's own target; `()` gives a bare prompt.
+    """
     frames = record.frames
-    grid, layout = None, None
+    layout = None
     patches = np.zeros((0, media.PATCH_FEATURES), np.uint8)
     if len(frames):
         grid = (len(frames) // 2, frames.shape[1] // 14, frames.shape[2] // 14)
@@ -100,17 +105,11 @@ def encode_record(
     mel = media.log_mel(record.audio)
     chunks, lengths = media.audio_chunks(mel)
     if responses is None:
-        responses = (sed.target_text(record.annotation),)
+        responses = (sed.target_text(record.annotation, request.sections),)
     conflict = record.labels.get("conflict_type", "none")
     return Example(
         clip_id=record.clip_id,
-        prompt=sed.encode_prompt(
-            tokenizer,
-            record.language,
-            grids=[grid] if grid else [],
-            seconds_per_grid=record.seconds_per_grid,
-            audio_frames=len(mel),
-        ),
+        prompt=_prompt(record, tokenizer, request, len(mel)),
         patches=patches,
         layout=layout,
         mel=chunks,
@@ -119,4 +118,30 @@ def encode_record(
         kappa=float(record.labels.get("kappa", 0.0)),
         conflict=CONFLICT_TYPES.index(conflict if conflict in CONFLICT_TYPES else "other"),
         reference=reference,
+    )
+
+
+def asked_again(
+    example: Example, record: Record, tokenizer: Tokenizer, request: Request
+) -> Example:
+    """The same clip as the answer to another request; its media is not touched again."""
+    target = sed.target_text(record.annotation, request.sections)
+    return dataclasses.replace(
+        example,
+        prompt=_prompt(record, tokenizer, request, int(example.mel_lengths.sum())),
+        responses=(Response.encode(tokenizer, target),),
+    )
+
+
+def _prompt(
+    record: Record, tokenizer: Tokenizer, request: Request, audio_frames: int
+) -> sed.Prompt:
+    count, height, width = record.frames.shape[:3]
+    return sed.encode_prompt(
+        tokenizer,
+        record.language,
+        grids=[(count // 2, height // 14, width // 14)] if count else [],
+        seconds_per_grid=record.seconds_per_grid,
+        audio_frames=audio_frames,
+        instruction=request.instruction(record.language),
     )

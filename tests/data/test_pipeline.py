@@ -1,11 +1,14 @@
 """The order of batches, resuming, and what a broken record does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from saber_jax.data import pipeline
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import Pair
+from saber_jax.data.tasks import Mixture
 from saber_jax.data.transforms import size_of
 from tests import synthetic
 
@@ -73,8 +76,32 @@ def test_measured_sizes_survive_in_the_cache(examples, tmp_path):
     again, counts_again = pipeline.measure(None, tmp_path / "sizes.npz")
     np.testing.assert_array_equal(sizes, again)
     assert counts == counts_again
-    assert sum(counts.values()) == sizes[:, 4].sum()
-    assert sizes[0].tolist()[0] == size_of(examples[0]).text
+    assert sizes.shape == (1, 17, 5)
+    assert sum(counts.values()) == sizes[0, :, 4].sum()
+    assert sizes[0, 0, 0] == size_of(examples[0]).text
+
+
+def test_every_epoch_draws_its_tasks_anew_and_every_row_still_fits(tokenizer, tmp_path):
+    mixture = Mixture({"sed": 1.0, "acoustic_feat": 1.0}, wordings=2, seed=3)
+    asked = pipeline.Examples(Source(17), tokenizer, requests=mixture.requests)
+    sizes, _ = pipeline.measure(asked, tmp_path / "sizes.npz")
+    assert sizes.shape == (4, 17, 5)
+    for k, i in [(0, 0), (1, 3), (3, 16)]:
+        expected = size_of(asked[i + 17 * k])
+        assert tuple(sizes[k, i]) == dataclasses.astuple(expected)
+    drawn = pipeline.Plan(sizes, BUDGET, 3, mixture)
+    ids = [i for r in range(drawn.rows_per_epoch) for i in drawn.row(r)]
+    assert sorted(i % 17 for i in ids) == list(range(17))
+    assert {i // 17 for i in ids} != {0}
+    other = pipeline.Plan(sizes, BUDGET, 3, Mixture({"sed": 1.0}, seed=3))
+    assert other.fingerprint() != drawn.fingerprint()
+    for batch in batches(asked, drawn, steps=3):  # pack_rows raises where a row is too small.
+        assert batch["target_weights"].any()
+
+
+def test_without_a_mixture_everybody_is_asked_for_six_sections(examples, plan):
+    sections = [r.sections for i in plan.row(0) for r in examples[i].responses]
+    assert all(set(s.tolist()) == set(range(1, 7)) for s in sections)
 
 
 def test_a_broken_record_is_named_and_ends_the_stream(tokenizer, plan):

@@ -1,0 +1,217 @@
+"""What a clip is asked for: the six-section task, its parts, and the words of the request.
+
+A task is a choice of FIELDS, and its target lists them in SED order, so that evidence always stands
+before the reasoning. `sed` asks for all six; `visual` and `acoustic` for what is seen and what is
+heard; a field's own name asks for that field alone. Every task is worded in several ways in each
+language. The first wording of `sed` is the prompt of `saber_jax.data.sed`.
+
+Training draws a `Request` for every example of every epoch, see `Mixture`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+from saber_jax.data import sed
+from saber_jax.data.records import FIELDS, Record
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "sed": FIELDS,
+    "visual": ("video_desc", "facial_exp_desc", "body_lang_desc"),
+    "acoustic": ("acoustic_feat", "speech_content"),
+    **{field: (field,) for field in FIELDS},
+}
+"""Task name -> the sections of its target, in SED order."""
+
+WORDINGS = 4
+"""Ways in which every task can be asked for in each language."""
+
+_REQUESTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "sed": (
+            sed.prompt("en")[1],
+            "First report what the picture and the sound show, then conclude the emotion.",
+            "Collect the visual evidence, then the acoustic evidence, and reason to an emotion.",
+            "How does this person feel? Give the evidence from picture, voice and words first.",
+        ),
+        "visual": (
+            "Describe only what can be seen: the scene, the face, the body.",
+            "Ignore the sound. What do the setting, the expression and the posture show?",
+            "Report the visual evidence: surroundings, facial expression, body language.",
+            "Watch the clip and write down the scene, the face and the gestures.",
+        ),
+        "acoustic": (
+            "Describe only what can be heard: how it is said, and what is said.",
+            "Ignore the picture. How does the voice sound, and what are the words?",
+            "Report the acoustic evidence: the manner of speaking, then a transcript.",
+            "Listen to the clip and write down the voice and the words.",
+        ),
+        "video_desc": (
+            "Describe the scene and who is in it.",
+            "What does the picture show apart from face and gestures?",
+            "Where is this, who is there, and what happens?",
+            "Give an account of the setting and the people.",
+        ),
+        "facial_exp_desc": (
+            "Describe only the facial expression.",
+            "What do the brows, the eyes and the mouth do?",
+            "How does the face move in this clip?",
+            "Report the expression on the face without naming an emotion.",
+        ),
+        "body_lang_desc": (
+            "Describe only the body language.",
+            "What do the posture, the head and the hands do?",
+            "Which gestures and movements can be seen?",
+            "Report how the body is held and moved.",
+        ),
+        "acoustic_feat": (
+            "Describe only the voice.",
+            "How is it said: pitch, pace, loudness, tone?",
+            "What does the manner of speaking sound like?",
+            "Report the sound of the voice, not the words.",
+        ),
+        "speech_content": (
+            "Write down what is said, word for word.",
+            "Transcribe the speech.",
+            "Which words are spoken?",
+            "Give the exact words of the clip.",
+        ),
+        "sentiment_analysis": (
+            "Weigh face, voice and words against each other and name the emotion.",
+            "Which emotion do picture and sound add up to, and why?",
+            "Do the cues agree? Conclude what the person feels.",
+            "Explain what this person feels, taking every modality into account.",
+        ),
+    },
+    "zh": {
+        "sed": (
+            sed.prompt("zh")[1],
+            "先写出画面和声音中的依据，再得出情绪。",
+            "依次列出视觉线索和听觉线索，然后推断情绪。",
+            "这个人的感受如何？请先给出画面、声音和话语中的依据。",
+        ),
+        "visual": (
+            "只描述能看到的：场景、表情和动作。",
+            "不考虑声音，环境、表情和姿态说明了什么？",
+            "写出视觉线索：周围环境、面部表情、肢体语言。",
+            "请看视频，记录场景、面部和手势。",
+        ),
+        "acoustic": (
+            "只描述能听到的：怎么说的，说了什么。",
+            "不考虑画面，声音听起来怎样，说的是什么话？",
+            "写出听觉线索：先写说话方式，再写原话。",
+            "请听音频，记录嗓音和话语。",
+        ),
+        "video_desc": (
+            "描述场景和其中的人物。",
+            "除了表情和手势，画面里有什么？",
+            "这是哪里，有谁，发生了什么？",
+            "请说明环境和人物。",
+        ),
+        "facial_exp_desc": (
+            "只描述面部表情。",
+            "眉毛、眼睛和嘴巴有什么变化？",
+            "视频中人物的面部怎样变化？",
+            "写出脸上的表情，不要说出情绪名称。",
+        ),
+        "body_lang_desc": (
+            "只描述肢体语言。",
+            "姿势、头部和手有什么动作？",
+            "能看到哪些手势和动作？",
+            "写出身体的姿态和动作。",
+        ),
+        "acoustic_feat": (
+            "只描述嗓音。",
+            "是怎么说的：音调、语速、音量、语气？",
+            "说话的方式听起来怎样？",
+            "写出声音的特点，不写内容。",
+        ),
+        "speech_content": (
+            "逐字写出说的话。",
+            "请转写语音内容。",
+            "说了哪些话？",
+            "写出片段中的原话。",
+        ),
+        "sentiment_analysis": (
+            "综合表情、声音和话语，判断情感。",
+            "画面和声音合起来是什么情绪，为什么？",
+            "各种线索一致吗？请推断这个人的感受。",
+            "结合所有模态，解释这个人的感受。",
+        ),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One way of asking for one task; `wording` counts from 0 to WORDINGS - 1."""
+
+    task: str = "sed"
+    wording: int = 0
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            near = difflib.get_close_matches(self.task, TASKS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"There is no task {self.task!r}; did you mean {near!r}? Tasks: {', '.join(TASKS)}."
+            )
+        if not 0 <= self.wording < WORDINGS:
+            raise ValueError(f"A task has wordings 0 to {WORDINGS - 1}, got {self.wording}.")
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """The FIELDS that the target holds, in SED order."""
+        return TASKS[self.task]
+
+    def instruction(self, language: str) -> str:
+        """The user's words, in "en" or "zh"."""
+        return _REQUESTS[language][self.task][self.wording]
+
+
+def conversation(record: Record, task: str, wording: int = 0) -> tuple[str, str]:
+    """(prompt in Qwen's chat template, target of the task's sections) of one record."""
+    request = Request(task=task, wording=wording)
+    instruction = request.instruction(record.language)
+    prompt = sed.prompt_text(
+        record.language, bool(len(record.frames)), bool(len(record.audio)), instruction
+    )
+    return prompt, sed.target_text(record.annotation, request.sections)
+
+
+class Mixture:
+    """Draws a request for every example of every epoch: a pure function of (seed, epoch, example).
+
+    `weights` maps tasks to how often they are drawn, relative to each other; the first `wordings`
+    ways of asking are drawn alike. Raises ValueError for unknown tasks and impossible weights.
+    """
+
+    def __init__(self, weights: Mapping[str, float], *, wordings: int = 1, seed: int = 0):
+        if not 1 <= wordings <= WORDINGS:
+            raise ValueError(f"wordings must be 1 to {WORDINGS}, got {wordings}.")
+        if any(weight < 0 for weight in weights.values()) or not sum(weights.values()):
+            raise ValueError(
+                f"Task weights must be positive numbers, got {dict(weights)}. Try {{'sed': 1.0}}."
+            )
+        drawn = {task: weight for task, weight in weights.items() if weight}
+        # Sorted, so that the order in which a config lists its tasks means nothing.
+        self.requests = tuple(
+            Request(task=task, wording=wording)
+            for task in sorted(drawn)
+            for wording in range(wordings)
+        )
+        shares = np.array([drawn[request.task] for request in self.requests])
+        self._bounds = np.cumsum(shares / shares.sum())
+        self._seed = seed
+
+    def draw(self, epoch: int, examples: int) -> Int[np.ndarray, " N"]:
+        """Index into `requests` for each of `examples` examples."""
+        rng = np.random.default_rng([self._seed, epoch, _STREAM])
+        drawn = np.searchsorted(self._bounds, rng.random(examples), side="right")
+        return np.minimum(drawn, len(self.requests) - 1)
+
+
+# Keeps the draws apart from the shuffle, which is seeded with (seed, epoch) too.
+_STREAM = 7919

@@ -1,0 +1,71 @@
+"""Requests, their targets, and the draw of a task for every example."""
+
+import re
+
+import numpy as np
+import pytest
+
+from saber_jax.data import sed
+from saber_jax.data.records import FIELDS, LANGUAGES
+from saber_jax.data.tasks import TASKS, WORDINGS, Mixture, Request, conversation
+from saber_jax.data.transforms import Response
+from tests import synthetic
+
+REQUESTS = [Request(task=task, wording=w) for task in TASKS for w in range(WORDINGS)]
+
+
+def test_the_default_request_is_the_six_section_prompt():
+    record = synthetic.record(0)
+    prompt, target = conversation(record, "sed")
+    assert prompt == sed.prompt_text("en", True, True)
+    assert target == sed.target_text(record.annotation)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_target_holds_its_sections_alone_with_evidence_before_reasoning(task):
+    _, target = conversation(synthetic.record(0), task)
+    headings = re.findall(r"\[(\w+)\]", target)
+    assert tuple(headings) == TASKS[task]
+    assert headings == sorted(headings, key=FIELDS.index)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_two_requests_are_worded_alike(language):
+    words = [request.instruction(language) for request in REQUESTS]
+    assert len(set(words)) == len(words)
+    chinese = [bool(re.search("[\u4e00-\u9fff]", text)) for text in words]
+    assert all(chinese) if language == "zh" else not any(chinese)
+
+
+def test_the_end_of_a_part_belongs_to_its_last_section(tokenizer):
+    _, target = conversation(synthetic.record(0), "acoustic")
+    assert set(Response.encode(tokenizer, target).sections.tolist()) == {4, 5}
+    assert Response.encode(tokenizer, target).sections[-1] == 5
+
+
+def test_tasks_are_drawn_by_weight_anew_every_epoch_and_the_same_every_time():
+    mixture = Mixture({"visual": 1.0, "sed": 3.0, "acoustic": 0.0}, wordings=2, seed=5)
+    assert {request.task for request in mixture.requests} == {"sed", "visual"}
+    first, second = mixture.draw(0, 4000), mixture.draw(1, 4000)
+    share = np.mean([mixture.requests[k].task == "sed" for k in first])
+    assert share == pytest.approx(0.75, abs=0.03)
+    assert np.bincount(first, minlength=4).min() > 400
+    assert (first != second).mean() > 0.3
+    reordered = Mixture({"sed": 3.0, "visual": 1.0}, wordings=2, seed=5)
+    np.testing.assert_array_equal(reordered.draw(0, 4000), first)
+
+
+@pytest.mark.parametrize(
+    ("weights", "wordings", "message"),
+    [
+        ({"voice": 1.0}, 1, "no task 'voice'"),
+        ({"video": 1.0}, 1, "did you mean 'video_desc'"),
+        ({"sed": 0.0}, 1, "positive"),
+        ({"sed": 2.0, "visual": -1.0}, 1, "positive"),
+        ({}, 1, "positive"),
+        ({"sed": 1.0}, 5, "1 to 4"),
+    ],
+)
+def test_impossible_mixtures_are_refused(weights, wordings, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(weights, wordings=wordings)
