@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data_prep import clips
 from saber_jax.data import decode, records, sed, tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a build leaves; part of its fingerprint."""
 
 TRAIN = "train"
@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min_pixels", type=whole, help="least pixels of a frame")
     parser.add_argument("--max_pixels", type=whole, help="most pixels of a frame")
     parser.add_argument("--max_seconds", type=float, help="longer clips are refused")
+    parser.add_argument(
+        "--audio_in_video",
+        action="store_true",
+        default=None,
+        help="weave the sound into the video every 2 s; the default puts it behind",
+    )
     parser.add_argument("--vocab_size", type=whole, default=768)
     parser.add_argument(
         "--tokenizer", default="train", help="tokenizer file to copy, or 'train' (the default)"

@@ -196,6 +196,7 @@ def load_staged(job: Job) -> records.Record:
             "sampling": dataclasses.asdict(job.sampling),
             "source": clip.info,
         },
+        audio_in_video=job.sampling.audio_in_video,
     )
 
 

@@ -43,6 +43,7 @@ class Records(tfds.core.GeneratorBasedBuilder):
             "annotation": text,
             "labels": text,
             "provenance": text,
+            "audio_in_video": tfds.features.Tensor(shape=(), dtype=np.bool_),
         }
         return tfds.core.DatasetInfo(
             builder=self,

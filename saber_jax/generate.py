@@ -95,7 +95,7 @@ class Generator:
             if kind not in words:
                 words[kind] = len(self._tokenizer.encode(sed.prompt_text(*kind))) - sum(kind[1:])
             frame_patches = height * width // media.PATCH**2
-            patches = frames // 2 * frame_patches
+            patches = -(-frames // media.TEMPORAL_PATCH) * frame_patches
             length = words[kind] + patches // 4 + heard
             budget["length"] = max(budget["length"], -(-length // LENGTH_STEP) * LENGTH_STEP)
             budget["patches"] = max(budget["patches"], patches)
@@ -284,7 +284,8 @@ def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | N
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Check --video.")
-    clip = decode.decode_clip(path, decode.Sampling(**(settings or {})))
+    sampling = decode.Sampling(**(settings or {}))
+    clip = decode.decode_clip(path, sampling)
     return Record(
         clip_id=path.stem,
         language=language,
@@ -294,6 +295,7 @@ def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | N
         annotation={},
         labels={},
         provenance={"file": path.name, "source": clip.info},
+        audio_in_video=sampling.audio_in_video,
     )
 
 

@@ -51,7 +51,7 @@ class MediaError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which frames and how many pixels to keep.
+    """Which frames and how many pixels to keep, and whether to weave the sound into the video.
 
     Mode "exact" honours every limit and measures the seconds between frame pairs. Mode
     "saber_release" repeats what produced the published SABER results: a `max_pixels` below
@@ -65,6 +65,7 @@ class Sampling:
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
     max_seconds: float = 300.0
+    audio_in_video: bool = False
 
     def __post_init__(self):
         if self.mode not in MODES:

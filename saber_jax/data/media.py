@@ -7,6 +7,7 @@ A merged unit is 2 x 2 patches of one frame pair; a window is up to 4 x 4 units.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, Int16, UInt8
@@ -21,6 +22,7 @@ __all__ = [
     "audio_chunks",
     "audio_tokens",
     "frame_indices",
+    "join_layouts",
     "log_mel",
     "patchify",
     "resize_bicubic",
@@ -152,8 +154,11 @@ def _cubic(x: Float[np.ndarray, " n"], a: float = -0.5) -> Float[np.ndarray, " n
 def patchify(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "P 1176"]:
     """Raw patches in merge-block order: rows (t, y/2, x/2, y%2, x%2), columns (C, frame, y, x).
 
-    T must be even and H, W multiples of 28; ValueError otherwise.
+    T must be even, or 1 for a still image, which then stands twice in its patches; H and W must be
+    multiples of 28. ValueError otherwise.
     """
+    if len(frames) == 1:
+        frames = np.repeat(frames, TEMPORAL_PATCH, axis=0)
     t, height, width, channels = frames.shape
     if t % TEMPORAL_PATCH or height % UNIT or width % UNIT or channels != 3:
         raise ValueError(
@@ -170,14 +175,13 @@ def patchify(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "P 1176"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class VisionLayout:
-    """How the vision tower orders the patches of one clip: whole windows, one after another.
+    """How the vision tower orders the patches of a clip: whole windows, one after another.
 
     Tower row i holds patch `order[i]` of `patchify`, at `hw[i]` inside its frame, in window
     `window[i]` and frame pair `frame[i]`, both counted from 1. Unit j in (t, y, x) order comes out
     of the tower at `unit_slot[j]`.
     """
 
-    grid: Grid
     order: Int[np.ndarray, " P"]
     hw: Int[np.ndarray, "P 2"]
     window: Int[np.ndarray, " P"]
@@ -209,16 +213,33 @@ def vision_layout(grid: Grid) -> VisionLayout:
     order = unit_order[:, None] * len(inner) + inner
     hw = np.stack([y[unit_order, None] * 2 + inner // 2, x[unit_order, None] * 2 + inner % 2], -1)
     layout = VisionLayout(
-        grid=(t, h, w),
         order=order.reshape(-1).astype(np.int32),
         hw=hw.reshape(-1, 2).astype(np.int32),
         window=np.repeat(window[unit_order] + 1, len(inner)).astype(np.int32),
         frame=np.repeat(frame[unit_order] + 1, len(inner)).astype(np.int32),
         unit_slot=unit_slot,
     )
-    for field in dataclasses.fields(layout)[1:]:
+    for field in dataclasses.fields(layout):
         getattr(layout, field.name).flags.writeable = False
     return layout
+
+
+def join_layouts(layouts: Sequence[VisionLayout]) -> VisionLayout:
+    """Clips one behind the other in one buffer of patches."""
+    none = np.zeros(0, np.int32)
+    empty = VisionLayout(order=none, hw=none.reshape(0, 2), window=none, frame=none, unit_slot=none)
+    return functools.reduce(_behind, layouts, empty)
+
+
+def _behind(first: VisionLayout, second: VisionLayout) -> VisionLayout:
+    patches, units = len(first.order), len(first.unit_slot)
+    return VisionLayout(
+        order=np.concatenate([first.order, second.order + patches]),
+        hw=np.concatenate([first.hw, second.hw]),
+        window=np.concatenate([first.window, second.window + first.window.max(initial=0)]),
+        frame=np.concatenate([first.frame, second.frame + first.frame.max(initial=0)]),
+        unit_slot=np.concatenate([first.unit_slot, second.unit_slot + units]),
+    )
 
 
 def log_mel(pcm: Int16[np.ndarray, " n"] | Float[np.ndarray, " n"]) -> Float[np.ndarray, "F 128"]:

@@ -45,9 +45,11 @@ class AnnotationError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """One clip. T is even (0 without video), H and W are multiples of 28; audio is 16 kHz mono.
+    """One clip: frames, 16 kHz mono sound, and what is said about them.
 
-    `seconds_per_grid` is the time between two frame pairs. `annotation` maps FIELDS to text,
+    T is even, 1 for a still image, 0 without any; H and W are multiples of 28. `seconds_per_grid`
+    is the time between two frame pairs. `audio_in_video` weaves the sound into the video instead of
+    putting it behind, as use_audio_in_video does in transformers. `annotation` maps FIELDS to text,
     `labels` some of LABELS to text, `provenance` says which file and settings the clip came from.
     """
 
@@ -59,6 +61,7 @@ class Record:
     annotation: Mapping[str, str]
     labels: Mapping[str, str]
     provenance: Mapping[str, Any]
+    audio_in_video: bool = False
 
 
 def parse_annotation(obj: Any) -> dict[str, str]:
@@ -109,6 +112,7 @@ def to_example(record: Record) -> dict[str, Any]:
         "annotation": _json(record.annotation),
         "labels": _json(record.labels),
         "provenance": _json(record.provenance),
+        "audio_in_video": np.bool_(record.audio_in_video),
     }
 
 
@@ -124,6 +128,7 @@ def from_example(example: Mapping[str, Any]) -> Record:
         annotation=json.loads(example["annotation"]),
         labels=json.loads(example["labels"]),
         provenance=json.loads(example["provenance"]),
+        audio_in_video=bool(example["audio_in_video"]),
     )
 
 

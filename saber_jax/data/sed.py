@@ -10,19 +10,15 @@ A target lists what is seen, then what is heard, then the reasoning, each under 
     [sentiment_analysis] ... The emotion is contempt.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from saber_jax.data import media, tmrope
+from saber_jax.data import chat
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tokenizer import Tokenizer
-
-TEXT, VISION, AUDIO = 0, 1, 2
-"""Values of `Prompt.media_kind`."""
 
 EMOTIONS = ("happy", "sad", "angry", "neutral", "contempt", "sorrow", "unease")
 _CHINESE = ("开心", "悲伤", "愤怒", "平静", "轻蔑", "哀伤", "不安")
@@ -72,22 +68,27 @@ def prompt(language: str) -> tuple[str, str]:
     return _PROMPTS[_known(language)]
 
 
-def prompt_text(
-    language: str, has_video: bool, has_audio: bool, instruction: str | None = None
-) -> str:
-    """The whole chat up to where the answer starts, in Qwen2.5-Omni's template.
+def messages(
+    language: str, shown: Sequence[chat.Media], instruction: str | None = None
+) -> list[chat.Message]:
+    """The conversation up to the answer: the system message, then the media and the instruction.
 
     `instruction` defaults to the one of `prompt`; `saber_jax.data.tasks` has others.
     """
     system, usual = prompt(language)
-    instruction = usual if instruction is None else instruction
-    video = "<|vision_bos|><|VIDEO|><|vision_eos|>" if has_video else ""
-    audio = "<|audio_bos|><|AUDIO|><|audio_eos|>" if has_audio else ""
-    return (
-        f"<|im_start|>system\n{system}<|im_end|>\n"
-        f"<|im_start|>user\n{video}{audio}{instruction}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return [
+        chat.Message(role="system", content=(system,)),
+        chat.Message(role="user", content=(*shown, usual if instruction is None else instruction)),
+    ]
+
+
+def prompt_text(
+    language: str, has_video: bool, has_audio: bool, instruction: str | None = None
+) -> str:
+    """The whole chat up to where the answer starts, placeholders not yet expanded."""
+    shown: list[chat.Media] = [chat.Video(grid=(1, 2, 2), seconds_per_grid=1.0)] * has_video
+    shown += [chat.Audio(frames=3)] * has_audio
+    return chat.render(messages(language, shown, instruction))
 
 
 def parse_response(text: str) -> dict[str, str]:
@@ -143,84 +144,14 @@ def section_of_tokens(
     return np.asarray(ids, np.int32), np.asarray(sections, np.int32)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Prompt:
-    """An encoded prompt with its media placeholders expanded.
-
-    `media_slot` is a unit index in the vision tower's (window) order within the clip, or
-    chunk * 50 + pooled position of the audio tower within the clip, or 0 for text.
-    Response token i sits at position next_position + i on all three axes.
-    """
-
-    tokens: Int[np.ndarray, " n"]
-    positions: Int[np.ndarray, "3 n"]
-    media_kind: Int[np.ndarray, " n"]
-    media_slot: Int[np.ndarray, " n"]
-    next_position: int
-
-
 def encode_prompt(
     tokenizer: Tokenizer,
     language: str,
-    *,
-    grids: Sequence[tuple[int, int, int]],
-    seconds_per_grid: float,
-    audio_frames: int,
+    shown: Sequence[chat.Media],
     instruction: str | None = None,
-) -> Prompt:
-    """Prompt of one clip: a video block per grid (t, h, w in patches), then its audio block.
-
-    `audio_frames` counts 10 ms mel frames; fewer than three make no audio token, so the clip is
-    then treated as silent.
-    """
-    ids = media_ids(tokenizer)
-    heard = media.audio_tokens(audio_frames)
-    layouts = [media.vision_layout(tuple(grid)) for grid in grids]
-    text = prompt_text(language, bool(layouts), heard > 0, instruction)
-    block = "<|vision_bos|><|VIDEO|><|vision_eos|>"
-    text = text.replace(block, block * len(layouts))
-    counts = iter([len(layout.unit_slot) for layout in layouts])
-    tokens: list[int] = []
-    for token in tokenizer.encode(text):
-        repeat = next(counts) if token == ids.video else heard if token == ids.audio else 1
-        tokens += [token] * repeat
-    row = np.asarray(tokens, np.int32)
-    positions = tmrope.tmrope(
-        row,
-        ids,
-        grids=grids,
-        seconds_per_grid=[seconds_per_grid] * len(layouts),
-        audio_frames=[audio_frames],
-    )
-    kind = np.where(row == ids.video, VISION, np.where(row == ids.audio, AUDIO, TEXT))
-    slot = np.zeros(len(row), np.int32)
-    slot[kind == VISION] = _clip_slots(layouts)
-    # Every full chunk of 200 frames pools to exactly 50 tokens, so chunk * 50 + position counts up.
-    slot[kind == AUDIO] = np.arange(heard)
-    return Prompt(
-        tokens=row,
-        positions=positions.astype(np.int32),
-        media_kind=kind.astype(np.int8),
-        media_slot=slot,
-        next_position=int(positions.max()) + 1,
-    )
-
-
-def media_ids(tokenizer: Tokenizer) -> tmrope.MediaIds:
-    """The media token ids of a vocabulary."""
-    return tmrope.MediaIds(
-        image=tokenizer.id("<|IMAGE|>"),
-        video=tokenizer.id("<|VIDEO|>"),
-        audio=tokenizer.id("<|AUDIO|>"),
-        vision_bos=tokenizer.id("<|vision_bos|>"),
-        audio_bos=tokenizer.id("<|audio_bos|>"),
-    )
-
-
-def _clip_slots(layouts: Sequence[media.VisionLayout]) -> Int[np.ndarray, " units"]:
-    starts = np.cumsum([0] + [len(layout.unit_slot) for layout in layouts])
-    slots = [layout.unit_slot + start for layout, start in zip(layouts, starts, strict=False)]
-    return np.concatenate(slots) if slots else np.zeros(0, np.int32)
+) -> chat.Prompt:
+    """The prompt of one clip, whose pictures and sound are `shown` in this order."""
+    return chat.encode(tokenizer, messages(language, shown, instruction))
 
 
 def _find(language: str, text: str):

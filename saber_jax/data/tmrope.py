@@ -5,10 +5,11 @@ Every token gets a (temporal, height, width) position. The numbers equal those o
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 Grid = tuple[int, int, int]
 """(t, h, w) of one video or image, in 14-pixel patches."""
@@ -27,11 +28,15 @@ class MediaIds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clock:
-    """How seconds and pixels become positions; the defaults are those of every released model."""
+    """How seconds become positions; the defaults are those of every released model."""
 
     positions_per_second: int = 25
     seconds_per_chunk: int = 2
-    merge: int = 2
+
+    @property
+    def span(self) -> int:
+        """Positions between two cuts of a video woven with its sound."""
+        return self.positions_per_second * self.seconds_per_chunk
 
 
 def tmrope(
@@ -102,6 +107,32 @@ def audio_tokens(frames: int) -> int:
     return ((frames + 1) // 2) // 2
 
 
+def grid_tokens(grid: Grid) -> int:
+    """Tokens of a video or image: one for 2 x 2 patches."""
+    return grid[0] * (grid[1] // 2) * (grid[2] // 2)
+
+
+def woven(
+    grid: Grid, seconds: float, audio_tokens: int, clock: Clock | None = None
+) -> Bool[np.ndarray, " n"]:
+    """Which of the tokens of a video woven with its sound are the sound's.
+
+    The order is the released processor's. It cuts the video at float64 times, whereas positions
+    come from float32 times rounded down, so for some frame rates the two cut differently by one
+    frame pair: there the released model gives pictures the positions of sound, and so do we.
+    """
+    clock = clock or Clock()
+    times = np.repeat(np.arange(grid[0]), grid_tokens(grid) // grid[0])
+    cuts = [
+        np.split(
+            np.zeros(len(times), bool),
+            _cuts(times * seconds * clock.positions_per_second, clock.span),
+        ),
+        np.split(np.ones(audio_tokens, bool), _cuts(np.arange(audio_tokens), clock.span)),
+    ]
+    return np.concatenate(_alternate(*cuts))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Media:
     grids: Iterator[Grid]
@@ -127,7 +158,7 @@ def _line(length: int) -> Int[np.ndarray, "3 n"]:
 
 
 def _grid(grid: Grid, seconds: float, clock: Clock) -> Int[np.ndarray, "3 n"]:
-    t, h, w = grid[0], grid[1] // clock.merge, grid[2] // clock.merge
+    t, h, w = grid[0], grid[1] // 2, grid[2] // 2
     # float32 product, then truncation: transformers does `.long()`, so 2.9999998 becomes 2.
     time = np.arange(t, dtype=np.float32) * np.float32(seconds)
     time = (time * np.float32(clock.positions_per_second)).astype(np.int64)
@@ -145,24 +176,26 @@ def _audio_in_video(cursor: int, media: _Media, clock: Clock) -> Int[np.ndarray,
     grid = _take(media.grids, "video")
     video = _grid(grid, _take(media.seconds, "seconds_per_grid"), clock)
     audio = _line(audio_tokens(_take(media.audios, "audio")))
-    span = clock.positions_per_second * clock.seconds_per_chunk
-    cuts = [_cut(video, span), _cut(audio, span)]
-    woven = []
-    for index in range(max(map(len, cuts))):
-        woven += [pieces[index] for pieces in cuts if index < len(pieces)]
+    pieces = [np.split(p, _cuts(p[0], clock.span), axis=1) for p in (video, audio)]
+    order = _alternate(*pieces)
     body = cursor + 1
     # The released code continues after the LAST woven piece, not after the furthest one, so with
     # audio shorter than video the end markers reuse a temporal id of the video. Kept for parity.
-    end = body + int(woven[-1].max()) + 1
+    end = body + int(order[-1].max()) + 1
     marks = [np.full((3, 2), cursor), np.full((3, 2), end)]
-    return np.concatenate([marks[0], *[piece + body for piece in woven], marks[1]], axis=1)
+    return np.concatenate([marks[0], *[piece + body for piece in order], marks[1]], axis=1)
 
 
-def _cut(positions: Int[np.ndarray, "3 n"], span: int) -> list[Int[np.ndarray, "3 m"]]:
-    """Cuts at multiples of `span` of the temporal id, at most one multiple per cut."""
-    pieces, start, limit = [], 0, span
-    for index, time in enumerate(positions[0]):
-        if time >= limit:
-            pieces.append(positions[:, start:index])
-            start, limit = index, limit + span
-    return [*pieces, positions[:, start:]]
+def _cuts(times: np.ndarray, span: int) -> list[int]:
+    """Where a multiple of `span` is reached; a jump over several multiples is one cut."""
+    cuts: list[int] = []
+    for index, time in enumerate(times):
+        if time >= (len(cuts) + 1) * span:
+            cuts.append(index)
+    return cuts
+
+
+def _alternate(first: list[np.ndarray], second: list[np.ndarray]) -> list[np.ndarray]:
+    """first[0], second[0], first[1], ...; what is left of the longer one stands at the end."""
+    pairs = itertools.zip_longest(first, second)
+    return [piece for pair in pairs for piece in pair if piece is not None]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from saber_jax.data import media, sed
+from saber_jax.data import chat, media, sed
 from saber_jax.data.records import Record
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class Example:
     """A clip's prompt and media, ready to be packed, and none, one or two responses to it."""
 
     clip_id: str
-    prompt: sed.Prompt
+    prompt: chat.Prompt
     patches: UInt8[np.ndarray, "P 1176"]  # In tower order: window-permuted.
     layout: media.VisionLayout | None
     mel: Float[np.ndarray, "A 200 128"]
@@ -95,13 +95,11 @@ def encode_record(
 
     `responses` defaults to the record's own target; `()` gives a bare prompt.
     """
-    frames = record.frames
-    layout = None
+    pictures, layout = _pictures(record), None
     patches = np.zeros((0, media.PATCH_FEATURES), np.uint8)
-    if len(frames):
-        grid = (len(frames) // 2, frames.shape[1] // 14, frames.shape[2] // 14)
-        layout = media.vision_layout(grid)
-        patches = media.patchify(frames)[layout.order]
+    if pictures:
+        layout = media.vision_layout(pictures.grid)
+        patches = media.patchify(record.frames)[layout.order]
     mel = media.log_mel(record.audio)
     chunks, lengths = media.audio_chunks(mel)
     if responses is None:
@@ -133,15 +131,24 @@ def asked_again(
     )
 
 
-def _prompt(
-    record: Record, tokenizer: Tokenizer, request: Request, audio_frames: int
-) -> sed.Prompt:
+def _prompt(record: Record, tokenizer: Tokenizer, request: Request, mel_frames: int) -> chat.Prompt:
+    shown = _shown(record, mel_frames)
+    instruction = request.instruction(record.language)
+    return sed.encode_prompt(tokenizer, record.language, shown, instruction)
+
+
+def _shown(record: Record, mel_frames: int) -> list[chat.Media]:
+    """The clip's media in the order of the prompt. Fewer than three mel frames make no sound."""
+    pictures = _pictures(record)
+    sound = chat.Audio(frames=mel_frames) if media.audio_tokens(mel_frames) else None
+    if record.audio_in_video and sound and isinstance(pictures, chat.Video):
+        return [chat.AudioInVideo(video=pictures, audio=sound)]
+    return [part for part in (pictures, sound) if part]
+
+
+def _pictures(record: Record) -> chat.Image | chat.Video | None:
     count, height, width = record.frames.shape[:3]
-    return sed.encode_prompt(
-        tokenizer,
-        record.language,
-        grids=[(count // 2, height // 14, width // 14)] if count else [],
-        seconds_per_grid=record.seconds_per_grid,
-        audio_frames=audio_frames,
-        instruction=request.instruction(record.language),
-    )
+    grid = (-(-count // media.TEMPORAL_PATCH), height // media.PATCH, width // media.PATCH)
+    if count == 1:
+        return chat.Image(grid=grid)
+    return chat.Video(grid=grid, seconds_per_grid=record.seconds_per_grid) if count else None

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from saber_jax.data import media, records, sed
+from saber_jax.data import chat, media, records, sed
 from saber_jax.data.tokenizer import train_sentencepiece
 
 ENGLISH = dict(
@@ -136,26 +136,22 @@ def test_a_prompt_expands_to_one_token_per_unit_of_media(tokenizer, language):
     text = sed.prompt_text(language, True, True)
     parts = text.replace("<|VIDEO|>", "<|VIDEO|>" * 60).replace("<|AUDIO|>", "<|AUDIO|>" * 129)
     assert encoded.tokens.tolist() == tokenizer.encode(parts)
-    assert (encoded.media_kind == sed.VISION).sum() == 60
-    assert (encoded.media_kind == sed.AUDIO).sum() == 129
+    assert (encoded.media_kind == chat.VISION).sum() == 60
+    assert (encoded.media_kind == chat.AUDIO).sum() == 129
     video = encoded.tokens == tokenizer.id("<|VIDEO|>")
-    np.testing.assert_array_equal(video, encoded.media_kind == sed.VISION)
+    np.testing.assert_array_equal(video, encoded.media_kind == chat.VISION)
 
 
-def encode(tokenizer, language="en", *, grids, audio_frames, seconds_per_grid=1.0):
-    return sed.encode_prompt(
-        tokenizer,
-        language,
-        grids=grids,
-        seconds_per_grid=seconds_per_grid,
-        audio_frames=audio_frames,
-    )
+def encode(tokenizer, language="en", *, grids=(), audio_frames=0, seconds_per_grid=1.0):
+    shown = [chat.Video(grid=grid, seconds_per_grid=seconds_per_grid) for grid in grids]
+    shown += [chat.Audio(frames=audio_frames)] if audio_frames else []
+    return sed.encode_prompt(tokenizer, language, shown)
 
 
 def test_vision_slots_follow_the_towers_window_order(tokenizer):
     grid = (2, 6, 10)  # 3 x 5 units: windows of 3 x 4 and 3 x 1.
     encoded = encode(tokenizer, grids=[grid], audio_frames=0)
-    slots = encoded.media_slot[encoded.media_kind == sed.VISION]
+    slots = encoded.media_slot[encoded.media_kind == chat.VISION]
     np.testing.assert_array_equal(slots, media.vision_layout(grid).unit_slot)
     first_frame = [[0, 1, 2, 3, 12], [4, 5, 6, 7, 13], [8, 9, 10, 11, 14]]
     np.testing.assert_array_equal(slots[:15].reshape(3, 5), first_frame)
@@ -163,7 +159,7 @@ def test_vision_slots_follow_the_towers_window_order(tokenizer):
 
 def test_slots_of_a_second_video_continue_after_the_first(tokenizer):
     encoded = encode(tokenizer, grids=[(1, 2, 2), (1, 2, 4)], audio_frames=0)
-    assert encoded.media_slot[encoded.media_kind == sed.VISION].tolist() == [0, 1, 2]
+    assert encoded.media_slot[encoded.media_kind == chat.VISION].tolist() == [0, 1, 2]
     assert encoded.tokens.tolist().count(tokenizer.id("<|vision_bos|>")) == 2
 
 
@@ -175,22 +171,13 @@ def test_audio_slots_count_fifty_to_a_chunk(tokenizer):
         for chunk, length in enumerate(chunks)
         for position in range(media.audio_tokens(int(length)))
     ]
-    assert encoded.media_slot[encoded.media_kind == sed.AUDIO].tolist() == expected
+    assert encoded.media_slot[encoded.media_kind == chat.AUDIO].tolist() == expected
 
 
 def test_text_goes_on_after_the_media_clock(tokenizer):
     encoded = encode(tokenizer, grids=[(2, 2, 2)], audio_frames=0, seconds_per_grid=2.0)
-    video = encoded.positions[:, encoded.media_kind == sed.VISION]
+    video = encoded.positions[:, encoded.media_kind == chat.VISION]
     np.testing.assert_array_equal(video[0] - video[0, 0], [0, 50])
-    after = int(np.flatnonzero(encoded.media_kind == sed.VISION)[-1]) + 1
+    after = int(np.flatnonzero(encoded.media_kind == chat.VISION)[-1]) + 1
     np.testing.assert_array_equal(encoded.positions[:, after], [video[0, 1] + 1] * 3)
     assert encoded.next_position == encoded.positions[0, -1] + 1
-
-
-@pytest.mark.parametrize("frames", [0, 1, 2])
-def test_a_clip_with_nothing_to_hear_has_no_audio_block(tokenizer, frames):
-    encoded = encode(tokenizer, grids=[], audio_frames=frames)
-    assert encoded.tokens.tolist() == tokenizer.encode(sed.prompt_text("en", False, False))
-    np.testing.assert_array_equal(
-        encoded.positions, np.tile(np.arange(len(encoded.tokens)), (3, 1))
-    )
