@@ -79,6 +79,11 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.checkpoint_every = 100
+    c.log_every = 25 if tiny else 10  # Steps a console line is the mean of.
+    # "10:15" traces those steps, see docs/performance.md.
+    c.profile = ConfigDict({"steps": ""})
+    # A process that has not been heard of for so long is given up, and the run with it.
+    c.heartbeat_seconds = 60
 
     # The embedded corpus is made on the spot, and its clips are sampled like this.
     c.embedded = tiny

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
-from saber_jax import sharding
+from saber_jax import distributed, sharding
 from saber_jax.data import pipeline
 from saber_jax.data.journal import write_json
 from saber_jax.data.packing import Budget
@@ -27,10 +27,15 @@ from saber_jax.models import saber
 from saber_jax.models.config import saber_config
 from saber_jax.train import checkpoint, loop, setup
 from saber_jax.train.metrics import MetricsWriter
+from saber_jax.train.profile import Profile
+from saber_jax.train.progress import Console, Meter
 from saber_jax.train.reference import reference_log_probs, weights_digest
 
 # A run's fingerprint leaves these out: they change where or how often, not what is computed.
-NOT_PART_OF_THE_RUN = ("root", "workdir", "mesh", "checkpoint_every", "generation")
+NOT_PART_OF_THE_RUN = (
+    *("root", "workdir", "mesh", "checkpoint_every", "generation"),
+    *("log_every", "profile", "heartbeat_seconds"),
+)
 
 
 def train(config: ConfigDict) -> None:
@@ -44,31 +49,40 @@ def train(config: ConfigDict) -> None:
     meta = {"plan": plan.fingerprint(), "batch_rows": config.data.batch_rows}
 
     checkpoints = checkpoint.Checkpoints(workdir, every=config.checkpoint_every)
-    params = initial_params(config, stage)
+    params = None
     if config.stage == "cadpo":
+        params = initial_params(config, stage)
         examples = with_references(config, params, examples, plan, stage, workdir)
-    state = stage.begin(params)
-    if checkpoints.latest() is not None:
+    if checkpoints.latest() is None:
+        state = stage.begin(initial_params(config, stage) if params is None else params)
+    else:
+        params = None  # Freed first: both at once may not fit.
         state = checkpoints.restore(stage.state, meta)
-        print(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
+        say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
 
     step_fn = stage.train_step()
     start, began = int(state.step), time.perf_counter()
     rows = [plan.row(i) for i in range(config.steps * config.data.batch_rows)]
     batches = global_batches(config, examples, rows, plan.budget, mesh, start, config.data.withhold)
-    writer = MetricsWriter(workdir, start=start)
-    state = loop.run(
-        state,
-        step_fn,
-        batches,
-        stage=config.stage,
-        steps=config.steps,
-        checkpoints=checkpoints,
-        meta=meta,
-        writer=writer,
+    watch = loop.Watch(
+        writer=MetricsWriter(workdir, start=start),
+        console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
+        meter=Meter(stage),
+        profile=Profile(config.profile.steps, workdir, steps=config.steps),
     )
-    checkpoints.close()
-    writer.close()
+    try:
+        state = loop.run(
+            state,
+            step_fn,
+            batches,
+            steps=config.steps,
+            checkpoints=checkpoints,
+            meta=meta,
+            watch=watch,
+        )
+    finally:
+        checkpoints.close()
+        watch.writer.close()
     summary = {
         "stage": config.stage,
         "steps": config.steps,
@@ -80,7 +94,7 @@ def train(config: ConfigDict) -> None:
         "wall_seconds": time.perf_counter() - began,
     }
     finish(workdir, summary)
-    print(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
+    say(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
 
 
 def data(
@@ -96,13 +110,14 @@ def data(
         mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
         examples = pipeline.Examples(source, tokenizer, requests=mixture.requests)
     cfg = saber_config(config.model)
-    checkpoint.write_model_files(
-        workdir, cfg, tokenizer, stage=config.stage, provenance=dict(source[0].provenance)
-    )
+    if jax.process_index() == 0:
+        checkpoint.write_model_files(
+            workdir, cfg, tokenizer, stage=config.stage, provenance=dict(source[0].provenance)
+        )
     sizes, counts = pipeline.measure(examples, workdir / "sizes.npz")
     plan = pipeline.Plan(sizes, setup.budget(config), config.seed, mixture)
     fill = ", ".join(f"{name} {share:.0%}" for name, share in plan.fill().items())
-    print(
+    say(
         f"{config.stage}: {len(examples)} examples in {plan.rows_per_epoch} rows an epoch; "
         f"budgets filled: {fill}"
     )
@@ -145,39 +160,48 @@ def with_references(
 def global_batches(
     config: ConfigDict, examples, rows, budget: Budget, mesh: Mesh, start: int, withhold: float
 ):
+    place = sharding.batch_sharding(mesh)
+    batch_rows = sharding.batch_rows(config.data.batch_rows, mesh)
+    local = pipeline.local_rows(batch_rows, place)
     host = pipeline.HostBatches(
         examples,
         rows,
         budget,
         config.data.batch_rows,
         start,
+        local=local,
         withhold=withhold,
         seed=config.seed,
     )
     stream = pipeline.stream(host, threads=config.data.threads, workers=config.data.workers)
-    place = sharding.batch_sharding(mesh)
-    return (pipeline.to_global(batch, place) for batch in stream)
+    return (pipeline.to_global(batch, place, batch_rows, local) for batch in stream)
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes config.json, or says that the directory belongs to another config."""
     ours = json.loads(config.to_json())
     path = workdir / "config.json"
-    if path.exists():
-        ours, theirs = _flat(ours), _flat(json.loads(path.read_text()))
-        changed = [
-            f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
-            for key in sorted(theirs | ours)
-            if key.split(".")[0] not in NOT_PART_OF_THE_RUN and theirs.get(key) != ours.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} belongs to a run with another config ({'; '.join(changed)}). Choose "
-                "another directory with --config.workdir=DIR, or delete it to start again."
-            )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, ours)
+    if jax.process_index() == 0 and not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, ours)
+    distributed.barrier("claim")
+    if not path.exists():
+        raise ValueError(
+            f"{workdir} of the first host is not here: host {jax.process_index()} sees no "
+            f"{path.name} in it. Put config.root on a file system that all hosts share "
+            "(docs/performance.md, `Disks`)."
+        )
+    ours, theirs = _flat(ours), _flat(json.loads(path.read_text()))
+    changed = [
+        f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(theirs | ours)
+        if key.split(".")[0] not in NOT_PART_OF_THE_RUN and theirs.get(key) != ours.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir} belongs to a run with another config ({'; '.join(changed)}). Choose "
+            "another directory with --config.workdir=DIR, or delete it to start again."
+        )
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -206,14 +230,33 @@ def refuse_hopeless(config: ConfigDict) -> None:
         )
 
 
+def say(text: str) -> None:
+    """Once, however many processes run."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
     try:
-        refuse_hopeless(CONFIG.value)
-        train(CONFIG.value)
+        distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
+        with distributed.failing_together():
+            run(CONFIG.value)
     except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"saber_jax.main: {error}")
+
+
+def run(config: ConfigDict) -> None:
+    """Trains, or exits with a status and a sentence."""
+    try:
+        refuse_hopeless(config)
+        train(config)
+    except loop.Preempted as stopped:
+        say(f"{config.stage}: {stopped}. The same command goes on from there.")
+        sys.exit(distributed.PREEMPTED)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"saber_jax.main: {error}")
 
 

@@ -86,5 +86,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
+def batch_rows(rows: int, mesh: Mesh) -> int:
+    """`rows`, rounded up to what gives every device equally many; the surplus stays empty."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // shares) * shares
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

@@ -47,8 +47,10 @@ def config_for(module, records, root, **changes):
 
 def metrics_of(root, stage):
     lines = (root / stage / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds", "input_wait")
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+    timing = ("seconds", "input_wait", "speed/")
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(timing)} for line in lines
+    ]
 
 
 def params_of(root, stage):

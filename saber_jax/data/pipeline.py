@@ -15,6 +15,7 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 from tqdm import tqdm
@@ -94,27 +95,46 @@ class Examples:
 def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "K N 5"], dict[str, int]]:
     """Sizes of all N examples under all K requests, and how often each target token occurs.
 
-    Kept in `cache`.
+    Kept in `cache`. Several processes measure a share each and exchange the results.
     """
-    if cache.exists():
-        stored = np.load(cache)
-        return stored["sizes"], dict(
-            zip(stored["tokens"].tolist(), stored["counts"].tolist(), strict=True)
-        )
-    sizes, counts = [], np.zeros(0, np.int64)
-    for index in tqdm(range(len(examples)), desc="measuring examples", unit="clip"):
+    # The first process decides: on disks of their own the others may or may not have the file.
+    if multihost_utils.broadcast_one_to_all(np.int32(cache.exists())):
+        return _read_measured(cache)
+    mine = range(jax.process_index(), len(examples), jax.process_count())
+    sizes = np.zeros((len(examples), len(examples.requests), 5), np.int64)
+    counts = np.zeros(0, np.int64)
+    quiet = jax.process_index() != 0
+    for index in tqdm(mine, desc="measuring examples", unit="clip", disable=quiet):
         variants = examples.every_request(index)
-        sizes.append([dataclasses.astuple(size_of(example)) for example in variants])
+        sizes[index] = [dataclasses.astuple(size_of(example)) for example in variants]
         tokens = np.concatenate([r.tokens for e in variants for r in e.responses])
         more = np.bincount(tokens, minlength=len(counts))
         more[: len(counts)] += counts
         counts = more
-    tokens = np.flatnonzero(counts)
-    temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
-    by_request = np.array(sizes, np.int64).swapaxes(0, 1)
-    np.savez(temporary, sizes=by_request, tokens=tokens, counts=counts[tokens])
-    os.replace(temporary, cache)
-    return measure(examples, cache)
+    sizes, counts = _sum_over_processes(sizes), _sum_over_processes(counts)
+    sizes, tokens = sizes.swapaxes(0, 1), np.flatnonzero(counts)
+    if jax.process_index() == 0:
+        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
+        np.savez(temporary, sizes=sizes, tokens=tokens, counts=counts[tokens])
+        os.replace(temporary, cache)
+    return sizes, dict(zip(tokens.tolist(), counts[tokens].tolist(), strict=True))
+
+
+def _read_measured(cache: Path) -> tuple[Int[np.ndarray, "K N 5"], dict[str, int]]:
+    stored = np.load(cache)
+    return stored["sizes"], dict(
+        zip(stored["tokens"].tolist(), stored["counts"].tolist(), strict=True)
+    )
+
+
+def _sum_over_processes(values: Int[np.ndarray, "N ..."]) -> Int[np.ndarray, "M ..."]:
+    """Elementwise over arrays that may differ in their first length, which grows to the longest."""
+    if jax.process_count() == 1:
+        return values
+    lengths = multihost_utils.process_allgather(np.int32(len(values)))
+    padded = np.zeros((int(lengths.max()), *values.shape[1:]), np.int32)
+    padded[: len(values)] = values
+    return multihost_utils.process_allgather(padded).astype(np.int64).sum(0)
 
 
 def unigram_entropy(counts: dict[int, int]) -> float:
@@ -187,6 +207,16 @@ class Plan:
         return self._sizes.reshape(-1, self._sizes.shape[-1])
 
 
+def local_rows(rows: int, place: NamedSharding) -> list[int]:
+    """Which rows of a global batch of `rows` the devices of this process hold, in order.
+
+    The sharding says, and nothing simpler does: on a torus a host's devices need not be neighbours
+    along the batch, and hosts that share a tensor axis hold the same rows.
+    """
+    slices = place.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(rows))})
+
+
 class HostBatches:
     """Grain source whose element s is this host's part of global batch `start + s`."""
 
@@ -198,28 +228,29 @@ class HostBatches:
         batch_rows: int,
         start: int,
         *,
+        local: list[int] | None = None,
         withhold: float = 0.0,
         seed: int = 0,
     ):
-        """`rows[r]` lists the examples of global row r. Of each example one modality is hidden with
-        probability `withhold`; which one, and whether, depends on `seed` and the row alone."""
-        hosts = jax.process_count()
-        if batch_rows % hosts:
-            raise ValueError(f"config.data.batch_rows={batch_rows} must divide over {hosts} hosts.")
+        """`rows[r]` lists the examples of global row r; `local` the rows of each batch to make, all
+        by default, those from `batch_rows` on being empty. Of each example one modality is hidden
+        with probability `withhold`; which one, and whether, depends on `seed` and the row alone."""
         self._examples, self._budget = examples, budget
         self._rows = rows
         self._batch_rows, self._start = batch_rows, start
         self._withhold, self._seed = withhold, seed
-        self._host, self._host_rows = jax.process_index(), batch_rows // hosts
+        self._local = list(range(batch_rows)) if local is None else local
 
     def __len__(self) -> int:
         return max(0, -(-len(self._rows) // self._batch_rows) - self._start)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        first = (self._start + index) * self._batch_rows + self._host * self._host_rows
-        rows = self._rows[first : first + self._host_rows]
-        encoded = [self._encoded(first + i, row) for i, row in enumerate(rows)]
-        return pack_rows(encoded + [[]] * (self._host_rows - len(rows)), self._budget)
+        first = (self._start + index) * self._batch_rows
+        numbers = [first + i if i < self._batch_rows else len(self._rows) for i in self._local]
+        return pack_rows(
+            [self._encoded(n, self._rows[n]) if n < len(self._rows) else [] for n in numbers],
+            self._budget,
+        )
 
     def _encoded(self, number: int, row: list[int]) -> list[Example]:
         rng = np.random.default_rng([self._seed, number])
@@ -240,8 +271,17 @@ def stream(
     return iter(dataset)
 
 
-def to_global(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Host rows -> arrays over the whole mesh."""
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
-    }
+def to_global(
+    batch: dict[str, np.ndarray], place: NamedSharding, rows: int, local: list[int]
+) -> dict[str, jax.Array]:
+    """The `local` rows that this process made -> arrays of `rows` rows over the whole mesh."""
+    position = {row: i for i, row in enumerate(local)}
+
+    def distribute(value: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return value[position[start] : position[stop - 1] + 1]
+
+        return jax.make_array_from_callback((rows, *value.shape[1:]), place, part)
+
+    return {key: distribute(value) for key, value in batch.items()}

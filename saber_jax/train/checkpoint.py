@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,10 +39,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any], *, force: bool = False) -> None:
-        """Saves when the interval says so. `meta` is JSON: what must match for a resume."""
+    def due(self, step: int) -> bool:
+        """Whether the interval asks for a checkpoint after `step` steps."""
+        return self._manager.should_save(step)
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Saves, if that step is not saved yet. `meta` is JSON: what must match for a resume."""
         step = int(meta["step"])
-        if step == self.latest() or not (force or self._manager.should_save(step)):
+        if step == self.latest():
             return
         self._manager.save(
             step,
@@ -50,7 +55,7 @@ class Checkpoints:
                 opt_state=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave(meta),
             ),
-            force=force,
+            force=True,
         )
 
     def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState:
@@ -78,7 +83,7 @@ class Checkpoints:
         )
         params = flatten(restored.params)
         return TrainState(
-            step=jax.numpy.asarray(step, jax.numpy.int32),
+            step=jax.device_put(np.int32(step), abstract.step.sharding),
             trainable={name: params[name] for name in abstract.trainable},
             frozen={name: params[name] for name in abstract.frozen},
             opt_state=restored.opt_state,

@@ -1,15 +1,54 @@
-"""Runs a jitted step over batches: metrics fetched one step late, checkpoints, a progress bar."""
+"""Runs a jitted step over batches: metrics fetched one step late, checkpoints, a way to stop."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 
 import jax
-from tqdm import tqdm
 
+from saber_jax.distributed import Preemption
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
+from saber_jax.train.profile import Profile
+from saber_jax.train.progress import Console, Counts, Meter
 from saber_jax.train.step import Batch, Metrics, TrainState
+
+# The weights after a step are finite if its loss, gradients and update were.
+MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
+
+
+class Preempted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Everybody who looks on while a run goes: files, console, meter, profiler."""
+
+    writer: MetricsWriter
+    console: Console
+    meter: Meter
+    profile: Profile
+
+    def report(
+        self, step: int, metrics: Metrics, counted: Counts, seconds: float, waited: float
+    ) -> None:
+        """Fetches and passes on. Raises FloatingPointError when anything is not finite, naming the
+        step."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        broken = [n for n in MUST_BE_FINITE if not math.isfinite(values.get(n, 0.0))]
+        if broken:
+            raise FloatingPointError(
+                f"{broken[0]} is {values[broken[0]]} at step {step}; the step before was finite or "
+                "the run began here, and no checkpoint was made of this. Lower "
+                "config.optimizer.peak_lr, or look at this step's batch; the same command goes on "
+                "from the last checkpoint."
+            )
+        values |= {"seconds": seconds, "input_wait": waited}
+        values |= self.meter.measure(counted, seconds)
+        self.writer.write(step, values)
+        self.console.add(step, values)
 
 
 def run(
@@ -17,53 +56,40 @@ def run(
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: Iterator[Batch],
     *,
-    stage: str,
     steps: int,
     checkpoints: Checkpoints,
     meta: dict,
-    writer: MetricsWriter,
+    watch: Watch,
 ) -> TrainState:
-    """Steps from `state.step` to `steps`. Raises FloatingPointError at the first loss that is not
-    finite, naming the steps between which it happened."""
-    start = int(state.step)
-    pending: tuple[int, Metrics, dict[str, float]] | None = None
-    bar = tqdm(
-        range(start, steps),
-        initial=start,
-        total=steps,
-        desc=stage,
-        unit="step",
-        disable=jax.process_index() != 0,
-    )
+    """Steps from `state.step` to `steps`.
+
+    Raises FloatingPointError at the first step that is not finite, and Preempted after a SIGTERM,
+    when what was learnt so far is saved.
+    """
+    pending: tuple | None = None
     clock = time.perf_counter()
-    for step in bar:
-        waiting = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - waiting
-        state, metrics = step_fn(state, batch)
-        # Fetching this step's metrics here would make the device wait for the host.
-        if pending is not None:
-            bar.set_postfix(_emit(writer, *pending), refresh=False)
-        now = time.perf_counter()
-        pending = (step, metrics, {"seconds": now - clock, "input_wait": waited})
-        clock = now
-        checkpoints.save(state, meta | {"step": step + 1})
-    if pending is not None:
-        _emit(writer, *pending)
-    bar.close()
-    checkpoints.save(state, meta | {"step": steps}, force=True)
+    with Preemption() as preemption:
+        for step in range(int(state.step), steps):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waiting
+            with watch.profile.step(step):
+                counted = watch.meter.count(batch)
+                state, metrics = step_fn(state, batch)
+            # Fetching this step's metrics here would make the device wait for the host.
+            if pending is not None:
+                watch.report(*pending)
+            now = time.perf_counter()
+            pending = (step, metrics, counted, now - clock, waited)
+            clock = now
+            watch.profile.after(step, state)
+            done = step + 1
+            stop = preemption.reached(done)
+            if stop or done == steps or checkpoints.due(done):
+                # Seen before it is saved: a restart trusts the last checkpoint.
+                watch.report(*pending)
+                pending = None
+                checkpoints.save(state, meta | {"step": done})
+            if stop and done < steps:
+                raise Preempted(f"stopped after step {done} of {steps} and saved it")
     return state
-
-
-def _emit(
-    writer: MetricsWriter, step: int, metrics: Metrics, host: dict[str, float]
-) -> dict[str, str]:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(
-            f"The loss is {values['loss']} at step {step}; step {step - 1} was finite or the run "
-            "began there. Lower config.optimizer.peak_lr, or look at this step's batch."
-        )
-    writer.write(step, values | host)
-    shown = ("loss", "rewards/accuracies", "rewards/margins")
-    return {name.split("/")[-1]: f"{values[name]:.3f}" for name in shown if name in values}

@@ -13,25 +13,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 from tqdm import tqdm
 
 from saber_jax.train.step import Batch, flatten
 
 
 def weights_digest(params: dict) -> str:
-    """Sixteen hex digits that change with any change worth noticing in any parameter."""
+    """Sixteen hex digits that change with any change of any parameter, however they are sharded.
+
+    Sums of bits modulo 2**32, each weighted by where it stands: unlike floating-point sums they do
+    not depend on the order, so on another mesh the digest is the same.
+    """
 
     @jax.jit
-    def sums(flat: dict[str, Array]) -> dict[str, Float[Array, "2"]]:
-        return {
-            name: jnp.stack([jnp.abs(leaf).sum(), jnp.square(leaf).sum()])
-            for name, leaf in flat.items()
-        }
+    def sums(flat: dict[str, Array]) -> UInt32[Array, " N"]:
+        return jnp.stack([_bit_sum(leaf) for _, leaf in sorted(flat.items())])
 
-    values = jax.device_get(sums(flatten(params)))
-    text = json.dumps({name: [float(x) for x in value] for name, value in sorted(values.items())})
+    flat = flatten(params)
+    values = np.asarray(jax.device_get(sums(flat)))
+    text = json.dumps(dict(zip(sorted(flat), values.tolist(), strict=True)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _bit_sum(leaf: Float[Array, "..."]) -> UInt32[Array, ""]:
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    # An odd weight has an inverse modulo 2**32, so that no change of one number goes unseen.
+    return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
 def reference_log_probs(
@@ -49,7 +60,8 @@ def reference_log_probs(
     `rows[r]` lists the pairs of global row r; `batches` holds those rows in order. A cache made
     from other weights, pairs or records is refused by name, never quietly used.
     """
-    if cache.exists():
+    # The first process decides: on disks of their own the others may or may not have the file.
+    if multihost_utils.broadcast_one_to_all(np.int32(cache.exists())):
         stored = np.load(cache)
         if str(stored["fingerprint"]) != fingerprint:
             raise ValueError(
@@ -60,13 +72,14 @@ def reference_log_probs(
         return stored["log_probs"]
     result = np.full((pairs, 2), np.nan, np.float32)
     total = -(-len(rows) // batch_rows)
-    for number, batch in enumerate(
-        tqdm(batches, total=total, desc="reference log-probs", unit="batch")
-    ):
+    quiet = jax.process_index() != 0
+    bar = tqdm(batches, total=total, desc="reference log-probs", unit="batch", disable=quiet)
+    for number, batch in enumerate(bar):
         values = np.stack(
             [multihost_utils.process_allgather(x, tiled=True) for x in log_probs(batch)], -1
         )
-        for row, indices in zip(values, rows[number * batch_rows :], strict=False):
+        mine = rows[number * batch_rows : (number + 1) * batch_rows]
+        for row, indices in zip(values, mine, strict=False):
             result[indices] = row[: len(indices)]
     if np.isnan(result).any():
         raise RuntimeError(f"{int(np.isnan(result).any(1).sum())} pairs got no reference log-prob.")

@@ -110,7 +110,7 @@ def _abstract_state(
 
 
 def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> Batch:
-    place = sharding.batch_sharding(mesh)
+    place, rows = sharding.batch_sharding(mesh), sharding.batch_rows(rows, mesh)
     return {
         name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place)
         for name, array in pack_rows([[]], row).items()

@@ -1,7 +1,6 @@
 """Model FLOPs: what the masks let through, and what XLA counts for the same step."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,125 @@
+"""Several processes that act as one: how they find each other, stop together and fail together.
+
+On a TPU pod every host runs the same command; jax finds the others by itself. Anywhere else three
+variables say it (several processes on one computer, for instance, which is how the tests do it):
+
+    JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=2  JAX_PROCESS_ID=0
+
+What may go wrong ends the same way on every host: non-zero, and soon. A process that raises leaves
+at once; one that vanishes is given up after `HEARTBEAT_SECONDS` without a sign of life, and all
+others with it, because collectives would wait for it forever. The next start resumes.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 60
+# Time for the slowest host's disk and network when all start at once.
+JOIN_SECONDS = 600
+PREEMPTED = 75
+"""Exit status of a run that was told to stop and saved first (EX_TEMPFAIL: try again)."""
+
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def place() -> tuple[int, int]:
+    """(index, count) of this process, without touching an accelerator.
+
+    Raises ValueError when only some of the three variables are set.
+    """
+    given = [name for name in _EXPLICIT if os.environ.get(name)]
+    if given and len(given) < len(_EXPLICIT):
+        missing = [name for name in _EXPLICIT if name not in given]
+        raise ValueError(
+            f"{', '.join(given)} set but not {', '.join(missing)}. Set all three to join several "
+            "processes, or none."
+        )
+    if given:
+        return int(os.environ["JAX_PROCESS_ID"]), int(os.environ["JAX_NUM_PROCESSES"])
+    cluster = _tpu_cluster()
+    return (cluster.get_process_id(), cluster.get_process_count()) if cluster else (0, 1)
+
+
+def _tpu_cluster():
+    """jax's own description of the TPU pod this host belongs to, so that both always agree."""
+    # There is no public way to ask where jax.distributed.initialize() would find itself.
+    from jax._src.clusters import ClusterEnv
+
+    kinds = [kind for kind in ClusterEnv._cluster_types if kind.name in ("gketpu", "gcetpu")]
+    return next((kind for kind in kinds if kind.is_env_present()), None)
+
+
+def initialize(*, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+    """Joins the other processes, if there are any. Call before anything asks jax for a device."""
+    index, count = place()
+    if count == 1:
+        return
+    explicit = {"num_processes": count, "process_id": index} if os.environ.get(_EXPLICIT[0]) else {}
+    jax.distributed.initialize(
+        **explicit,
+        cluster_detection_method="deactivate" if explicit else None,
+        initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=heartbeat_seconds,
+    )
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """An exception inside ends this process at once instead of waiting for the others, who are in
+    the middle of a collective and will notice. With one process it does nothing."""
+    try:
+        yield
+    except BaseException as error:
+        together = isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED)
+        if jax.process_count() == 1 or together:
+            raise
+        if isinstance(error, SystemExit):
+            print(error.code if isinstance(error.code, str) else "", file=sys.stderr)
+            code = error.code if isinstance(error.code, int) else 1
+        else:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Preemption:
+    """Whether somebody asked this run to stop: SIGTERM, to any of its processes, while the context
+    is open. Cloud machines that are taken back and pods that are moved are told so half a minute
+    before."""
+
+    def __init__(self):
+        self._asked = False
+
+    def __enter__(self) -> "Preemption":
+        # Several processes have jax's own listener, which agrees with the others on a step.
+        self._before = None
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        """True on every process at the same `step`. Ask once a step."""
+        return self._asked or multihost_utils.reached_preemption_sync_point(step)
+
+    def _ask(self, *_) -> None:
+        self._asked = True

@@ -1,0 +1,49 @@
+"""`--config.profile.steps=10:15`: an xprof trace of those steps, and what memory held after them.
+
+WORKDIR/profile/plugins/profile/TIME/*.xplane.pb   the trace; launch/profile.sh opens it
+WORKDIR/profile/memory.prof                        live buffers by allocation site, for pprof
+"""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Profile:
+    """Traces steps `first` to `last` - 1 from process 0: hosts of a pod run the same program."""
+
+    def __init__(self, window: str, workdir: str | Path, *, steps: int):
+        """`window` is "first:last", or "" for no trace. Raises ValueError for anything else."""
+        self._folder = Path(workdir) / "profile"
+        self._first = self._last = -1
+        if not window:
+            return
+        match = re.fullmatch(r"(\d+):(\d+)", window)
+        if match is None or not int(match[1]) < int(match[2]) <= steps:
+            raise ValueError(
+                "config.profile.steps must be first:last, steps of this run's "
+                f"0 to {steps} with first < last, got {window!r}. For example 10:15 traces five."
+            )
+        if jax.process_index() == 0:
+            self._first, self._last = int(match[1]), int(match[2])
+
+    def step(self, step: int) -> contextlib.AbstractContextManager:
+        """Around the dispatch of a step; starts the trace when its time has come."""
+        if step == self._first:
+            options = jax.profiler.ProfileOptions()
+            # Every Python call would bury the steps; annotations stay.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, result: Any) -> None:
+        """Ends the trace once the last step's `result` is there."""
+        if step != self._last - 1:
+            return
+        jax.block_until_ready(result)
+        jax.profiler.stop_trace()
+        jax.profiler.save_device_memory_profile(self._folder / "memory.prof")
+        print(f"traced steps {self._first} to {step}: launch/profile.sh {self._folder.parent}")
