@@ -37,6 +37,14 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # Shell patterns over parameter names. The published recipe freezes both towers.
     c.trainable = ("*",) if tiny else ("text/*",)
 
+    # LoRA where rank > 0, such as --config.lora.rank=8, the published recipe's. The base is what
+    # init.checkpoint holds, stays as it is, and is not saved again.
+    c.lora = ConfigDict({"rank": 0, "alpha": 32.0})
+    # Shell patterns over parameter names; linear layers take an adapter, others none.
+    c.lora.targets = ("text/*",)
+    # What trains, in place of `trainable` above; such as ("lora/*", "vision/merger/*").
+    c.lora.trainable = ("lora/*",)
+
     c.data = ConfigDict()
     c.data.path = root + "/records"
     c.data.split = "train"

@@ -24,8 +24,8 @@ from saber_jax.data.records import RecordSource
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.models import saber
-from saber_jax.models.config import saber_config
-from saber_jax.train import checkpoint, loop, setup
+from saber_jax.models.config import SaberConfig
+from saber_jax.train import checkpoint, loop, setup, start
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Meter
@@ -45,27 +45,30 @@ def train(config: ConfigDict) -> None:
     mesh = sharding.make_mesh(**config.mesh)
 
     stage = setup.build(config, mesh)
-    examples, plan, counts = data(config, workdir)
+    base = start.base_checkpoint(config, stage, workdir)
+    examples, plan, counts = data(config, stage.cfg, workdir, base)
     meta = {"plan": plan.fingerprint(), "batch_rows": config.data.batch_rows}
 
-    checkpoints = checkpoint.Checkpoints(workdir, every=config.checkpoint_every)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, every=config.checkpoint_every, frozen=base is None
+    )
     params = None
     if config.stage == "cadpo":
-        params = initial_params(config, stage)
+        params = start.params(config, stage, base)
         examples = with_references(config, params, examples, plan, stage, workdir)
     if checkpoints.latest() is None:
-        state = stage.begin(initial_params(config, stage) if params is None else params)
+        state = stage.begin(start.params(config, stage, base) if params is None else params)
     else:
         params = None  # Freed first: both at once may not fit.
-        state = checkpoints.restore(stage.state, meta)
+        state = checkpoints.restore(start.layout(stage, base), meta)
         say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
 
     step_fn = stage.train_step()
-    start, began = int(state.step), time.perf_counter()
+    first, began = int(state.step), time.perf_counter()
     rows = [plan.row(i) for i in range(config.steps * config.data.batch_rows)]
-    batches = global_batches(config, examples, rows, plan.budget, mesh, start, config.data.withhold)
+    batches = global_batches(config, examples, rows, plan.budget, mesh, first, config.data.withhold)
     watch = loop.Watch(
-        writer=MetricsWriter(workdir, start=start),
+        writer=MetricsWriter(workdir, start=first),
         console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
         meter=Meter(stage),
         profile=Profile(config.profile.steps, workdir, steps=config.steps),
@@ -91,6 +94,7 @@ def train(config: ConfigDict) -> None:
         "fill": plan.fill(),
         "unigram_entropy": pipeline.unigram_entropy(counts),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
+        "trainable_parameters": sum(leaf.size for leaf in stage.state.trainable.values()),
         "wall_seconds": time.perf_counter() - began,
     }
     finish(workdir, summary)
@@ -98,7 +102,7 @@ def train(config: ConfigDict) -> None:
 
 
 def data(
-    config: ConfigDict, workdir: Path
+    config: ConfigDict, cfg: SaberConfig, workdir: Path, base: Path | None
 ) -> tuple[pipeline.Examples, pipeline.Plan, dict[int, int]]:
     """Encoded examples, the plan that packs them, and the target tokens' counts."""
     d = config.data
@@ -109,11 +113,11 @@ def data(
     else:
         mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
         examples = pipeline.Examples(source, tokenizer, requests=mixture.requests)
-    cfg = saber_config(config.model)
+    about = {"stage": config.stage, "provenance": dict(source[0].provenance)}
+    if base is not None:
+        about["base"] = checkpoint.describe_base(workdir, base)
     if jax.process_index() == 0:
-        checkpoint.write_model_files(
-            workdir, cfg, tokenizer, stage=config.stage, provenance=dict(source[0].provenance)
-        )
+        checkpoint.write_model_files(workdir, cfg, tokenizer, **about)
     sizes, counts = pipeline.measure(examples, workdir / "sizes.npz")
     plan = pipeline.Plan(sizes, setup.budget(config), config.seed, mixture)
     fill = ", ".join(f"{name} {share:.0%}" for name, share in plan.fill().items())
@@ -124,16 +128,6 @@ def data(
     return examples, plan, counts
 
 
-def initial_params(config: ConfigDict, stage: setup.Setup) -> dict:
-    """From config.init.checkpoint, or random."""
-    if config.init.checkpoint:
-        return checkpoint.load_params(config.init.checkpoint, stage.cfg, stage.param_shardings)
-    init = functools.partial(saber.init, stage.cfg)
-    # rbg: the default generator takes half a minute to compile for the tiny model alone.
-    key = jax.random.key(config.seed, impl="rbg")
-    return jax.jit(init, out_shardings=stage.param_shardings)(key)
-
-
 def with_references(
     config: ConfigDict,
     params: dict,
@@ -142,7 +136,11 @@ def with_references(
     stage: setup.Setup,
     workdir: Path,
 ) -> pipeline.Examples:
-    """The pairs with their reference log-probs, computed by the starting weights."""
+    """The pairs with their reference log-probs, computed by the starting weights.
+
+    Fresh adapters change nothing, so leaving them off keeps the fingerprint that of the base.
+    """
+    params = saber.without_lora(params)
     rows = [plan.row(i) for i in range(plan.rows_per_epoch)]
     dtype = stage.compute.dtype
     references = reference_log_probs(

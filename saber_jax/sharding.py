@@ -28,6 +28,7 @@ AXIS_RULES: dict[str | None, str | None] = {
     "taps": None,
     "mel": None,
     "marker": None,
+    "rank": None,
     None: None,
 }
 

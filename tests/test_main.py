@@ -1,16 +1,21 @@
 """Training as a whole: a killed run and its continuation equal an uninterrupted one."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import cadpo, sft
 from data_prep import dataset
 from saber_jax import main
+from saber_jax.data.journal import write_jsonl
+from saber_jax.models import saber
 from saber_jax.train import checkpoint, loop
-from saber_jax.train.step import flatten
+from saber_jax.train.step import flatten, merge
 from tests import synthetic
 
 
@@ -99,11 +104,13 @@ def test_a_work_directory_of_another_config_is_refused_by_name(records, whole):
         main.train(config)
 
 
+def write_pairs(path):
+    pair = {"chosen": "[video_desc] calm red room", "rejected": "[video_desc] quiet person"}
+    write_jsonl(path, [{"clip_id": f"clip{i}", **pair} for i in range(8)])
+
+
 def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
-    with (whole / "pairs.jsonl").open("w") as file:
-        for i in range(8):
-            pair = {"chosen": "[video_desc] calm red room", "rejected": "[video_desc] quiet person"}
-            file.write(json.dumps({"clip_id": f"clip{i}", **pair}) + "\n")
+    write_pairs(whole / "pairs.jsonl")
     config = config_for(cadpo, records, whole)
     config.data.pairs = str(whole / "pairs.jsonl")
     config.data.response = 64
@@ -114,3 +121,97 @@ def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
     assert last["rewards/margins"] > 0
     stored = np.load(whole / "cadpo" / "reference.npz")
     assert stored["log_probs"].shape == (8, 2)
+
+
+@pytest.fixture(scope="module")
+def adapted(records, tmp_path_factory):
+    """Where a run with LoRA lies, and its last state."""
+    root, states = tmp_path_factory.mktemp("adapted"), []
+    run = loop.run
+
+    def watched(*args, **kwargs):
+        states.append(run(*args, **kwargs))
+        return states[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "run", watched)
+        main.train(lora_config(sft, records, root))
+    return root, states[0]
+
+
+def lora_config(module, records, root, **changes):
+    config = config_for(module, records, root, **changes)
+    config.lora.rank = 4
+    config.optimizer.peak_lr, config.optimizer.warmup_steps = 2e-2, 1
+    return config
+
+
+def arrays(tree):
+    return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
+
+
+def assert_equal(got, want):
+    for name, leaf in want.items():
+        np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+
+
+def test_adapters_learn_while_the_base_stays_bit_identical_and_is_not_saved_again(adapted):
+    root, state = adapted
+    losses = [line["loss"] for line in metrics_of(root, "sft")]
+    assert losses[-1] < losses[0]
+    params, cfg, _ = checkpoint.load_model(root / "sft")
+    base = checkpoint.load_params(root / "sft/base", dataclasses.replace(cfg, lora=None))
+    assert_equal(state.frozen, arrays(base))
+    assert_equal(arrays(params), arrays(base) | arrays(merge(state.trainable)))
+    assert all(leaf.any() for leaf in arrays(params["lora"]).values())
+    saved = root / "sft/checkpoints/4"
+    with ocp.StandardCheckpointer() as checkpointer:
+        names = flatten(checkpointer.metadata(saved / "params").item_metadata.tree)
+        moments = jax.tree.leaves(checkpointer.metadata(saved / "opt_state").item_metadata.tree)
+    assert set(names) == set(flatten({"lora": params["lora"]}))
+    shapes = sorted(leaf.shape for leaf in moments if leaf.shape)
+    assert shapes == sorted([leaf.shape for leaf in names.values()] * 2)
+
+
+def test_a_lora_run_resumes_to_the_same_adapters(records, adapted, tmp_path, monkeypatch):
+    write = loop.MetricsWriter.write
+
+    def dying(self, step, values):
+        write(self, step, values)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.MetricsWriter, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        main.train(lora_config(sft, records, tmp_path))
+    monkeypatch.undo()
+    main.train(lora_config(sft, records, tmp_path))
+    assert metrics_of(tmp_path, "sft") == metrics_of(adapted[0], "sft")
+    assert_equal(params_of(tmp_path, "sft"), params_of(adapted[0], "sft"))
+
+
+def test_stage_2_adapts_what_stage_1_and_its_adapters_made_together(records, adapted):
+    root, _ = adapted
+    write_pairs(root / "pairs.jsonl")
+    config = lora_config(cadpo, records, root)
+    config.data.pairs, config.data.response = str(root / "pairs.jsonl"), 64
+    main.train(config)
+    first, *_, last = metrics_of(root, "cadpo")
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert last["rewards/margins"] > 0
+    stage_1, cfg, _ = checkpoint.load_model(root / "sft")
+    stage_2, _, _ = checkpoint.load_model(root / "cadpo")
+    together = arrays(saber.merge_lora(stage_1, cfg))
+    for name, leaf in arrays(saber.without_lora(stage_2)).items():
+        np.testing.assert_allclose(leaf, together[name], atol=1e-6, err_msg=name)
+
+
+def test_adapters_are_refused_where_their_base_has_changed(records, adapted, tmp_path):
+    root = shutil.copytree(adapted[0], tmp_path / "moved")
+    checkpoint.load_model(root / "sft")
+    cfg = checkpoint.load_model(root / "sft")[1]
+    base = checkpoint.load_params(root / "sft/base", dataclasses.replace(cfg, lora=None))
+    shutil.rmtree(root / "sft/base")
+    checkpoint.save_params(root / "sft/base", base, dataclasses.replace(cfg, lora=None))
+    with pytest.raises(ValueError, match=r"adapters for step 0 of .*base, which now holds other"):
+        checkpoint.load_model(root / "sft")

@@ -45,6 +45,8 @@ def export(
 ) -> None:
     """Writes weights, configs and the tokenizer; float32 weights survive bit for bit.
 
+    Adapters are merged into the weights.
+
     An earlier export at `out` is replaced. Raises ValueError for parameters that do not fit `cfg`
     or an unknown dtype, FileExistsError if `out` holds anything else than an export.
     """
@@ -52,6 +54,7 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     saber.check_tree(saber.abstract(cfg), params)
+    params = saber.merge_lora(params, cfg)
     _refuse_foreign(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

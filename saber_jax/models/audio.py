@@ -23,6 +23,7 @@ from saber_jax.models.layers import (
     project,
     scan_layers,
     stack,
+    table,
     weight,
 )
 from saber_jax.models.masks import Visibility, audio_chunk
@@ -110,7 +111,7 @@ class Audio(nnx.Module):
         self.w_out = weight(rngs, (cfg.width, cfg.out_width), ("mlp", "embed"), inputs=cfg.width)
         self.b_out = constant(0.0, (cfg.out_width,), ("norm",))
         # Part of every released checkpoint, though no forward pass reads it.
-        self.bos_eos = weight(rngs, (2, cfg.out_width), ("marker", "embed"), inputs=cfg.out_width)
+        self.bos_eos = table(rngs, (2, cfg.out_width), ("marker", "embed"), inputs=cfg.out_width)
 
     def __call__(
         self,

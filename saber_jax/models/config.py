@@ -121,6 +121,29 @@ class TokenIds:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, models/lora.py: `targets` are shell patterns over parameter names.
+
+    They scale by alpha / rank. There is no dropout.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.targets:
+            raise ValueError(
+                f"lora needs a rank of at least 1 and at least one target, got rank {self.rank} "
+                f"and targets {self.targets}. Without LoRA there is no LoraConfig."
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SaberConfig:
     """The whole network, with what TMRoPE needs to turn seconds into positions."""
 
@@ -130,6 +153,7 @@ class SaberConfig:
     tokens: TokenIds
     positions_per_second: int = 25
     seconds_per_chunk: int = 2
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         for tower in (self.vision, self.audio):
@@ -153,7 +177,13 @@ class SaberConfig:
         return _build(cls, values, "")
 
 
-_SECTIONS = {"text": TextConfig, "vision": VisionConfig, "audio": AudioConfig, "tokens": TokenIds}
+_SECTIONS = {
+    "text": TextConfig,
+    "vision": VisionConfig,
+    "audio": AudioConfig,
+    "tokens": TokenIds,
+    "lora": LoraConfig,
+}
 
 
 def _build(cls, values: Mapping[str, Any], where: str):

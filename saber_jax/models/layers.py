@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from saber_jax.models.lora import Adapted
 from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
 
 Remat = Literal["none", "layer"]
@@ -25,11 +26,22 @@ def weight(
 ) -> nnx.Param:
     """A random matrix that maps `inputs` numbers to others; `axes` names its dimensions.
 
-    Standard deviation inputs**-0.5: near the released 0.02 at the released widths, and it still
-    lets a signal through at tiny ones.
+    The leading axes are the inputs. Standard deviation inputs**-0.5: near the released 0.02 at the
+    released widths, and it still lets a signal through at tiny ones.
     """
-    draw = nnx.initializers.normal(stddev=1 / math.sqrt(inputs))
-    return nnx.Param(draw(rngs.params(), shape, jnp.float32), axes=axes)
+    in_axes = next(i for i in range(len(shape)) if math.prod(shape[:i]) == inputs)
+    return nnx.Param(_normal(rngs, shape, inputs), axes=axes, in_axes=in_axes)
+
+
+def table(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, inputs: int
+) -> nnx.Param:
+    """A random matrix of vectors, one a token: looked up or compared with, never projected by."""
+    return nnx.Param(_normal(rngs, shape, inputs), axes=axes)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
+    return nnx.initializers.normal(stddev=1 / math.sqrt(inputs))(rngs.params(), shape, jnp.float32)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -42,9 +54,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
-def project(equation: str, x: Array, w: nnx.Param, b: nnx.Param | None = None) -> Array:
+def project(equation: str, x: Array, w: nnx.Param | Adapted, b: nnx.Param | None = None) -> Array:
     """An einsum of activations and a weight, plus a bias over the trailing dimensions."""
-    y = jnp.einsum(equation, x, w[...])
+    y = w.project(equation, x) if isinstance(w, Adapted) else jnp.einsum(equation, x, w[...])
     return y if b is None else y + jnp.broadcast_to(b[...], y.shape)
 
 

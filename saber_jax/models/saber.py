@@ -3,6 +3,7 @@
 Axis letters: B batch   L length   D width   V vocabulary   S cache slots.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from saber_jax.models import lora
 from saber_jax.models.audio import Audio
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.layers import Remat
@@ -21,7 +23,10 @@ from saber_jax.models.text import Cache, Text
 from saber_jax.models.vision import Vision
 
 Params = dict[str, Any]
-"""{"vision": ..., "audio": ..., "text": ...}; repeated layers are stacked on a leading axis."""
+"""{"vision": ..., "audio": ..., "text": ...}; repeated layers are stacked on a leading axis.
+
+With `cfg.lora` there is also "lora" (models/lora.py). Every function here takes parameters without
+that subtree as well and then computes the base model: see `without_lora`."""
 
 Batch = Mapping[str, Any]
 """Arrays of a packed batch, or of the part of it that describes the inputs."""
@@ -38,21 +43,56 @@ class Saber(nnx.Module):
 
 def init(cfg: SaberConfig, key: Key[Array, ""]) -> Params:
     """Random float32 parameters. Works under jit, so that each device draws its own part."""
-    return _params(Saber(cfg, rngs=nnx.Rngs(params=key)))
+    params = _params(Saber(cfg, rngs=nnx.Rngs(params=key)))
+    return params if cfg.lora is None else params | {lora.ADAPTERS: init_lora(cfg, key)}
+
+
+def init_lora(cfg: SaberConfig, key: Key[Array, ""]) -> Params:
+    """Fresh adapters for `params | {"lora": ...}`; they change nothing until they are trained."""
+    return lora.init(_plan(cfg), key)
+
+
+def without_lora(params: Params) -> Params:
+    """The base model's parameters: the same arrays, so it costs no memory.
+
+    What a preference loss calls its reference: `hidden(without_lora(params), batch, cfg)` under the
+    policy's `cfg`. True for as long as nothing but adapters trains.
+    """
+    return {tower: tree for tower, tree in params.items() if tower != lora.ADAPTERS}
+
+
+def merge_lora(params: Params, cfg: SaberConfig) -> Params:
+    """The base model that computes what the base and its adapters compute, up to rounding.
+
+    Takes and gives JAX or NumPy arrays. Parameters without adapters come back as they are.
+    """
+    adapters = params.get(lora.ADAPTERS)
+    out = jax.tree.map(lambda leaf: leaf, without_lora(params))
+    if adapters is None or cfg.lora is None:
+        return out
+    for name in _plan(cfg):
+        *parents, last = name.split("/")
+        adapter, node = _at(adapters, name), _at(out, "/".join(parents))
+        node[last] = lora.merged(node[last], adapter["a"], adapter["b"], cfg.lora.scale)
+    return out
 
 
 def abstract(cfg: SaberConfig) -> Params:
     """The tree of `init`, with jax.ShapeDtypeStruct leaves and no memory behind them."""
-    return jax.tree.map(
+    params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _params(_blank(cfg))
     )
+    if cfg.lora is None:
+        return params
+    adapters = lora.tree(_plan(cfg), lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+    return params | {lora.ADAPTERS: adapters}
 
 
 def axes(cfg: SaberConfig) -> Params:
     """The tree of `init`, with a tuple of logical axis names per parameter.
 
     Names: layers, embed, mlp, heads, kv_heads, head_dim, vocab, and the never-sharded norm, patch,
-    taps, mel, marker.
+    taps, mel, marker, rank.
     """
 
     def named(variable: nnx.Param) -> tuple[str, ...]:
@@ -60,9 +100,10 @@ def axes(cfg: SaberConfig) -> Params:
         return ("layers",) * (variable.ndim - len(names)) + names
 
     state = nnx.state(_blank(cfg), nnx.Param)
-    return nnx.to_pure_dict(
-        jax.tree.map(named, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    )
+    names = nnx.to_pure_dict(jax.tree.map(named, state, is_leaf=_is_param))
+    if cfg.lora is None:
+        return names
+    return names | {lora.ADAPTERS: lora.tree(_plan(cfg), lambda leaf: leaf.axes)}
 
 
 def hidden(
@@ -177,8 +218,28 @@ def _params(model: Saber) -> Params:
 
 @functools.lru_cache(maxsize=8)
 def _blank(cfg: SaberConfig) -> Saber:
-    """The network without values."""
+    """The network without values and adapters."""
     return nnx.eval_shape(lambda: Saber(cfg, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(cfg: SaberConfig) -> dict[str, dict[str, lora.Leaf]]:
+    """Every adapter of `cfg.lora`, by the name of its weight."""
+    if cfg.lora is None:
+        raise ValueError("This model has no adapters: its config has lora=None.")
+    state = nnx.state(_blank(dataclasses.replace(cfg, lora=None)), nnx.Param)
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_param)
+    return lora.plan({"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}, cfg.lora)
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
+
+
+def _at(tree: Params, name: str) -> Any:
+    for key in name.split("/"):
+        tree = tree[key]
+    return tree
 
 
 def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike) -> Saber:
@@ -187,10 +248,16 @@ def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike) -> Saber:
     Cast as a whole rather than layer by layer: sharded parameters are then gathered in `dtype`,
     half the traffic of float32 for bfloat16.
     """
-    if problems := _differences(abstract(cfg), params, dtypes=False):
+    adapted = cfg.lora is not None and lora.ADAPTERS in params
+    expected = abstract(cfg if adapted else dataclasses.replace(cfg, lora=None))
+    if problems := _differences(expected, params, dtypes=False):
         raise ValueError(_report(problems))
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    return nnx.merge(nnx.split(_blank(cfg))[0], cast)
+    model = nnx.merge(nnx.split(_blank(cfg))[0], without_lora(cast))
+    if cfg.lora is not None and adapted:
+        for name in _plan(cfg):
+            lora.attach(model, name, _at(cast[lora.ADAPTERS], name), cfg.lora.scale)
+    return model
 
 
 def _embed(

@@ -22,6 +22,7 @@ from saber_jax.models.layers import (
     rms_norm,
     scan_layers,
     stack,
+    table,
     weight,
 )
 from saber_jax.models.masks import Visibility, cached_text
@@ -123,10 +124,10 @@ class Text(nnx.Module):
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
         d, v = cfg.width, cfg.vocab
-        self.embed = weight(rngs, (v, d), ("vocab", "embed"), inputs=d)
+        self.embed = table(rngs, (v, d), ("vocab", "embed"), inputs=d)
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
         self.norm = constant(1.0, (d,), ("norm",))
-        self.lm_head = weight(rngs, (d, v), ("embed", "vocab"), inputs=d)
+        self.lm_head = table(rngs, (d, v), ("embed", "vocab"), inputs=d)
 
     def __call__(
         self,

@@ -3,8 +3,14 @@
 WORKDIR/model.json            the network's shape, how media was sampled, which stage made it
 WORKDIR/tokenizer.model|json  the vocabulary
 WORKDIR/checkpoints/STEP/     Orbax: params, opt_state and meta, each an item of its own
+
+A run with LoRA saves only what it trains: model.json's `base` names the checkpoint that holds the
+frozen weights, its step and a hash, so that another one that took its place is refused. Whoever
+loads WORKDIR gets base and adapters together and need not know.
 """
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -15,18 +21,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from saber_jax import sharding
+from saber_jax.data.journal import write_json
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train.step import TrainState, flatten
+from saber_jax.train.step import TrainState, flatten, merge
 
 MODEL_FILE = "model.json"
 
 
 class Checkpoints:
-    """Saves asynchronously, keeps the last two, and restores onto any mesh."""
+    """Saves asynchronously, keeps the last two, and restores onto any mesh.
 
-    def __init__(self, workdir: str | Path, *, every: int):
+    With `frozen` False the frozen weights are neither saved nor restored: they lie in the base.
+    """
+
+    def __init__(self, workdir: str | Path, *, every: int, frozen: bool = True):
+        self._frozen = frozen
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=every, max_to_keep=2, enable_async_checkpointing=True
         )
@@ -51,7 +63,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=ocp.args.StandardSave(self._saved(state)),
                 opt_state=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave(meta),
             ),
@@ -61,7 +73,8 @@ class Checkpoints:
     def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState:
         """The latest state, laid out as `abstract` says.
 
-        Raises ValueError when its meta differs in anything but the step.
+        Frozen weights that were not saved come back as `abstract` has them. Raises ValueError when
+        its meta differs in anything but the step.
         """
         step = self.latest()
         stored = self._manager.restore(
@@ -77,7 +90,7 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
+                params=ocp.args.StandardRestore(self._saved(abstract)),
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
             ),
         )
@@ -85,9 +98,12 @@ class Checkpoints:
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
             trainable={name: params[name] for name in abstract.trainable},
-            frozen={name: params[name] for name in abstract.frozen},
+            frozen={name: params.get(name, leaf) for name, leaf in abstract.frozen.items()},
             opt_state=restored.opt_state,
         )
+
+    def _saved(self, state: TrainState) -> dict:
+        return state.params if self._frozen else merge(state.trainable)
 
     def close(self) -> None:
         """Waits for what is still being written."""
@@ -104,9 +120,12 @@ def write_model_files(
     target = workdir / f"tokenizer{tokenizer.path.suffix}"
     if not target.exists() or target.read_bytes() != tokenizer.path.read_bytes():
         shutil.copyfile(tokenizer.path, target)
-    temporary = workdir / f"{MODEL_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps({"model": cfg.to_dict(), **about}, indent=1), encoding="utf-8")
-    os.replace(temporary, workdir / MODEL_FILE)
+    write_model_file(workdir, cfg, **about)
+
+
+def write_model_file(workdir: str | Path, cfg: SaberConfig, **about: Any) -> None:
+    """WORKDIR/model.json."""
+    write_json(Path(workdir) / MODEL_FILE, {"model": cfg.to_dict(), **about})
 
 
 def read_model_file(workdir: str | Path) -> dict[str, Any]:
@@ -121,23 +140,97 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
 
 
 def load_params(workdir: str | Path, cfg: SaberConfig, shardings: dict | None = None) -> dict:
-    """Parameters of the latest checkpoint, as a nested dict, checked against `cfg` name by name."""
+    """Parameters of the latest checkpoint, as a nested dict, checked against `cfg` name by name.
+
+    With LoRA they are those of base and adapters. Asked for under a `cfg` without LoRA, which is
+    how a run starts from another's result, they are the base with its adapters merged into it.
+    """
+    about = read_model_file(workdir)
+    stored = SaberConfig.from_dict(about["model"])
+    if stored.lora is None or cfg.lora is not None:
+        return _restore(workdir, cfg, shardings)
+    layout = shardings
+    if shardings is not None:
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        layout = sharding.parameter_shardings(saber.axes(stored), saber.abstract(stored), mesh)
+    params = _restore(workdir, stored, layout)
+
+    def merged(base, adapters):
+        return saber.merge_lora(base | adapters, stored)
+
+    base = saber.without_lora(params)
+    adapters = {name: params[name] for name in params.keys() - base.keys()}
+    return jax.jit(merged, donate_argnums=0, out_shardings=shardings)(base, adapters)
+
+
+def _restore(workdir: str | Path, cfg: SaberConfig, shardings: dict | None) -> dict:
+    base = read_model_file(workdir).get("base")
+    expected = flatten(saber.abstract(cfg))
+    places = flatten(shardings) if shardings is not None else {}
+    layout = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(name))
+        for name, leaf in expected.items()
+    }
+    item = _latest(workdir) / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = flatten(checkpointer.metadata(item).item_metadata.tree)
+        here = {name: leaf for name, leaf in layout.items() if base is None or name in stored}
+        saber.check_tree(merge(here), merge(stored))
+        params = flatten(checkpointer.restore(item, merge(here)))
+    if base is not None:
+        bare = dataclasses.replace(cfg, lora=None)
+        under = load_params(
+            find_base(workdir, base), bare, shardings and saber.without_lora(shardings)
+        )
+        params = flatten(under) | params
+    saber.check_tree(merge(layout), merge(params))
+    return merge(params)
+
+
+def _latest(workdir: str | Path) -> Path:
     directory = Path(workdir) / "checkpoints"
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
     if not steps:
         raise FileNotFoundError(f"{workdir} has no finished checkpoint yet; train it first.")
-    abstract = saber.abstract(cfg)
-    if shardings is not None:
-        abstract = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            abstract,
-            shardings,
-        )
-    item = (directory / str(steps[-1]) / "params").absolute()
+    return (directory / str(steps[-1])).absolute()
+
+
+def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: Any) -> None:
+    """A checkpoint of weights alone, complete when its model.json is there."""
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(item).item_metadata.tree
-        saber.check_tree(abstract, stored)
-        return checkpointer.restore(item, abstract)
+        checkpointer.save((Path(workdir) / "checkpoints" / "0" / "params").absolute(), params)
+    write_model_file(workdir, cfg, **about)
+
+
+def describe_base(workdir: str | Path, base: str | Path) -> dict[str, str]:
+    """What model.json of `workdir` says about the checkpoint that holds its frozen weights."""
+    latest = _latest(base)
+    return {
+        "checkpoint": os.path.relpath(base, workdir),
+        "step": latest.name,
+        "saved": _identity(latest),
+    }
+
+
+def find_base(workdir: str | Path, described: dict[str, str]) -> Path:
+    """The directory that `describe_base` described, at the place it was or moved along with us.
+
+    Raises ValueError if it holds other weights by now.
+    """
+    base = Path(os.path.normpath(Path(workdir) / described["checkpoint"]))
+    latest = _latest(base)
+    if (latest.name, _identity(latest)) != (described["step"], described["saved"]):
+        raise ValueError(
+            f"{workdir} holds adapters for step {described['step']} of {base}, which now holds "
+            f"other weights (step {latest.name}). Bring the old ones back, or train again."
+        )
+    return base
+
+
+def _identity(step: Path) -> str:
+    """Differs between any two saves, and stays when a checkpoint is copied."""
+    # The manifest names data files by random numbers.
+    return hashlib.sha256((step / "params" / "manifest.ocdbt").read_bytes()).hexdigest()[:16]
 
 
 def load_model(workdir: str | Path) -> tuple[dict, SaberConfig, Tokenizer]:

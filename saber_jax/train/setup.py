@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from saber_jax import sharding
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.models import saber
-from saber_jax.models.config import SaberConfig, saber_config
+from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.step import (
     Batch,
@@ -71,7 +71,7 @@ class Setup:
 
 def build(config: ConfigDict, mesh: Mesh) -> Setup:
     """Everything about a run but its data and its values."""
-    cfg = saber_config(config.model)
+    cfg = network(config)
     tx = optimizer_lib.make_optimizer(
         optimizer_lib.OptimizerConfig(**config.optimizer), config.steps
     )
@@ -79,7 +79,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
         objective = functools.partial(cadpo_step, beta=config.loss.beta)
     else:
         objective = sft_step
-    patterns = tuple(config.trainable)
+    patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
     return Setup(
         cfg=cfg,
         compute=Compute(**config.compute),
@@ -90,6 +90,17 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
         batch=_abstract_batch(budget(config), config.data.batch_rows, mesh),
         objective=objective,
     )
+
+
+def network(config: ConfigDict) -> SaberConfig:
+    """The model's size, with adapters where config.lora.rank asks for some."""
+    cfg = saber_config(config.model)
+    if not config.lora.rank:
+        return cfg
+    lora = LoraConfig(
+        rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets)
+    )
+    return dataclasses.replace(cfg, lora=lora)
 
 
 def budget(config: ConfigDict) -> Budget:

@@ -1,0 +1,133 @@
+"""LoRA, https://arxiv.org/abs/2106.09685: a frozen weight W learns through two thin matrices.
+
+    x W + (alpha / rank) (x A) B        W [in, out]   A [in, rank]   B [rank, out]
+
+The adapters are a subtree of the parameters: beside `text/blocks/attn/w_q` there are
+`lora/text/blocks/attn/w_q/a` and `.../b`. B starts at zero, so the first forward pass is the base
+model's. Parameters without that subtree are the base model at any time: `saber.without_lora` gives
+the reference policy of a preference loss on the very arrays of the policy.
+
+Axis letters as in the equation of the projection; r is the rank.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from saber_jax.models.config import LoraConfig
+
+ADAPTERS = "lora"
+
+
+class Adapted(nnx.Module):
+    """A weight with its adapter; stands where the weight alone would stand in a module."""
+
+    def __init__(self, w: nnx.Param, a: nnx.Param, b: nnx.Param, scale: float):
+        self.w, self.a, self.b, self.scale = w, a, b, scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def project(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The einsum of x and W + scale A B, without W's size of anything being formed."""
+        given, weight, out = equation.replace("->", ",").split(",")
+        split = self.a.ndim - 1
+        kept = "".join(letter for letter in given if letter not in weight[:split])
+        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", x, self.a[...])
+        delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, self.b[...])
+        return jnp.einsum(equation, x, self.w[...]) + self.scale * delta
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One of the two matrices; stacked over layers like the weight it belongs to."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    inputs: int  # Numbers that the weight reads.
+    zero: bool
+
+
+def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[str, Leaf]]:
+    """Name of a weight -> its `a` and `b`, for every weight that `cfg.targets` names.
+
+    Raises ValueError naming a pattern that matches no weight of a linear layer.
+    """
+    linear = {n: w for n, w in weights.items() if w.get_metadata().get("in_axes") is not None}
+    chosen = []
+    for pattern in cfg.targets:
+        matches = fnmatch.filter(linear, pattern)
+        if not matches:
+            raise ValueError(
+                f"config.lora.targets pattern {pattern!r} matches no linear layer. Their names "
+                f"look like {next(reversed(linear))!r}; embeddings and lm_head take no adapter."
+            )
+        chosen += matches
+    return {name: _leaves(linear[name], cfg.rank) for name in linear if name in chosen}
+
+
+def _leaves(w: nnx.Param, rank: int) -> dict[str, Leaf]:
+    axes, split = w.get_metadata("axes"), w.get_metadata("in_axes")
+    layers = w.ndim - len(axes)
+    stacked, stack = w.shape[:layers], ("layers",) * layers
+    into, out = w.shape[layers : layers + split], w.shape[layers + split :]
+    inputs = math.prod(into)
+    a = (*stack, *axes[:split], "rank")
+    b = (*stack, "rank", *axes[split:])
+    return {
+        "a": Leaf(shape=(*stacked, *into, rank), axes=a, inputs=inputs, zero=False),
+        "b": Leaf(shape=(*stacked, rank, *out), axes=b, inputs=inputs, zero=True),
+    }
+
+
+def tree(planned: Mapping[str, Mapping[str, Leaf]], make: Callable[[Leaf], Any]) -> dict[str, Any]:
+    """The nested subtree with `make(leaf)` at every leaf."""
+    root: dict[str, Any] = {}
+    for name, leaves in planned.items():
+        node = root
+        for key in name.split("/"):
+            node = node.setdefault(key, {})
+        node.update({side: make(leaf) for side, leaf in leaves.items()})
+    return root
+
+
+def init(planned: Mapping[str, Mapping[str, Leaf]], key: Key[Array, ""]) -> dict[str, Any]:
+    """B of zeros; A uniform within inputs**-0.5, as in the authors' https://github.com/microsoft/LoRA."""
+    number = iter(range(2 * len(planned)))
+
+    def draw(leaf: Leaf) -> Array:
+        own = jax.random.fold_in(key, next(number))
+        if leaf.zero:
+            return jnp.zeros(leaf.shape, jnp.float32)
+        bound = 1 / math.sqrt(leaf.inputs)
+        return jax.random.uniform(own, leaf.shape, jnp.float32, -bound, bound)
+
+    return tree(planned, draw)
+
+
+def attach(model: nnx.Module, name: str, adapter: Mapping[str, Array], scale: float) -> None:
+    """Puts an adapter in front of the weight `name`, like "text/blocks/attn/w_q", of `model`."""
+    *parents, last = name.split("/")
+    module = model
+    for parent in parents:
+        module = getattr(module, parent)
+    a, b = nnx.Param(adapter["a"]), nnx.Param(adapter["b"])
+    setattr(module, last, Adapted(getattr(module, last), a, b, scale))
+
+
+def merged(
+    w: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "..."], scale: float
+) -> Float[Array, "..."]:
+    """W + scale A B, computed in float32 and rounded once to W's dtype; NumPy arrays stay NumPy."""
+    layers = a.ndim + b.ndim - w.ndim - 2
+    stacked, rank = w.shape[:layers], a.shape[-1]
+    delta = a.reshape(*stacked, -1, rank) @ b.reshape(*stacked, rank, -1)
+    return (w.astype(jnp.float32) + scale * delta.reshape(w.shape)).astype(w.dtype)

@@ -1,0 +1,156 @@
+"""Adapters: what they add, what they leave alone, and what they cost."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from saber_jax import sharding
+from saber_jax.models import lora, saber
+from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
+from saber_jax.train.step import flatten
+from tests.models.batches import CONFIG, Audio, Image, Text, conversation, pack, text_batch
+
+TALK = conversation(1, Text(3), Image((1, 4, 6)), Audio(230), Text(5))
+BATCH = pack([[TALK]], length=80, patches=24, chunks=2)
+TEXT_LAYERS = {
+    *(f"text/blocks/attn/w_{side}" for side in "qkvo"),
+    *(f"text/blocks/mlp/w_{part}" for part in ("gate", "up", "down")),
+}
+
+
+def adapted(*targets: str, rank: int = 3) -> SaberConfig:
+    return dataclasses.replace(CONFIG, lora=LoraConfig(rank=rank, alpha=6.0, targets=targets))
+
+
+def drawn(cfg: SaberConfig) -> dict:
+    """Everything random, B included."""
+    noise = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: noise.normal(0, 0.15, leaf.shape).astype(np.float32), saber.abstract(cfg)
+    )
+
+
+def weights_with_adapters(cfg: SaberConfig) -> set[str]:
+    names = flatten(saber.abstract(cfg)["lora"])
+    assert {name.rsplit("/", 1)[1] for name in names} == {"a", "b"}
+    return {name.rsplit("/", 1)[0] for name in names}
+
+
+def hidden(cfg: SaberConfig):
+    return jax.jit(functools.partial(saber.hidden, cfg=cfg))
+
+
+def test_the_published_targets_are_the_linear_layers_of_the_text_tower():
+    assert weights_with_adapters(adapted("text/*")) == TEXT_LAYERS
+    shapes = saber.abstract(adapted("text/*"))["lora"]["text"]["blocks"]["attn"]
+    assert [shapes["w_o"][side].shape for side in "ab"] == [(3, 6, 16, 3), (3, 3, 48)]
+
+
+def test_every_matrix_of_every_tower_can_take_one_and_no_table_does():
+    names = weights_with_adapters(adapted("*"))
+    matrices = {n for n in flatten(saber.abstract(CONFIG)) if n.split("/")[-1].startswith("w")}
+    assert names == matrices
+    assert not names & {"text/embed", "text/lm_head", "audio/bos_eos"}
+
+
+@pytest.mark.parametrize("target", ["text/lm_head", "txet/*", "text/norm"])
+def test_a_target_that_is_no_linear_layer_is_refused(target):
+    with pytest.raises(ValueError, match=rf"{target.replace('*', '.')}' matches no linear layer"):
+        saber.abstract(adapted("text/*", target))
+
+
+def test_adapters_add_the_product_of_their_matrices_in_every_tower():
+    cfg = adapted("*")
+    params = drawn(cfg)
+    merged = saber.merge_lora(params, cfg)
+    saber.check_tree(saber.abstract(CONFIG), merged)
+    w, adapter = params["text"]["blocks"]["attn"]["w_o"], params["lora"]["text"]["blocks"]["attn"]
+    delta = np.einsum("YNHR,YRD->YNHD", adapter["w_o"]["a"], adapter["w_o"]["b"])
+    np.testing.assert_allclose(merged["text"]["blocks"]["attn"]["w_o"], w + 2.0 * delta, atol=1e-6)
+    want = hidden(CONFIG)(merged, BATCH)
+    got = hidden(cfg)(params, BATCH)
+    base = hidden(CONFIG)(saber.without_lora(params), BATCH)
+    assert np.abs(want - base).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_without_adapters_it_is_the_base_model_to_the_bit():
+    cfg = adapted("text/*")
+    params = drawn(cfg)
+    off = saber.without_lora(params)
+    assert off["text"] is params["text"]
+    base = hidden(CONFIG)(off, BATCH)
+    np.testing.assert_array_equal(hidden(cfg)(off, BATCH), base)
+    fresh = jax.jit(lambda: saber.init_lora(cfg, jax.random.key(0)))()
+    np.testing.assert_array_equal(hidden(cfg)(off | {"lora": fresh}, BATCH), base)
+
+
+def test_decoding_uses_the_adapters():
+    cfg = adapted("text/*")
+    params = drawn(cfg)
+
+    def next_hidden(params, cfg):
+        _, cache = saber.prefill(params, BATCH, cfg, cache_length=88)
+        one = jnp.full((1,), 77)
+        return saber.decode(params, jnp.array([11]), one, cache, one, cfg)[0]
+
+    run = jax.jit(next_hidden, static_argnames="cfg")
+    got, want = run(params, cfg), run(saber.merge_lora(params, cfg), CONFIG)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_gradients_of_adapters_cost_no_gradient_of_the_weights():
+    cfg, batch = adapted("text/*"), text_batch(1, 40)
+    params = jax.tree.map(jnp.asarray, drawn(cfg))
+
+    def loss(part):
+        return saber.hidden(params | part, batch, cfg).std()
+
+    def flops(function, *towers: str) -> float:
+        part = {tower: params[tower] for tower in towers}
+        return jax.jit(function).lower(part).compile().cost_analysis()["flops"]
+
+    forward = flops(loss, "lora")
+    assert flops(jax.grad(loss), "lora") < 2.5 * forward
+    assert flops(jax.grad(loss), "lora", "text") > 2.9 * forward
+
+
+def test_adapters_are_sharded_by_the_rules_of_their_weights():
+    cfg = dataclasses.replace(
+        saber_config("7b"), lora=LoraConfig(rank=8, alpha=32.0, targets=("text/*",))
+    )
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
+    specs = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)["lora"]
+    attn = specs["text"]["blocks"]["attn"]
+    assert attn["w_q"]["a"].spec == PartitionSpec(None, "fsdp", None)
+    assert attn["w_q"]["b"].spec == PartitionSpec(None, None, "tensor", None)
+    assert attn["w_o"]["b"].spec == PartitionSpec(None, None, "fsdp")
+    sizes = [leaf.size for leaf in jax.tree.leaves(saber.abstract(cfg)["lora"])]
+    assert sum(sizes) == 20_185_088  # What peft counts for all linear layers of that tower, r = 8.
+
+
+def test_a_config_with_adapters_survives_json():
+    cfg = adapted("text/*", "vision/merger/*")
+    assert SaberConfig.from_dict(cfg.to_dict()) == cfg
+    assert SaberConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    with pytest.raises(ValueError, match="rank of at least 1"):
+        adapted("text/*", rank=0)
+
+
+def test_merging_numpy_arrays_stays_numpy_and_rounds_once():
+    cfg = adapted("text/*")
+    params = drawn(cfg)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), saber.without_lora(params))
+    merged = saber.merge_lora(half | {"lora": params["lora"]}, cfg)
+    w = half["text"]["blocks"]["mlp"]["w_up"]
+    a, b = (params["lora"]["text"]["blocks"]["mlp"]["w_up"][side] for side in "ab")
+    got = merged["text"]["blocks"]["mlp"]["w_up"]
+    assert isinstance(got, np.ndarray) and got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, (w.astype(np.float32) + 2.0 * (a @ b)).astype(jnp.bfloat16))
+    assert merged["text"]["embed"] is half["text"]["embed"]
+    assert lora.ADAPTERS not in merged
