@@ -1,4 +1,4 @@
-"""Scores on clips whose modalities agree, and on clips where they do not.
+"""SABER-Test: scores on clips whose modalities agree, on clips where they do not, and the gap.
 
 A prediction is one line of predictions.jsonl, see `saber_jax.evaluation.run`:
 
@@ -8,55 +8,75 @@ An answer that names no emotion counts as wrong; nothing is dropped.
 """
 
 import re
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-from saber_jax.data import sed
+from saber_jax.data import sed, speech
 from saber_jax.data.records import FIELDS
-
-RESAMPLES = 2000
-SEED = 0
+from saber_jax.evaluation import bootstrap
 
 Prediction = dict[str, Any]
+Ratings = Sequence[Mapping[str, float | None]]
+"""Per prediction, a judge's 1..5 for each of FIELDS; None where it gave none."""
+
+SPLITS = {"consistent": True, "inconsistent": False}
+SPEECH = {"word_error_rate": "en", "character_error_rate": "zh"}
 
 
-def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """All scores, as JSON values. Rates are fractions; intervals are 95 % bootstrap percentiles.
+def score(predictions: Sequence[Prediction], ratings: Ratings | None = None) -> dict[str, Any]:
+    """All scores, as JSON values: rates are fractions, ratings 1..5, intervals 95 %.
 
     Raises ValueError if there is no prediction, or a clip without the labels that decide.
     """
     _check(predictions)
-    agreeing = [p for p in predictions if is_consistent(p["labels"])]
-    differing = [p for p in predictions if not is_consistent(p["labels"])]
-    types = sorted({p["labels"].get("conflict_type", "unlabelled") for p in differing})
-    return {
+    agrees = np.array([is_consistent(p["labels"]) for p in predictions])
+    scores: dict[str, Any] = {
         "n": len(predictions),
         "unparsable": sum(not is_complete(p["response"]) for p in predictions),
-        "accuracy": rate(_correct(predictions)),
-        "consistent": {"accuracy": rate(_correct(agreeing))},
-        "inconsistent": {
-            "accuracy": rate(_correct(differing)),
-            "dominance": rate(_follows(differing, "face") | _follows(differing, "voice")),
-            "follows_face": rate(_follows(differing, "face")),
-            "follows_voice": rate(_follows(differing, "voice")),
-        },
-        "gap": gap(_correct(agreeing), _correct(differing)),
-        "conflict_types": {
-            name: rate(_correct([p for p in differing if _conflict_type(p) == name]))
-            for name in types
-        },
-        "speech": {
-            "word_error_rate": _speech(predictions, "en", words),
-            "character_error_rate": _speech(predictions, "zh", characters),
-        },
+        "accuracy": bootstrap.mean(correct(predictions)),
     }
+    for name, wanted in SPLITS.items():
+        which = np.flatnonzero(agrees == wanted)
+        scores[name] = _split(
+            [predictions[i] for i in which], [ratings[i] for i in which] if ratings else None
+        )
+    differing = _those(predictions, ~agrees)
+    scores["inconsistent"] |= {
+        "dominance": bootstrap.mean(follows(differing, "face", "voice")),
+        "follows_face": bootstrap.mean(follows(differing, "face")),
+        "follows_voice": bootstrap.mean(follows(differing, "voice")),
+    }
+    scores["gap"] = _gap(predictions, ratings, agrees)
+    types = sorted({conflict_type(p) for p in differing})
+    scores["conflict_types"] = {
+        name: bootstrap.mean(correct([p for p in differing if conflict_type(p) == name]))
+        for name in types
+    }
+    scores["confusion"] = confusion(predictions)
+    return scores
 
 
-def is_consistent(labels: dict[str, str]) -> bool:
+def conclusion(response: str, names: Sequence[str]) -> str | None:
+    """The emotion that an answer ends on, among `names`: the labels that a benchmark uses.
+
+    The last one named in its sentiment_analysis section. The seven of `sed` are also known by their
+    Chinese words, others as they are spelt.
+    """
+    if set(names) <= set(sed.EMOTIONS):
+        return sed.conclusion(response)
+    section = sed.parse_response(response)["sentiment_analysis"].lower()
+    found = []
+    for name in names:
+        # (?![a-z]) rather than \b: Chinese characters count as word characters.
+        pattern = rf"(?<![a-z]){re.escape(name.lower())}(?![a-z])"
+        found += [(hit.end(), len(name), name) for hit in re.finditer(pattern, section)]
+    return max(found)[2] if found else None
+
+
+def is_consistent(labels: Mapping[str, str]) -> bool:
     """By conflict_type where given, else by whether face and voice agree."""
     if "conflict_type" in labels:
         return labels["conflict_type"] == "none"
@@ -68,105 +88,85 @@ def is_complete(response: str) -> bool:
     return all(sed.heading(field) in response for field in FIELDS)
 
 
-def rate(hits: Bool[np.ndarray, "n"]) -> dict[str, Any]:
-    """{"n", "value", "interval"}; value and interval are None when there is nothing to count."""
-    if not len(hits):
-        return {"n": 0, "value": None, "interval": None}
-    return {
-        "n": len(hits),
-        "value": float(hits.mean()),
-        "interval": _interval(_resampled(hits, np.random.default_rng(SEED))),
-    }
-
-
-def gap(agreeing: Bool[np.ndarray, "n"], differing: Bool[np.ndarray, "m"]) -> dict[str, Any]:
-    """How much accuracy is lost when modalities disagree."""
-    if not len(agreeing) or not len(differing):
-        return {"value": None, "interval": None}
-    rng = np.random.default_rng(SEED)
-    lost = _resampled(agreeing, rng) - _resampled(differing, rng)
-    return {"value": float(agreeing.mean() - differing.mean()), "interval": _interval(lost)}
-
-
-def paired_gain(before: Bool[np.ndarray, "n"], after: Bool[np.ndarray, "n"]) -> dict[str, Any]:
-    """What a second model gains over a first one on the same clips, in the same order."""
-    if not len(before):
-        return {"n": 0, "value": None, "interval": None}
-    difference = after.astype(np.float64) - before
-    return {
-        "n": len(difference),
-        "value": float(difference.mean()),
-        "interval": _interval(_resampled(difference, np.random.default_rng(SEED))),
-    }
-
-
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Fewest insertions, deletions and substitutions that turn `a` into `b` (Levenshtein)."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        current = [i]
-        for j, y in enumerate(b, start=1):
-            substituted = previous[j - 1] + (x != y)
-            current.append(min(previous[j] + 1, current[j - 1] + 1, substituted))
-        previous = current
-    return previous[-1]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words; punctuation and sound events such as <laughter> do not count."""
-    return _spoken(text).split()
-
-
-def characters(text: str) -> list[str]:
-    """Characters without spaces, punctuation and sound events."""
-    return list("".join(_spoken(text).split()))
-
-
-def _spoken(text: str) -> str:
-    text = re.sub(r"<[^<>]*>", " ", unicodedata.normalize("NFKC", text).lower())
-    # An apostrophe is part of its word; every other mark separates words.
-    text = re.sub("['\\u2019]", "", text)
-    return "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text)
-
-
-def _speech(
-    predictions: Sequence[Prediction], language: str, units: Callable[[str], list[str]]
-) -> dict[str, Any]:
-    """Edits per reference unit over all clips of a language that have speech."""
-    edits = total = clips = 0
-    for p in predictions:
-        reference = units(p["annotation"]["speech_content"])
-        if p["language"] != language or not reference:
-            continue
-        said = units(sed.parse_response(p["response"])["speech_content"])
-        edits, total, clips = (
-            edits + edit_distance(reference, said),
-            total + len(reference),
-            clips + 1,
-        )
-    return {"n": clips, "units": total, "value": edits / total if total else None}
-
-
-def _conflict_type(prediction: Prediction) -> str:
+def conflict_type(prediction: Prediction) -> str:
     return prediction["labels"].get("conflict_type", "unlabelled")
 
 
-def _correct(predictions: Sequence[Prediction]) -> Bool[np.ndarray, "n"]:
-    return _follows(predictions, "emotion")
+def correct(predictions: Sequence[Prediction]) -> Bool[np.ndarray, "n"]:
+    return follows(predictions, "emotion")
 
 
-def _follows(predictions: Sequence[Prediction], label: str) -> Bool[np.ndarray, "n"]:
-    return np.array([p["conclusion"] == p["labels"].get(label, "") for p in predictions], bool)
+def follows(predictions: Sequence[Prediction], *labels: str) -> Bool[np.ndarray, "n"]:
+    """Whether each conclusion equals one of these labels of its clip."""
+    return np.array(
+        [p["conclusion"] in [p["labels"].get(label, "") for label in labels] for p in predictions],
+        bool,
+    )
 
 
-def _resampled(values: np.ndarray, rng: np.random.Generator) -> Float[np.ndarray, "resamples"]:
-    """Means of bootstrap resamples."""
-    picks = rng.integers(0, len(values), (RESAMPLES, len(values)))
-    return values[picks].mean(axis=1)
+def confusion(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """{"truth": [...], "said": [...], "counts": rows of truth}; said ends with "none named"."""
+    truth = sorted({p["labels"]["emotion"] for p in predictions})
+    others = {p["conclusion"] for p in predictions if p["conclusion"]} - set(truth)
+    said = [*truth, *sorted(others), None]
+    counts = np.zeros((len(truth), len(said)), int)
+    for p in predictions:
+        counts[truth.index(p["labels"]["emotion"]), said.index(p["conclusion"] or None)] += 1
+    return {"truth": truth, "said": [*said[:-1], "none named"], "counts": counts.tolist()}
 
 
-def _interval(means: Float[np.ndarray, "resamples"]) -> list[float]:
-    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+def _split(predictions: Sequence[Prediction], ratings: Ratings | None) -> dict[str, Any]:
+    scores: dict[str, Any] = {"accuracy": bootstrap.mean(correct(predictions))}
+    for name, language in SPEECH.items():
+        edits, units = _speech(predictions, language)
+        scores[name] = bootstrap.ratio(edits, units) | {"units": int(units.sum())}
+    if ratings is not None:
+        scores["judge"] = {field: bootstrap.mean(_rated(ratings, field)) for field in FIELDS}
+        scores["judge"]["mean"] = bootstrap.mean(_mean_rating(ratings))
+    return scores
+
+
+def _gap(
+    predictions: Sequence[Prediction], ratings: Ratings | None, agrees: Bool[np.ndarray, "n"]
+) -> dict[str, Any]:
+    """What each score loses where modalities disagree; error rates are not compared."""
+    groups = [
+        [p for p, a in zip(predictions, agrees, strict=True) if a == w] for w in (True, False)
+    ]
+    gaps: dict[str, Any] = {"accuracy": bootstrap.mean_gap(*map(correct, groups))}
+    if ratings is not None:
+        rated = [_those(ratings, agrees), _those(ratings, ~agrees)]
+        gaps["judge"] = {
+            field: bootstrap.mean_gap(*(_rated(group, field) for group in rated))
+            for field in FIELDS
+        }
+        gaps["judge"]["mean"] = bootstrap.mean_gap(*map(_mean_rating, rated))
+    return gaps
+
+
+def _those(items: Sequence[Any], which: Bool[np.ndarray, "n"]) -> list[Any]:
+    return [item for item, chosen in zip(items, which, strict=True) if chosen]
+
+
+def _rated(ratings: Ratings, field: str) -> np.ndarray:
+    return np.array([r[field] for r in ratings if r[field] is not None], float)
+
+
+def _mean_rating(ratings: Ratings) -> np.ndarray:
+    """Over the six sections of the answers in which all were rated."""
+    whole = [list(r.values()) for r in ratings if None not in r.values()]
+    return np.array([np.mean(values) for values in whole], float)
+
+
+def _speech(predictions: Sequence[Prediction], language: str) -> tuple[np.ndarray, np.ndarray]:
+    """(edits, units) of every clip of a language that has speech."""
+    counts = []
+    for p in predictions:
+        if p["language"] == language:
+            said = sed.parse_response(p["response"])["speech_content"]
+            counts.append(speech.errors(p["annotation"]["speech_content"], said, language))
+    spoken = np.array([c for c in counts if c[1]], int).reshape(-1, 2)
+    return spoken[:, 0], spoken[:, 1]
 
 
 def _check(predictions: Sequence[Prediction]) -> None:
