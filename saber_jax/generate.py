@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +84,7 @@ class Generator:
         self._batch_size = batch_size
         self._budget = packing.Budget(length=0, patches=0, chunks=0, targets=0, segments=1)
         self._frame_patches = 0
+        self._lock = threading.Lock()
 
     def reserve(self, sizes: Iterable[Size]) -> None:
         """Makes room for clips of these sizes, see RecordSource.sizes."""
@@ -162,14 +164,27 @@ class Generator:
         return texts
 
     def _pack(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
-        self.reserve(map(size_of, records))
-        rows = [
-            [transforms.encode_record(record, self._tokenizer, responses=())] for record in records
-        ]
+        examples = [transforms.encode_record(r, self._tokenizer, responses=()) for r in records]
         # Repeated, not empty: a row that sees nothing would be one more case to get right.
-        rows += [rows[-1]] * (self._batch_size - len(rows))
-        batch = packing.pack_rows(rows, self._budget)
+        examples += examples[-1:] * (self._batch_size - len(examples))
+        batch = packing.pack_rows([[example] for example in examples], self._room(examples))
         return {name: batch[name] for name in INPUTS}
+
+    def _room(self, examples: Sequence[transforms.Example]) -> packing.Budget:
+        """The budget, grown to what these examples take: their questions may be long ones."""
+        with self._lock:
+            budget = dataclasses.asdict(self._budget)
+            for example in examples:
+                size = transforms.size_of(example)
+                length = -(-size.text // LENGTH_STEP) * LENGTH_STEP
+                budget["length"] = max(budget["length"], length)
+                budget["patches"] = max(budget["patches"], size.patches)
+                budget["chunks"] = max(budget["chunks"], size.chunks)
+                if example.layout is not None:
+                    largest = int(np.bincount(example.layout.frame).max())
+                    self._frame_patches = max(self._frame_patches, largest)
+            self._budget = packing.Budget(**budget)
+            return self._budget
 
     def _run(
         self,

@@ -205,3 +205,17 @@ def test_special_tokens_are_the_ones_of_the_model(tokenizer):
     cfg = saber_config("tiny")
     assert tokenizer.id(SPECIALS[2]) == cfg.tokens.eos
     assert load_tokenizer(tokenizer.path).vocab_size == cfg.text.vocab
+
+
+def test_a_record_with_a_question_of_its_own_is_asked_that(params, tokenizer):
+    question = "Is this sarcasm? Answer yes or no. " * 12  # More words than were reserved.
+    asked = dataclasses.replace(RECORDS[0], question=question)
+    prompt = transforms.encode_record(asked, tokenizer, responses=()).prompt.tokens
+    assert question.split()[0] in tokenizer.decode(prompt)
+    assert len(prompt) > len(
+        transforms.encode_record(RECORDS[0], tokenizer, responses=()).prompt.tokens
+    )
+    generator = _generator(params, tokenizer)
+    usual, special = generator.respond([RECORDS[0], asked])
+    assert usual != special
+    assert usual == generator.respond([RECORDS[0]])[0]

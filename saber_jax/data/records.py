@@ -51,6 +51,7 @@ class Record:
     is the time between two frame pairs. `audio_in_video` weaves the sound into the video instead of
     putting it behind, as use_audio_in_video does in transformers. `annotation` maps FIELDS to text,
     `labels` some of LABELS to text, `provenance` says which file and settings the clip came from.
+    `question` is asked instead of the usual request; it is not stored on disk.
     """
 
     clip_id: str
@@ -62,6 +63,7 @@ class Record:
     labels: Mapping[str, str]
     provenance: Mapping[str, Any]
     audio_in_video: bool = False
+    question: str | None = None
 
 
 def parse_annotation(obj: Any) -> dict[str, str]:

@@ -133,7 +133,7 @@ def asked_again(
 
 def _prompt(record: Record, tokenizer: Tokenizer, request: Request, mel_frames: int) -> chat.Prompt:
     shown = _shown(record, mel_frames)
-    instruction = request.instruction(record.language)
+    instruction = record.question or request.instruction(record.language)
     return sed.encode_prompt(tokenizer, record.language, shown, instruction)
 
 
