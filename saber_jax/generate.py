@@ -154,8 +154,10 @@ class Generator:
         on_text: Callable[[int, str], None] | None,
     ) -> list[str]:
         """Answers one batch, whose first record is number `first`."""
-        batch = self._pack(records)
         texts: list[str] = []
+        if not records:
+            return texts
+        batch = self._pack(records)
         for state in self._run(batch, first, len(records), sampling, streaming=bool(on_text)):
             out, step = jax.device_get((state["out"], state["step"]))
             texts = [self._text(row[:step]) for row in out[: len(records)]]

@@ -10,6 +10,7 @@ that was given other inputs is refused, so one folder never mixes two models or 
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def _line(item: dict[str, Any]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own for every writer: several may write the same file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()

@@ -103,9 +103,7 @@ def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
         scores["sets"] = set_scores(truth, words, judge.synonyms(union))
         scores["judge"] = judge.about
     else:
-        scores["missing"].append(
-            "clue_overlap, label_overlap and sets: they need a judge (--judge)"
-        )
+        scores["missing"].append("clue_overlap, label_overlap, sets: need a judge (--judge)")
     known = [i for i, t in enumerate(truth) if t is not None]
     if known:
         names = [str(i) for i in known]
@@ -115,9 +113,7 @@ def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
         )
         scores["wheel"]["floor"] = wheel.FLOOR
     else:
-        scores["missing"].append(
-            f"wheel: it needs {OPENSET}, or a judge to find words in the truth"
-        )
+        scores["missing"].append(f"wheel: needs {OPENSET}, or a judge to find words in the truth")
     return scores
 
 

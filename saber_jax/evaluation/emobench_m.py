@@ -1,32 +1,25 @@
-"""EmoBench-M (https://arxiv.org/abs/2502.04424): thirteen tasks and their scores.
-
-Scores follow EmoBench-M-eval.py of https://github.com/Emo-gml/EmoBench-M: labels are compared in
-lower case without surrounding blanks, and an item whose expected or predicted label is empty is
-left out of the official numbers. So an unanswered question costs nothing there; "dropped" counts
-these, and "accuracy_of_all" takes them as wrong.
+"""EmoBench-M (https://arxiv.org/abs/2502.04424): thirteen tasks, what they ask, and their files.
 
 A row, one line of predictions.jsonl or an element of the official result files:
 
     {"task": "MELD", "video", "expected_value", "predicted_value"}
     {"task": "MC-EIU", "modal_path", "expected_emotion", "expected_intent", "predicted_..." twice}
     {"task": "SMILE", "video", "reference", "prediction"}
+
+DATA holds one list of items per task, MELD.json and so on (JSON or JSON lines), with the expected_
+and reference entries of these rows, "video" or "modal_path", and what is asked: "instruction", or
+"text", the words that are said. The clips lie beside it, in a folder of the task's name or in
+videos/.
 """
 
 import dataclasses
+import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from jaxtyping import Float
-from nltk.translate.bleu_score import sentence_bleu
-from rouge_score import rouge_scorer
-
 from saber_jax.data import sed
-from saber_jax.evaluation import bootstrap
-from saber_jax.evaluation.bootstrap import Score
-from saber_jax.evaluation.judge import LAUGHTER, Judge
 
 Row = dict[str, Any]
 Kind = Literal["classification", "joint", "generation"]
@@ -96,7 +89,84 @@ TASKS: dict[str, Task] = {
 }
 """By the names that the official scripts give the data sets."""
 
+EXPECTED = {
+    "classification": ("expected_value",),
+    "joint": ("expected_emotion", "expected_intent"),
+    "generation": ("reference",),
+}
+MEDIA = ("video", "modal_path")
+
 LAUGHED = "The audience laughed because "
+
+
+def read(folder: Path) -> list[Row]:
+    """The items of all tasks that `folder` has, as rows without predictions, with "question" and
+    "path" added.
+
+    Raises FileNotFoundError without any task, ValueError naming an item that lacks something.
+    """
+    rows = []
+    for name in TASKS:
+        for path in (folder / f"{name}.json", folder / f"{name}.jsonl"):
+            if path.exists():
+                rows += [_item(folder, name, path, i, item) for i, item in enumerate(items(path))]
+                break
+    if not rows:
+        raise FileNotFoundError(
+            f"{folder} has none of {', '.join(f'{name}.json' for name in TASKS)}. "
+            "docs/evaluation.md shows the layout of EmoBench-M."
+        )
+    return rows
+
+
+def results(path: Path) -> list[Row]:
+    """Rows with predictions made elsewhere: official result files named by task in a folder, one
+    such file, or the predictions.jsonl of a run. Raises ValueError naming a row without a task."""
+    files = sorted(f for f in path.glob("*.json*") if f.stem in TASKS) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} has no result file named after a task, like MELD.json.")
+    rows = []
+    for file in files:
+        for number, row in enumerate(items(file), start=1):
+            task = row.get("task") or (file.stem if file.stem in TASKS else None)
+            if task is None:
+                raise ValueError(
+                    f'{file}, entry {number}, has no "task"; add it, or name the file after one: '
+                    f"{', '.join(TASKS)}."
+                )
+            rows.append({"task": task} | row)
+    return rows
+
+
+def items(path: Path) -> list[Row]:
+    """A JSON list, the "examples" of an official example file, or JSON lines."""
+    text = path.read_text(encoding="utf-8").strip()
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(found, dict):
+        found = found.get("examples", [found])
+    return found
+
+
+def _item(folder: Path, name: str, file: Path, index: int, item: Row) -> Row:
+    wanted = EXPECTED[TASKS[name].kind]
+    media = next((item[key] for key in MEDIA if item.get(key)), None)
+    if missing := [key for key in wanted if key not in item] + ["video"] * (media is None):
+        raise ValueError(f"{file}, item {index}: no {', '.join(missing)}.")
+    media, base = str(media), Path(str(media)).name
+    places = [folder / media, folder / name / media, folder / name / base, folder / "videos" / base]
+    found = next((str(place) for place in places if place.is_file()), str(places[0]))
+    asked = item.get("instruction") or question(name, str(item.get("text") or ""))
+    return (
+        {"task": name, "clip_id": f"{name}/{Path(media).stem}"}
+        | item
+        | {
+            "question": asked,
+            "path": found,
+        }
+    )
 
 
 def question(name: str, spoken: str) -> str:
@@ -151,127 +221,3 @@ def _label(asked: str, labels: Sequence[str], response: str) -> str:
         rest, count = re.subn(rf"(?<![a-z]){re.escape(label)}(?![a-z])", " ", rest)
         mentioned += [label] * bool(count)
     return mentioned[0] if len(mentioned) == 1 else ""
-
-
-def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
-    """Scores by task, the mean accuracy by dimension, and the mean of the three dimensions.
-
-    The mean of a dimension is over its tasks with labels: how the reasons of laughter enter it is
-    not published. Raises ValueError for a task that does not exist or without any row.
-    """
-    if not rows:
-        raise ValueError("There is no EmoBench-M prediction to score.")
-    if unknown := {row["task"] for row in rows} - set(TASKS):
-        raise ValueError(
-            f"EmoBench-M has no task {sorted(unknown)}; its tasks: {', '.join(TASKS)}."
-        )
-    scores: dict[str, Any] = {"n": len(rows), "missing": [], "tasks": {}}
-    for name, task in TASKS.items():
-        own = [row for row in rows if row["task"] == name]
-        if not own:
-            scores["missing"].append(f"{name}: no predictions for it")
-        elif task.kind == "generation":
-            scores["tasks"][name] = generation(own)
-            scores["missing"].append(f"{name}, BERTScore: its model is not part of this package")
-            if judge:
-                scores["tasks"][name] |= laughter(own, judge)
-                scores["judge"] = judge.about
-            else:
-                scores["missing"].append(f"{name}, judged 0 to 10: needs a judge (--judge)")
-        else:
-            scores["tasks"][name] = classification(own, joint=task.kind == "joint")
-    scores["dimensions"] = _dimensions(scores["tasks"])
-    means = [d["value"] for d in scores["dimensions"].values()]
-    whole = len(means) == len(DIMENSIONS)
-    scores["average"] = {"value": float(np.mean(means)) if whole else None, "interval": None}
-    return scores
-
-
-def classification(rows: Sequence[Row], *, joint: bool = False) -> dict[str, Any]:
-    """Accuracy and weighted precision, recall and F1 of the rows that have both labels."""
-    names = ("emotion", "intent") if joint else ("value",)
-    sides = [
-        [[str(row.get(f"{side}_{name}") or "").strip().lower() for name in names] for row in rows]
-        for side in ("expected", "predicted")
-    ]
-    pairs = [
-        ("_".join(truth), "_".join(said))
-        for truth, said in zip(*sides, strict=True)
-        if all(truth) and all(said)
-    ]
-    asked = sum(all(truth) for truth in sides[0])
-    classes = sorted({label for pair in pairs for label in pair})
-    counts = np.zeros((len(classes), len(classes)), int)
-    for truth, said in pairs:
-        counts[classes.index(truth), classes.index(said)] += 1
-    right = np.zeros(asked, bool)
-    right[: int(counts.trace())] = True
-    return {
-        "accuracy": bootstrap.of_groups(counts, accuracy),
-        "precision": bootstrap.of_groups(counts, lambda c: weighted(c)[0]),
-        "recall": bootstrap.of_groups(counts, lambda c: weighted(c)[1]),
-        "f1": bootstrap.of_groups(counts, lambda c: weighted(c)[2]),
-        "accuracy_of_all": bootstrap.mean(right),
-        "dropped": len(rows) - len(pairs),
-        "confusion": {"truth": classes, "said": classes, "counts": counts.tolist()},
-    }
-
-
-def accuracy(counts: Float[np.ndarray, "R K K"]) -> Float[np.ndarray, "R"]:
-    return np.trace(counts, axis1=1, axis2=2) / counts.sum(axis=(1, 2))
-
-
-def weighted(counts: Float[np.ndarray, "R K K"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(precision, recall, F1) of confusion matrices [truth, said], classes weighted by their truth.
-
-    A class that is never said has precision 0, as scikit-learn's zero_division=0 has it.
-    """
-    hits = np.diagonal(counts, axis1=1, axis2=2)
-    truth, said = counts.sum(axis=2), counts.sum(axis=1)
-    precision = np.divide(hits, said, out=np.zeros_like(hits), where=said > 0)
-    recall = np.divide(hits, truth, out=np.zeros_like(hits), where=truth > 0)
-    f1 = 2 * hits / np.maximum(truth + said, 1)
-    share = truth / truth.sum(axis=1, keepdims=True)
-    return tuple((share * each).sum(axis=1) for each in (precision, recall, f1))
-
-
-def generation(rows: Sequence[Row]) -> dict[str, Any]:
-    """BLEU-4 without smoothing and ROUGE-L F with stems, means over the rows with both texts."""
-    texts = [(str(row.get("reference") or ""), str(row.get("prediction") or "")) for row in rows]
-    texts = [(ref.strip(), said.strip()) for ref, said in texts if ref.strip() and said.strip()]
-    rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # No common 4-gram is a score of 0, not a problem.
-        bleu = [sentence_bleu([ref.split()], said.split()) for ref, said in texts]
-    rouge_l = [rouge.score(ref, said)["rougeL"].fmeasure for ref, said in texts]
-    return {
-        "bleu": bootstrap.mean(np.array(bleu, float)),
-        "rouge_l": bootstrap.mean(np.array(rouge_l, float)),
-        "dropped": len(rows) - len(texts),
-    }
-
-
-def laughter(rows: Sequence[Row], judge: Judge) -> dict[str, Score]:
-    """A judge's 0..5 in two dimensions and their sum, over all rows."""
-    pairs = [(str(row.get("reference") or ""), str(row.get("prediction") or "")) for row in rows]
-    judged = judge.laughter(pairs)
-    columns = {
-        name: np.array([j[dimension] for j in judged], float)
-        for name, dimension in zip(("logic", "association"), LAUGHTER, strict=True)
-    }
-    columns["total"] = sum(columns.values(), np.zeros(len(rows)))
-    return {f"judge_{name}": bootstrap.mean(values) for name, values in columns.items()}
-
-
-def _dimensions(tasks: Mapping[str, Any]) -> dict[str, Any]:
-    means = {}
-    for dimension in DIMENSIONS:
-        values = [
-            tasks[name]["accuracy"]["value"]
-            for name, task in TASKS.items()
-            if task.dimension == dimension and name in tasks and "accuracy" in tasks[name]
-        ]
-        values = [value for value in values if value is not None]
-        if values:
-            means[dimension] = {"tasks": len(values), "value": float(np.mean(values))}
-    return means

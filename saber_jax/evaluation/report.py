@@ -22,7 +22,7 @@ import numpy as np
 from saber_jax.data import sed
 from saber_jax.data.journal import read_json, read_jsonl
 from saber_jax.data.records import FIELDS
-from saber_jax.evaluation import charts, saber_test
+from saber_jax.evaluation import bootstrap, charts, saber_test
 
 MOST_CLIP_BYTES = 2 << 20
 FEWEST_EXAMPLES, MOST_EXAMPLES = 6, 8
@@ -159,7 +159,7 @@ def score_rows(
 
     def gain(labels: tuple[str, ...], which: np.ndarray) -> dict[str, Any]:
         hits = [_follows(predictions, labels)[which] for predictions in (before, after)]
-        return saber_test.paired_gain(*hits)
+        return bootstrap.paired_gain(*hits)
 
     either = ("face", "voice")
     inconsistent = ("inconsistent",)
@@ -176,7 +176,12 @@ def score_rows(
             gain(("emotion",), differing),
             better=1,
         ),
-        line("Gap between the two", ("gap",), _plain_gain(scores, "gap"), better=-1),
+        line(
+            "Gap between the two",
+            ("gap", "accuracy"),
+            _plain_gain(scores, "gap", "accuracy"),
+            better=-1,
+        ),
         line(
             "Unimodal dominance, inconsistent clips",
             (*inconsistent, "dominance"),
@@ -195,9 +200,11 @@ def score_rows(
     ]
     speech = {"word": "Word error rate, English", "character": "Character error rate, Chinese"}
     for unit, name in speech.items():
-        path = ("speech", f"{unit}_error_rate")
-        if scores["sft"]["speech"][path[1]]["value"] is not None:
-            lines.append(line(name, path, _plain_gain(scores, *path), better=-1))
+        for split in saber_test.SPLITS:
+            path = (split, f"{unit}_error_rate")
+            if scores["sft"][split][path[1]]["value"] is not None:
+                title = f"{name}, {split} clips"
+                lines.append(line(title, path, _plain_gain(scores, *path), better=-1))
     return lines
 
 
@@ -222,7 +229,7 @@ def conflict_rows(
         which = np.array([p["labels"].get("conflict_type", "unlabelled") == name for p in before])
         hits = [_follows(p, ("emotion",))[which] for p in (before, after)]
         second = scores["cadpo"]["conflict_types"][name]
-        gain = saber_test.paired_gain(*hits)
+        gain = bootstrap.paired_gain(*hits)
         rows.append({"name": name, "values": [first, second], "gain": gain, "better": 1})
     return rows
 

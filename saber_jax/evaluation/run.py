@@ -2,103 +2,146 @@
 
     python -m saber_jax.evaluation.run --benchmark saber_test --checkpoint runs/cadpo \
         --data runs/records --split test --out runs/cadpo_scores
+    python -m saber_jax.evaluation.run --benchmark emobench_m --predictions results/ --out scores
 
 OUT holds predictions.jsonl (appended batch by batch, so a killed run goes on where it was),
-scores.json, and manifest.json with the inputs.
+scores.json, probes/ where they were asked for, and manifest.json with the inputs.
+docs/evaluation.md has the layouts of the benchmarks and what each score is.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from saber_jax.data import sed
-from saber_jax.data.journal import Journal, batches, fingerprint, read_json, write_json
-from saber_jax.data.records import Record, RecordSource
-from saber_jax.evaluation import saber_test
-from saber_jax.generate import load_generator, model_fingerprint
-
-BENCHMARKS = {"saber_test": saber_test.score}
-
-
-def predict(
-    records: Sequence[Record],
-    respond: Callable[[Iterator[list[Record]]], Iterator[list[str]]],
-    journal: Journal,
-    *,
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """Answers all records, going on from what `journal` holds."""
-    plan = batches(len(records), batch_size)
-    done = journal.resume([stop for _, stop in plan])
-    rest = [range(start, stop) for start, stop in plan if start >= len(done)]
-    with tqdm(total=len(records), initial=len(done), desc="answers", unit="clip") as bar:
-        parts = ([records[i] for i in part] for part in rest)
-        for part, answers in zip(rest, respond(parts), strict=True):
-            new = [prediction(records[i], answer) for i, answer in zip(part, answers, strict=True)]
-            journal.append(new)
-            done += new
-            bar.update(len(new))
-    return done
+from saber_jax.data.journal import Journal, read_jsonl, write_json, write_jsonl
+from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
+from saber_jax.evaluation import probes
+from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
+from saber_jax.evaluation.judge import Judge
+from saber_jax.evaluation.predict import Material, Row, predict
+from saber_jax.generate import Generator, load_generator, model_fingerprint
+from saber_jax.train import checkpoint
 
 
-def prediction(record: Record, answer: str) -> dict[str, Any]:
-    """One line of predictions.jsonl."""
-    return {
-        "clip_id": record.clip_id,
-        "language": record.language,
-        "response": answer,
-        "conclusion": sed.conclusion(answer),
-        "labels": dict(record.labels),
-        "annotation": dict(record.annotation),
-    }
+class Answering:
+    """A checkpoint that is loaded when the first answer is missing."""
+
+    def __init__(self, flags: argparse.Namespace):
+        self._flags = flags
+        self._generator: Generator | None = None
+
+    def answer(self, material: Material, folder: Path, inputs: dict[str, Any]) -> list[Row]:
+        """The rows of `folder`/predictions.jsonl, made where they are missing."""
+        journal = Journal(folder, "predictions.jsonl", inputs)
+        if journal.path.exists() and len(rows := read_jsonl(journal.path)) == len(material.records):
+            return rows
+        print(f"{inputs['benchmark']}: {len(material.records)} clips, to {folder}", flush=True)
+        if self._generator is None:
+            self._generator = load_generator(
+                self._flags.checkpoint,
+                max_new_tokens=self._flags.max_new_tokens,
+                batch_size=self._flags.batch_size,
+            )
+        self._generator.reserve(getattr(material.records, "sizes", ()))
+        return predict(
+            material,
+            self._generator.respond_batches,
+            journal,
+            batch_size=self._flags.batch_size,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes predictions and scores; returns the exit code."""
     flags = _flags(argv)
+    benchmark = BENCHMARKS[flags.benchmark]
+    judge = _judge(flags)
     try:
-        inputs = {
-            "benchmark": flags.benchmark,
-            "checkpoint": model_fingerprint(flags.checkpoint),
-            "data": fingerprint(flags.data, "**/*.array_record*"),
-            "split": flags.split,
-            "batch_size": flags.batch_size,
-            "max_new_tokens": flags.max_new_tokens,
-        }
-        journal = Journal(flags.out, "predictions.jsonl", inputs)
-        finished = journal.folder / "scores.json"
-        if not finished.exists():
-            source = RecordSource(flags.data, flags.split)
-            print(f"{flags.benchmark}: {len(source)} clips of split {flags.split}, to {flags.out}")
-            generator = load_generator(
-                flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size
-            )
-            generator.reserve(source.sizes)
-            predictions = predict(
-                source, generator.respond_batches, journal, batch_size=flags.batch_size
-            )
-            write_json(finished, BENCHMARKS[flags.benchmark](predictions))
-    except (ValueError, FileNotFoundError) as error:
+        if flags.predictions:
+            rows, probed = _made_elsewhere(benchmark, flags), {}
+        else:
+            rows, probed = _answered(benchmark, flags)
+        scores = benchmark.score(rows, judge)
+    except (ValueError, FileNotFoundError, KeyError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _show(read_json(finished))
+    if probed:
+        scores["probes"] = probes.score(rows, probed)
+    unread = [row for row in rows if "error" in row]
+    scores["unreadable"] = [f"{row['clip_id']}: {row['error']}" for row in unread]
+    finished = flags.out / "scores.json"
+    write_json(finished, scores)
+    show(scores)
     print(f"scores in {finished}")
-    return 0
+    if unread:
+        print(f"error: {len(unread)} of {len(rows)} clips could not be read", file=sys.stderr)
+    return 1 if unread else 0
 
 
-def _show(scores: dict[str, Any], indent: str = "") -> None:
-    """Rates with their intervals, one a line."""
+def _answered(
+    benchmark: Benchmark, flags: argparse.Namespace
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Rows of all clips, and of all clips under each probe."""
+    about = checkpoint.read_model_file(flags.checkpoint)
+    inputs = {
+        "benchmark": flags.benchmark,
+        "checkpoint": model_fingerprint(flags.checkpoint),
+        "data": benchmark.data(flags.data),
+        "split": flags.split,
+        "batch_size": flags.batch_size,
+        "max_new_tokens": flags.max_new_tokens,
+    }
+    settings = about.get("provenance", {}).get("sampling")
+    material = benchmark.material(flags.data, flags.split, settings)
+    answering = Answering(flags)
+    rows = answering.answer(material, flags.out, inputs)
+    donors = probes.donors(rows) if flags.probes else []
+    probed = {}
+    for probe in probes.PROBES if flags.probes else ():
+        changed = Material(records=probes.Probed(material.records, probe, donors), row=material.row)
+        folder = flags.out / "probes" / probe
+        probed[probe] = answering.answer(changed, folder, inputs | {"probe": probe})
+    return rows, probed
+
+
+def _made_elsewhere(benchmark: Benchmark, flags: argparse.Namespace) -> list[Row]:
+    """Rows of --predictions, written down beside their scores as a run of ours leaves them."""
+    rows = benchmark.made_elsewhere(flags.predictions, flags.data, flags.split)
+    inputs = {"benchmark": flags.benchmark, "predictions": digest(flags.predictions)}
+    write_jsonl(Journal(flags.out, "predictions.jsonl", inputs).path, rows)
+    return rows
+
+
+def _judge(flags: argparse.Namespace) -> Judge | None:
+    if not flags.judge:
+        return None
+    cache = flags.judge_cache or flags.out / "judge"
+    endpoint = Endpoint(
+        url=flags.judge,
+        model=flags.judge_model,
+        cache=cache,
+        concurrency=flags.judge_concurrency,
+        retries=flags.judge_retries,
+        requests_per_minute=flags.judge_requests_per_minute,
+        most_tokens=flags.judge_most_tokens,
+    )
+    return Judge(endpoint)
+
+
+def show(scores: dict[str, Any], indent: str = "") -> None:
+    """Scores with their intervals, one a line."""
     for name, value in scores.items():
-        if not isinstance(value, dict):
+        if isinstance(value, list):
+            for line in value:
+                print(f"{indent}{name}: {line}")
+        elif not isinstance(value, dict):
             print(f"{indent}{name}: {value}")
-        elif "value" not in value:
+        elif "value" not in value and "counts" not in value:
             print(f"{indent}{name}")
-            _show(value, indent + "  ")
-        elif value["value"] is not None:
+            show(value, indent + "  ")
+        elif value.get("value") is not None:
             low_high = value.get("interval")
             interval = f" [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
             count = f", n={value['n']}" if "n" in value else ""
@@ -108,16 +151,34 @@ def _show(scores: dict[str, Any], indent: str = "") -> None:
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on a benchmark.")
     parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS))
-    parser.add_argument("--checkpoint", required=True, type=Path, help="work directory of a run")
-    parser.add_argument("--data", required=True, type=Path, help="what data_prep.build wrote")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--checkpoint", type=Path, help="work directory of a run")
+    parser.add_argument("--data", type=Path, help="records, or the benchmark's own folder")
+    parser.add_argument("--split", default="test", help="of records")
+    parser.add_argument("--predictions", type=Path, help="score these instead of a checkpoint")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--probes", action="store_true", help="saber_test: also mute, blank, swap")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=512)
+    key = f"; the key is read from {KEY_VARIABLE}"
+    parser.add_argument("--judge", metavar="URL", help=f"an OpenAI-compatible endpoint{key}")
+    parser.add_argument("--judge_model", metavar="NAME")
+    parser.add_argument("--judge_cache", type=Path, help="default: OUT/judge")
+    parser.add_argument("--judge_concurrency", type=int, default=8)
+    parser.add_argument("--judge_retries", type=int, default=5)
+    parser.add_argument("--judge_requests_per_minute", type=float)
+    parser.add_argument("--judge_most_tokens", type=int, help="stop before asking for more")
     flags = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens"):
+    for name in ("batch_size", "max_new_tokens", "judge_concurrency"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    if bool(flags.predictions) == bool(flags.checkpoint):
+        parser.error("give either --checkpoint or --predictions")
+    if flags.checkpoint and not flags.data:
+        parser.error("--checkpoint needs --data: the clips to answer")
+    if bool(flags.judge) != bool(flags.judge_model):
+        parser.error("--judge and --judge_model go together")
+    if flags.probes and (flags.benchmark != "saber_test" or flags.predictions):
+        parser.error("--probes need a checkpoint and --benchmark saber_test")
     return flags
 
 

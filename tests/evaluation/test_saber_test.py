@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from saber_jax.data import sed
@@ -46,7 +45,7 @@ def test_accuracies_dominance_and_gap_are_the_hand_counted_ones():
     assert inconsistent["dominance"]["value"] == 3 / 5
     assert inconsistent["follows_face"]["value"] == 2 / 5
     assert inconsistent["follows_voice"]["value"] == 1 / 5
-    assert scores["gap"]["value"] == pytest.approx(3 / 4 - 1 / 5)
+    assert scores["gap"]["accuracy"]["value"] == pytest.approx(3 / 4 - 1 / 5)
     assert scores["conflict_types"]["masking"]["n"] == 4
     assert scores["conflict_types"]["masking"]["value"] == 1 / 4
     assert scores["conflict_types"]["sarcasm"]["value"] == 0.0
@@ -65,42 +64,26 @@ def test_an_empty_section_is_not_a_missing_one():
     assert not saber_test.is_complete(AGREEING[0]["response"].replace("[speech_content]", ""))
 
 
-def test_intervals_are_repeatable_hold_the_value_and_shrink_with_more_clips():
-    few = saber_test.rate(np.arange(20) % 2 == 0)
-    many = saber_test.rate(np.arange(2000) % 2 == 0)
-    assert few == saber_test.rate(np.arange(20) % 2 == 0)
-    assert few["interval"][0] < few["value"] < few["interval"][1]
-    # 1.96 standard errors of a proportion of one half.
-    assert many["interval"][1] - many["value"] == pytest.approx(1.96 * 0.5 / 2000**0.5, abs=3e-3)
-    assert many["interval"][1] < few["interval"][1]
-
-
-def test_a_paired_gain_without_any_change_has_no_width():
-    hits = np.array([True, False, True])
-    assert saber_test.paired_gain(hits, hits) == {"n": 3, "value": 0.0, "interval": [0.0, 0.0]}
-    assert saber_test.paired_gain(hits, ~hits)["value"] == pytest.approx(-1 / 3)
-
-
 def test_only_consistent_clips_leave_the_other_rates_empty():
     scores = saber_test.score(AGREEING)
     assert scores["inconsistent"]["accuracy"] == {"n": 0, "value": None, "interval": None}
-    assert scores["gap"] == {"value": None, "interval": None}
+    assert scores["gap"] == {"accuracy": {"value": None, "interval": None}}
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "distance"),
-    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("flaw", "lawn", 2), ("a", "a", 0)],
-)
-def test_edit_distance(a, b, distance):
-    assert saber_test.edit_distance(a, b) == distance
-
-
-def test_word_errors_ignore_case_marks_and_sound_events():
-    speech = ("Don't <laughter> stop, please now!", "dont stop pleas")
-    scores = saber_test.score([_prediction("sad", "sad", "sad", "sad", speech=speech)])
+def test_word_errors_are_counted_by_split_and_only_where_there_is_speech():
+    clips = [
+        _prediction(
+            "sad", "sad", "sad", "sad", speech=("Don't stop, please now!", "dont stop pleas")
+        ),
+        _prediction("sad", "sad", "sad", "sad", speech=("", "dogs")),
+        _prediction("sorrow", "happy", "sad", "sad", speech=("one two", "one two")),
+    ]
+    scores = saber_test.score(clips)
     # One substitution and one deletion in four words.
-    assert scores["speech"]["word_error_rate"] == {"n": 1, "units": 4, "value": 0.5}
-    assert scores["speech"]["character_error_rate"]["value"] is None
+    assert scores["consistent"]["word_error_rate"]["value"] == 0.5
+    assert scores["consistent"]["word_error_rate"]["n"] == 1
+    assert scores["inconsistent"]["word_error_rate"]["value"] == 0.0
+    assert scores["consistent"]["character_error_rate"]["value"] is None
 
 
 def test_character_errors_are_summed_over_chinese_clips():
@@ -108,8 +91,37 @@ def test_character_errors_are_summed_over_chinese_clips():
         _prediction("sad", "sad", "sad", "sad", speech=("我很好。", "我 很坏"), language="zh"),
         _prediction("sad", "sad", "sad", "sad", speech=("你好", "你好"), language="zh"),
     ]
-    rate = saber_test.score(clips)["speech"]["character_error_rate"]
-    assert rate == {"n": 2, "units": 5, "value": 1 / 5}
+    rate = saber_test.score(clips)["consistent"]["character_error_rate"]
+    assert (rate["n"], rate["units"], rate["value"]) == (2, 5, 1 / 5)
+
+
+def test_ratings_are_averaged_by_section_and_split_and_what_was_not_rated_is_left_out():
+    ratings = [dict.fromkeys(FIELDS, 4.0)] * 4 + [dict.fromkeys(FIELDS, 2.0)] * 4
+    ratings.append(dict.fromkeys(FIELDS, 5.0) | {"video_desc": None})
+    scores = saber_test.score(AGREEING + DIFFERING, ratings)
+    assert scores["consistent"]["judge"]["video_desc"]["value"] == 4.0
+    assert scores["inconsistent"]["judge"]["video_desc"]["value"] == 2.0
+    assert scores["inconsistent"]["judge"]["video_desc"]["n"] == 4
+    assert scores["inconsistent"]["judge"]["acoustic_feat"]["value"] == pytest.approx(13 / 5)
+    assert scores["inconsistent"]["judge"]["mean"]["n"] == 4
+    assert scores["gap"]["judge"]["mean"]["value"] == 2.0
+
+
+def test_the_confusion_matrix_has_a_column_for_answers_that_name_nothing():
+    broken = DIFFERING[0] | {"conclusion": None}
+    table = saber_test.confusion([*AGREEING, broken])
+    assert table["truth"] == ["angry", "happy", "neutral", "sad", "sorrow"]
+    assert table["said"] == [*table["truth"], "none named"]
+    assert table["counts"][2] == [0, 0, 0, 1, 0, 0]
+    assert table["counts"][4] == [0, 0, 0, 0, 0, 1]
+
+
+def test_labels_beyond_the_known_emotions_are_found_as_they_are_spelt():
+    texts = dict.fromkeys(FIELDS, "joy") | {"sentiment_analysis": "Not disgust, but joyless fear."}
+    response = sed.target_text(texts)
+    assert saber_test.conclusion(response, ["disgust", "fear", "joy"]) == "fear"
+    assert saber_test.conclusion(response, ["joy"]) is None
+    assert saber_test.conclusion(response.replace("fear", "sad"), ["sad", "happy"]) == "sad"
 
 
 def test_a_clip_without_the_deciding_labels_is_refused_by_name():

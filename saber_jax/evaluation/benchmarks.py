@@ -1,0 +1,182 @@
+"""The benchmarks behind one interface: what to ask, and how to score the answers."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from saber_jax.data import sed
+from saber_jax.data.journal import fingerprint, read_jsonl
+from saber_jax.data.records import Record, RecordSource
+from saber_jax.evaluation import emer, emobench_m, emobench_m_scores, saber_test
+from saber_jax.evaluation.judge import Judge
+from saber_jax.evaluation.predict import ClipFile, ClipFiles, Material, Row, longest_first
+
+Settings = dict[str, Any] | None
+"""How clips are decoded: the sampling of a checkpoint's model.json."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """`data` is a fingerprint of what a folder asks; `made_elsewhere` reads --predictions."""
+
+    material: Callable[[Path, str, Settings], Material]
+    data: Callable[[Path], str]
+    made_elsewhere: Callable[[Path, Path | None, str], list[Row]]
+    score: Callable[[Sequence[Row], Judge | None], dict[str, Any]]
+
+
+def _saber_material(data: Path, split: str, settings: Settings) -> Material:
+    del settings  # Records were decoded when they were built.
+
+    def row(_: int, record: Record | None, answer: str) -> Row:
+        assert record is not None
+        return {
+            "clip_id": record.clip_id,
+            "language": record.language,
+            "response": answer,
+            "conclusion": sed.conclusion(answer),
+            "labels": dict(record.labels),
+            "annotation": dict(record.annotation),
+        }
+
+    return Material(records=RecordSource(data, split), row=row)
+
+
+def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
+    """Lines with clip_id and response; labels and annotation come from DATA if they lack them."""
+    rows, source = read_jsonl(path), RecordSource(data, split) if data else None
+    for number, row in enumerate(rows, start=1):
+        _check(path, number, row, ("clip_id", "response"))
+        if source and not {"labels", "annotation", "language"} <= set(row):
+            record = source[source.index(row["clip_id"])]
+            row |= {"labels": dict(record.labels), "annotation": dict(record.annotation)}
+            row["language"] = record.language
+        if missing := [key for key in ("labels", "annotation", "language") if key not in row]:
+            raise ValueError(
+                f"{path}:{number} lacks {', '.join(missing)}; give --data with the clips."
+            )
+    names = sorted(
+        {row["labels"][key] for row in rows for key in ("emotion",) if key in row["labels"]}
+    )
+    for row in rows:
+        row.setdefault("conclusion", saber_test.conclusion(row["response"], names))
+    return rows
+
+
+def _saber_score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
+    ratings = (
+        judge.rate_sections([(row["annotation"], row["response"]) for row in rows])
+        if judge
+        else None
+    )
+    scores = saber_test.score(rows, ratings)
+    if judge:
+        return scores | {"judge": judge.about, "missing": []}
+    return scores | {"missing": ["judge scores of the six sections: need a judge (--judge)"]}
+
+
+def _emer_material(data: Path, split: str, settings: Settings) -> Material:
+    del split
+    clips = emer.read(data)
+    files = [
+        ClipFile(clip_id=clip.clip_id, path=_video(data, clip.clip_id), language=clip.language)
+        for clip in clips
+    ]
+    order = longest_first(files)
+
+    def row(i: int, _: Record | None, answer: str) -> Row:
+        return emer.row(clips[order[i]], answer)
+
+    return Material(records=ClipFiles([files[i] for i in order], settings), row=row)
+
+
+def _video(data: Path, name: str) -> Path:
+    found = [p for folder in ("video", "videos") for p in sorted((data / folder).glob(f"{name}.*"))]
+    return found[0] if found else data / "video" / f"{name}.mp4"
+
+
+def _emer_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
+    """Lines with clip_id and response; what is true comes from DATA if they lack it."""
+    del split
+    rows, clips = read_jsonl(path), {clip.clip_id: clip for clip in emer.read(data)} if data else {}
+    for number, row in enumerate(rows, start=1):
+        if "reason" not in row and row.get("clip_id") in clips:
+            row |= emer.row(clips[row["clip_id"]], row.get("response", ""))
+        if missing := [key for key in ("clip_id", "response", "reason") if key not in row]:
+            raise ValueError(
+                f"{path}:{number} lacks {', '.join(missing)}; give --data with the clips."
+            )
+        row.setdefault("openset", None)
+    return rows
+
+
+def _check(path: Path, number: int, row: Row, keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in row]:
+        raise ValueError(
+            f"{path}:{number} lacks {', '.join(missing)}. A line has clip_id and response; what is "
+            "true of the clip comes from --data."
+        )
+
+
+def _emobench_material(data: Path, split: str, settings: Settings) -> Material:
+    del split
+    items = emobench_m.read(data)
+    files = [
+        ClipFile(
+            clip_id=item["clip_id"],
+            path=Path(item["path"]),
+            language="en",
+            question=item["question"],
+        )
+        for item in items
+    ]
+    order = longest_first(files)
+
+    def row(i: int, _: Record | None, answer: str) -> Row:
+        item = {key: value for key, value in items[order[i]].items() if key != "path"}
+        return item | {"response": answer} | emobench_m.answered(item["task"], answer)
+
+    return Material(records=ClipFiles([files[i] for i in order], settings), row=row)
+
+
+def _emobench_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
+    """Rows with predictions, or with a response from which they are read."""
+    del data, split
+    rows = emobench_m.results(path)
+    for row in rows:
+        task = emobench_m.TASKS.get(row["task"])
+        said = any(key.startswith("predict") for key in row)
+        if task and not said and "response" in row:
+            row |= emobench_m.answered(row["task"], row["response"])
+    return rows
+
+
+def _tables(data: Path) -> str:
+    return fingerprint(data, "*.csv", "*.json", "*.jsonl")
+
+
+BENCHMARKS = {
+    "saber_test": Benchmark(
+        material=_saber_material,
+        data=lambda data: fingerprint(data, "**/*.array_record*"),
+        made_elsewhere=_saber_elsewhere,
+        score=_saber_score,
+    ),
+    "emer": Benchmark(
+        material=_emer_material, data=_tables, made_elsewhere=_emer_elsewhere, score=emer.score
+    ),
+    "emobench_m": Benchmark(
+        material=_emobench_material,
+        data=_tables,
+        made_elsewhere=_emobench_elsewhere,
+        score=emobench_m_scores.score,
+    ),
+}
+
+
+def digest(path: Path) -> str:
+    """A short hash of a file, or of the JSON files of a folder."""
+    files = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]

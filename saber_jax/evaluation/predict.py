@@ -1,0 +1,105 @@
+"""Answers to all clips of a benchmark, written down batch by batch, resumable at any point."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+from tqdm import tqdm
+
+from saber_jax.data.decode import MediaError
+from saber_jax.data.journal import Journal, batches
+from saber_jax.data.records import Record
+from saber_jax.generate import record_of_clip
+
+Row = dict[str, Any]
+Respond = Callable[[Iterator[list[Record]]], Iterator[list[str]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a benchmark asks about: `row(i, record, answer)` makes the line of predictions.jsonl.
+
+    Reading `records[i]` may raise MediaError or FileNotFoundError. Its row then has no record, an
+    empty answer, and the reason as "error".
+    """
+
+    records: Sequence[Record]
+    row: Callable[[int, Record | None, str], Row]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipFile:
+    """A clip of a benchmark, decoded when its turn comes. `question` as in Record."""
+
+    clip_id: str
+    path: Path
+    language: str
+    question: str | None = None
+
+
+class ClipFiles(Sequence[Record]):
+    """Video files as records, decoded as a checkpoint's model.json says."""
+
+    def __init__(self, files: Sequence[ClipFile], settings: Mapping[str, Any] | None):
+        self._files, self._settings = files, dict(settings or {})
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Record:
+        file = self._files[index]
+        record = record_of_clip(file.path, file.language, self._settings)
+        return dataclasses.replace(record, clip_id=file.clip_id, question=file.question)
+
+
+def longest_first(files: Sequence[ClipFile]) -> list[int]:
+    """An order in which shapes stop growing early, so that little is compiled twice."""
+    return sorted(range(len(files)), key=lambda i: (-_seconds(files[i].path), i))
+
+
+def predict(
+    material: Material, respond: Respond, journal: Journal, *, batch_size: int
+) -> list[Row]:
+    """Answers everything, going on from what `journal` holds. `respond` answers batch by batch."""
+    records = material.records
+    plan = batches(len(records), batch_size)
+    done = journal.resume([stop for _, stop in plan])
+    rest = [range(start, stop) for start, stop in plan if start >= len(done)]
+    read: dict[int, Record | Exception] = {}
+
+    def readable(part: range) -> list[Record]:
+        for i in part:
+            read[i] = _read(records, i)
+        return [r for i in part if isinstance(r := read[i], Record)]
+
+    with tqdm(total=len(records), initial=len(done), desc="answers", unit="clip") as bar:
+        for part, answers in zip(rest, respond(map(readable, rest)), strict=True):
+            said, new = iter(answers), []
+            for i in part:
+                record = read.pop(i)
+                if isinstance(record, Record):
+                    new.append(material.row(i, record, next(said)))
+                else:
+                    new.append(material.row(i, None, "") | {"error": str(record)})
+            journal.append(new)
+            done += new
+            bar.update(len(new))
+    return done
+
+
+def _read(records: Sequence[Record], index: int) -> Record | Exception:
+    try:
+        return records[index]
+    except (MediaError, FileNotFoundError) as error:
+        return error
+
+
+def _seconds(path: Path) -> float:
+    """What the container says; 0 if it says nothing, the reading itself will tell why."""
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            return (container.duration or 0) / av.time_base
+    except (av.FFmpegError, OSError):
+        return 0.0
