@@ -32,8 +32,12 @@ def write_clip(
     codecs: tuple[str, str] = ("ffv1", "flac"),
     pixels: str = "bgr0",
     rate: int = RATE,
+    audio_rate: int = RATE,
 ) -> Path:
-    """Writes frames (at `times` seconds, else at `fps`) and sound; the defaults are lossless."""
+    """Writes frames (at `times` seconds, else at `fps`) and sound; the defaults are lossless.
+
+    `audio` has `audio_rate` samples a second, its track `rate`.
+    """
     with av.open(str(path), "w") as container:
         video = sound = None
         if frames is not None:
@@ -52,14 +56,14 @@ def write_clip(
                 container.mux(video.encode(frame))
             container.mux(video.encode())
         if sound is not None:
-            start = round(audio_start * RATE)
+            start = round(audio_start * audio_rate)
             resampler = av.AudioResampler(
                 sound.format, "mono", rate, frame_size=sound.frame_size or 1024
             )
             for low in range(0, len(audio), 1024):
                 frame = av.AudioFrame.from_ndarray(audio[None, low : low + 1024], "s16", "mono")
-                frame.sample_rate = RATE
-                frame.pts, frame.time_base = start + low, Fraction(1, RATE)
+                frame.sample_rate = audio_rate
+                frame.pts, frame.time_base = start + low, Fraction(1, audio_rate)
                 for part in resampler.resample(frame):
                     container.mux(sound.encode(part))
             for part in resampler.resample(None):

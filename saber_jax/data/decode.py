@@ -1,4 +1,4 @@
-"""Video files to model-ready frames and sound, with PyAV."""
+"""Video files to model-ready frames and sound, with PyAV; pictures with Pillow."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+import soxr
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Int, Int16, UInt8
+from jaxtyping import Float, Int, Int16, UInt8
+from PIL import Image
 
 from saber_jax.data import media
 
@@ -23,9 +25,12 @@ MIN_PIXELS = 128 * 28 * 28
 MAX_PIXELS = 768 * 28 * 28
 TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
 MAX_FRAMES = 768
+IMAGE_MIN_PIXELS = 4 * 28 * 28
+IMAGE_MAX_PIXELS = 16384 * 28 * 28
 # Environment of the published SABER inference script.
 RELEASE_MAX_FRAMES = 40
 RELEASE_MAX_PIXELS = 50_176
+RELEASE_IMAGE_MAX_PIXELS = 1_003_520
 
 REASONS = {
     "empty_file": "the file has zero bytes",
@@ -104,6 +109,26 @@ class Clip:
     seconds_per_grid: float
     audio: Int16[np.ndarray, " n"]
     info: dict[str, Any]
+
+
+def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1 H W 3"]:
+    """A picture as the frames of a still-image record, resized as the released processor does.
+
+    What is transparent becomes white. Raises MediaError.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            if picture.mode == "RGBA":
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise MediaError("unreadable", f"{Path(path).name}: {error}") from error
+    most = IMAGE_MAX_PIXELS if mode == "exact" else RELEASE_IMAGE_MAX_PIXELS
+    height, width = media.smart_resize(picture.height, picture.width, IMAGE_MIN_PIXELS, most)
+    # Pillow itself, because it rounds between its two passes: no other resize gives these pixels.
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
 
 
 def decode_clip(path: str | Path, sampling: Sampling) -> Clip:
@@ -197,6 +222,10 @@ def _timeline(path: Path, sampling: Sampling) -> _Timeline:
     start, last = min(times), max(times)
     # The last frame is shown for as long as the average one.
     seconds = (last - start) * Fraction(len(times), len(times) - 1) or len(times) / rate
+    # Containers round times to ticks; a frame rate that agrees with them is exact. Without it, 3 s
+    # of 12 frames a second would be 2.9999 s and keep two frames less.
+    if abs(len(times) / rate - seconds) < 1 / rate:
+        seconds = len(times) / rate
     _check_length(path, float(seconds), sampling)
     return _Timeline(count=len(times), start=start, seconds=seconds, height=height, width=width)
 
@@ -217,7 +246,7 @@ def _content(
         raise MediaError("no_audio", f"{path.name}: the audio track is empty")
     frames = np.stack([tracks.pictures[index] for index in indices.tolist()])
     height, width = sampling.frame_size(frames.shape[1], frames.shape[2], len(frames))
-    audio = np.concatenate(tracks.sound)
+    audio = _resampled(np.concatenate(tracks.sound), tracks.sound_rate)
     if sampling.mode == "exact" and tracks.sound_start is not None:
         late = tracks.sound_start - timeline.start
         audio = _shifted(audio, round(late * media.SAMPLE_RATE))
@@ -237,11 +266,15 @@ def _indices(count: int, timeline: _Timeline, sampling: Sampling) -> Int[np.ndar
 
 @dataclasses.dataclass
 class _Tracks:
-    """RGB pictures by frame number in display order, number of frames, mono sound in pieces."""
+    """RGB pictures by frame number in display order, number of frames, mono sound in pieces.
+
+    The sound is float32 in -1..1 at `sound_rate`.
+    """
 
     pictures: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     count: int = 0
     sound: list[np.ndarray] = dataclasses.field(default_factory=list)
+    sound_rate: int = media.SAMPLE_RATE
     sound_start: Fraction | None = None
 
 
@@ -251,14 +284,15 @@ def _decoded(path: Path, indices: Int[np.ndarray, " T"]) -> _Tracks:
     tracks = _Tracks()
     size = None
     reformatter = VideoReformatter()
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=media.SAMPLE_RATE)
+    resampler = av.AudioResampler(format="fltp")  # Rate and channels stay as they are.
     with _opened(path) as container:
         streams = (container.streams.video[0], container.streams.audio[0])
         for frame in container.decode(*streams):
             if isinstance(frame, av.AudioFrame):
                 if tracks.sound_start is None and frame.pts is not None and frame.time_base:
                     tracks.sound_start = frame.pts * frame.time_base
-                tracks.sound += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+                tracks.sound_rate = frame.sample_rate
+                tracks.sound += [p.to_ndarray().mean(axis=0) for p in resampler.resample(frame)]
             elif isinstance(frame, av.VideoFrame):
                 if tracks.count in wanted:
                     # A stream may change its size midway; the first frame decides.
@@ -266,9 +300,17 @@ def _decoded(path: Path, indices: Int[np.ndarray, " T"]) -> _Tracks:
                     picture = reformatter.reformat(frame, *size, format="rgb24", threads=1)
                     tracks.pictures[tracks.count] = picture.to_ndarray()
                 tracks.count += 1
-    if tracks.sound:
-        tracks.sound += [part.to_ndarray()[0] for part in resampler.resample(None)]
     return tracks
+
+
+def _resampled(sound: Float[np.ndarray, " n"], rate: int) -> Int16[np.ndarray, " m"]:
+    """To 16 kHz by the resampler that librosa.load uses, on which the released model was trained.
+
+    FFmpeg's own lets other frequencies pass near 8 kHz: the highest mel bins change by up to 1.
+    """
+    if rate != media.SAMPLE_RATE:
+        sound = soxr.resample(sound, rate, media.SAMPLE_RATE, quality="HQ")
+    return np.clip(np.rint(sound * 32768), -32768, 32767).astype(np.int16)
 
 
 def _shifted(audio: Int16[np.ndarray, " n"], samples: int) -> Int16[np.ndarray, " m"]:

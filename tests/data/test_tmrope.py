@@ -79,17 +79,17 @@ def test_placeholders_that_disagree_with_the_grid_are_refused():
         tmrope(np.array([2] * 11), IDS, grids=[(3, 4, 4)], seconds_per_grid=[1.0])
 
 
-def reference():
+def reference(ids: MediaIds = IDS):
     """The position method of transformers, without building a model around it."""
     torch = pytest.importorskip("torch")
     omni = pytest.importorskip("transformers.models.qwen2_5_omni.modeling_qwen2_5_omni")
     base = omni.Qwen2_5OmniPreTrainedModelForConditionalGeneration
     config = types.SimpleNamespace(
-        image_token_id=IDS.image,
-        video_token_id=IDS.video,
-        audio_token_id=IDS.audio,
-        vision_start_token_id=IDS.vision_bos,
-        audio_start_token_id=IDS.audio_bos,
+        image_token_id=ids.image,
+        video_token_id=ids.video,
+        audio_token_id=ids.audio,
+        vision_start_token_id=ids.vision_bos,
+        audio_start_token_id=ids.audio_bos,
         position_id_per_seconds=25,
         seconds_per_chunk=2,
     )
