@@ -20,6 +20,7 @@ from saber_jax.data import pipeline
 from saber_jax.data.journal import write_json
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
+from saber_jax.data.planning import Plan
 from saber_jax.data.records import RecordSource
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import load_tokenizer
@@ -65,7 +66,7 @@ def train(config: ConfigDict) -> None:
 
     step_fn = stage.train_step()
     first, began = int(state.step), time.perf_counter()
-    rows = [plan.row(i) for i in range(config.steps * config.data.batch_rows)]
+    rows = plan.rows(config.steps * config.data.batch_rows)
     batches = global_batches(config, examples, rows, plan.budget, mesh, first, config.data.withhold)
     watch = loop.Watch(
         writer=MetricsWriter(workdir, start=first),
@@ -90,7 +91,6 @@ def train(config: ConfigDict) -> None:
         "stage": config.stage,
         "steps": config.steps,
         "examples": len(examples),
-        "rows_per_epoch": plan.rows_per_epoch,
         "fill": plan.fill(),
         "unigram_entropy": pipeline.unigram_entropy(counts),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
@@ -103,7 +103,7 @@ def train(config: ConfigDict) -> None:
 
 def data(
     config: ConfigDict, cfg: SaberConfig, workdir: Path, base: Path | None
-) -> tuple[pipeline.Examples, pipeline.Plan, dict[int, int]]:
+) -> tuple[pipeline.Examples, Plan, dict[int, int]]:
     """Encoded examples, the plan that packs them, and the target tokens' counts."""
     d = config.data
     tokenizer = load_tokenizer(d.path)
@@ -119,12 +119,9 @@ def data(
     if jax.process_index() == 0:
         checkpoint.write_model_files(workdir, cfg, tokenizer, **about)
     sizes, counts = pipeline.measure(examples, workdir / "sizes.npz")
-    plan = pipeline.Plan(sizes, setup.budget(config), config.seed, mixture)
+    plan = Plan(sizes, setup.budget(config), config.seed, mixture)
     fill = ", ".join(f"{name} {share:.0%}" for name, share in plan.fill().items())
-    say(
-        f"{config.stage}: {len(examples)} examples in {plan.rows_per_epoch} rows an epoch; "
-        f"budgets filled: {fill}"
-    )
+    say(f"{config.stage}: {len(examples)} examples; budgets filled: {fill}")
     return examples, plan, counts
 
 
@@ -132,7 +129,7 @@ def with_references(
     config: ConfigDict,
     params: dict,
     examples: pipeline.Examples,
-    plan: pipeline.Plan,
+    plan: Plan,
     stage: setup.Setup,
     workdir: Path,
 ) -> pipeline.Examples:
@@ -141,7 +138,7 @@ def with_references(
     Fresh adapters change nothing, so leaving them off keeps the fingerprint that of the base.
     """
     params = saber.without_lora(params)
-    rows = [plan.row(i) for i in range(plan.rows_per_epoch)]
+    rows = plan.rows_of(range(len(examples)))
     dtype = stage.compute.dtype
     references = reference_log_probs(
         functools.partial(stage.reference_step(), params),

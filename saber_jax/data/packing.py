@@ -1,4 +1,4 @@
-"""Budgets -> static batches: which examples share a row, and how a row is laid out.
+"""Budgets -> static batches: how the examples of a row are laid out; planning.py chooses them.
 
 A row of a supervised batch, three examples long (p prompt, r response, . padding):
 
@@ -25,6 +25,8 @@ from jaxtyping import Int
 from saber_jax.data import media
 from saber_jax.data.transforms import Example, Size, common_prefix, size_of
 
+_SIZE_FIELDS = tuple(field.name for field in dataclasses.fields(Size))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -41,64 +43,11 @@ class Budget:
     def slots(self) -> int:
         return self.length + 2 * self.response
 
-    def holds(self, size: Size) -> bool:
-        return (
-            size.text <= self.length
-            and size.response <= self.response
-            and size.patches <= self.patches
-            and size.chunks <= self.chunks
-            and size.targets <= self.targets
-        )
-
-
-def plan_rows(
-    sizes: Int[np.ndarray, "N 5"],
-    order: Int[np.ndarray, "M"],
-    budget: Budget,
-    *,
-    open_rows: int = 64,
-) -> list[list[int]]:
-    """Best fit of the examples `order` into rows, over a bounded number of open rows.
-
-    `sizes` columns are (text, response, patches, chunks, targets). An example goes to the open row
-    it leaves fullest; when none has room a row is opened, past `open_rows` the fullest is closed.
-    A pure function of its arguments, so every host computes the same plan without talking.
-
-    Raises ValueError when an example is larger than a row: media is never truncated.
-    """
-    limit = np.array(
-        [budget.length, budget.response, budget.patches, budget.chunks, budget.targets], np.int64
-    )
-    scale = 1.0 / np.maximum(limit, 1)
-    too_large = order[(sizes[order] > limit).any(1)]
-    if len(too_large):
-        worst = too_large[0]
-        raise ValueError(
-            f"{len(too_large)} examples are larger than a row, the first at index {worst}: "
-            f"(text, response, patches, chunks, targets) = {sizes[worst].tolist()} > "
-            f"{limit.tolist()}. Leave them out, or raise the budgets in config.data."
-        )
-    closed: list[list[int]] = []
-    rows: list[list[int]] = []
-    used = np.zeros((open_rows + 1, 5), np.int64)
-    for index in order:
-        n = len(rows)
-        after = used[:n] + sizes[index]
-        fits = (after <= limit).all(1) & (np.array([len(r) for r in rows]) < budget.segments)
-        if fits.any():
-            fullness = np.where(fits, (after * scale).max(1), -1.0)
-            best = int(fullness.argmax())
-            used[best] = after[best]
-            rows[best].append(int(index))
-            continue
-        if n == open_rows:
-            fullest = int((used[:n] * scale).max(1).argmax())
-            closed.append(rows.pop(fullest))
-            used[fullest : n - 1] = used[fullest + 1 : n]
-            n -= 1
-        rows.append([int(index)])
-        used[n] = sizes[index]
-    return closed + rows
+    @property
+    def limits(self) -> Int[np.ndarray, " D"]:
+        """The most that the examples of a row may ask for together, in the order of `Size`."""
+        response = (self.response, self.response)
+        return np.array([self.length, *response, self.patches, self.chunks, self.targets])
 
 
 def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray]:
@@ -115,7 +64,7 @@ def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray
     batch = _empty(len(rows), budget)
     for b, examples in enumerate(rows):
         row = {key: value[b] for key, value in batch.items()}
-        cursor = Size(text=0, response=0, patches=0, chunks=0, targets=0)
+        cursor = Size(**dict.fromkeys(_SIZE_FIELDS, 0))
         for segment, example in enumerate(examples, start=1):
             _place_media(row, cursor, example)
             _place_text(row, cursor, example, segment, budget)
@@ -129,10 +78,8 @@ def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray
 
 
 def _advance(cursor: Size, size: Size) -> Size:
-    a, b = dataclasses.astuple(cursor), dataclasses.astuple(size)
-    return Size(
-        **dict(zip(("text", "response", "patches", "chunks", "targets"), np.add(a, b), strict=True))
-    )
+    total = np.add(dataclasses.astuple(cursor), dataclasses.astuple(size)).tolist()
+    return Size(**dict(zip(_SIZE_FIELDS, total, strict=True)))
 
 
 def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
@@ -198,10 +145,10 @@ def _place_text(
         shared = common_prefix(chosen.tokens, rejected.tokens)
         branches = [
             (0, stop, stop - 1, chosen, 0, shared),
-            (1, budget.length + cursor.response, stop + shared - 1, chosen, shared, None),
+            (1, budget.length + cursor.chosen, stop + shared - 1, chosen, shared, None),
             (
                 2,
-                budget.length + budget.response + cursor.response,
+                budget.length + budget.response + cursor.rejected,
                 stop + shared - 1,
                 rejected,
                 shared,

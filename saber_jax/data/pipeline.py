@@ -7,9 +7,8 @@ of hosts.
 """
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -20,10 +19,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from saber_jax.data.packing import Budget, pack_rows, plan_rows
+from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.pairs import Pair
+from saber_jax.data.planning import FIELDS as SIZE_FIELDS
 from saber_jax.data.records import RecordSource
-from saber_jax.data.tasks import Mixture, Request
+from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.transforms import Example, asked_again, encode_record, size_of
 from saber_jax.data.withhold import MODALITIES, Modality, withhold
@@ -92,7 +92,7 @@ class Examples:
         return [first, *(asked_again(first, record, self._tokenizer, r) for r in others)]
 
 
-def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "K N 5"], dict[str, int]]:
+def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "K N D"], dict[str, int]]:
     """Sizes of all N examples under all K requests, and how often each target token occurs.
 
     Kept in `cache`. Several processes measure a share each and exchange the results.
@@ -101,7 +101,7 @@ def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "K N 5"], 
     if multihost_utils.broadcast_one_to_all(np.int32(cache.exists())):
         return _read_measured(cache)
     mine = range(jax.process_index(), len(examples), jax.process_count())
-    sizes = np.zeros((len(examples), len(examples.requests), 5), np.int64)
+    sizes = np.zeros((len(examples), len(examples.requests), len(SIZE_FIELDS)), np.int64)
     counts = np.zeros(0, np.int64)
     quiet = jax.process_index() != 0
     for index in tqdm(mine, desc="measuring examples", unit="clip", disable=quiet):
@@ -120,7 +120,7 @@ def measure(examples: Examples, cache: Path) -> tuple[Int[np.ndarray, "K N 5"], 
     return sizes, dict(zip(tokens.tolist(), counts[tokens].tolist(), strict=True))
 
 
-def _read_measured(cache: Path) -> tuple[Int[np.ndarray, "K N 5"], dict[str, int]]:
+def _read_measured(cache: Path) -> tuple[Int[np.ndarray, "K N D"], dict[str, int]]:
     stored = np.load(cache)
     return stored["sizes"], dict(
         zip(stored["tokens"].tolist(), stored["counts"].tolist(), strict=True)
@@ -145,68 +145,6 @@ def unigram_entropy(counts: dict[int, int]) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-class Plan:
-    """Which examples make up row r of the endless, every epoch newly shuffled, stream of rows.
-
-    Every epoch visits each record once, under a request that `mixture` draws anew; without a
-    mixture it is the first.
-    """
-
-    def __init__(
-        self,
-        sizes: Int[np.ndarray, "K N 5"],
-        budget: Budget,
-        seed: int,
-        mixture: Mixture | None = None,
-    ):
-        self.budget = budget
-        self._sizes, self._seed, self._mixture = sizes, seed, mixture
-        self._rows: list[list[int]] = []
-        self._epochs = 0
-        self.rows_per_epoch = len(self._upto(1))
-
-    def row(self, index: int) -> list[int]:
-        return self._upto(index + 1)[index]
-
-    def fill(self) -> dict[str, float]:
-        """Share of each budget that carries data, over the first epoch."""
-        ids = np.concatenate([self.row(i) for i in range(self.rows_per_epoch)])
-        total = self._flat()[ids].sum(0) / self.rows_per_epoch
-        b = self.budget
-        slots = total[0] + 2 * total[1]
-        return {
-            "text": slots / b.slots,
-            "patches": total[2] / b.patches,
-            "chunks": total[3] / b.chunks,
-            "targets": total[4] / b.targets,
-        }
-
-    def fingerprint(self) -> str:
-        """Changes with anything that would change a batch's composition."""
-        drawn = None if self._mixture is None else self._drawn(0).tolist()
-        digest = hashlib.sha256(repr((self.budget, self._seed, drawn)).encode())
-        digest.update(np.ascontiguousarray(self._sizes).tobytes())
-        return digest.hexdigest()[:16]
-
-    def _upto(self, count: int) -> list[list[int]]:
-        while len(self._rows) < count:
-            rng = np.random.default_rng([self._seed, self._epochs])
-            ids = self._drawn(self._epochs)
-            rows = plan_rows(self._flat(), ids[rng.permutation(len(ids))], self.budget)
-            self._rows += [rows[i] for i in rng.permutation(len(rows))]
-            self._epochs += 1
-        return self._rows
-
-    def _drawn(self, epoch: int) -> Int[np.ndarray, " N"]:
-        """The example of every record in this epoch, numbered as `Examples` does."""
-        records = self._sizes.shape[1]
-        asked = 0 if self._mixture is None else self._mixture.draw(epoch, records)
-        return np.arange(records) + records * asked
-
-    def _flat(self) -> Int[np.ndarray, "KN 5"]:
-        return self._sizes.reshape(-1, self._sizes.shape[-1])
-
-
 def local_rows(rows: int, place: NamedSharding) -> list[int]:
     """Which rows of a global batch of `rows` the devices of this process hold, in order.
 
@@ -223,7 +161,7 @@ class HostBatches:
     def __init__(
         self,
         examples: Examples,
-        rows: list[list[int]],
+        rows: Sequence[list[int]],
         budget: Budget,
         batch_rows: int,
         start: int,

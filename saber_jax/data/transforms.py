@@ -48,12 +48,13 @@ class Size:
     """What an example asks of a row's budgets.
 
     `text` counts the slots of the region that all branches see: the prompt and, in a pair, the
-    tokens with which both responses begin; `response` the longer of the two remainders. For a
+    tokens with which both responses begin; `chosen` and `rejected` count the two remainders. For a
     single response everything is `text`.
     """
 
     text: int
-    response: int
+    chosen: int
+    rejected: int
     patches: int
     chunks: int
     targets: int
@@ -73,11 +74,12 @@ def size_of(example: Example) -> Size:
     media_sizes = {"patches": len(example.patches), "chunks": len(example.mel_lengths)}
     if len(lengths) < 2:
         total = sum(lengths)
-        return Size(text=prompt + total, response=0, targets=total, **media_sizes)
+        return Size(text=prompt + total, chosen=0, rejected=0, targets=total, **media_sizes)
     shared = common_prefix(*(r.tokens for r in example.responses))
     return Size(
         text=prompt + shared,
-        response=max(lengths) - shared,
+        chosen=lengths[0] - shared,
+        rejected=lengths[1] - shared,
         targets=sum(lengths) - shared,
         **media_sizes,
     )

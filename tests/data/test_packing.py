@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from saber_jax.data.packing import Budget, pack_rows, plan_rows
+from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.transforms import common_prefix, encode_record, size_of
 from tests import synthetic
 
@@ -18,48 +18,6 @@ def pair(tokenizer):
     chosen = "[video_desc] a calm room\n[facial_exp_desc] the person smiles slowly"
     rejected = "[video_desc] a calm room\n[facial_exp_desc] the red room"
     return encode_record(synthetic.record(1), tokenizer, responses=(chosen, rejected))
-
-
-def random_sizes(n: int, rng: np.random.Generator) -> np.ndarray:
-    text = rng.integers(20, 200, n)
-    return np.stack([text, 0 * text, rng.integers(1, 9, n) * 16, 0 * text + 1, text // 2], 1)
-
-
-def test_every_example_lands_in_exactly_one_row():
-    rng = np.random.default_rng(0)
-    sizes = random_sizes(500, rng)
-    rows = plan_rows(sizes, rng.permutation(500), BUDGET)
-    assert sorted(i for row in rows for i in row) == list(range(500))
-
-
-def test_no_row_exceeds_any_budget():
-    rng = np.random.default_rng(1)
-    sizes = random_sizes(300, rng)
-    for row in plan_rows(sizes, np.arange(300), BUDGET):
-        text, _, patches, chunks, targets = sizes[row].sum(0)
-        assert text <= 400 and patches <= 288 and chunks <= 2 and targets <= 256
-        assert len(row) <= BUDGET.segments
-
-
-def test_plan_is_a_function_of_its_arguments_alone():
-    sizes = random_sizes(200, np.random.default_rng(2))
-    order = np.random.default_rng(3).permutation(200)
-    assert plan_rows(sizes, order, BUDGET) == plan_rows(sizes.copy(), order.copy(), BUDGET)
-
-
-def test_best_fit_beats_one_example_per_row():
-    sizes = random_sizes(400, np.random.default_rng(4))
-    wide = dataclasses.replace(
-        BUDGET, length=1000, patches=2000, chunks=64, targets=999, segments=64
-    )
-    rows = plan_rows(sizes, np.arange(400), wide)
-    assert sizes[:, 0].sum() / (len(rows) * wide.length) > 0.9
-
-
-def test_an_example_larger_than_a_row_is_refused_with_its_size():
-    sizes = np.array([[10, 0, 4, 1, 5], [10, 0, 999, 1, 5]])
-    with pytest.raises(ValueError, match=r"index 1.*999.*288"):
-        plan_rows(sizes, np.arange(2), BUDGET)
 
 
 def test_row_of_two_examples_is_laid_out_as_drawn(tokenizer):

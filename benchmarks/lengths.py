@@ -1,0 +1,79 @@
+"""Made-up lengths like those of SABER's clips and answers, for benchmarks and tests of packing.
+
+Clip seconds are log-normal with median 4.5 and sigma 0.6, cut to 1..30; an answer has 150 to 900
+tokens. Frames and their sizes follow from a 640 x 360 source at 25 frames a second.
+"""
+
+import functools
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from saber_jax.data import decode, media
+from saber_jax.data.tmrope import audio_tokens
+
+RELEASE = decode.release_sampling()
+"""What the published SABER script does: its limit of 50,176 pixels a frame has no effect."""
+
+EXACT = decode.Sampling(
+    max_frames=decode.RELEASE_MAX_FRAMES,
+    min_pixels=16 * 28 * 28,
+    max_pixels=decode.RELEASE_MAX_PIXELS,
+)
+"""What that script asks for: 40 frames of at most 50,176 pixels."""
+
+PROMPT_TOKENS = 60
+"""Of the prompt's text and the markers around the media."""
+
+
+def seconds(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:
+    drawn = np.zeros(0)
+    while len(drawn) < count:
+        more = np.exp(rng.normal(np.log(4.5), 0.6, 2 * count))
+        drawn = np.concatenate([drawn, more[(more >= 1) & (more <= 30)]])
+    return drawn[:count]
+
+
+def supervised(
+    count: int, sampling: decode.Sampling, rng: np.random.Generator
+) -> Int[np.ndarray, "N D"]:
+    """Sizes as planning.FIELDS names them, one answer an example."""
+    prompt, patches, chunks = _prompts(count, sampling, rng)
+    answer = rng.integers(150, 901, count)
+    none = np.zeros(count, int)
+    return np.stack([prompt + answer, none, none, patches, chunks, answer], 1)
+
+
+def pairs(
+    count: int, sampling: decode.Sampling, rng: np.random.Generator
+) -> Int[np.ndarray, "N D"]:
+    """Sizes of preference pairs. Half of the shorter answer, on average, is what both begin with:
+    with the audio withheld, the visual sections of a SED answer stay what they were."""
+    prompt, patches, chunks = _prompts(count, sampling, rng)
+    chosen, rejected = rng.integers(150, 901, count), rng.integers(150, 901, count)
+    shared = (rng.uniform(0.3, 0.7, count) * np.minimum(chosen, rejected)).astype(int)
+    rest = (chosen - shared, rejected - shared)
+    return np.stack([prompt + shared, *rest, patches, chunks, shared + sum(rest)], 1)
+
+
+def _prompts(count: int, sampling: decode.Sampling, rng: np.random.Generator):
+    clips = seconds(count, rng)
+    patches = np.array([_patches(max(4, round(25 * s)), sampling) for s in clips])
+    mel_frames = np.ceil(100 * clips).astype(int)
+    heard = np.array([audio_tokens(n) for n in mel_frames])
+    return PROMPT_TOKENS + patches // 4 + heard, patches, -(-mel_frames // media.CHUNK_FRAMES)
+
+
+@functools.cache
+def _patches(frames: int, sampling: decode.Sampling) -> int:
+    kept = len(
+        media.frame_indices(
+            frames,
+            25.0,
+            fps=sampling.fps,
+            min_frames=sampling.min_frames,
+            max_frames=sampling.max_frames,
+        )
+    )
+    height, width = sampling.frame_size(360, 640, kept)
+    return kept // 2 * (height // media.PATCH) * (width // media.PATCH)

@@ -1,0 +1,323 @@
+"""Which examples share a row: all of a row's budgets are filled together, by looking ahead.
+
+Examples are planned in windows of the shuffled order. In a window, the example that is hardest to
+place opens a row, and what is still waiting is searched for the company that leaves least of the
+row unused. Nothing is carried from one window to the next, so a plan is a pure function of
+(sizes, budget, seed) that can be entered at any window: see `Plan.position`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from saber_jax.data.packing import Budget
+from saber_jax.data.tasks import Mixture
+from saber_jax.data.transforms import Size
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Size))
+"""Columns of every `sizes` array below."""
+
+WINDOW = 2048
+"""Examples that are planned together. Twice as many fill text 0.1% better."""
+
+CANDIDATES = 96
+"""Of the waiting examples, how many are tried against each other as a row's last two."""
+
+ENOUGH = 0.01
+"""A row that wastes no more than this is not searched for a better one."""
+
+SWITCHES = (2.2, 1.5)
+"""A row takes one example at a time while room for more average examples than this is left, and
+then the best two; each value is tried, from left to right."""
+
+TEXT_WORTH = 3.0
+"""A full text budget counts as much as this many full media budgets: text slots cost the most."""
+
+
+def plan_rows(
+    sizes: Int[np.ndarray, "N D"], order: Int[np.ndarray, " M"], budget: Budget
+) -> list[list[int]]:
+    """Rows that hold each example of `order` once, window by window.
+
+    Raises ValueError when an example is larger than a row: media is never truncated.
+    """
+    too_large = order[~fits(sizes[order], budget)]
+    if len(too_large):
+        worst = too_large[0]
+        raise ValueError(
+            f"{len(too_large)} examples are larger than a row, the first at index {worst}: "
+            f"{FIELDS} = {sizes[worst].tolist()} > {budget.limits.tolist()}. Leave them out, or "
+            "raise the budgets in config.data."
+        )
+    return [
+        [int(window[i]) for i in row]
+        for window in _windows(order)
+        for row in pack_window(sizes[window], budget)
+    ]
+
+
+def fits(sizes: Int[np.ndarray, "N D"], budget: Budget) -> Bool[np.ndarray, " N"]:
+    """Which examples a row of their own would hold."""
+    return (sizes <= budget.limits).all(1)
+
+
+def _windows(order: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " m"]]:
+    """Of nearly equal length, so that none is left with a few examples and poor rows."""
+    return np.array_split(order, max(1, round(len(order) / WINDOW)))
+
+
+def pack_window(sizes: Int[np.ndarray, "n D"], budget: Budget) -> list[list[int]]:
+    """Rows of indices into `sizes`, each index once; every example must fit into a row."""
+    waiting = _Waiting(sizes, budget)
+    rows = []
+    while (row := waiting.best_row()) is not None:
+        rows.append(row)
+    return rows
+
+
+class _Waiting:
+    """A window's examples, hardest first, and which of them have no row yet.
+
+    Every array has one contiguous row per budget, and is looked at whole: gathering the candidates
+    first would take longer than the comparisons.
+    """
+
+    def __init__(self, sizes: Int[np.ndarray, "n D"], budget: Budget):
+        used = budget.limits > 0
+        limits = budget.limits[used]
+        share = sizes[:, used] / limits
+        self._rank = np.argsort(-share.max(1, initial=0.0), kind="stable")
+        self._sizes = np.ascontiguousarray(sizes[self._rank][:, used].T.astype(np.int32))
+        self._share = np.ascontiguousarray(share[self._rank].T.astype(np.float32))
+        self._limits, self._segments = limits.astype(np.int32), budget.segments
+        self._mean = np.maximum(self._share.sum(1) / max(len(sizes), 1), 1e-9)
+        worth = _worth(budget)[used]
+        self._worth = worth.astype(np.float32) @ self._share
+        self._whole = float(worth.sum())
+        self._waits = np.ones(len(sizes), bool)
+
+    def best_row(self) -> list[int] | None:
+        """The hardest example and its best company; None when nothing is left."""
+        if not self._waits.any():
+            return None
+        best, best_worth = [], -1.0
+        for switch in SWITCHES:
+            row, same = self._row(switch)
+            worth = float(self._worth[row].sum())
+            if worth > best_worth:
+                best, best_worth = row, worth
+            if same or best_worth >= self._whole * (1 - ENOUGH):
+                break
+        self._waits[best] = False
+        found = self._rank[best].tolist()
+        if self._waits.sum() < len(self._waits) // 2:
+            self._forget_placed()
+        return found
+
+    def _forget_placed(self) -> None:
+        self._rank, self._worth = self._rank[self._waits], self._worth[self._waits]
+        self._sizes = np.ascontiguousarray(self._sizes[:, self._waits])
+        self._share = np.ascontiguousarray(self._share[:, self._waits])
+        self._waits = np.ones(len(self._rank), bool)
+
+    def _row(self, switch: float) -> tuple[list[int], bool]:
+        """A row, and whether any other switch would have made the same."""
+        first = int(self._waits.argmax())
+        row, same = [first], True
+        free = self._limits - self._sizes[:, first]
+        waits = self._waits.copy()
+        waits[first] = False
+        while len(row) < self._segments:
+            waits &= (self._sizes <= free[:, None]).all(0)
+            if not waits.any():
+                break
+            room = (free / self._limits).astype(np.float32)
+            expected = float((room / self._mean).min())
+            same &= not min(SWITCHES) < expected <= max(SWITCHES)
+            if expected > switch:
+                chosen = [self._leaving_average(waits, room, round(expected) - 1)]
+            else:
+                chosen = self._best_last(waits, free, self._segments - len(row))
+            row += chosen
+            waits[chosen] = False
+            free = free - self._sizes[:, chosen].sum(1)
+        return row, same
+
+    def _leaving_average(
+        self, waits: Bool[np.ndarray, " n"], room: Float[np.ndarray, " D"], others: int
+    ) -> int:
+        """The example after which the room is nearest to what `others` average ones take."""
+        want = (room - others * self._mean).astype(np.float32)
+        distance = np.square(self._share - want[:, None]).sum(0)
+        return int(np.where(waits, distance, np.inf).argmin())
+
+    def _best_last(
+        self, waits: Bool[np.ndarray, " n"], free: Int[np.ndarray, " D"], most: int
+    ) -> list[int]:
+        """One example, or two that fit together, worth the most."""
+        single = int(np.where(waits, self._worth, -1.0).argmax())
+        candidates = np.flatnonzero(waits)
+        if len(candidates) < 2 or most < 2:
+            return [single]
+        if len(candidates) > CANDIDATES:  # Of every size: they are sorted by it.
+            candidates = candidates[_spread(len(candidates))]
+        worth = self._worth[candidates]
+        both = np.add.outer(worth, worth)
+        for size, room in zip(self._sizes[:, candidates], free, strict=True):
+            both[np.add.outer(size, size) > room] = -1.0
+        np.fill_diagonal(both, -1.0)
+        i, j = divmod(int(both.argmax()), len(candidates))
+        if both[i, j] <= self._worth[single]:
+            return [single]
+        return [int(candidates[i]), int(candidates[j])]
+
+
+@functools.cache
+def _spread(count: int) -> Int[np.ndarray, " c"]:
+    """CANDIDATES of `count` indices, evenly."""
+    return np.linspace(0, count - 1, CANDIDATES).astype(int)
+
+
+def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
+    """What a full budget of each kind counts for. Targets follow the text and count nothing."""
+    text = TEXT_WORTH / budget.slots
+    of = {"text": text * budget.length, "patches": 1.0, "chunks": 1.0, "targets": 0.0}
+    of |= dict.fromkeys(("chosen", "rejected"), text * budget.response)
+    return np.array([of[name] for name in FIELDS])
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a plan can be entered: the first row of a window."""
+
+    row: int = 0
+    epoch: int = 0
+    window: int = 0
+
+
+class Plan:
+    """Which examples make up row r of the endless, every epoch newly shuffled, stream of rows.
+
+    Every epoch visits each record once, under a request that `mixture` draws anew; without a
+    mixture it is the first. Rows are planned when they are asked for, a window at a time.
+    """
+
+    def __init__(
+        self,
+        sizes: Int[np.ndarray, "K N D"],
+        budget: Budget,
+        seed: int,
+        mixture: Mixture | None = None,
+        start: Position = Position(),
+    ):
+        """`start` is where the first row that will be asked for is, from `position`."""
+        self.budget = budget
+        self.sizes = sizes.reshape(-1, sizes.shape[-1])
+        self._requests, self._records = sizes.shape[:2]
+        self._seed, self._mixture = seed, mixture
+        self._next = start
+        self._planned: list[tuple[Position, list[list[int]]]] = []
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_lock": threading.Lock()}
+
+    def row(self, index: int) -> list[int]:
+        """Examples of row `index`, numbered as in `pipeline.Examples`."""
+        position, rows = self._window_of(index)
+        return rows[index - position.row]
+
+    def rows(self, count: int) -> "Rows":
+        """The first `count` rows, planned when asked for."""
+        return Rows(self, count)
+
+    def position(self, index: int) -> Position:
+        """Where another plan of the same arguments has to start to give row `index` at once."""
+        return self._window_of(index)[0]
+
+    def rows_of(self, indices: Sequence[int]) -> list[list[int]]:
+        """Rows that hold each of these examples once."""
+        return plan_rows(self.sizes, np.asarray(indices, np.int64), self.budget)
+
+    def fill(self) -> dict[str, float]:
+        """Share of each budget that carries data, over the first window."""
+        _, rows = self._window_of(self._planned[0][0].row if self._planned else self._next.row)
+        return fill(self.sizes, rows, self.budget)
+
+    def fingerprint(self) -> str:
+        """Changes with anything that would change a batch's composition."""
+        drawn = None if self._mixture is None else self._drawn(0).tolist()
+        digest = hashlib.sha256(repr((self.budget, self._seed, drawn)).encode())
+        digest.update(np.ascontiguousarray(self.sizes).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _window_of(self, index: int) -> tuple[Position, list[list[int]]]:
+        with self._lock:
+            while index >= self._next.row:
+                self._plan_next()
+            for position, rows in reversed(self._planned):
+                if position.row <= index:
+                    return position, rows
+        raise IndexError(f"Row {index} lies before {self._planned[0][0]}, where this plan starts.")
+
+    def _plan_next(self) -> None:
+        at = self._next
+        rng = np.random.default_rng([self._seed, at.epoch])
+        windows = _windows(rng.permutation(self._drawn(at.epoch)))
+        rows = plan_rows(self.sizes, windows[at.window], self.budget)
+        # Rows come out hardest first; a batch should not be all long clips.
+        shuffle = np.random.default_rng([self._seed, at.epoch, at.window]).permutation(len(rows))
+        self._planned.append((at, [rows[i] for i in shuffle]))
+        last = at.window + 1 == len(windows)
+        self._next = Position(
+            row=at.row + len(rows),
+            epoch=at.epoch + last,
+            window=0 if last else at.window + 1,
+        )
+
+    def _drawn(self, epoch: int) -> Int[np.ndarray, " N"]:
+        """The example of every record in this epoch, numbered as `Examples` does."""
+        asked = 0 if self._mixture is None else self._mixture.draw(epoch, self._records)
+        return np.arange(self._records) + self._records * asked
+
+
+class Rows(Sequence[list[int]]):
+    """The first `count` rows of a plan, as a sequence."""
+
+    def __init__(self, plan: Plan, count: int):
+        self._plan, self._count = plan, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(f"Row {index} of {self._count}.")
+        return self._plan.row(index)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self._plan.row(i) for i in range(self._count))
+
+
+def fill(
+    sizes: Int[np.ndarray, "N D"], rows: Sequence[Sequence[int]], budget: Budget
+) -> dict[str, float]:
+    """Share of each budget that carries data: 1.0 is a batch without padding."""
+    ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    total = dict(zip(FIELDS, sizes[ids].sum(0) / len(rows), strict=True))
+    slots = total["text"] + total["chosen"] + total["rejected"]
+    limits = {"text": (slots, budget.slots)} | {
+        name: (total[name], getattr(budget, name)) for name in ("patches", "chunks", "targets")
+    }
+    return {name: float(have / limit) if limit else 1.0 for name, (have, limit) in limits.items()}
