@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 RESAMPLES = 2000
 SEED = 0
+MOST_AT_ONCE = 1 << 20
 
 Score = dict[str, Any]
 EMPTY: Score = {"n": 0, "value": None, "interval": None}
@@ -76,9 +77,12 @@ def means(values: np.ndarray, rng: np.random.Generator) -> Float[np.ndarray, "R"
 
 def sums(values: Float[np.ndarray, "n D"], rng: np.random.Generator) -> Float[np.ndarray, "R D"]:
     """Sums over resampled items, every column over the same draw."""
-    drawn = np.empty((RESAMPLES, values.shape[1]))
-    for resample in range(RESAMPLES):  # One at a time: all draws at once are R * n numbers.
-        drawn[resample] = values[rng.integers(0, len(values), len(values))].sum(axis=0)
+    n, drawn = len(values), np.empty((RESAMPLES, values.shape[1]))
+    # Not all draws at once: they are R * n numbers.
+    step = max(1, MOST_AT_ONCE // n)
+    for start in range(0, RESAMPLES, step):
+        picks = rng.integers(0, n, (min(step, RESAMPLES - start), n))
+        drawn[start : start + step] = values[picks].sum(axis=1)
     return drawn
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 34
 MOST_POINTS = 300
+
+Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,27 +20,27 @@ class Reference:
 
 
 def line_chart(
-    points: Sequence[tuple[float, float]],
+    curves: Mapping[str, Sequence[Point]],
     *,
     x_label: str,
     y_label: str,
     reference: Reference | None = None,
 ) -> str:
-    """One curve over (x, y) points, ordered by x. Long curves are drawn as means of neighbours.
+    """Curves over (x, y) points, each ordered by x; curve i has the class "curve ci".
 
-    Raises ValueError without any point.
+    Long curves are drawn as means of neighbours. Raises ValueError without any point.
     """
-    if not points:
+    if not any(curves.values()):
         raise ValueError(f"There is nothing to draw for {y_label}.")
-    xs = [x for x, _ in points]
-    points = thinned(points, MOST_POINTS)
-    ys = [y for _, y in points]
+    xs = [x for points in curves.values() for x, _ in points]
+    drawn = {name: thinned(points, MOST_POINTS) for name, points in curves.items() if points}
+    ys = [y for points in drawn.values() for _, y in points]
     x_ticks = ticks(min(xs), max(xs), 5)
     y_ticks = ticks(*_span([*ys, reference.value] if reference else ys), 5)
     x_range = (min(xs), max(max(xs), min(xs) + 1e-9))
     y_range = (y_ticks[0], y_ticks[-1])
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def place(x: float, y: float) -> Point:
         across = (x - x_range[0]) / (x_range[1] - x_range[0])
         up = (y - y_range[0]) / (y_range[1] - y_range[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
@@ -55,8 +57,9 @@ def line_chart(
             x, _ = place(tick, y_range[0])
             parts.append(_text("tick middle", x, HEIGHT - BOTTOM + 16, _number(tick)))
     parts.append(_text("tick middle", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
-    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-    parts.append(f'<polyline class="curve" points="{curve}"/>')
+    for number, points in enumerate(drawn.values()):
+        curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        parts.append(f'<polyline class="curve c{number}" points="{curve}"/>')
     if reference:
         _, y = place(x_range[0], reference.value)
         parts.append(_line("reference", LEFT, y, WIDTH - RIGHT, y))
@@ -64,7 +67,7 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
     """At most `most` points: means over equally long stretches."""
     stretch = -(-len(points) // most)
     means = []
@@ -83,7 +86,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [round(step * i, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def _span(values: Sequence[float]) -> Point:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 

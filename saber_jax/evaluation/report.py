@@ -2,87 +2,95 @@
 
     python -m saber_jax.evaluation.report --workdir runs/tiny --out runs/tiny/report.html
 
-Every number on the page comes from the run's files or is computed from them here, so the same files
-give the same bytes. Nothing is loaded from elsewhere: charts are inline, clips are data: URIs.
+Every number on the page comes from the run's files or is computed from them here. Nothing on it
+depends on when or where the run was made, so equal results give equal bytes. Nothing is loaded from
+elsewhere: style, script and charts are inline, clips are data: URIs.
 """
 
 import argparse
-import base64
 import dataclasses
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
-import numpy as np
 
-from saber_jax.data import sed
 from saber_jax.data.journal import read_json, read_jsonl
-from saber_jax.data.records import FIELDS
-from saber_jax.evaluation import bootstrap, charts, saber_test
+from saber_jax.evaluation import charts, report_examples, report_tables
 
-MOST_CLIP_BYTES = 2 << 20
-FEWEST_EXAMPLES, MOST_EXAMPLES = 6, 8
 STAGES = {"sft": "SED", "cadpo": "CA-DPO"}
-FIELD_NAMES = {
-    "video_desc": "What is seen",
-    "facial_exp_desc": "Face",
-    "body_lang_desc": "Body",
-    "acoustic_feat": "Voice",
-    "speech_content": "Words",
-    "sentiment_analysis": "Reasoning",
-}
+PAGE = Path(__file__).parent / "page"
+MOST_MEDIA = 24 << 20
+
+# Where a run lies and how it is split over machines says nothing about its results.
+LOCATIONS = ("root", "workdir", "mesh", "checkpoint_every", "init.checkpoint")
+LOCATIONS += ("data.path", "data.pairs", "data.threads", "data.workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Where a run's results lie. Without a corpus the examples have no video."""
+    """Where a run's results lie. `runs` and `scores` are by stage; all of it is optional but one
+    stage's scores. `corpus` holds clips/, `others` scores of more benchmarks by name."""
 
-    sft: Path
-    cadpo: Path
-    sft_scores: Path
-    cadpo_scores: Path
-    pairs: Path
-    corpus: Path | None
+    runs: Mapping[str, Path]
+    scores: Mapping[str, Path]
+    pairs: Path | None = None
+    corpus: Path | None = None
+    others: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    most_media: int = MOST_MEDIA
 
 
 def render(inputs: Inputs) -> str:
     """The page. Raises FileNotFoundError or ValueError naming what is missing or does not fit."""
-    runs = {stage: _run(getattr(inputs, stage)) for stage in STAGES}
-    scores = {
-        stage: read_json(getattr(inputs, f"{stage}_scores") / "scores.json") for stage in STAGES
-    }
-    before, after = (
-        read_jsonl(getattr(inputs, f"{stage}_scores") / "predictions.jsonl") for stage in STAGES
+    stages = {stage: name for stage, name in STAGES.items() if stage in inputs.scores}
+    if not stages:
+        raise ValueError("A report needs the scores of at least one stage.")
+    runs = {stage: _run(inputs.runs[stage]) for stage in stages if stage in inputs.runs}
+    results = report_tables.Results(
+        stages=stages,
+        scores={stage: read_json(inputs.scores[stage] / "scores.json") for stage in stages},
+        rows={stage: read_jsonl(inputs.scores[stage] / "predictions.jsonl") for stage in stages},
     )
-    if [p["clip_id"] for p in before] != [p["clip_id"] for p in after]:
-        raise ValueError(
-            f"{inputs.sft_scores} and {inputs.cadpo_scores} hold predictions for different clips. "
-            "Evaluate both checkpoints on the same records and split."
-        )
+    pairs = read_jsonl(inputs.pairs / "pairs.jsonl") if inputs.pairs else []
+    clips = inputs.corpus / "clips" if inputs.corpus else None
+    browser = report_examples.browser(results, pairs, clips, inputs.most_media)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "duration": duration}
+    environment.filters |= {
+        "percent": report_tables.percent,
+        "points": report_tables.points,
+        "plain": report_tables.plain,
+    }
     return environment.get_template("report.html.j2").render(
-        stages=STAGES,
+        stages=stages,
         runs=runs,
-        scores=scores,
-        rows=score_rows(scores, before, after),
-        conflict_types=conflict_rows(scores, before, after),
+        scores=results.scores,
+        summary=report_tables.summary(results),
+        outcomes=report_tables.outcomes(results),
+        conflict_types=report_tables.conflict_types(results),
+        judged=report_tables.judged(results),
+        probes=report_tables.probes(results),
+        confusions=report_tables.confusions(results),
         charts=_charts(runs),
-        mining=read_json(inputs.pairs / "summary.json"),
-        examples=[
-            _example(kind, old, new, inputs.corpus) for kind, old, new in choose(before, after)
-        ],
-        field_names=FIELD_NAMES,
+        mining=read_json(inputs.pairs / "summary.json") if inputs.pairs else None,
+        others={
+            name: report_tables.flat(read_json(path / "scores.json"))
+            for name, path in inputs.others.items()
+        },
+        browser=browser,
+        # A string in it may hold "</script>".
+        browser_json=markupsafe.Markup(
+            json.dumps(browser, ensure_ascii=False).replace("<", "\\u003c")
+        ),
     )
 
 
@@ -92,10 +100,15 @@ def _run(workdir: Path) -> dict[str, Any]:
     if not metrics:
         raise ValueError(f"{workdir}/metrics.jsonl is empty: that run has not taken a step.")
     config = workdir / "config.json"
+    settings = _flat(read_json(config)) if config.exists() else {}
     return {
         "summary": read_json(workdir / "summary.json"),
         "metrics": metrics,
-        "settings": sorted(_flat(read_json(config)).items()) if config.exists() else [],
+        "settings": sorted(
+            (key, value)
+            for key, value in settings.items()
+            if not any(key == name or key.startswith(f"{name}.") for name in LOCATIONS)
+        ),
     }
 
 
@@ -107,268 +120,56 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _charts(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    entropy = runs["sft"]["summary"]["unigram_entropy"]
-    unigram = charts.Reference(value=entropy, label=f"unigram entropy {entropy:.3f}")
-    wanted = [
-        ("sft", "loss", "SED: loss, nats per target token", unigram),
-        ("cadpo", "loss", "CA-DPO: loss", None),
-        ("cadpo", "rewards/margins", "CA-DPO: reward margin, chosen over rejected", None),
-        ("cadpo", "rewards/accuracies", "CA-DPO: share of pairs with a positive margin", None),
-    ]
+def _charts(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every curve that the runs have metrics for."""
     drawn = []
-    for stage, name, title, reference in wanted:
-        metrics = runs[stage]["metrics"]
-        if name not in metrics[0]:
-            raise ValueError(f"The metrics of {stage} have no {name!r}, only {sorted(metrics[0])}.")
-        svg = charts.line_chart(
-            [(row["step"], row[name]) for row in metrics],
-            x_label="step",
-            y_label=title,
-            reference=reference,
-        )
-        drawn.append(
-            {
-                "title": title,
-                "svg": markupsafe.Markup(svg),
-                "first": f"{metrics[0][name]:.3f}",
-                "last": f"{metrics[-1][name]:.3f}",
-            }
-        )
+    for stage, run in runs.items():
+        names, title = list(run["metrics"][0]), STAGES[stage]
+        reference = None
+        if stage == "sft" and (entropy := run["summary"].get("unigram_entropy")):
+            reference = charts.Reference(value=entropy, label=f"unigram entropy {entropy:.3f}")
+        wanted = [
+            (["loss"], f"{title}: loss", reference),
+            ([n for n in names if n.startswith("nll/")], f"{title}: loss by section", None),
+            (
+                [n for n in names if n == "rewards/margins" or n.startswith("rewards/margins/")],
+                f"{title}: reward margin, chosen over rejected",
+                None,
+            ),
+            (
+                [n for n in names if n.startswith("rewards/accuracies")],
+                f"{title}: share of pairs with a positive margin",
+                None,
+            ),
+        ]
+        drawn += [_chart(run["metrics"], *chart) for chart in wanted if chart[0]]
     return drawn
 
 
-def score_rows(
-    scores: dict[str, Any], before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Lines of the main table: name, score of each stage, and the gain over the same clips."""
-
-    def line(name: str, path: tuple[str, ...], gain: dict[str, Any], *, better: int) -> dict:
-        values = []
-        for stage in STAGES:
-            value = scores[stage]
-            for key in path:
-                value = value[key]
-            values.append(value)
-        return {"name": name, "values": values, "gain": gain, "better": better}
-
-    agreeing, differing = (
-        np.array([saber_test.is_consistent(p["labels"]) is wanted for p in before], bool)
-        for wanted in (True, False)
-    )
-
-    def gain(labels: tuple[str, ...], which: np.ndarray) -> dict[str, Any]:
-        hits = [_follows(predictions, labels)[which] for predictions in (before, after)]
-        return bootstrap.paired_gain(*hits)
-
-    either = ("face", "voice")
-    inconsistent = ("inconsistent",)
-    lines = [
-        line(
-            "Accuracy, consistent clips",
-            ("consistent", "accuracy"),
-            gain(("emotion",), agreeing),
-            better=1,
-        ),
-        line(
-            "Accuracy, inconsistent clips",
-            (*inconsistent, "accuracy"),
-            gain(("emotion",), differing),
-            better=1,
-        ),
-        line(
-            "Gap between the two",
-            ("gap", "accuracy"),
-            _plain_gain(scores, "gap", "accuracy"),
-            better=-1,
-        ),
-        line(
-            "Unimodal dominance, inconsistent clips",
-            (*inconsistent, "dominance"),
-            gain(either, differing),
-            better=-1,
-        ),
-    ]
-    lines += [
-        line(
-            f"… following the {label}",
-            (*inconsistent, f"follows_{label}"),
-            gain((label,), differing),
-            better=-1,
-        )
-        for label in either
-    ]
-    speech = {"word": "Word error rate, English", "character": "Character error rate, Chinese"}
-    for unit, name in speech.items():
-        for split in saber_test.SPLITS:
-            path = (split, f"{unit}_error_rate")
-            if scores["sft"][split][path[1]]["value"] is not None:
-                title = f"{name}, {split} clips"
-                lines.append(line(title, path, _plain_gain(scores, *path), better=-1))
-    return lines
-
-
-def _plain_gain(scores: dict[str, Any], *path: str) -> dict[str, Any]:
-    """Difference of two values that are no means over clips, hence without an interval."""
-    values = []
-    for stage in STAGES:
-        value = scores[stage]
-        for key in path:
-            value = value[key]
-        values.append(value["value"])
-    known = None not in values
-    return {"value": values[1] - values[0] if known else None, "interval": None}
-
-
-def conflict_rows(
-    scores: dict[str, Any], before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Accuracy of both stages by type of conflict, with the gain."""
-    rows = []
-    for name, first in scores["sft"]["conflict_types"].items():
-        which = np.array([p["labels"].get("conflict_type", "unlabelled") == name for p in before])
-        hits = [_follows(p, ("emotion",))[which] for p in (before, after)]
-        second = scores["cadpo"]["conflict_types"][name]
-        gain = bootstrap.paired_gain(*hits)
-        rows.append({"name": name, "values": [first, second], "gain": gain, "better": 1})
-    return rows
-
-
-def _follows(predictions: Sequence[dict[str, Any]], labels: tuple[str, ...]) -> np.ndarray:
-    return np.array(
-        [p["conclusion"] in [p["labels"].get(label, "") for label in labels] for p in predictions],
-        bool,
-    )
-
-
-def choose(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
-) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(kind, SED answer, CA-DPO answer) of 6 to 8 clips, successes and failures by fixed quotas."""
-    quotas = {
-        ("inconsistent", False, True): ("Conflict, corrected by CA-DPO", 3),
-        ("inconsistent", True, True): ("Conflict, right in both stages", 1),
-        ("inconsistent", False, False): ("Conflict, wrong in both stages", 1),
-        ("inconsistent", True, False): ("Conflict, lost by CA-DPO", 1),
-        ("consistent", True, True): ("No conflict, right in both stages", 1),
-        ("consistent", True, False): ("No conflict, lost by CA-DPO", 1),
-        ("consistent", False, True): ("No conflict, corrected by CA-DPO", 0),
-        ("consistent", False, False): ("No conflict, wrong in both stages", 0),
-    }
-    groups: dict[tuple, list] = {key: [] for key in quotas}
-    for old, new in sorted(zip(before, after, strict=True), key=lambda pair: pair[0]["clip_id"]):
-        kind = "consistent" if saber_test.is_consistent(old["labels"]) else "inconsistent"
-        groups[kind, _right(old), _right(new)].append((old, new))
-    chosen, spare = [], []
-    for key, (name, quota) in quotas.items():
-        mixed = _alternating([(name, old, new) for old, new in groups[key]])
-        chosen += mixed[:quota]
-        spare += mixed[quota:]
-    chosen += spare[: max(0, FEWEST_EXAMPLES - len(chosen))]
-    order = [name for name, _ in quotas.values()]
-    return sorted(chosen, key=lambda item: order.index(item[0]))[:MOST_EXAMPLES]
-
-
-def _alternating(items: list[tuple[str, dict, dict]]) -> list[tuple[str, dict, dict]]:
-    """Languages in turn, so that a quota of several shows more than one."""
-    seen: dict[str, int] = {}
-    turns = []
-    for position, item in enumerate(items):
-        language = item[1]["language"]
-        turns.append((seen.setdefault(language, 0), position, item))
-        seen[language] += 1
-    return [item for *_, item in sorted(turns, key=lambda turn: turn[:2])]
-
-
-def _right(prediction: dict[str, Any]) -> bool:
-    return prediction["conclusion"] == prediction["labels"]["emotion"]
-
-
-def _example(
-    kind: str, old: dict[str, Any], new: dict[str, Any], corpus: Path | None
+def _chart(
+    metrics: Sequence[dict[str, Any]],
+    names: list[str],
+    title: str,
+    reference: charts.Reference | None,
 ) -> dict[str, Any]:
-    said = [sed.parse_response(prediction["response"]) for prediction in (old, new)]
-    return {
-        "kind": kind,
-        "clip_id": old["clip_id"],
-        "language": old["language"],
-        "labels": old["labels"],
-        "video": _data_uri(corpus / "clips" / f"{old['clip_id']}.mp4") if corpus else None,
-        "conclusions": [
-            {
-                "stage": name,
-                "word": prediction["conclusion"],
-                "right": _right(prediction),
-                "follows": [
-                    label
-                    for label in ("face", "voice")
-                    if not _right(prediction)
-                    and prediction["conclusion"] == prediction["labels"].get(label, "")
-                ],
-            }
-            for name, prediction in zip(STAGES.values(), (old, new), strict=True)
-        ],
-        "fields": [
-            (field, old["annotation"][field], *(s[field] for s in said)) for field in FIELDS
-        ],
+    curves = {
+        name: [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+        for name in names
     }
-
-
-def _data_uri(path: Path) -> str | None:
-    """The clip inside the page, or None if it is too large for that."""
-    if path.stat().st_size > MOST_CLIP_BYTES:
-        return None
-    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def percent(value: float | None) -> str:
-    """0.4167 -> "41.7"."""
-    return "–" if value is None else _signed(f"{100 * value:.1f}")
-
-
-def points(value: float | None) -> str:
-    """A difference of fractions in percentage points, always with its sign."""
-    return "–" if value is None else _signed(f"{100 * value:+.1f}")
-
-
-def _signed(number: str) -> str:
-    return number.replace("-", "\N{MINUS SIGN}")
-
-
-def duration(seconds: float) -> str:
-    """1665.4 -> "27 min 45 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    shown = f"{hours} h " if hours else ""
-    return f"{shown}{minutes} min {rest} s" if hours or minutes else f"{rest} s"
+    svg = charts.line_chart(curves, x_label="step", y_label=title, reference=reference)
+    ends = [(points[0][1], points[-1][1]) for points in curves.values() if points]
+    legend = [
+        {"name": name.split("/")[-1], "first": f"{first:.3f}", "last": f"{last:.3f}"}
+        for name, (first, last) in zip(curves, ends, strict=True)
+    ]
+    return {"title": title, "svg": markupsafe.Markup(svg), "legend": legend}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write the report of a run.")
-    parser.add_argument("--out", required=True, type=Path, help="the .html file to write")
-    parser.add_argument("--workdir", type=Path, help="holds all that is not named otherwise")
-    defaults = {
-        "sft": "sft",
-        "cadpo": "cadpo",
-        "sft_scores": "eval/sft",
-        "cadpo_scores": "eval/cadpo",
-        "pairs": "pairs",
-        "corpus": "corpus",
-    }
-    for name, folder in defaults.items():
-        parser.add_argument(f"--{name}", type=Path, help=f"default: WORKDIR/{folder}")
-    flags = parser.parse_args(argv)
-    paths: dict[str, Any] = {}
-    for name, folder in defaults.items():
-        path = getattr(flags, name) or (flags.workdir and flags.workdir / folder)
-        if path is None and name != "corpus":
-            parser.error(f"give --workdir or --{name}")
-        paths[name] = path
-    if not flags.corpus and paths["corpus"] and not paths["corpus"].is_dir():
-        paths["corpus"] = None
+    flags = _flags(argv)
     try:
-        page = render(Inputs(**paths))
+        page = render(_inputs(flags))
     except (ValueError, FileNotFoundError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -378,6 +179,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.replace(temporary, flags.out)
     print(f"report in {flags.out} ({flags.out.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _inputs(flags: argparse.Namespace) -> Inputs:
+    """What was named, and what lies in its usual place under --workdir."""
+
+    def place(named: Path | None, usual: str) -> Path | None:
+        usually = flags.workdir and flags.workdir / usual
+        return named or (usually if usually and usually.exists() else None)
+
+    runs = {stage: place(getattr(flags, stage), stage) for stage in STAGES}
+    scores = {stage: place(getattr(flags, f"{stage}_scores"), f"eval/{stage}") for stage in STAGES}
+    return Inputs(
+        runs={stage: path for stage, path in runs.items() if path},
+        scores={stage: path for stage, path in scores.items() if path},
+        pairs=place(flags.pairs, "pairs"),
+        corpus=place(flags.corpus, "corpus"),
+        others={name: Path(path) for name, path in (item.split("=", 1) for item in flags.scores)},
+        most_media=flags.most_media_mb << 20,
+    )
+
+
+def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write the report of a run.")
+    parser.add_argument("--out", required=True, type=Path, help="the .html file to write")
+    parser.add_argument("--workdir", type=Path, help="holds all that is not named otherwise")
+    for stage in STAGES:
+        parser.add_argument(f"--{stage}", type=Path, help=f"default: WORKDIR/{stage}")
+        parser.add_argument(f"--{stage}_scores", type=Path, help=f"default: WORKDIR/eval/{stage}")
+    parser.add_argument("--pairs", type=Path, help="default: WORKDIR/pairs")
+    parser.add_argument("--corpus", type=Path, help="holds clips/; default: WORKDIR/corpus")
+    parser.add_argument(
+        "--scores", nargs="*", default=[], metavar="NAME=DIR", help="of more benchmarks"
+    )
+    parser.add_argument(
+        "--most_media_mb", type=int, default=MOST_MEDIA >> 20, help="of clips in the page"
+    )
+    flags = parser.parse_args(argv)
+    if wrong := [item for item in flags.scores if "=" not in item]:
+        parser.error(f"--scores takes NAME=DIR, got {wrong[0]}")
+    return flags
 
 
 if __name__ == "__main__":

@@ -4,68 +4,16 @@ import re
 
 import pytest
 
-from saber_jax.data import sed
-from saber_jax.data.journal import write_json, write_jsonl
-from saber_jax.data.records import FIELDS
-from saber_jax.evaluation import charts, report, saber_test
-
-CONFLICT = {"emotion": "contempt", "face": "happy", "voice": "angry", "conflict_type": "sarcasm"}
-AGREEMENT = {"emotion": "sad", "face": "sad", "voice": "sad", "conflict_type": "none"}
-
-
-def _prediction(clip_id, labels, said):
-    texts = {field: f"{field} of {clip_id} <b>" for field in FIELDS}
-    response = sed.target_text(texts | {"sentiment_analysis": f"So {said}."})
-    return {
-        "clip_id": clip_id,
-        "language": "zh" if clip_id.endswith("1") else "en",
-        "response": response,
-        "conclusion": sed.conclusion(response),
-        "labels": labels,
-        "annotation": texts,
-    }
-
-
-def _predictions(*said):
-    labels = [CONFLICT] * 5 + [AGREEMENT] * 3
-    return [_prediction(f"clip{i}", labels[i], word) for i, word in enumerate(said)]
-
-
-SED = _predictions("happy", "happy", "angry", "contempt", "contempt", "sad", "sad", "happy")
-CADPO = _predictions("contempt", "contempt", "contempt", "contempt", "angry", "sad", "happy", "sad")
+from saber_jax.data.journal import read_json, write_json, write_jsonl
+from saber_jax.evaluation import charts, report, report_examples, report_tables, saber_test
+from tests.evaluation.report_files import CADPO, SED, write_run
 
 
 @pytest.fixture
 def workdir(tmp_path):
-    for stage, predictions in (("sft", SED), ("cadpo", CADPO)):
-        scores = tmp_path / "eval" / stage
-        scores.mkdir(parents=True)
-        write_jsonl(scores / "predictions.jsonl", predictions)
-        write_json(scores / "scores.json", saber_test.score(predictions))
-        run = tmp_path / stage
-        run.mkdir()
-        loss = 4.25 if stage == "sft" else 0.6931
-        rows = [
-            {
-                "step": step,
-                "loss": loss / (step + 1),
-                "rewards/margins": 0.125 * step,
-                "rewards/accuracies": 0.5 + 0.05 * step,
-            }
-            for step in range(8)
-        ]
-        write_jsonl(run / "metrics.jsonl", rows)
-        summary = {"stage": stage, "steps": 8, "wall_seconds": 83.4, "unigram_entropy": 4.7333}
-        write_json(run / "summary.json", summary | {"parameters": 1508672, "examples": 77})
-        write_json(run / "config.json", {"seed": 31337, "optimizer": {"peak_lr": 0.00213}})
-    (tmp_path / "pairs").mkdir()
-    mined = {"pairs": 417, "answers": 1913, "decisions": {"kept": 417, "unparsable": 1496}}
-    mined |= {"pairs_by_withheld": {"audio": 205, "video": 212}}
-    mined |= {"pairs_by_conflict_type": {"sarcasm": 417}, "pairs_by_language": {"en": 417}}
-    write_json(tmp_path / "pairs" / "summary.json", mined)
-    (tmp_path / "corpus" / "clips").mkdir(parents=True)
-    for p in SED:
-        (tmp_path / "corpus" / "clips" / f"{p['clip_id']}.mp4").write_bytes(b"film")
+    write_run(tmp_path)
+    for row in SED:
+        (tmp_path / "corpus" / "clips" / f"{row['clip_id']}.mp4").write_bytes(b"film")
     return tmp_path
 
 
@@ -75,6 +23,10 @@ def _page(workdir, *more):
     return out.read_text(encoding="utf-8")
 
 
+def _examples(page):
+    return json.loads(re.search(r'id="examples">(.*?)</script>', page, re.DOTALL)[1])
+
+
 def test_the_page_holds_every_number_of_the_files(workdir):
     page = _page(workdir)
     # Accuracy on 5 conflicts 40 -> 80 %, on 3 agreements 66.7 -> 66.7 %, dominance 60 -> 20 %.
@@ -82,22 +34,55 @@ def test_the_page_holds_every_number_of_the_files(workdir):
         assert shown in page
     for shown in (">+40.0", ">−40.0", "417 pairs from 1913", ">1496<", ">205<", ">212<"):
         assert shown in page
-    for shown in ("1,508,672", "1 min 23 s", ">77<", "4.2500", "0.6931", "31337", "0.00213"):
+    for shown in ("1,508,672", ">77<", "4.2500", "0.6931", "31337", "0.00213"):
         assert shown in page
     for shown in ("unigram entropy 4.733", "first 0.000, last 0.875", "first 0.500, last 0.850"):
         assert shown in page
     interval = saber_test.score(SED)["inconsistent"]["accuracy"]["interval"]
     assert f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" in page
+    # Clips right in both stages, won, lost and wrong in both, of conflicts and of agreements.
+    for counts in ((1, 3, 1, 0), (1, 1, 1, 0)):
+        cells = [rf"<td[^>]*>{count}</td>" for count in counts]
+        assert re.search("".join(cells), page)
+
+
+def test_probes_and_judge_are_shown_where_they_were_asked_for(workdir):
+    page = _page(workdir)
+    assert "picture blanked" in page
+    assert "another clip&#39;s voice" in page
+    assert "judge-model" in page
+    assert ">3.50" in page
+    for stage in ("sft", "cadpo"):
+        scores = saber_test.score(SED if stage == "sft" else CADPO)
+        write_json(workdir / "eval" / stage / "scores.json", scores | {"missing": ["a judge"]})
+    page = _page(workdir)
+    assert "picture blanked" not in page
+    assert "Missing for SED: a judge." in page
 
 
 def test_the_same_inputs_give_the_same_bytes(workdir):
     assert _page(workdir) == _page(workdir)
 
 
+def test_when_and_where_a_run_was_made_does_not_show(workdir):
+    before = _page(workdir)
+    for stage in ("sft", "cadpo"):
+        summary = read_json(workdir / stage / "summary.json")
+        write_json(workdir / stage / "summary.json", summary | {"wall_seconds": 4711.1})
+        config = read_json(workdir / stage / "config.json")
+        moved = {"root": "/elsewhere", "workdir": "/elsewhere/sft", "mesh": {"data": 8}}
+        write_json(workdir / stage / "config.json", config | moved)
+        metrics = (workdir / stage / "metrics.jsonl").read_text()
+        (workdir / stage / "metrics.jsonl").write_text(
+            metrics.replace('"seconds": 0.25', '"seconds": 9')
+        )
+    assert _page(workdir) == before
+
+
 class _Checker(html.parser.HTMLParser):
     """Collects addresses, and fails on elements that are not closed in order."""
 
-    VOID = ("meta", "line", "polyline", "br", "link", "img")
+    VOID = ("meta", "line", "polyline", "br", "link", "img", "input")
 
     def __init__(self):
         super().__init__()
@@ -119,43 +104,76 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(workdir):
     page, checker = _page(workdir), _Checker()
     checker.feed(page)
     assert not checker.open
-    assert len(checker.addresses) == 7
-    assert set(checker.addresses) == {"data:video/mp4;base64,ZmlsbQ=="}
-    assert not re.search(r"https?://|@import|url\(|<script", page)
+    assert all(address.startswith("#") for address in checker.addresses)
+    assert not re.search(r"https?://(?!www\.w3)|@import|url\(", page)
+    videos = [clip["video"] for clip in _examples(page)["clips"]]
+    assert videos == ["data:video/mp4;base64,ZmlsbQ=="] * len(SED)
 
 
 def test_what_the_model_says_is_text_and_never_markup(workdir):
     page = _page(workdir)
-    assert "acoustic_feat of clip0 &lt;b&gt;" in page
-    assert "<b>" not in page
+    assert "</script><b>" not in page.replace("<script", "")
+    clip = _examples(page)["clips"][0]
+    assert clip["truth"][3] == "acoustic_feat of clip0 </script><b>"
+    assert page.count("<script") == page.count("</script>") == 2
 
 
-def test_examples_are_successes_and_failures_and_say_which(workdir):
-    kinds = [(kind, old["clip_id"]) for kind, old, _ in report.choose(SED, CADPO)]
-    assert kinds == [
-        ("Conflict, corrected by CA-DPO", "clip0"),
-        ("Conflict, corrected by CA-DPO", "clip1"),
-        ("Conflict, corrected by CA-DPO", "clip2"),
-        ("Conflict, right in both stages", "clip3"),
-        ("Conflict, lost by CA-DPO", "clip4"),
-        ("No conflict, right in both stages", "clip5"),
-        ("No conflict, lost by CA-DPO", "clip6"),
+def test_examples_say_what_became_of_them(workdir):
+    clips = _examples(_page(workdir))["clips"]
+    assert [clip["tags"][0] for clip in clips] == [
+        *("corrected", "corrected", "corrected", "right in all", "lost"),
+        *("right in all", "lost", "corrected"),
     ]
-    page = _page(workdir)
-    assert "✗ incorrect, follows the face" in page
-    assert "✗ incorrect, follows the voice" in page
-    assert "✓ correct" in page
+    assert clips[0]["answers"][0]["follows"] == ["face"]
+    assert clips[2]["answers"][0]["follows"] == ["voice"]
+    assert "follows the voice" in clips[4]["tags"]
+    assert clips[0]["type"] == "sarcasm"
+    assert clips[5]["type"] == "no conflict"
 
 
-def test_six_examples_are_found_even_if_all_clips_behave_alike():
-    alike = [_prediction(f"clip{i:02d}", CONFLICT, "contempt") for i in range(20)]
-    assert len(report.choose(alike, alike)) == 6
+def test_answers_that_are_broken_can_be_found():
+    broken = [SED[0] | {"response": "happy", "conclusion": None}]
+    found = report_examples.tags(SED[0]["labels"], broken)
+    assert found == ["wrong", "names no emotion", "lacks a section"]
 
 
-def test_without_a_corpus_the_examples_have_no_video(workdir):
+def test_every_kind_of_example_is_among_the_first():
+    items = ["a1", "a2", "a3", "b1", "c1", "c2"]
+    turns = report_examples.in_turns(items, lambda item: item[0])
+    assert turns == ["a1", "b1", "c1", "a2", "c2", "a3"]
+
+
+def test_clips_are_embedded_while_there_is_room(workdir):
+    page = _page(workdir, "--most_media_mb", "0")
+    assert {clip["video"] for clip in _examples(page)["clips"]} == {None}
     (workdir / "corpus").rename(workdir / "elsewhere")
-    assert "<video" not in _page(workdir)
-    assert "<video" in _page(workdir, "--corpus", str(workdir / "elsewhere"))
+    assert "data:video" not in _page(workdir)
+    assert "data:video" in _page(workdir, "--corpus", str(workdir / "elsewhere"))
+
+
+def test_pairs_are_shown_side_by_side(workdir):
+    pair = _examples(_page(workdir))["pairs"][0]
+    assert pair["chosen"][5] == "So contempt."
+    assert pair["rejected"][5] == "So happy."
+    assert (pair["withheld"], pair["words"]) == ("audio", ["contempt", "happy"])
+
+
+def test_one_stage_alone_has_a_page_too(workdir):
+    for name in ("cadpo", "eval/cadpo", "pairs"):
+        (workdir / name).rename(workdir / name.replace("/", "_").upper())
+    page = _page(workdir)
+    assert "CA-DPO" not in page.split("<nav")[1]
+    clips = _examples(page)["clips"]
+    assert {clip["tags"][0] for clip in clips} == {"right", "wrong"}
+
+
+def test_scores_of_other_benchmarks_are_listed(workdir):
+    scores = {"tasks": {"MELD": {"accuracy": {"n": 7, "value": 0.25, "interval": [0.1, 0.4]}}}}
+    write_json(workdir / "scores.json", scores | {"missing": ["SMILE: no predictions"]})
+    page = _page(workdir, "--scores", f"EmoBench-M={workdir}")
+    assert "tasks, MELD, accuracy" in page
+    assert "0.2500 <small>[0.1000, 0.4000]" in page
+    assert "SMILE: no predictions" in page
 
 
 def test_predictions_for_different_clips_are_refused(workdir, capsys):
@@ -171,9 +189,8 @@ def test_a_missing_file_is_named(workdir, capsys):
 
 
 def test_numbers_that_do_not_exist_are_dashes():
-    assert report.percent(None) == report.points(None) == "–"
-    assert report.points(-0.05) == "−5.0"
-    assert [report.duration(x) for x in (9.4, 61, 7325)] == ["9 s", "1 min 1 s", "2 h 2 min 5 s"]
+    assert report_tables.percent(None) == report_tables.points(None) == "–"
+    assert report_tables.points(-0.05) == "−5.0"
 
 
 def test_ticks_are_round_and_enclose_the_data():
@@ -191,11 +208,11 @@ def test_long_curves_are_drawn_as_means_of_neighbours():
 
 def test_a_constant_curve_and_a_single_point_can_be_drawn():
     for curve in ([(0, 1.0), (1, 1.0)], [(3, 2.5)]):
-        svg = charts.line_chart(curve, x_label="step", y_label="loss")
+        svg = charts.line_chart({"loss": curve}, x_label="step", y_label="loss")
         assert "nan" not in svg
         assert svg.count("<polyline") == 1
 
 
-def test_scores_are_json(workdir):
-    scores = json.loads((workdir / "eval/sft/scores.json").read_text())
-    assert scores == saber_test.score(SED)
+def test_a_report_without_any_scores_is_refused(tmp_path, capsys):
+    assert report.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 1
+    assert "at least one stage" in capsys.readouterr().err
