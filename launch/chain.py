@@ -4,12 +4,17 @@
 type; it is printed before it runs. A step that ended well leaves ROOT/done/STEP.json, which names
 its command and the steps it stands on, so the same call starts, goes on after a kill, and finds in
 seconds that all is done.
+
+On a pod every host runs this. Training is the work of all of them at once, everything else the
+first host's, while the others wait for its stamp (turns.py).
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,18 +25,23 @@ from ml_collections import ConfigDict
 
 from configs import sft
 from configs.command_line import CONFIG, parse_flags
+from launch import hardware, turns
+from saber_jax import distributed
 from saber_jax.data.journal import write_json
+from saber_jax.distributed import PREEMPTED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """`after` are the steps whose results this one reads; `leaves` is what to look at when done."""
+    """`after` are the steps whose results this one reads; `leaves` is what to look at when done;
+    `together` is a step that all hosts run at once."""
 
     name: str
     says: str
     command: tuple[str, ...]
     leaves: str
     after: tuple[str, ...] = ()
+    together: bool = False
 
 
 def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:
@@ -72,6 +82,7 @@ def _train(
         command=("python", "-m", "saber_jax.main", f"--config={name}", *settings),
         leaves=config.workdir,
         after=after,
+        together=True,
     )
 
 
@@ -159,8 +170,11 @@ def _generation(config: ConfigDict) -> tuple[str, ...]:
     return ("--batch_size", str(g.batch_size), "--max_new_tokens", str(g.max_new_tokens))
 
 
-def run(chain: list[Step], root: Path) -> None:
-    """Runs what is missing. Exits with the failing step's status, saying how to go on."""
+def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
+    """Runs what is missing. Exits with the failing step's status, saying how to go on.
+
+    `place` is (index, count) of this host.
+    """
     began, ran = time.perf_counter(), 0
     stamps: dict[str, str] = {}
     for number, step in enumerate(chain, start=1):
@@ -168,37 +182,85 @@ def run(chain: list[Step], root: Path) -> None:
             json.dumps([step.command, [stamps.get(name) for name in step.after]]).encode()
         ).hexdigest()[:16]
         stamps[step.name] = stamp
-        done = root / "done" / f"{step.name}.json"
         title = f"[{number}/{len(chain)}] {step.name}"
-        if done.exists() and json.loads(done.read_text())["stamp"] == stamp:
+        if _stamped(root, step, stamp):
             print(f"{title}: done, see {step.leaves}", flush=True)
             continue
-        print(f"\n{title}: {step.says}\n  $ {shlex.join(step.command)}", flush=True)
         clock = time.perf_counter()
-        status = subprocess.run([sys.executable, *step.command[1:]], check=False).returncode
-        if status:
-            print(
-                f"{title}: failed with status {status} (see above). When that is mended, the same "
-                "command goes on from here.",
-                file=sys.stderr,
-            )
-            sys.exit(status if status > 0 else 1)
+        if place[0] == 0:
+            with turns.beacon(root / "done" / "first_host"):
+                _work(step, title, place)
+                seconds = round(time.perf_counter() - clock, 1)
+                made = {"stamp": stamp, "command": step.command, "seconds": seconds}
+                write_json(_done(root, step), made)
+        else:
+            if step.together:
+                _work(step, title, place)
+            _wait(root, step, stamp, title)
         seconds, ran = time.perf_counter() - clock, ran + 1
-        done.parent.mkdir(parents=True, exist_ok=True)
-        write_json(done, {"stamp": stamp, "command": step.command, "seconds": round(seconds, 1)})
         print(f"{title}: took {seconds:.0f} s, left {step.leaves}", flush=True)
     total = time.perf_counter() - began
     what = f"{ran} steps run in {total:.0f} s" if ran else "nothing left to do"
     print(f"\nAll {len(chain)} steps are done ({what}). Look at {chain[-1].leaves}", flush=True)
 
 
+def _done(root: Path, step: Step) -> Path:
+    return root / "done" / f"{step.name}.json"
+
+
+def _stamped(root: Path, step: Step, stamp: str) -> bool:
+    path = _done(root, step)
+    return path.exists() and json.loads(path.read_text())["stamp"] == stamp
+
+
+def _work(step: Step, title: str, place: tuple[int, int]) -> None:
+    print(f"\n{title}: {step.says}\n  $ {shlex.join(step.command)}", flush=True)
+    environ = dict(os.environ)
+    if place[1] > 1 and not step.together:
+        environ = turns.alone(environ, hardware.tpu_chips())
+    status = _run([sys.executable, *step.command[1:]], environ)
+    if status == 0:
+        return
+    if status == PREEMPTED:
+        print(f"{title}: stopped as asked. The same command goes on from here.", file=sys.stderr)
+    else:
+        print(
+            f"{title}: failed with status {status} (see above). When that is mended, the same "
+            "command goes on from here.",
+            file=sys.stderr,
+        )
+    sys.exit(status)
+
+
+def _run(command: list[str], environ: dict[str, str]) -> int:
+    """Exit status as a shell would give it. SIGTERM is passed on: whoever stops a run tells its
+    first process only."""
+    process = subprocess.Popen(command, env=environ)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return status if status >= 0 else 128 - status
+
+
+def _wait(root: Path, step: Step, stamp: str, title: str) -> None:
+    print(f"{title}: waiting for the first host", flush=True)
+    if not turns.wait(lambda: _stamped(root, step, stamp), root / "done" / "first_host"):
+        sys.exit(
+            f"{title}: the first host failed or is gone, or {root} is not on a disk that all hosts "
+            "share (docs/performance.md, `Disks`). See the first host's output."
+        )
+
+
 def refuse_hopeless(config: ConfigDict) -> None:
     """Before hours of preparation: is there an accelerator, and is there data?"""
     if config.embedded:
         return
-    probe = "import jax, sys; sys.exit(jax.default_backend() == 'cpu')"
-    # In a process of its own, because whoever asks for the TPU keeps it from the training step.
-    if subprocess.run([sys.executable, "-c", probe], check=False).returncode:
+    if not hardware.has_accelerator():
         sys.exit(
             f"launch/tpu_run.sh: {config.model} needs TPUs or GPUs and this machine has only a "
             "CPU. Run it on a pod (README, `On a pod`); here there is "
@@ -215,10 +277,15 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     if len(argv) > 1:
         sys.exit(f"launch/tpu_run.sh: unexpected {argv[1:]}; settings look like --config.seed=1")
+    if config.root.startswith("gs://"):
+        sys.exit(
+            f"launch/tpu_run.sh: config.root={config.root} is a bucket; mount it on every host "
+            "with gcsfuse and give the mounted path (docs/performance.md, `Disks`)."
+        )
     refuse_hopeless(config)
     name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
     settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))
-    run(steps(config, name, settings), Path(config.root))
+    run(steps(config, name, settings), Path(config.root), distributed.place())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@
 # no .venv is made. Otherwise the environment is .venv in this checkout (SABER_VENV moves it).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/hardware.sh
+source launch/hardware.sh
 
 if [[ -n "${SABER_PYTHON:-}" ]]; then
   "$SABER_PYTHON" -c "import jax" >&2 || {
@@ -59,10 +61,19 @@ for layer in "${layers[@]}"; do
   fi
 done
 
-# A TPU VM shows its chips as PCI devices of Google's vendor id.
-if grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor && [[ ! -f "$venv/.installed-tpu" ]]; then
-  echo "setup: this is a TPU VM; adding libtpu" >&2
-  "$venv/bin/python" -m pip install -q "jax[tpu]==$(sed -n 's/^jax==//p' requirements.txt)" >&2
-  touch "$venv/.installed-tpu"
+# jax for the accelerator that is here, at the version that everything else is pinned to.
+add_jax() {
+  local extra=$1 stamp="$venv/.installed-jax-$1" pin
+  pin=$(grep '^jax==' requirements.txt)
+  if [[ "$(cat "$stamp" 2>/dev/null)" != "$pin" ]]; then
+    echo "setup: adding jax[$extra]" >&2
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "jax[$extra]==${pin#jax==}" >&2
+    echo "$pin" > "$stamp"
+  fi
+}
+if has_tpu; then
+  add_jax tpu
+elif has_nvidia; then
+  add_jax cuda12
 fi
 echo "$venv/bin/python"

@@ -1,18 +1,40 @@
 #!/usr/bin/env bash
-# Sets this machine up and runs a config with everything it needs, on what is here: TPU, GPU or CPU.
+# Runs a config with everything it needs, where you start it or on the TPUs that you name.
 #
 #   launch/tpu_run.sh configs/cadpo.py:tiny                      the whole chain on the embedded corpus
 #   launch/tpu_run.sh configs/sft.py:7b --config.data.path=DIR   stage 1 on your records
 #
-# The same call starts, goes on after an interruption, and says so when all is done.
+# On this machine, be it a TPU VM, a GPU or a CPU: as above. Hosts of one TPU pod find each other.
+#
+# From a laptop, on all workers of a TPU VM or of a queued resource (launch/remote.py):
+#   TPU_NAME=my-pod ZONE=us-west4-a PROJECT=my-project launch/tpu_run.sh configs/cadpo.py:7b
+#   ... launch/tpu_run.sh --stop                                 saves and ends it
+#
+# On GKE, as a JobSet of one or more slices, in kubectl's current context (launch/gke.py):
+#   GKE_IMAGE=IMAGE TPU_TYPE=v5e:16x16 SLICES=2 CLAIM=disk launch/tpu_run.sh configs/cadpo.py:7b
+#
+# The same call starts, goes on after an interruption, and says so when all is done. Exit status 75:
+# it was told to stop (SIGTERM) and saved.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/hardware.sh
+source launch/hardware.sh
 
-if [[ $# -lt 1 || "$1" == -* ]]; then
+if [[ $# -lt 1 || ( "$1" == -* && "$1" != --stop ) ]]; then
   echo "usage: launch/tpu_run.sh configs/NAME.py:VARIANT [--config.key=value ...]," \
        "for example launch/tpu_run.sh configs/cadpo.py:tiny" >&2
   exit 2
 fi
+# A TPU VM may find its own name in TPU_NAME; there the work is here.
+if [[ -n "${TPU_NAME:-}" ]] && ! has_tpu; then
+  exec python3 launch/remote.py "$@"
+elif [[ -n "${GKE_IMAGE:-}" ]]; then
+  exec python3 launch/gke.py "$@"
+elif [[ "$1" == --stop ]]; then
+  echo "launch/tpu_run.sh: --stop is for runs elsewhere; set TPU_NAME or GKE_IMAGE." >&2
+  exit 2
+fi
+
 config=$1; shift
 python=$(launch/setup.sh)
 # What was compiled once is not compiled again after a restart.
@@ -20,4 +42,8 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilat
 # NumPy's threads and XLA's would take turns at waiting for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1
+if has_tpu; then
+  LIBTPU_INIT_ARGS="$("$python" -m saber_jax.xla_flags) ${LIBTPU_INIT_ARGS:-}"
+  export LIBTPU_INIT_ARGS
+fi
 exec "$python" -m launch.chain "--config=$config" "$@"

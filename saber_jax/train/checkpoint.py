@@ -142,6 +142,9 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
 def load_params(workdir: str | Path, cfg: SaberConfig, shardings: dict | None = None) -> dict:
     """Parameters of the latest checkpoint, as a nested dict, checked against `cfg` name by name.
 
+    They go where `shardings` says, or else to one device: never where they were when they were
+    saved, because a pod's checkpoint must also load on a laptop.
+
     With LoRA they are those of base and adapters. Asked for under a `cfg` without LoRA, which is
     how a run starts from another's result, they are the base with its adapters merged into it.
     """
@@ -167,16 +170,17 @@ def _restore(workdir: str | Path, cfg: SaberConfig, shardings: dict | None) -> d
     base = read_model_file(workdir).get("base")
     expected = flatten(saber.abstract(cfg))
     places = flatten(shardings) if shardings is not None else {}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     layout = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(name))
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(name, here))
         for name, leaf in expected.items()
     }
     item = _latest(workdir) / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         stored = flatten(checkpointer.metadata(item).item_metadata.tree)
-        here = {name: leaf for name, leaf in layout.items() if base is None or name in stored}
-        saber.check_tree(merge(here), merge(stored))
-        params = flatten(checkpointer.restore(item, merge(here)))
+        held = {name: leaf for name, leaf in layout.items() if base is None or name in stored}
+        saber.check_tree(merge(held), merge(stored))
+        params = flatten(checkpointer.restore(item, merge(held)))
     if base is not None:
         bare = dataclasses.replace(cfg, lora=None)
         under = load_params(

@@ -1,0 +1,21 @@
+# What this machine has; sourced by the other scripts. SYSFS stands in for /sys in the tests.
+# shellcheck shell=bash
+
+# TPUs are PCI devices of Google's vendor id. So is the network card of many a Google machine without
+# one, hence the device ids: v3, v4, v5p, v5e, v6e, TPU7x.
+tpu_chips() {
+  local device count=0
+  for device in "${SYSFS:-/sys}"/bus/pci/devices/*; do
+    if grep -qs 0x1ae0 "$device/vendor" &&
+      grep -qsE '0x00(27|56|5e|62|63|6f|76)' "$device/device"; then
+      count=$((count + 1))
+    fi
+  done
+  echo "$count"
+}
+
+has_tpu() { (($(tpu_chips) > 0)); }
+
+has_nvidia() {
+  command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '
+}

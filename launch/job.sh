@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# One worker's part of a run that launch/remote.py drives. Outlives the connection that started it.
+#
+#   launch/job.sh start CONFIG [SETTING ...]   in the background; output to runs/job/log
+#   launch/job.sh state                        "running", "exit N" or "none"
+#   launch/job.sh follow                       prints the log until the run has ended
+#   launch/job.sh end                          waits for the end, prints "exit N", why if N is not 0
+#   launch/job.sh stop                         asks it to save and end
+set -euo pipefail
+cd "$(dirname "$0")/.."
+job=runs/job
+
+alive() { [[ -f $job/pid ]] && kill -0 "$(cat $job/pid)" 2>/dev/null; }
+
+state() {
+  if alive; then
+    echo running
+  elif [[ -f $job/status ]]; then
+    echo "exit $(cat $job/status)"
+  elif [[ -f $job/pid ]]; then
+    echo "exit 137" # It vanished without a word: killed, or the machine was started anew.
+  else
+    echo none
+  fi
+}
+
+case "${1:-}" in
+  start)
+    shift
+    if alive; then echo "launch/job.sh: a run is going on already" >&2; exit 1; fi
+    mkdir -p $job
+    rm -f $job/status
+    # This shell is what `pid` names; it passes SIGTERM on and reports how the run ended.
+    # shellcheck disable=SC2016
+    setsid bash -c '
+      launch/tpu_run.sh "$@" & run=$!
+      trap "kill -TERM $run" TERM
+      while :; do
+        wait $run && status=0 || status=$?
+        kill -0 $run 2>/dev/null || break
+      done
+      echo $status > runs/job/status.new && mv runs/job/status.new runs/job/status
+    ' job "$@" > $job/log 2>&1 < /dev/null &
+    echo $! > $job/pid
+    ;;
+  state) state ;;
+  follow)
+    tail -n +1 -F $job/log 2>/dev/null & tail=$!
+    while alive; do sleep 1; done
+    sleep 1
+    kill $tail
+    ;;
+  end)
+    while alive; do sleep 1; done
+    state
+    if [[ "$(state)" != "exit 0" ]]; then tail -n 30 $job/log; fi
+    ;;
+  stop) if alive; then kill -TERM "$(cat $job/pid)"; fi ;;
+  *) echo "usage: launch/job.sh start|state|follow|end|stop" >&2; exit 2 ;;
+esac

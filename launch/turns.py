@@ -1,0 +1,100 @@
+"""How the hosts of a pod take turns in a chain: one works, the others wait, nobody waits for ever.
+
+The work directory is on a disk that all hosts share; until training starts it is all they share.
+The first host shows signs of life in a file there while it works. The others wait for its result,
+and give up when the file says that it failed, or stops changing.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+BEAT_SECONDS = 10
+PATIENCE_SECONDS = 300
+
+# A host that works alone must not wait for the rest of its pod: these make its TPUs a slice of
+# their own (https://cloud.google.com/tpu/docs/run-in-container and jax's "Running multiple JAX
+# processes"), and keep it from joining the others.
+ALONE = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}
+CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+JOINING = (
+    *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    *("TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES"),
+    *("MEGASCALE_SLICE_ID", "MEGASCALE_PORT"),
+)
+
+
+def alone(environ: dict[str, str], chips: int) -> dict[str, str]:
+    """`environ` for a command that only this host runs, on its `chips` TPU chips if it has any."""
+    kept = {name: value for name, value in environ.items() if name not in JOINING}
+    if chips:
+        kept |= ALONE | {"TPU_CHIPS_PER_PROCESS_BOUNDS": CHIP_BOUNDS[chips]}
+    return kept
+
+
+@contextlib.contextmanager
+def beacon(path: Path) -> Iterator[None]:
+    """Signs of life in `path` while the context is open; its last word is how it ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ended = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while True:
+            _write(path, f"working {os.getpid()} {number}")
+            number += 1
+            if ended.wait(BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    last_word = "failed"
+    try:
+        yield
+        last_word = "done"
+    finally:
+        ended.set()
+        thread.join()
+        _write(path, f"{last_word} {os.getpid()} {time.time()}")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def wait(
+    done: Callable[[], bool],
+    path: Path,
+    *,
+    patience: float = PATIENCE_SECONDS,
+    every: float = 2.0,
+) -> bool:
+    """True when `done`; False when the beacon at `path` fails, or is silent for `patience` seconds.
+
+    Only changes of the file count, so neither clocks that differ nor what an earlier run left there
+    can mislead.
+    """
+    heard, since = _read(path), time.monotonic()
+    while not done():
+        now = _read(path)
+        if now != heard:
+            heard, since = now, time.monotonic()
+            # Its result may have been seen to arrive a moment before or after this word.
+            if now.startswith("failed"):
+                return done()
+        if time.monotonic() - since > patience:
+            return False
+        time.sleep(every)
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,31 @@
+"""XLA's TPU flags: one table of what training sets, and why.
+
+    LIBTPU_INIT_ARGS="$(python -m saber_jax.xla_flags)"      what launch/tpu_run.sh does on a TPU
+    compiled = lowered.compile(compiler_options=FLAGS)       ahead of time, on any machine
+
+A libtpu that does not know a flag refuses to start, so tests/test_xla_flags.py has the pinned one
+compile with each of them.
+"""
+
+# name -> value. What a flag does stands above it; they are libtpu's, not jax's, and change with it.
+FLAGS = {
+    # Collectives run as part of neighbouring matrix products instead of between them: FSDP's
+    # all-gathers hide behind the layer before.
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    # ... stretched over several products where one is too short.
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    # The tensor core that computes also drives such a collective.
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    # All-gathers start early and end when their result is needed.
+    "xla_enable_async_all_gather": "true",
+}
+
+
+def init_args() -> str:
+    """The table as LIBTPU_INIT_ARGS takes it."""
+    return " ".join(f"--{name}={value}" for name, value in FLAGS.items())
+
+
+if __name__ == "__main__":
+    print(init_args())

@@ -1,0 +1,134 @@
+"""Stand-ins for commands, put in front of PATH: they record their calls and play along."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Workers are folders: FOLDER/NODE/INDEX is the home directory of worker INDEX of that TPU VM.
+GCLOUD = """
+import os, pathlib, shutil, subprocess, sys
+
+arguments = sys.argv[1:]
+flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
+words = [a for a in arguments if not a.startswith("--")]
+folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
+kind, verb = words[2:4]
+if verb == "describe":
+    answer = folder / f"{kind}-{words[4]}.json"
+    if not answer.exists():
+        sys.exit(f"ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource not found")
+    print(answer.read_text())
+    sys.exit(0)
+node = words[5].split(":")[0] if verb == "scp" else words[4]
+workers = sorted(p for p in (folder / node).iterdir() if flags["worker"] in ("all", p.name))
+assert workers, f"no worker {flags['worker']} of {node}"
+# ssh takes nothing of the laptop's environment along.
+left = ("TPU_NAME", "ZONE", "PROJECT")
+there = {name: value for name, value in os.environ.items() if name not in left}
+status = 0
+for home in workers:
+    if verb == "scp":
+        shutil.copy(words[4], home / words[5].split(":")[1])
+        continue
+    drops = home / "drop_connections"
+    if "follow" in flags["command"] and drops.exists() and int(drops.read_text()) > 0:
+        drops.write_text(str(int(drops.read_text()) - 1))
+        sys.exit(255)
+    done = subprocess.run(
+        ["bash", "-c", flags["command"]],
+        cwd=home, env=there | {"HOME": str(home)}, stdout=subprocess.PIPE, text=True,
+    )
+    if "output-directory" in flags:
+        (pathlib.Path(flags["output-directory"]) / f"{home.name}.log").write_text(done.stdout)
+    else:
+        print(done.stdout, end="")
+    status = status or done.returncode
+sys.exit(status)
+"""
+
+# Answers from files in FOLDER; `get jobset` gives one line of `states` after the other.
+KUBECTL = """
+import os, pathlib, sys
+
+folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
+verb = sys.argv[1]
+if verb == "apply":
+    (folder / "applied.yaml").write_text(sys.stdin.read())
+elif verb == "get":
+    first, *rest = (folder / "states").read_text().split("\\n")
+    (folder / "states").write_text("\\n".join(rest))
+    print(first)
+elif verb == "logs":
+    print("the first host speaks")
+"""
+
+# Stands where the project's interpreter would: `-m launch.chain ...` ends as HOME/ends_with says.
+PYTHON = """
+import os, pathlib, signal, sys, time
+
+if sys.argv[1] == "-m" and sys.argv[2] == "launch.chain":
+    home = pathlib.Path(os.environ["HOME"])
+    signal.signal(signal.SIGTERM, lambda *_: (print("saving", flush=True), os._exit(75)))
+    print("chain with", *sys.argv[3:], flush=True)
+    while (home / "goes_on").exists():
+        time.sleep(0.05)
+    sys.exit(int((home / "ends_with").read_text()) if (home / "ends_with").exists() else 0)
+"""
+
+
+class Standins:
+    """A folder of stand-ins, and the calls that they saw."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._bin, self._calls = folder / "bin", folder / "calls.jsonl"
+        self._bin.mkdir(parents=True)
+
+    def add(self, name: str, code: str) -> Path:
+        record = f"""
+            import json, sys
+            with open({str(self._calls)!r}, "a") as f:
+                f.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+        """
+        path = self._bin / name
+        path.write_text(f"#!{sys.executable} -S\n{textwrap.dedent(record)}\n{code}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def environ(self, **more: str) -> dict[str, str]:
+        # No TPU here, whatever the machine that runs the tests has.
+        (self.folder / "sys").mkdir(exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if k not in ("TPU_NAME", "GKE_IMAGE")}
+        return kept | {
+            "PATH": f"{self._bin}:{os.environ['PATH']}",
+            "STANDIN_FOLDER": str(self.folder),
+            "SYSFS": str(self.folder / "sys"),
+            "RECONNECT_SECONDS": "0.1",
+            **more,
+        }
+
+    def calls(self, *start: str) -> list[list[str]]:
+        """Calls that begin with `start`."""
+        if not self._calls.exists():
+            return []
+        lines = [json.loads(line) for line in self._calls.read_text().splitlines()]
+        return [line for line in lines if line[: len(start)] == list(start)]
+
+    def run(
+        self, *command: str, seconds: float = 60, **environ: str
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self.environ(**environ),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )

@@ -1,0 +1,164 @@
+"""Training by several processes: the same numbers, one checkpoint, and a common end."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from data_prep import dataset
+from saber_jax import distributed
+from saber_jax.train import checkpoint
+from saber_jax.train.step import flatten
+from tests import synthetic
+from tests.processes import running
+
+pytestmark = pytest.mark.slow
+
+# One process compiles alone on two cores while the others wait.
+PATIENCE = 400
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, tokenizer):
+    """Built records of sixteen made-up clips, preference pairs for them, a compilation cache."""
+    out = tmp_path_factory.mktemp("records")
+    made = [synthetic.record(i, words=2) for i in range(16)]
+    dataset.write(out, {"train": made, "preference": made}, lambda record: record)
+    (out / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    with (out / "pairs.jsonl").open("w") as file:
+        for i in range(16):
+            pair = {"chosen": "[video_desc] calm red room", "rejected": f"[video_desc] {i} quiet"}
+            file.write(json.dumps({"clip_id": f"clip{i}", **pair}) + "\n")
+    return out
+
+
+def command(stage, records, root, mesh, **more):
+    """The command line of a run of ten steps of eight rows."""
+    data, fsdp, tensor = mesh
+    settings = {
+        "root": root,
+        "steps": 10,
+        "checkpoint_every": 4,
+        "log_every": 5,
+        "mesh.data": data,
+        "mesh.fsdp": fsdp,
+        "mesh.tensor": tensor,
+        "data.path": records,
+        "data.batch_rows": 8,
+        "data.length": 256,
+        "data.patches": 72,
+        "data.chunks": 1,
+        "data.segments": 1,
+        "data.targets": 128,
+        "compute.head_chunk": 128,
+    }
+    if stage == "cadpo":
+        settings |= {"data.pairs": records / "pairs.jsonl", "data.response": 64}
+    settings |= {key.replace("__", "."): value for key, value in more.items()}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["-m", "saber_jax.main", f"--config=configs/{stage}.py:tiny", *flags]
+
+
+def train(stage, records, root, *, count, mesh=(1, 8, 1), status=0):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(records / "compiled")}
+    with running(
+        command(stage, records, root, mesh), root / "logs", count=count, **cache
+    ) as processes:
+        statuses = processes.wait(PATIENCE)
+        assert statuses == [status] * count, processes.text()
+
+
+def metrics_of(root, stage):
+    lines = (root / stage / "metrics.jsonl").read_text().splitlines()
+    timing = ("seconds", "input_wait", "speed/")
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(timing)} for line in lines
+    ]
+
+
+def assert_same_run(got, expected, stage):
+    """Same numbers but for the order of floating-point sums."""
+    pairs = list(zip(metrics_of(got, stage), metrics_of(expected, stage), strict=True))
+    for ours, theirs in pairs:
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+    theirs = flatten(checkpoint.load_model(expected / stage)[0])
+    for name, leaf in flatten(checkpoint.load_model(got / stage)[0]).items():
+        np.testing.assert_allclose(leaf, theirs[name], atol=3e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(records, tmp_path_factory):
+    """Both stages by one process that holds all eight devices."""
+    root = tmp_path_factory.mktemp("alone")
+    for stage in ("sft", "cadpo"):
+        train(stage, records, root, count=1)
+    return root
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(2, (1, 8, 1)), (4, (2, 2, 2)), (4, (1, 1, 8))])
+def test_both_stages_equal_the_single_process_run(records, alone, tmp_path, count, mesh):
+    for stage in ("sft", "cadpo"):
+        train(stage, records, tmp_path, count=count, mesh=mesh)
+        assert_same_run(tmp_path, alone, stage)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, (1, 8, 1)), (4, (2, 2, 2))), ((4, (1, 4, 2)), (1, (8, 1, 1)))]
+)
+def test_a_preempted_run_saves_and_goes_on_with_other_processes_and_another_mesh(
+    records, alone, tmp_path, first, second
+):
+    (count, mesh), log = first, tmp_path / "sft" / "metrics.jsonl"
+    with running(
+        command("sft", records, tmp_path, mesh),
+        tmp_path / "logs",
+        count=count,
+        JAX_COMPILATION_CACHE_DIR=str(records / "compiled"),
+    ) as processes:
+        processes.wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2, PATIENCE)
+        processes.members[-1].send_signal(signal.SIGTERM)
+        statuses = processes.wait(60)
+        assert statuses == [distributed.PREEMPTED] * count, processes.text()
+        assert "and saved it. The same command goes on" in processes.logs[0].read_text()
+    done = len(metrics_of(tmp_path, "sft"))
+    assert done < 10
+    assert max(int(p.name) for p in (tmp_path / "sft/checkpoints").iterdir()) == done
+    train("sft", records, tmp_path, count=second[0], mesh=second[1])
+    assert_same_run(tmp_path, alone, "sft")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_one_process_vanishes_all_end_soon_and_the_restart_resumes(
+    records, alone, tmp_path, how
+):
+    log, heartbeat = tmp_path / "sft" / "metrics.jsonl", 10
+    with running(
+        command("sft", records, tmp_path, (1, 8, 1), heartbeat_seconds=heartbeat),
+        tmp_path / "logs",
+        count=2,
+        JAX_COMPILATION_CACHE_DIR=str(records / "compiled"),
+    ) as processes:
+        processes.wait_until(lambda: log.exists() and log.read_text().count("\n") >= 5, PATIENCE)
+        processes.members[1].send_signal(how)
+        began = time.monotonic()
+        status = processes.members[0].wait(4 * heartbeat)
+        assert status != 0 and time.monotonic() - began < 3 * heartbeat, processes.text()
+        if how == signal.SIGSTOP:  # Awake again, it must not go on alone.
+            processes.members[1].send_signal(signal.SIGCONT)
+            assert processes.members[1].wait(4 * heartbeat) != 0
+    train("sft", records, tmp_path, count=2)
+    assert "resuming sft at step 4" in (tmp_path / "logs/process0.log").read_text()
+    assert_same_run(tmp_path, alone, "sft")
+
+
+def test_an_error_in_one_process_ends_all(records, tmp_path):
+    with running(
+        command("sft", records, tmp_path, (1, 8, 1), data__length=128),
+        tmp_path / "logs",
+        count=2,
+    ) as processes:
+        statuses = processes.wait(60)
+        assert all(statuses), processes.text()
+        assert "larger than a row" in processes.logs[0].read_text()
