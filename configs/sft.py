@@ -73,7 +73,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if tiny else "bfloat16"
-    c.compute.remat = "none" if tiny else "layer"
+    c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
+    c.compute.kernel = "xla" if tiny else "splash"  # Attention: "xla" anywhere, "splash" on TPUs.
     c.compute.head_chunk = 256  # Targets whose logits exist at one time.
     c.compute.frame_patches = 36 if tiny else 640  # Most patches of one frame pair.
 

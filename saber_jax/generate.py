@@ -79,7 +79,7 @@ class Generator:
         if isinstance(placed, NamedSharding):
             self._rows = sharding.batch_sharding(placed.mesh)
             self._everywhere = sharding.replicated(placed.mesh)
-            shards = placed.mesh.shape["data"] * placed.mesh.shape["fsdp"]
+            shards = sharding.shards(sharding.BATCH_AXES, placed.mesh)
             batch_size = -(-batch_size // shards) * shards
         self._batch_size = batch_size
         self._budget = packing.Budget(length=0, patches=0, chunks=0, targets=0, segments=1)
@@ -267,7 +267,7 @@ def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int)
     shardings = None
     if jax.device_count() > 1:
         mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-        shardings = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)
+        shardings = saber.shardings(cfg, mesh)
     params = checkpoint.load_params(workdir, cfg, shardings)
     return Generator(
         params,

@@ -4,18 +4,23 @@ The strategy lives in the mesh's shape, not in the rules: (data=8, fsdp=1, tenso
 parallelism and (data=1, fsdp=8, tensor=1) is ZeRO-3, both under the one table below.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+# FSDP has one mesh axis per axis of the torus that the chips form. A gradient scattered along one
+# ring at a time is a reduce-scatter; along all of them at once it is a full all-reduce.
+FSDP = ("fsdp_z", "fsdp_y", "fsdp_x")
+BATCH_AXES = ("data", *FSDP)
+MESH_AXES = (*BATCH_AXES, "tensor")
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 # Logical axis of a parameter -> mesh axis. What is not named here is a mistake, not "replicated".
-AXIS_RULES: dict[str | None, str | None] = {
-    "embed": "fsdp",
+AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "embed": FSDP,
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -38,39 +43,79 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over `devices`, by default all there are; one size may be -1 and takes what is left.
 
-    Auto axes: under Explicit ones every FSDP all-gather would have to be written out by hand.
+    `fsdp` is spread along the axes of the TPU's torus. Auto axes: what is written out by hand is
+    written inside `jax.shard_map`, the rest is XLA's to partition.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) > 1:
-        raise ValueError(
-            f"At most one mesh axis can be -1, got {dict(zip(MESH_AXES, sizes, strict=True))}."
-        )
+        names = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        raise ValueError(f"At most one mesh axis can be -1, got {names}.")
     if -1 in sizes:
-        known = -int(np.prod(sizes))
+        known = -math.prod(sizes)
         sizes[sizes.index(-1)] = count // known if count % known == 0 else 0
-    if int(np.prod(sizes)) != count:
+    if math.prod(sizes) != count:
         raise ValueError(
             f"config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not fill "
             f"{count} devices. Make the product {count}, or set one axis to -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    data, fsdp, tensor = sizes
+    ordered = sorted(devices, key=_place)
+    shape = (data, *_along_torus(fsdp, _torus(ordered), tensor), tensor)
+    return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+
+
+def _place(device: jax.Device) -> tuple[int, ...]:
+    """Slices one after another, each in the order of its torus; other devices as they are numbered.
+
+    So the leading mesh axis is the one that leaves a slice.
+    """
+    coords = tuple(reversed(getattr(device, "coords", ())))
+    return (getattr(device, "slice_index", 0), *coords, device.id)
+
+
+def _torus(devices: Sequence[jax.Device]) -> tuple[int, int, int]:
+    """Extent of one slice along z, y and x; devices without a torus lie along x."""
+    if not hasattr(devices[0], "coords"):
+        return 1, 1, len(devices)
+    x, y, z = np.max([device.coords for device in devices], axis=0) + 1
+    return int(z), int(y), int(x)
+
+
+def _along_torus(fsdp: int, torus: tuple[int, int, int], tensor: int) -> tuple[int, int, int]:
+    """(z, y, x) with product `fsdp`: each axis takes what it can of one axis of the torus.
+
+    >>> _along_torus(256, (1, 16, 16), 1), _along_torus(8, (1, 16, 16), 1)
+    ((1, 16, 16), (1, 1, 8))
+    """
+    z, y, x = torus
+    parts = []
+    for extent in (x // math.gcd(x, tensor), y, z):
+        parts.append(math.gcd(fsdp, extent))
+        fsdp //= parts[-1]
+    parts[-1] *= fsdp
+    return parts[2], parts[1], parts[0]
 
 
 def parameter_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
 ) -> PartitionSpec:
-    """The rules for one parameter. A size that its mesh axis does not divide stays whole."""
-    spec: list[str | None] = []
+    """The rules for one parameter. A size that its mesh axes do not divide stays whole."""
+    spec: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         if axis not in AXIS_RULES:
             raise ValueError(
                 f"Logical axis {axis!r} is not in AXIS_RULES: {sorted(map(str, AXIS_RULES))}."
             )
         name = AXIS_RULES[axis]
-        usable = name is not None and name not in spec and size % mesh.shape[name] == 0
+        usable = name is not None and name not in spec and size % shards(name, mesh) == 0
         spec.append(name if usable else None)
     return PartitionSpec(*spec)
+
+
+def shards(axes: str | tuple[str, ...], mesh: Mesh) -> int:
+    """Into how many parts a dimension over these mesh axes is cut."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def parameter_shardings(axes: dict, abstract: dict, mesh: Mesh) -> dict:
@@ -89,7 +134,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_rows(rows: int, mesh: Mesh) -> int:
     """`rows`, rounded up to what gives every device equally many; the surplus stays empty."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = shards(BATCH_AXES, mesh)
     return -(-rows // shares) * shares
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from saber_jax.models.config import AudioConfig
 from saber_jax.models.layers import (
-    Remat,
     attend,
     constant,
     gelu,
@@ -28,6 +27,7 @@ from saber_jax.models.layers import (
 )
 from saber_jax.models.masks import Visibility, audio_chunk
 from saber_jax.models.positions import sinusoids
+from saber_jax.models.remat import Remat
 
 TAPS = 3
 

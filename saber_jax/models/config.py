@@ -38,6 +38,11 @@ class VisionConfig:
         return self.width // self.heads
 
     @property
+    def window_patches(self) -> int:
+        """Most patches of one window."""
+        return (self.window // self.patch) ** 2
+
+    @property
     def patch_values(self) -> int:
         """Numbers in one patch: RGB x frames x rows x columns."""
         return 3 * self.temporal_patch * self.patch**2

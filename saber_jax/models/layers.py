@@ -6,17 +6,19 @@ H head dim   P patches.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from saber_jax.models import kernels
+from saber_jax.models.kernels import Kernel
 from saber_jax.models.lora import Adapted
 from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
-
-Remat = Literal["none", "layer"]
+from saber_jax.models.remat import ATTENTION, INPUT, QKV, Remat, named, rematerialised
+from saber_jax.models.shards import whole
 
 MASKED = -1e30  # Finite: minus infinity makes a row that sees nothing NaN.
 
@@ -56,7 +58,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 def project(equation: str, x: Array, w: nnx.Param | Adapted, b: nnx.Param | None = None) -> Array:
     """An einsum of activations and a weight, plus a bias over the trailing dimensions."""
-    y = w.project(equation, x) if isinstance(w, Adapted) else jnp.einsum(equation, x, w[...])
+    y = w.project(equation, x) if isinstance(w, Adapted) else jnp.einsum(equation, x, whole(w))
     return y if b is None else y + jnp.broadcast_to(b[...], y.shape)
 
 
@@ -88,12 +90,19 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     visible: Visibility,
+    kernel: Kernel = "xla",
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in float32; query head n reads kv head n // (N / K).
 
-    The heads that share a kv head are laid side by side, so that both products are plain batched
+    Any other `kernel` than "xla" takes masks.packed_text only, see models/kernels.py. In XLA's form
+    the heads that share a kv head are laid side by side, so that both products are plain batched
     matrix products, and the sum divides the output instead of the [T, S] weights.
     """
+    q, k, v = named((q, k, v), QKV)
+    if kernel != "xla":
+        return kernels.packed(
+            q, k, v, visible.query_segments, response=visible.response, kernel=kernel
+        )
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -107,7 +116,7 @@ def attend(
     total = weights.sum(-1).reshape(batch, kv_heads, group * length, 1)
     weights = weights.reshape(batch, kv_heads, group * length, -1).astype(v.dtype)
     out = jnp.matmul(weights, values, preferred_element_type=jnp.float32) / total
-    out = out.astype(v.dtype).reshape(batch, kv_heads, group, length, head_dim)
+    out = named(out.astype(v.dtype), ATTENTION).reshape(batch, kv_heads, group, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -133,11 +142,15 @@ def attend_nearby(
     v: Float[Array, "B P K H"],
     segments: Int[Array, "B P"],
     block: int,
+    kernel: Kernel = "xla",
 ) -> Float[Array, "B P N H"]:
     """Attention inside segments of at most `block` positions, in time linear in P.
 
-    Queries are cut into blocks, and each block is compared with three blocks of keys.
+    In XLA's form queries are cut into blocks, each compared with three blocks of keys.
     """
+    if kernel != "xla":
+        q, k, v = named((q, k, v), QKV)
+        return kernels.nearby(q, k, v, segments, reach=block, kernel=kernel)
     batch, length = segments.shape
     pad = -length % block
 
@@ -158,14 +171,9 @@ def attend_nearby(
 
 
 def scan_layers(layer: Callable, carry: Any, xs: Any, *, remat: Remat) -> tuple[Any, Any]:
-    """`jax.lax.scan` over stacked layers; "layer" keeps only each layer's input for the backward.
+    """`jax.lax.scan` over stacked layers, which keep for the backward pass what `remat` says."""
 
-    Raises ValueError for another `remat`.
-    """
-    if remat not in ("none", "layer"):
-        raise ValueError(f'remat must be "none" or "layer", got {remat!r}.')
-    if remat == "layer":
-        # A scan body is never merged with its own recomputation, so the barrier that
-        # prevent_cse adds would cost without protecting anything.
-        layer = jax.checkpoint(layer, prevent_cse=False)
-    return jax.lax.scan(layer, carry, xs)
+    def body(carry, x):
+        return layer(named(carry, INPUT), x)
+
+    return jax.lax.scan(rematerialised(body, remat), carry, xs)

@@ -28,6 +28,7 @@ class Visibility:
     query_branch: Int[Array, "B T"] | None = None
     key_branch: Int[Array, "B S"] | None = None
     causal: bool = False
+    response: int = 0  # Where branches stand: 1 and 2 in the last two regions of this many slots.
 
     def dense(self) -> Bool[Array, "B T S"]:
         """The mask as an array."""
@@ -42,8 +43,12 @@ class Visibility:
         return mask
 
 
-def packed_text(segments: Int[Array, "B L"], branch: Int[Array, "B L"]) -> Visibility:
+def packed_text(
+    segments: Int[Array, "B L"], branch: Int[Array, "B L"], *, response: int = 0
+) -> Visibility:
     """Causal attention over packed examples whose responses share one prefix.
+
+    A TPU kernel needs to be told where branches stand, `response`; XLA reads it from `branch`.
 
     A preference pair (prefix `a b`, chosen `c d`, rejected `e f`), then another example, padding:
 
@@ -68,6 +73,7 @@ def packed_text(segments: Int[Array, "B L"], branch: Int[Array, "B L"]) -> Visib
         query_branch=branch,
         key_branch=branch,
         causal=True,
+        response=response,
     )
 
 

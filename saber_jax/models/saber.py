@@ -11,14 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from saber_jax import sharding
 from saber_jax.models import lora
 from saber_jax.models.audio import Audio
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.layers import Remat
+from saber_jax.models.kernels import Kernel
 from saber_jax.models.masks import packed_text
+from saber_jax.models.remat import Remat
+from saber_jax.models.shards import lookup, mark, whole
 from saber_jax.models.text import Cache, Text
 from saber_jax.models.vision import Vision
 
@@ -80,12 +84,17 @@ def merge_lora(params: Params, cfg: SaberConfig) -> Params:
 def abstract(cfg: SaberConfig) -> Params:
     """The tree of `init`, with jax.ShapeDtypeStruct leaves and no memory behind them."""
     params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _params(_blank(cfg))
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _params(_blank(cfg, None))
     )
     if cfg.lora is None:
         return params
     adapters = lora.tree(_plan(cfg), lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     return params | {lora.ADAPTERS: adapters}
+
+
+def shardings(cfg: SaberConfig, mesh: Mesh) -> Params:
+    """The tree of `init`, with a NamedSharding per parameter."""
+    return sharding.parameter_shardings(axes(cfg), abstract(cfg), mesh)
 
 
 def axes(cfg: SaberConfig) -> Params:
@@ -99,11 +108,16 @@ def axes(cfg: SaberConfig) -> Params:
         names = variable.get_metadata("axes")
         return ("layers",) * (variable.ndim - len(names)) + names
 
-    state = nnx.state(_blank(cfg), nnx.Param)
+    state = nnx.state(_blank(cfg, None), nnx.Param)
     names = nnx.to_pure_dict(jax.tree.map(named, state, is_leaf=_is_param))
     if cfg.lora is None:
         return names
     return names | {lora.ADAPTERS: lora.tree(_plan(cfg), lambda leaf: leaf.axes)}
+
+
+def specs(cfg: SaberConfig, mesh: Mesh) -> Params:
+    """The tree of `init`, with a PartitionSpec per parameter."""
+    return jax.tree.map(lambda place: place.spec, shardings(cfg, mesh))
 
 
 def hidden(
@@ -114,17 +128,31 @@ def hidden(
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     max_frame_patches: int | None = None,
+    kernel: Kernel = "xla",
+    response: int = 0,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B L D"]:
     """Hidden states after the final norm, in `dtype`.
 
-    `max_frame_patches` is the most patches that any one frame of the batch has; given it, the
-    vision tower's attention costs time linear in the patch budget instead of quadratic.
+    With `mesh`, this is the part of one device inside `jax.shard_map` over it: its rows, and its
+    shards of the parameters. `max_frame_patches` is the most patches that any
+    one frame of the batch has; given it, the vision tower's attention costs time linear in the
+    patch budget instead of quadratic. Other kernels than XLA's need `response`, the length of each
+    of the two response regions of a row.
     """
-    model = _bind(params, cfg, dtype)
-    x = _embed(model, batch, cfg, dtype, remat, max_frame_patches)
+    model = _bind(params, cfg, dtype, mesh)
+    x = _embed(model, batch, cfg, dtype, remat, max_frame_patches, kernel)
     with jax.named_scope("text"):
-        visible = packed_text(batch["segments"], batch["branch"])
-        return model.text(x, batch["positions"], visible, cfg.text, remat=remat)
+        visible = packed_text(batch["segments"], batch["branch"], response=response)
+        positions = batch["positions"]
+        return model.text(x, positions, visible, cfg.text, remat=remat, kernel=kernel)
+
+
+def head(
+    params: Params, cfg: SaberConfig, *, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Float[Array, "D V"]:
+    """The vocabulary projection, whole; `mesh` as in `hidden`."""
+    return whole(_bind(params, cfg, dtype, mesh).text.lm_head)
 
 
 def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -217,9 +245,12 @@ def _params(model: Saber) -> Params:
 
 
 @functools.lru_cache(maxsize=8)
-def _blank(cfg: SaberConfig) -> Saber:
-    """The network without values and adapters."""
-    return nnx.eval_shape(lambda: Saber(cfg, rngs=nnx.Rngs(0)))
+def _blank(cfg: SaberConfig, mesh: Mesh | None) -> Saber:
+    """The network without values and adapters; its parameters know how `mesh` shards them."""
+    model = nnx.eval_shape(lambda: Saber(cfg, rngs=nnx.Rngs(0)))
+    if mesh is not None:
+        mark(model, mesh)
+    return model
 
 
 @functools.lru_cache(maxsize=8)
@@ -227,7 +258,7 @@ def _plan(cfg: SaberConfig) -> dict[str, dict[str, lora.Leaf]]:
     """Every adapter of `cfg.lora`, by the name of its weight."""
     if cfg.lora is None:
         raise ValueError("This model has no adapters: its config has lora=None.")
-    state = nnx.state(_blank(dataclasses.replace(cfg, lora=None)), nnx.Param)
+    state = nnx.state(_blank(dataclasses.replace(cfg, lora=None), None), nnx.Param)
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_param)
     return lora.plan({"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}, cfg.lora)
 
@@ -242,22 +273,30 @@ def _at(tree: Params, name: str) -> Any:
     return tree
 
 
-def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike) -> Saber:
+def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> Saber:
     """The network with these values, cast to `dtype`.
 
     Cast as a whole rather than layer by layer: sharded parameters are then gathered in `dtype`,
     half the traffic of float32 for bfloat16.
     """
     adapted = cfg.lora is not None and lora.ADAPTERS in params
-    expected = abstract(cfg if adapted else dataclasses.replace(cfg, lora=None))
+    cfg = cfg if adapted else dataclasses.replace(cfg, lora=None)
+    expected = abstract(cfg)
+    if mesh is not None:
+        expected = jax.tree.map(_local, expected, shardings(cfg, mesh))
     if problems := _differences(expected, params, dtypes=False):
         raise ValueError(_report(problems))
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    model = nnx.merge(nnx.split(_blank(cfg))[0], without_lora(cast))
-    if cfg.lora is not None and adapted:
-        for name in _plan(cfg):
-            lora.attach(model, name, _at(cast[lora.ADAPTERS], name), cfg.lora.scale)
+    model = nnx.merge(nnx.split(_blank(cfg, mesh))[0], without_lora(cast))
+    if cfg.lora is not None:
+        for name, leaves in _plan(cfg).items():
+            lora.attach(model, name, _at(cast[lora.ADAPTERS], name), leaves, cfg.lora.scale, mesh)
     return model
+
+
+def _local(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    """What one device keeps of a parameter."""
+    return jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype)
 
 
 def _embed(
@@ -267,10 +306,11 @@ def _embed(
     dtype: DTypeLike,
     remat: Remat,
     max_frame_patches: int | None,
+    kernel: Kernel = "xla",
 ) -> Float[Array, "B L D"]:
     """One vector per slot: the token's own, or the row of the media that it stands for."""
     with jax.named_scope("embed"):
-        words = model.text.embed[batch["tokens"]]
+        words = lookup(model.text.embed, batch["tokens"])
     media = []
     if batch["patches"].shape[1]:
         with jax.named_scope("vision"):
@@ -284,6 +324,7 @@ def _embed(
                     dtype=dtype,
                     remat=remat,
                     max_frame_patches=max_frame_patches,
+                    kernel=kernel,
                 )
             )
     if batch["mel"].shape[1]:

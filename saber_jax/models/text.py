@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from saber_jax.models.config import TextConfig
+from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
-    Remat,
     attend,
     attend_cached,
     constant,
@@ -27,6 +27,7 @@ from saber_jax.models.layers import (
 )
 from saber_jax.models.masks import Visibility, cached_text
 from saber_jax.models.positions import Rotary, rotate, text_rotary
+from saber_jax.models.remat import MLP, Remat, named
 
 
 class Cache(TypedDict):
@@ -73,8 +74,9 @@ class GatedMlp(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate = jax.nn.silu(project("BLD,DF->BLF", x, self.w_gate))
-        return project("BLF,FD->BLD", gate * project("BLD,DF->BLF", x, self.w_up), self.w_down)
+        gate = named(project("BLD,DF->BLF", x, self.w_gate), MLP)
+        up = named(project("BLD,DF->BLF", x, self.w_up), MLP)
+        return project("BLF,FD->BLD", jax.nn.silu(gate) * up, self.w_down)
 
 
 class Block(nnx.Module):
@@ -87,12 +89,18 @@ class Block(nnx.Module):
         self.mlp = GatedMlp(cfg, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B L D"], visible: Visibility, rotary: Rotary, *, eps: float
+        self,
+        x: Float[Array, "B L D"],
+        visible: Visibility,
+        rotary: Rotary,
+        *,
+        eps: float,
+        kernel: Kernel = "xla",
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
         """The layer's output, and its keys and values for a cache."""
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
-            x = x + self.attn.out(attend(q, k, v, visible))
+            x = x + self.attn.out(attend(q, k, v, visible, kernel))
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm, eps))
         return x, (k, v)
@@ -137,12 +145,13 @@ class Text(nnx.Module):
         cfg: TextConfig,
         *,
         remat: Remat = "none",
+        kernel: Kernel = "xla",
     ) -> Float[Array, "B L D"]:
         """Hidden states after the final norm."""
         rotary = self._rotary(positions, cfg, x.dtype)
 
         def layer(x, block):
-            return block(x, visible, rotary, eps=cfg.norm_eps)[0], None
+            return block(x, visible, rotary, eps=cfg.norm_eps, kernel=kernel)[0], None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, self.blocks, remat=remat)

@@ -7,6 +7,9 @@ Axis letters: B batch   P patches   U units of 2 x 2 patches   X pixels of a pat
 F mlp width   N heads   H head dim   C merged width   O width of the text tower.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from saber_jax.models.config import VisionConfig
+from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
-    Remat,
     attend,
     attend_nearby,
     constant,
@@ -29,6 +32,7 @@ from saber_jax.models.layers import (
 )
 from saber_jax.models.masks import same_segment
 from saber_jax.models.positions import Rotary, rotate, vision_rotary
+from saber_jax.models.remat import MLP, Remat, named
 
 # Red, green, blue of the CLIP training images, which the released tower was trained with.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -52,18 +56,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B P D"],
-        segments: Int[Array, "B P"],
         rotary: Rotary,
-        block: int | None,
+        look: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B P D"]:
         q = rotate(project("BPD,DNH->BPNH", x, self.w_q, self.b_q), rotary)
         k = rotate(project("BPD,DNH->BPNH", x, self.w_k, self.b_k), rotary)
         v = project("BPD,DNH->BPNH", x, self.w_v, self.b_v)
-        if block is None:
-            out = attend(q, k, v, same_segment(segments))
-        else:
-            out = attend_nearby(q, k, v, segments, block)
-        return project("BPNH,NHD->BPD", out, self.w_o, self.b_o)
+        return project("BPNH,NHD->BPD", look(q, k, v), self.w_o, self.b_o)
 
 
 class Mlp(nnx.Module):
@@ -79,9 +78,9 @@ class Mlp(nnx.Module):
         self.b_down = constant(0.0, (d,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        gate = jax.nn.silu(project("BPD,DF->BPF", x, self.w_gate, self.b_gate))
-        up = project("BPD,DF->BPF", x, self.w_up, self.b_up)
-        return project("BPF,FD->BPD", gate * up, self.w_down, self.b_down)
+        gate = named(project("BPD,DF->BPF", x, self.w_gate, self.b_gate), MLP)
+        up = named(project("BPD,DF->BPF", x, self.w_up, self.b_up), MLP)
+        return project("BPF,FD->BPD", jax.nn.silu(gate) * up, self.w_down, self.b_down)
 
 
 class Block(nnx.Module):
@@ -96,13 +95,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B P D"],
-        segments: Int[Array, "B P"],
         rotary: Rotary,
+        look: Callable[[Array, Array, Array], Array],
         *,
         eps: float,
-        block: int | None,
     ) -> Float[Array, "B P D"]:
-        x = x + self.attn(rms_norm(x, self.attn_norm, eps), segments, rotary, block)
+        x = x + self.attn(rms_norm(x, self.attn_norm, eps), rotary, look)
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
 
 
@@ -118,7 +116,7 @@ class Merger(nnx.Module):
         self.b_out = constant(0.0, (cfg.out_width,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"], *, eps: float) -> Float[Array, "B U O"]:
-        x = rms_norm(x, self.norm, eps).reshape(x.shape[0], -1, self.w_in.shape[0])
+        x = rms_norm(x, self.norm, eps).reshape(x.shape[0], -1, self.b_in.shape[0])
         x = gelu(project("BUC,CF->BUF", x, self.w_in, self.b_in))
         return project("BUF,FO->BUO", x, self.w_out, self.b_out)
 
@@ -144,24 +142,23 @@ class Vision(nnx.Module):
         dtype: DTypeLike,
         remat: Remat = "none",
         max_frame_patches: int | None = None,
+        kernel: Kernel = "xla",
     ) -> Float[Array, "B U O"]:
         """Units in tower order; rows of padding (`frame` 0) are zeros.
 
         `max_frame_patches` promises that no frame has more patches, which makes attention local;
         a longer frame would lose far keys.
         """
-        length = patches.shape[1]
-        # Three blocks of keys that cover everything are no cheaper than everything.
-        local = max_frame_patches is not None and 3 * max_frame_patches < length
-        block = max_frame_patches if local else None
+        look = functools.partial(
+            _look, window=window, frame=frame, cfg=cfg, reach=max_frame_patches, kernel=kernel
+        )
         rotary = vision_rotary(patch_hw, head_dim=cfg.head_dim)
         with jax.named_scope("patches"):
             x = project("BPX,XD->BPD", normalize(patches).astype(dtype), self.w_patch)
 
         def layer(x, inputs):
-            layer_block, full = inputs
-            segments = jnp.where(full, frame, window)
-            return layer_block(x, segments, rotary, eps=cfg.norm_eps, block=block), None
+            block, full = inputs
+            return block(x, rotary, functools.partial(look, full=full), eps=cfg.norm_eps), None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, (self.blocks, full_attention(cfg)), remat=remat)
@@ -169,6 +166,33 @@ class Vision(nnx.Module):
             units = self.merger(x, eps=cfg.norm_eps)
         real = frame[:, :: cfg.merge**2, None] > 0
         return jnp.where(real, units, jnp.zeros_like(units))
+
+
+def _look(
+    q: Float[Array, "B P N H"],
+    k: Float[Array, "B P N H"],
+    v: Float[Array, "B P N H"],
+    *,
+    full: Bool[Array, ""],
+    window: Int[Array, "B P"],
+    frame: Int[Array, "B P"],
+    cfg: VisionConfig,
+    reach: int | None,
+    kernel: Kernel,
+) -> Float[Array, "B P N H"]:
+    """Attention inside frames where `full`, else inside windows."""
+    length = q.shape[1]
+    if kernel != "xla":
+        return jax.lax.cond(
+            full,
+            lambda: attend_nearby(q, k, v, frame, min(reach or length, length), kernel),
+            lambda: attend_nearby(q, k, v, window, min(cfg.window_patches, length), kernel),
+        )
+    segments = jnp.where(full, frame, window)
+    # Three blocks of keys that cover everything are no cheaper than everything.
+    if reach is None or 3 * reach >= length:
+        return attend(q, k, v, same_segment(segments))
+    return attend_nearby(q, k, v, segments, reach)
 
 
 def full_attention(cfg: VisionConfig) -> Bool[np.ndarray, " layers"]:

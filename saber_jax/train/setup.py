@@ -82,7 +82,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
     patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
     return Setup(
         cfg=cfg,
-        compute=Compute(**config.compute),
+        compute=_compute(config, mesh),
         tx=tx,
         mesh=mesh,
         trainable=patterns,
@@ -103,6 +103,18 @@ def network(config: ConfigDict) -> SaberConfig:
     return dataclasses.replace(cfg, lora=lora)
 
 
+def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
+    by_hand = mesh.shape["tensor"] == 1
+    if not by_hand and config.compute.kernel != "xla":
+        raise ValueError(
+            f"config.compute.kernel={config.compute.kernel!r} needs config.mesh.tensor=1, got "
+            f"{mesh.shape['tensor']}: a TPU kernel is written for one device, and tensor "
+            "parallelism is left to XLA. Set tensor to 1, or the kernel to 'xla'."
+        )
+    response = config.data.response
+    return Compute(**config.compute, response=response, mesh=mesh if by_hand else None)
+
+
 def budget(config: ConfigDict) -> Budget:
     """The static shape of one row."""
     return Budget(**{field.name: config.data[field.name] for field in dataclasses.fields(Budget)})
@@ -111,9 +123,8 @@ def budget(config: ConfigDict) -> Budget:
 def _abstract_state(
     cfg: SaberConfig, tx: optax.GradientTransformation, patterns: tuple[str, ...], mesh: Mesh
 ) -> TrainState:
-    abstract = saber.abstract(cfg)
-    shardings = sharding.parameter_shardings(saber.axes(cfg), abstract, mesh)
-    trainable, frozen = partition(_placed(abstract, shardings), patterns)
+    params = _placed(saber.abstract(cfg), saber.shardings(cfg, mesh))
+    trainable, frozen = partition(params, patterns)
     opt_shardings = optimizer_lib.optimizer_shardings(tx, trainable, _shardings(trainable), mesh)
     opt_state = _placed(jax.eval_shape(tx.init, trainable), opt_shardings)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))

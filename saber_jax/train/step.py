@@ -5,16 +5,21 @@ Pure functions of a state and a batch; the caller jits them, donating the state.
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from saber_jax import sharding
 from saber_jax.data.records import FIELDS
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.models.kernels import Kernel
+from saber_jax.models.remat import Remat
 from saber_jax.train import losses
 
 Batch = dict[str, Array]
@@ -42,13 +47,17 @@ class Compute:
 
     `head_chunk` targets at a time go through the vocabulary projection, so that logits of a whole
     row never exist; `frame_patches` bounds the patches of one frame pair, which is what lets the
-    vision tower's attention stay local.
+    vision tower's attention stay local; `response` is the budget's. With a `mesh`, rows and weights
+    are spread over it by hand, see models/shards.py; without one XLA partitions everything.
     """
 
     dtype: str
-    remat: str
+    remat: Remat
     head_chunk: int
     frame_patches: int
+    kernel: Kernel = "xla"
+    response: int = 0
+    mesh: Mesh | None = None
 
 
 def flatten(params: dict) -> dict[str, Array]:
@@ -91,13 +100,32 @@ def target_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Float[Array, "B T"]:
     """log pi(target | everything its slot sees), float32; 0 for padding targets."""
+    rows = functools.partial(_rows_log_probs, cfg=cfg, compute=compute)
+    if compute.mesh is None:
+        return rows(params, batch)
+    return jax.shard_map(
+        rows,
+        mesh=compute.mesh,
+        in_specs=(saber.specs(cfg, compute.mesh), sharding.BATCH_SPEC),
+        out_specs=sharding.BATCH_SPEC,
+        check_vma=False,
+    )(params, batch)
+
+
+def _rows_log_probs(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> Float[Array, "B T"]:
+    dtype = jnp.dtype(compute.dtype)
     hidden = saber.hidden(
         params,
         batch,
         cfg,
-        dtype=jnp.dtype(compute.dtype),
+        dtype=dtype,
         remat=compute.remat,
         max_frame_patches=compute.frame_patches,
+        kernel=compute.kernel,
+        response=compute.response,
+        mesh=compute.mesh,
     )
     hidden = jnp.take_along_axis(hidden, batch["target_source"][..., None], axis=1)
     rows, targets = batch["target_tokens"].shape
@@ -108,7 +136,7 @@ def target_log_probs(
     @jax.checkpoint
     def chunk_log_probs(_, xs):
         hidden, tokens = xs
-        logits = saber.logits(params, hidden)
+        logits = jnp.einsum("BCD,DV->BCV", hidden, head, preferred_element_type=jnp.float32)
         picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         return None, picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -116,6 +144,7 @@ def target_log_probs(
         return jnp.moveaxis(x.reshape(rows, targets // chunk, chunk, *x.shape[2:]), 1, 0)
 
     with jax.named_scope("head"):
+        head = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
         xs = (split(hidden), split(batch["target_tokens"]))
         _, log_probs = jax.lax.scan(chunk_log_probs, None, xs)
         log_probs = jnp.moveaxis(log_probs, 0, 1).reshape(rows, targets)

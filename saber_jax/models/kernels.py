@@ -1,0 +1,165 @@
+"""Attention on TPUs: the Pallas splash kernel under our masks, forward and backward.
+
+Scores never leave the chip's vector memory, and blocks of keys that no query of a block may see are
+never computed. A kernel is written for one device, so it belongs inside `jax.shard_map`.
+
+Axis letters: B batch   T positions   N heads   K kv heads   H head dim.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jaxtyping import Array, Float, Int
+
+from saber_jax.models.remat import ATTENTION
+
+Kernel = Literal["xla", "splash", "splash_interpret"]
+
+LANES = 128  # Width of a TPU's vector registers: head dims and blocks come in multiples of it.
+LONGEST_BLOCK = 512
+
+
+class PackedMask(splash_mask._ComputableMask):
+    """Causal; the second of two response regions, which end the row, does not see the first.
+
+    masks.packed_text without the comparison of segments, which the kernel does itself. Drawn for
+    length 6 with responses of 2:
+
+        sees    0 1 2 3 4 5
+        0       x
+        1       x x
+        2       x x x
+        3       x x x x
+        4       x x     x
+        5       x x     x x
+    """
+
+    def __init__(self, length: int, response: int):
+        self.key = (length, response)
+        chosen, rejected = length - 2 * response, length - response
+
+        def visible(q, k):
+            if not response:
+                return q >= k
+            return (q >= k) & ((q < rejected) | (k < chosen) | (k >= rejected))
+
+        super().__init__(shape=(length, length), mask_function=visible)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedMask) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.key))
+
+
+class NearbyMask(splash_mask._ComputableMask):
+    """Positions less than `reach` apart: all that a segment of at most `reach` can hold.
+
+    Length 5, reach 2:
+
+        sees    0 1 2 3 4
+        0       x x
+        1       x x x
+        2         x x x
+        3           x x x
+        4             x x
+    """
+
+    def __init__(self, length: int, reach: int):
+        self.key = (length, reach)
+
+        def visible(q, k):
+            return (q - k < reach) & (k - q < reach)
+
+        super().__init__(shape=(length, length), mask_function=visible)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NearbyMask) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.key))
+
+
+def packed(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    *,
+    response: int,
+    kernel: Kernel,
+) -> Float[Array, "B T N H"]:
+    """masks.packed_text, for rows that end in two regions of `response` slots (0: there are none).
+
+    Slots of segment 0 come out finite and meaningless.
+    """
+    length = q.shape[1] + -q.shape[1] % LANES
+    if response and length != q.shape[1]:
+        raise ValueError(
+            f"Rows of preference pairs must be a multiple of {LANES} slots for the TPU kernel, got "
+            f"{q.shape[1]}. Change config.data.length or config.data.response."
+        )
+    return _attend(q, k, v, segments, PackedMask(length, response), _block(length), kernel)
+
+
+def nearby(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    segments: Int[Array, "B T"],
+    *,
+    reach: int,
+    kernel: Kernel,
+) -> Float[Array, "B T N H"]:
+    """masks.same_segment, for segments of at most `reach` neighbouring positions."""
+    length = q.shape[1] + -q.shape[1] % LANES
+    block = min(_block(length), max(LANES, 1 << (reach - 1).bit_length()))
+    return _attend(q, k, v, segments, NearbyMask(length, reach), block, kernel)
+
+
+def _block(length: int) -> int:
+    """The longest block of queries and keys that divides a length which is a multiple of LANES."""
+    return max(b for b in range(LANES, LONGEST_BLOCK + 1, LANES) if length % b == 0)
+
+
+def _attend(q, k, v, segments, mask, block: int, kernel: Kernel) -> Float[Array, "B T N H"]:
+    length, head_dim = q.shape[1], q.shape[3]
+    # Zeros add nothing to a score, and what they add to the output is cut off.
+    features = -head_dim % LANES
+    slots = mask.shape[0] - length
+
+    def heads_first(x):
+        return jnp.pad(x, [(0, 0), (0, slots), (0, 0), (0, features)]).swapaxes(1, 2)
+
+    ids = jnp.pad(segments, [(0, 0), (0, slots)])
+    run = _splash(mask, q.shape[2], block, kernel == "splash_interpret")
+    out = jax.vmap(lambda q, k, v, s: run(q, k, v, segment_ids=splash.SegmentIds(q=s, kv=s)))(
+        heads_first(q * head_dim**-0.5), heads_first(k), heads_first(v), ids
+    )
+    return out.swapaxes(1, 2)[:, :length, :, :head_dim]
+
+
+@functools.lru_cache(maxsize=32)
+def _splash(mask, heads: int, block: int, interpret: bool) -> splash.SplashAttentionKernel:
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    # Made outside of any trace: what it holds is constant, and it is kept from call to call.
+    with jax.ensure_compile_time_eval():
+        made = splash.make_splash_mha_single_device(
+            splash_mask.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
+        )
+    return jax.tree.map(np.asarray, made)

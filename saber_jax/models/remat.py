@@ -1,0 +1,53 @@
+"""What a layer keeps for its backward pass, and what it computes again: policies by name.
+
+From least memory to least computation. B L D is a layer's input; GiB are what one text layer of the
+7b size keeps for 8192 tokens in bfloat16.
+"""
+
+from typing import Literal, get_args
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+Remat = Literal["layer_offload", "layer", "qkv_offload", "qkv", "attention", "matmuls", "none"]
+
+# Names that layers give to what they compute, see `named`.
+INPUT = "layer_input"
+QKV = "qkv"  # Rotated queries and keys, and values.
+ATTENTION = "attention_output"  # The kernel's output and log-sum-exp.
+MLP = "mlp"  # Gate and up projections.
+
+named = checkpoint_name
+
+_KEPT: dict[str, tuple[str, ...]] = {
+    "layer": (),  # 0.05: the input alone.
+    "qkv": (QKV,),  # 0.12: not the projections before the attention kernel.
+    "attention": (QKV, ATTENTION),  # 0.18: nor the kernel.
+    "matmuls": (QKV, ATTENTION, MLP),  # 0.75: nor the two wide products.
+}
+# What goes to the host's memory and comes back for the backward pass.
+_OFFLOADED: dict[str, tuple[str, ...]] = {
+    "layer_offload": (INPUT,),
+    "qkv_offload": (INPUT, QKV, ATTENTION),
+}
+
+
+def rematerialised(layer, remat: Remat):
+    """`layer`, a scan body, under a policy. Raises ValueError for a name that is not one."""
+    if remat == "none":
+        return layer
+    if remat in _OFFLOADED:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(_OFFLOADED[remat]),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif remat in _KEPT:
+        policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    else:
+        names = ", ".join(map(repr, get_args(Remat)))
+        raise ValueError(f"config.compute.remat must be one of {names}; got {remat!r}.")
+    # A scan body is never merged with its own recomputation, so the barrier that prevent_cse adds
+    # would cost without protecting anything.
+    return jax.checkpoint(layer, prevent_cse=False, policy=policy)

@@ -1,0 +1,61 @@
+"""Weights that are kept as shards and gathered where they are used: FSDP inside `jax.shard_map`.
+
+There the network is written for the rows of one device, and a weight is what that device keeps of
+it. Left to XLA's partitioner, every device would sum whole gradients and then cut out its part. The
+transpose of a gather over one ring of the torus at a time is a reduce-scatter over that ring: half
+the traffic.
+
+Axis letters: V vocabulary   D width   B rows of one device   L length.
+"""
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from saber_jax import sharding
+
+SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, mesh axes), or nothing.
+
+
+def mark(module: nnx.Module, mesh: Mesh) -> None:
+    """Writes into every parameter how `mesh` shards it; its shape is still that of the whole."""
+    for _, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Param):
+            variable.set_metadata(SHARDS, _shards(variable, mesh))
+
+
+def _shards(variable: nnx.Param, mesh: Mesh) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    names = variable.get_metadata("axes")
+    names = ("layers",) * (variable.ndim - len(names)) + names
+    spec = sharding.parameter_spec(names, variable.shape, mesh)
+    return tuple(
+        (dimension - variable.ndim, tuple(axis for axis in axes if mesh.shape[axis] > 1))
+        for dimension, axes in enumerate(spec)
+        if axes == sharding.FSDP and sharding.shards(axes, mesh) > 1
+    )
+
+
+def whole(weight: nnx.Param) -> Array:
+    """The weight, gathered from the devices that share it; the innermost ring comes first."""
+    value = weight[...]
+    for dimension, axes in weight.get_metadata(SHARDS, ()):
+        for axis in reversed(axes):
+            value = jax.lax.all_gather(value, axis, axis=value.ndim + dimension, tiled=True)
+    return value
+
+
+def lookup(table: nnx.Param, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Rows of a [V, D] table of which each device keeps some columns.
+
+    Along the outermost ring it is not the table that travels but ids and the vectors found: each
+    device looks up its columns of everybody's ids. That is a vector a token instead of the table.
+    """
+    value, kept = table[...], table.get_metadata(SHARDS, ())
+    if not kept:
+        return value[ids]
+    ((dimension, (ring, *inner)),) = kept
+    for axis in reversed(inner):
+        value = jax.lax.all_gather(value, axis, axis=value.ndim + dimension, tiled=True)
+    everybodys = jax.lax.all_gather(ids, ring, axis=0, tiled=True)
+    return jax.lax.all_to_all(value[everybodys], ring, split_axis=0, concat_axis=2, tiled=True)
