@@ -168,6 +168,7 @@ def test_sharded_step_equals_the_step_on_one_device(cfg, params, tokenizer, axis
     assert float(metrics["grad_norm"]) == pytest.approx(
         float(expected_metrics["grad_norm"]), rel=1e-5
     )
-    for name, leaf in got.trainable.items():
-        if "/w_" in name:
-            assert not leaf.sharding.is_fully_replicated, name
+    for name, place in flatten(shardings).items():
+        assert axis == "tensor" or got.trainable[name].sharding.is_equivalent_to(
+            place, got.trainable[name].ndim
+        ), name

@@ -1,0 +1,1 @@
+"""What the TPU compiler says about a config, on a machine without a TPU."""

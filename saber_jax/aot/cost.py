@@ -1,0 +1,284 @@
+"""What one step costs one device: operations, bytes and collectives, from the compiled module."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from saber_jax.aot import hlo
+
+TOWERS = ("vision", "audio", "text", "head", "embed", "merge", "optimizer")
+COLLECTIVES = (
+    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"),
+    *("ragged-all-to-all", "send"),
+)
+# Matrix products in each of the three splash kernels, by a part of its name.
+KERNEL_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("after-all", "partition-id", "opt-barrier"),
+)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Kind:
+    """What collectives are added up by. `hidden` ones run beside computation, others block it."""
+
+    op: str
+    axes: tuple[str, ...]
+    hidden: bool
+    in_layers: bool
+
+
+@dataclasses.dataclass
+class Traffic:
+    """`payload` is the whole array; `wire` is what one device sends on a ring."""
+
+    count: float = 0.0
+    payload: float = 0.0
+    wire: float = 0.0
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one step on one device. FLOPs by tower; `recomputed` is the part of them that only
+    rematerialisation asks for; kernels are counted by the blocks that they visit."""
+
+    matmul: dict[str, float]
+    kernel: dict[str, float]
+    recomputed: float
+    hbm_bytes: float
+    collectives: dict[Kind, Traffic]
+
+    @property
+    def flops(self) -> float:
+        return sum(self.matmul.values()) + sum(self.kernel.values())
+
+
+def analyze(module: hlo.Module, mesh_shape: Mapping[str, int], shares: Mapping[str, float]) -> Cost:
+    """`mesh_shape` names the axes that partitions are laid out over; `shares` as hlo.executions."""
+    cost = Cost(
+        matmul=collections.defaultdict(float),
+        kernel=collections.defaultdict(float),
+        recomputed=0.0,
+        hbm_bytes=0.0,
+        collectives=collections.defaultdict(Traffic),
+    )
+    seen: set[tuple[int, str]] = set()
+    for run in hlo.executions(module, dict(shares)):
+        matmul, kernel = _matmul_flops(module, run), kernel_flops(run)
+        where = tower(run.instruction.scope)
+        cost.matmul[where] += matmul * run.times
+        cost.kernel[where] += kernel * run.times
+        if "rematted_computation" in run.instruction.scope:
+            cost.recomputed += (matmul + kernel) * run.times
+        cost.hbm_bytes += _hbm_bytes(module, run) * run.times
+        for kind, traffic in _collectives(module, run, mesh_shape, seen):
+            total = cost.collectives[kind]
+            total.count += run.times
+            total.payload += traffic.payload * run.times
+            total.wire += traffic.wire * run.times
+    for towers in (cost.matmul, cost.kernel):
+        for name in [name for name, value in towers.items() if not value]:
+            del towers[name]
+    return cost
+
+
+def tower(scope: str) -> str:
+    """The first named scope of the network in an instruction's scope, or "other"."""
+    for part in re.split(r"[/()]", scope):
+        if part in TOWERS:
+            return part
+    return "other"
+
+
+def _matmul_flops(module: hlo.Module, run: hlo.Execution) -> float:
+    return _products(module, run.instruction, run.computation)
+
+
+def _products(module: hlo.Module, instruction: hlo.Instruction, scope: hlo.Computation) -> float:
+    if instruction.op == "dot":
+        lhs = scope[instruction.operands[0]].arrays[0].dims
+        contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+        inner = math.prod(lhs[int(d)] for d in contracted.split(",") if d)
+        return 2.0 * math.prod(instruction.arrays[0].dims) * inner
+    if instruction.op == "convolution":
+        return convolution_flops(instruction, scope)
+    if instruction.op == "fusion":
+        inner = module.computations[instruction.called[0]]
+        return sum(_products(module, part, inner) for part in inner.values())
+    return 0.0
+
+
+def convolution_flops(instruction: hlo.Instruction, scope: hlo.Computation) -> float:
+    """Multiply-adds with elements that exist, twice; TPUs write matrix products as convolutions."""
+    lhs, rhs = (scope[name].arrays[0].dims for name in instruction.operands[:2])
+    out = instruction.arrays[0].dims
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    window = dict(
+        part.split("=") for part in (instruction.attribute(r"window=\{([^}]*)\}") or "").split()
+    )
+    spatial = sorted(label for label in labels[2] if label.isdigit())
+
+    def per_dimension(key: str, default: str) -> list[str]:
+        return window[key].split("x") if key in window else [default] * len(spatial)
+
+    total = 1
+    for label, size, stride, pad, lhs_dilate, rhs_dilate in zip(
+        spatial,
+        *(per_dimension(key, "1") for key in ("size", "stride")),
+        per_dimension("pad", "0_0"),
+        *(per_dimension(key, "1") for key in ("lhs_dilate", "rhs_dilate")),
+        strict=True,
+    ):
+        taps, places = np.arange(int(size)), np.arange(out[labels[3].index(label)])
+        at = places[:, None] * int(stride) + taps[None] * int(rhs_dilate) - int(pad.split("_")[0])
+        extent = lhs[labels[1].index(label)] * int(lhs_dilate)
+        total *= int(((at >= 0) & (at < extent) & (at % int(lhs_dilate) == 0)).sum())
+    groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
+    inputs = rhs[labels[2].index("i")]  # Already divided by feature groups.
+    batch = lhs[labels[1].index("b")] // groups
+    return 2.0 * total * inputs * out[labels[3].index("f")] * batch
+
+
+def kernel_flops(run: hlo.Execution) -> float:
+    """Of a splash kernel, whose scope says `splash_BLOCKSxLENGTH`, see models/kernels.py."""
+    instruction = run.instruction
+    if instruction.op != "custom-call" or "tpu_custom_call" not in instruction.attributes:
+        return 0.0
+    blocks = re.search(r"splash_(\d+)x(\d+)", instruction.scope)
+    products = [n for part, n in KERNEL_PRODUCTS.items() if part in instruction.name]
+    if blocks is None or not products:
+        raise ValueError(
+            f"The kernel {instruction.name} ({instruction.scope}) does not say what it costs."
+        )
+    operands = (a for name in instruction.operands for a in run.computation[name].arrays)
+    batch, heads, _, head_dim = next(a.dims for a in operands if len(a.dims) == 4)
+    count, length = int(blocks[1]), int(blocks[2])
+    return 2.0 * products[0] * batch * heads * count * length**2 * head_dim
+
+
+def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:
+    """Bytes read and written in HBM: what stays on the chip, and all but a slice of what is sliced,
+    left out."""
+    instruction, scope = run.instruction, run.computation
+    if instruction.op in _FREE or instruction.op.endswith(("-done", "-start", "-update")):
+        return 0.0
+    operands = [scope[name] for name in instruction.operands if name in scope]
+    if instruction.op == "fusion":
+        inner = module.computations[instruction.called[0]]
+        touched = [_touched(inner, index) for index in range(len(operands))]
+    else:
+        touched = [None] * len(operands)
+        if instruction.op == "dynamic-slice":
+            touched[0] = _hbm(instruction)
+        if instruction.op == "dynamic-update-slice":
+            return 2.0 * _hbm(operands[1])
+    updates = sum(part is not None and part < 0 for part in touched)
+    read = sum(
+        _hbm(operand) if part is None else min(abs(part), _hbm(operand))
+        for operand, part in zip(operands, touched, strict=True)
+    )
+    written = 0.0 if updates else _hbm(instruction)
+    return read + written
+
+
+def _touched(inner: hlo.Computation, index: int) -> float | None:
+    """Bytes of a fusion's operand that it touches, None for all; negative where it updates them."""
+    name = next(
+        (i.name for i in inner.values() if i.op == "parameter" and i.operands[0] == str(index)),
+        None,
+    )
+    users = [i for i in inner.values() if name in i.operands and i.op != "parameter"]
+    if users and all(i.op == "dynamic-slice" and i.operands[0] == name for i in users):
+        return float(sum(a.bytes for i in users for a in i.arrays))
+    if len(users) == 1 and users[0].op == "dynamic-update-slice" and users[0].operands[0] == name:
+        return -float(sum(a.bytes for a in inner[users[0].operands[1]].arrays))
+    return None
+
+
+def _hbm(instruction: hlo.Instruction) -> float:
+    return float(sum(array.bytes for array in instruction.arrays if array.space == 0))
+
+
+def _collectives(
+    module: hlo.Module, run: hlo.Execution, mesh_shape: Mapping[str, int], seen: set
+) -> Iterator[tuple[Kind, Traffic]]:
+    """Of one instruction; the pieces that a collective is fused in count once, by their channel."""
+    instruction = run.instruction
+    if instruction.op == "fusion":
+        inner = module.computations[instruction.called[0]]
+        parts, hidden = [(i, inner) for i in inner.values()], True
+    else:
+        parts, hidden = [(instruction, run.computation)], instruction.op.endswith("-start")
+    for part, scope in parts:
+        op = part.op.removesuffix("-start")
+        if op not in COLLECTIVES:
+            continue
+        if instruction.op == "fusion":
+            piece = (id(run.computation), part.attribute(r"channel_id=(\d+)"), part.arrays[0].dims)
+            if piece in seen:
+                continue
+            seen.add(piece)
+        groups = _groups(part, module.partitions)
+        size = groups.shape[1]
+        sent = sum(a.bytes for n in part.operands if n in scope for a in scope[n].arrays)
+        if op == "all-reduce" and hidden and instruction.op == "fusion":
+            # The compiler's asynchronous reduce-scatter is an all-reduce fused with the slice.
+            op = "reduce-scatter"
+        payload = sent * size if op == "all-gather" else sent
+        share = {"all-reduce": 2.0}.get(op, 1.0) * (size - 1) / size if size > 1 else 0.0
+        wire = payload if op in ("collective-permute", "send") else payload * share
+        axes = _axes(groups, mesh_shape)
+        in_layers = "blocks/while" in part.scope or "blocks/while" in instruction.scope
+        yield Kind(op, axes, hidden, in_layers), Traffic(1.0, payload, wire)
+
+
+def _groups(instruction: hlo.Instruction, partitions: int) -> np.ndarray:
+    """[groups, members] of partition numbers, in any of the three ways that HLO writes them."""
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
+        return np.array(
+            [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        )
+    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
+        return np.array(
+            [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        )
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        ids = np.arange(partitions).reshape([int(n) for n in iota[3].split(",")])
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        return ids.reshape(int(iota[1]), int(iota[2]))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        return _mesh_groups(mesh[1], mesh[2])
+    return np.arange(partitions).reshape(1, -1)
+
+
+def _mesh_groups(sizes: str, members: str) -> np.ndarray:
+    """ "'a'=16,'b'=16" and "'b'" or "'a':(4)2": the part of an axis that 4 stands before."""
+    names = dict((name, int(size)) for name, size in re.findall(r"'([\w.]+)'=(\d+)", sizes))
+    factors, chosen = [], []
+    parts = {
+        name: (int(before), int(size)) if size else (1, names[name])
+        for name, before, size in re.findall(r"'([\w.]+)'(?::\((\d+)\)(\d+))?", members)
+    }
+    for name, size in names.items():
+        before, part = parts.get(name, (size, 1))
+        factors += [before, part, size // before // part]
+        if name in parts:
+            chosen.append(len(factors) - 2)
+    ids = np.arange(math.prod(names.values())).reshape(factors)
+    ids = np.moveaxis(ids, chosen, range(ids.ndim - len(chosen), ids.ndim))
+    return ids.reshape(-1, math.prod(factors[axis] for axis in chosen))
+
+
+def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ."""
+    places = np.array(np.unravel_index(groups[0], tuple(mesh_shape.values())))
+    return tuple(
+        axis for axis, place in zip(mesh_shape, places, strict=True) if len(set(place.tolist())) > 1
+    )
