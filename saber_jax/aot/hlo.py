@@ -228,7 +228,7 @@ def trip_count(module: Module, loop: Instruction, initial) -> int:
 
 
 def _comparisons(module: Module, condition: Computation):
-    """Comparisons of a loop's condition, bare or fused: (compare, where it is, operand -> outside)."""
+    """A loop's comparisons, bare or fused: (compare, where it is, operand -> name outside)."""
     for instruction in condition.values():
         if instruction.op == "compare":
             yield instruction, condition, lambda name: name

@@ -19,9 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from saber_jax.models.config import LoraConfig
+from saber_jax.models.shards import SHARDS, shards_of, whole
 
 ADAPTERS = "lora"
 
@@ -41,9 +43,9 @@ class Adapted(nnx.Module):
         given, weight, out = equation.replace("->", ",").split(",")
         split = self.a.ndim - 1
         kept = "".join(letter for letter in given if letter not in weight[:split])
-        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", x, self.a[...])
-        delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, self.b[...])
-        return jnp.einsum(equation, x, self.w[...]) + self.scale * delta
+        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", x, whole(self.a))
+        delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, whole(self.b))
+        return jnp.einsum(equation, x, whole(self.w)) + self.scale * delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +115,26 @@ def init(planned: Mapping[str, Mapping[str, Leaf]], key: Key[Array, ""]) -> dict
     return tree(planned, draw)
 
 
-def attach(model: nnx.Module, name: str, adapter: Mapping[str, Array], scale: float) -> None:
-    """Puts an adapter in front of the weight `name`, like "text/blocks/attn/w_q", of `model`."""
+def attach(
+    model: nnx.Module,
+    name: str,
+    adapter: Mapping[str, Array],
+    leaves: Mapping[str, Leaf],
+    scale: float,
+    mesh: Mesh | None,
+) -> None:
+    """Puts an adapter in front of the weight `name`, like "text/blocks/attn/w_q", of `model`.
+
+    With `mesh`, its matrices are shards as models/shards.py has them.
+    """
     *parents, last = name.split("/")
     module = model
     for parent in parents:
         module = getattr(module, parent)
-    a, b = nnx.Param(adapter["a"]), nnx.Param(adapter["b"])
+    a, b = (
+        nnx.Param(adapter[side], **{SHARDS: shards_of(leaf.axes, leaf.shape, mesh)})
+        for side, leaf in leaves.items()
+    )
     setattr(module, last, Adapted(getattr(module, last), a, b, scale))
 
 

@@ -115,9 +115,10 @@ def axes(cfg: SaberConfig) -> Params:
     return names | {lora.ADAPTERS: lora.tree(_plan(cfg), lambda leaf: leaf.axes)}
 
 
-def specs(cfg: SaberConfig, mesh: Mesh) -> Params:
-    """The tree of `init`, with a PartitionSpec per parameter."""
-    return jax.tree.map(lambda place: place.spec, shardings(cfg, mesh))
+def specs(params: Params, cfg: SaberConfig, mesh: Mesh) -> Params:
+    """The tree of `params`, which may come without adapters, with a PartitionSpec per parameter."""
+    places = shardings(_adapters_of(params, cfg), mesh)
+    return jax.tree.map(lambda place: place.spec, places)
 
 
 def hidden(
@@ -279,8 +280,7 @@ def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike, mesh: Mesh | None 
     Cast as a whole rather than layer by layer: sharded parameters are then gathered in `dtype`,
     half the traffic of float32 for bfloat16.
     """
-    adapted = cfg.lora is not None and lora.ADAPTERS in params
-    cfg = cfg if adapted else dataclasses.replace(cfg, lora=None)
+    cfg = _adapters_of(params, cfg)
     expected = abstract(cfg)
     if mesh is not None:
         expected = jax.tree.map(_local, expected, shardings(cfg, mesh))
@@ -292,6 +292,11 @@ def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike, mesh: Mesh | None 
         for name, leaves in _plan(cfg).items():
             lora.attach(model, name, _at(cast[lora.ADAPTERS], name), leaves, cfg.lora.scale, mesh)
     return model
+
+
+def _adapters_of(params: Params, cfg: SaberConfig) -> SaberConfig:
+    """`cfg`, with adapters only if `params` has some."""
+    return cfg if lora.ADAPTERS in params else dataclasses.replace(cfg, lora=None)
 
 
 def _local(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:

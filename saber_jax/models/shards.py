@@ -22,15 +22,20 @@ def mark(module: nnx.Module, mesh: Mesh) -> None:
     """Writes into every parameter how `mesh` shards it; its shape is still that of the whole."""
     for _, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Param):
-            variable.set_metadata(SHARDS, _shards(variable, mesh))
+            names = variable.get_metadata("axes")
+            names = ("layers",) * (variable.ndim - len(names)) + names
+            variable.set_metadata(SHARDS, shards_of(names, variable.shape, mesh))
 
 
-def _shards(variable: nnx.Param, mesh: Mesh) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    names = variable.get_metadata("axes")
-    names = ("layers",) * (variable.ndim - len(names)) + names
-    spec = sharding.parameter_spec(names, variable.shape, mesh)
+def shards_of(
+    names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | None
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """The value of SHARDS for a parameter of this whole shape, with these logical axis names."""
+    if mesh is None:
+        return ()
+    spec = sharding.parameter_spec(names, shape, mesh)
     return tuple(
-        (dimension - variable.ndim, tuple(axis for axis in axes if mesh.shape[axis] > 1))
+        (dimension - len(shape), tuple(axis for axis in axes if mesh.shape[axis] > 1))
         for dimension, axes in enumerate(spec)
         if axes == sharding.FSDP and sharding.shards(axes, mesh) > 1
     )

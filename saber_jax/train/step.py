@@ -106,7 +106,7 @@ def target_log_probs(
     return jax.shard_map(
         rows,
         mesh=compute.mesh,
-        in_specs=(saber.specs(cfg, compute.mesh), sharding.BATCH_SPEC),
+        in_specs=(saber.specs(params, cfg, compute.mesh), sharding.BATCH_SPEC),
         out_specs=sharding.BATCH_SPEC,
         check_vma=False,
     )(params, batch)

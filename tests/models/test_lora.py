@@ -127,9 +127,9 @@ def test_adapters_are_sharded_by_the_rules_of_their_weights():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
     specs = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)["lora"]
     attn = specs["text"]["blocks"]["attn"]
-    assert attn["w_q"]["a"].spec == PartitionSpec(None, "fsdp", None)
+    assert attn["w_q"]["a"].spec == PartitionSpec(None, sharding.FSDP, None)
     assert attn["w_q"]["b"].spec == PartitionSpec(None, None, "tensor", None)
-    assert attn["w_o"]["b"].spec == PartitionSpec(None, None, "fsdp")
+    assert attn["w_o"]["b"].spec == PartitionSpec(None, None, sharding.FSDP)
     sizes = [leaf.size for leaf in jax.tree.leaves(saber.abstract(cfg)["lora"])]
     assert sum(sizes) == 20_185_088  # What peft counts for all linear layers of that tower, r = 8.
 
