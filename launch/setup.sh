@@ -4,6 +4,7 @@
 #
 #   launch/setup.sh          what running needs (requirements.txt)
 #   launch/setup.sh --test   and what the tests need
+#   launch/setup.sh --demo   and what the demo page needs
 #   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
 #
 # Bring your own environment: SABER_PYTHON=/path/to/python is used as it is, nothing is installed and
@@ -25,8 +26,9 @@ layers=(requirements.txt)
 for flag in "$@"; do
   case "$flag" in
     --test) layers+=(requirements-test.txt) ;;
+    --demo) layers+=(requirements-demo.txt) ;;
     --torch) layers+=(requirements-torch.txt) ;;
-    *) echo "launch/setup.sh: unknown flag $flag; it knows --test and --torch." >&2; exit 2 ;;
+    *) echo "launch/setup.sh: unknown flag $flag; it knows --test, --demo and --torch." >&2; exit 2 ;;
   esac
 done
 

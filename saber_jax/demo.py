@@ -1,0 +1,242 @@
+"""A local page: drop a clip, watch the six sections stream, take away sound or picture.
+
+    python -m saber_jax.demo --checkpoint runs/tiny/cadpo
+
+The page is served to this machine alone (127.0.0.1). Clips are limited in size and length, answers
+in time, and of the disk it shows nothing but the clips that were dropped on it. It needs Gradio:
+launch/setup.sh --demo, or pip install -r requirements-demo.txt.
+"""
+
+import argparse
+import dataclasses
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from saber_jax.data import decode, sed
+from saber_jax.data.records import FIELDS, LANGUAGES, Record
+from saber_jax.data.withhold import withhold
+from saber_jax.generate import Generator, load_generator, record_of_clip
+from saber_jax.train import checkpoint
+
+# Before gradio is imported: it would report every start to its makers.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+LOOPBACK = "127.0.0.1"
+TITLES = {
+    "video_desc": "What is seen",
+    "facial_exp_desc": "Face",
+    "body_lang_desc": "Body",
+    "acoustic_feat": "Voice",
+    "speech_content": "Words",
+    "sentiment_analysis": "Reasoning",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a visitor may ask for."""
+
+    megabytes: int = 64
+    clip_seconds: float = 60.0
+    answer_seconds: float = 300.0
+
+
+class Stopped(Exception):
+    """An answer that nobody waits for any more."""
+
+
+class Describer:
+    """Turns a dropped file into growing answers."""
+
+    def __init__(self, generator: Generator, settings: dict[str, Any] | None, limits: Limits):
+        """`settings` are the checkpoint's own fields of decode.Sampling."""
+        self._generator, self._limits = generator, limits
+        settings = dict(settings or {})
+        most = min(settings.get("max_seconds", limits.clip_seconds), limits.clip_seconds)
+        self._settings = settings | {"max_seconds": most}
+
+    def describe(self, path: str, language: str, *, sound: bool, picture: bool) -> Iterator[str]:
+        """The answer so far, again and again. Raises MediaError, or TimeoutError with a time limit
+        that ran out."""
+        size = Path(path).stat().st_size
+        if size > self._limits.megabytes << 20:
+            detail = f"{size / 2**20:.0f} MB, allowed are {self._limits.megabytes} MB"
+            raise decode.MediaError("too_long", detail)
+        record = record_of_clip(path, language, self._settings)
+        if not sound:
+            record = withhold(record, "audio")
+        if not picture:
+            record = withhold(record, "video")
+        yield from self._stream(record)
+
+    def _stream(self, record: Record) -> Iterator[str]:
+        texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def hear(_: int, text: str) -> None:
+            if stopped.is_set():
+                raise Stopped
+            texts.put(text)
+
+        def answer() -> None:
+            try:
+                texts.put(self._generator.respond([record], on_text=hear)[0])
+                texts.put(None)
+            except Stopped:
+                pass
+            except Exception as error:  # Whatever it is, it belongs to whoever waits.
+                texts.put(error)
+
+        threading.Thread(target=answer, daemon=True).start()
+        end = time.monotonic() + self._limits.answer_seconds
+        try:
+            while (text := texts.get(timeout=max(0.0, end - time.monotonic()))) is not None:
+                if isinstance(text, BaseException):
+                    raise text
+                # The last characters may be half of a multi-byte one until more tokens have come.
+                yield text.rstrip("\ufffd")
+        except queue.Empty:
+            raise TimeoutError(
+                f"No whole answer in {self._limits.answer_seconds:g} s; take a shorter clip, or "
+                "start the demo with a larger --answer_seconds."
+            ) from None
+        finally:
+            stopped.set()
+
+
+def build(describer: Describer) -> Any:
+    """The page, as gradio.Blocks."""
+    import gradio as gr
+
+    def senses(sound: bool, picture: bool) -> str:
+        named = {(True, True): "sound and picture", (True, False): "sound alone"}
+        named |= {(False, True): "picture alone", (False, False): "neither"}
+        return named[sound, picture]
+
+    def run(path: str | None, language: str, sound: bool, picture: bool, history: list[list[str]]):
+        if not path:
+            gr.Info("Drop a clip first.")
+            yield [gr.skip()] * (len(FIELDS) + 3)
+            return
+        text = ""
+        try:
+            answers = describer.describe(path, language, sound=sound, picture=picture)
+            for text in answers:
+                sections = sed.parse_response(text)
+                yield [
+                    "…",
+                    *(sections[field] for field in FIELDS),
+                    gr.skip(),
+                    gr.skip(),
+                ]
+        except (decode.MediaError, TimeoutError) as error:
+            raise gr.Error(str(error)) from None
+        concluded = sed.conclusion(text) or "no emotion named"
+        history = [*history, [senses(sound, picture), concluded]]
+        sections = sed.parse_response(text)
+        yield [concluded, *(sections[field] for field in FIELDS), history, history]
+
+    with gr.Blocks(title="SABER-LLM", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# SABER-LLM\nDrop a clip. The model states what it sees, what it hears, and only then "
+            "concludes. Take away the sound or the picture: does it still conclude the same?"
+        )
+        history = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                clip = gr.Video(label="Clip", sources=["upload"], elem_id="clip")
+                sound = gr.Checkbox(value=True, label="sound", elem_id="sound")
+                picture = gr.Checkbox(value=True, label="picture", elem_id="picture")
+                language = gr.Radio(list(LANGUAGES), value="en", label="language of the answer")
+                with gr.Row():
+                    ask = gr.Button("Describe", variant="primary", elem_id="ask")
+                    stop = gr.Button("Stop", elem_id="stop")
+            with gr.Column(scale=2, min_width=280):
+                conclusion = gr.Textbox(label="Conclusion", elem_id="conclusion", lines=1)
+                sections = [
+                    gr.Textbox(label=TITLES[field], elem_id=field, lines=1, max_lines=12)
+                    for field in FIELDS
+                ]
+                table = gr.Dataframe(
+                    headers=["from", "conclusion"],
+                    label="Conclusions about this clip",
+                    interactive=False,
+                    elem_id="history",
+                )
+        outputs = [conclusion, *sections, history, table]
+        started = gr.on(
+            # Taking something away asks again at once.
+            [ask.click, sound.input, picture.input],
+            run,
+            [clip, language, sound, picture, history],
+            outputs,
+            trigger_mode="always_last",
+            api_name=False,
+        )
+        stop.click(None, cancels=[started], api_name=False)
+        clip.change(lambda: ([], []), None, [history, table], api_name=False)
+    # One answer at a time; those who wait beyond eight are told so.
+    return page.queue(default_concurrency_limit=1, max_size=8)
+
+
+def serve(page: Any, *, port: int, limits: Limits, block: bool = True) -> str:
+    """Serves until interrupted; with block=False returns the address at once."""
+    import gradio as gr
+
+    _, address, _ = page.launch(
+        server_name=LOOPBACK,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        show_error=False,
+        ssr_mode=False,
+        strict_cors=True,
+        max_file_size=f"{limits.megabytes}mb",
+        footer_links=[],
+        prevent_thread_lock=True,
+        # Gradio's own themes fetch their fonts from a server.
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
+    print(f"SABER-LLM listens on {address} (this machine only). Stop it with Ctrl-C.", flush=True)
+    if block:
+        page.block_thread()
+    return address
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Loads the model and serves the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description="A local page to try a checkpoint on clips.")
+    parser.add_argument("--checkpoint", required=True, help="work directory of a training run")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    for field in dataclasses.fields(Limits):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    flags = parser.parse_args(argv)
+    limits = Limits(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Limits)})
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        print("error: the demo needs Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
+        return 1
+    try:
+        about = checkpoint.read_model_file(flags.checkpoint)
+        generator = load_generator(
+            flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=1
+        )
+        page = build(Describer(generator, about.get("provenance", {}).get("sampling"), limits))
+        serve(page, port=flags.port, limits=limits)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

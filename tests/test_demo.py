@@ -1,0 +1,183 @@
+"""The demo in a real browser, with a real clip and a model that tells what it was given."""
+
+import itertools
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from saber_jax import demo
+from saber_jax.data import decode, sed
+from saber_jax.data.records import FIELDS
+from saber_jax.data.withhold import GREY
+from tests import chromium, media_files
+
+pytest.importorskip("gradio", reason="gradio is not installed (requirements-demo.txt)")
+browser = chromium.browser
+
+
+class _Model:
+    """Concludes contempt from sound and picture, else what is left suggests."""
+
+    def __init__(self):
+        self.records = []
+        self.wait = None
+
+    def respond(self, records, *, on_text):
+        (record,) = records
+        self.records.append(record)
+        heard, seen = bool(record.audio.any()), bool((record.frames != GREY).any())
+        emotion = {(True, True): "contempt", (True, False): "angry", (False, True): "happy"}
+        texts = {field: f"{field} <b>markup</b>" for field in FIELDS}
+        texts["sentiment_analysis"] = f"So {emotion.get((heard, seen), 'neutral')}."
+        answer = sed.target_text(texts)
+        for end in range(20, len(answer), 20):
+            on_text(0, answer[:end])
+            if self.wait:
+                self.wait()
+        return [answer]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return media_files.write_clip(
+        tmp_path_factory.mktemp("clips") / "a b.mp4",
+        frames=np.asarray(media_files.gray_frames(24)),
+        audio=media_files.tone(2.0),
+        codecs=("libx264", "aac"),
+        pixels="yuv420p",
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _Model()
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    limits = demo.Limits(megabytes=1, clip_seconds=30.0)
+    page = demo.build(demo.Describer(model, {"fps": 2.0}, limits))
+    with socket.socket() as probe:
+        probe.bind((demo.LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    yield demo.serve(page, port=port, limits=limits, block=False)
+    page.close()
+
+
+def _describe(describer, clip, **senses):
+    return list(describer.describe(str(clip), "en", **({"sound": True, "picture": True} | senses)))
+
+
+def test_answers_grow_and_end_whole(model, clip):
+    texts = _describe(demo.Describer(model, None, demo.Limits()), clip)
+    assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
+    assert sed.conclusion(texts[-1]) == "contempt"
+
+
+def test_what_is_switched_off_is_gone_from_the_record(model, clip):
+    describer = demo.Describer(model, None, demo.Limits())
+    texts = _describe(describer, clip, sound=False, picture=False)
+    assert sed.conclusion(texts[-1]) == "neutral"
+    assert not model.records[-1].audio.any()
+    assert (model.records[-1].frames == GREY).all()
+
+
+def test_clips_beyond_the_limits_are_refused(model, clip):
+    with pytest.raises(decode.MediaError, match="longer than allowed"):
+        _describe(demo.Describer(model, None, demo.Limits(clip_seconds=1.0)), clip)
+    with pytest.raises(decode.MediaError, match="allowed are 0 MB"):
+        _describe(demo.Describer(model, None, demo.Limits(megabytes=0)), clip)
+
+
+def test_an_answer_that_takes_too_long_is_given_up(clip):
+    model, never = _Model(), threading.Event()
+    model.wait = lambda: never.wait(5)
+    describer = demo.Describer(model, None, demo.Limits(answer_seconds=0.5))
+    with pytest.raises(TimeoutError, match=r"0\.5 s"):
+        _describe(describer, clip)
+    never.set()
+
+
+def _status(url, body=None):
+    headers = {"Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_it_listens_to_this_machine_alone_and_shows_no_file_of_it(address, tmp_path):
+    assert address.startswith("http://127.0.0.1:")
+    assert _status(address) == 200
+    (tmp_path / "secret.txt").write_text("secret")
+    for path in (
+        "/etc/passwd",
+        str(tmp_path / "secret.txt"),
+        "../../../../etc/passwd",
+        "README.md",
+    ):
+        assert _status(f"{address}gradio_api/file={path}") in (403, 404)
+
+
+@chromium.needed
+def test_a_clip_is_dropped_described_and_asked_again_without_sound(browser, address, model, clip):
+    with chromium.opened(browser, address) as page:
+        page.set_input_files("#clip input[type=file]", str(clip))
+        page.wait_for_selector("#clip video")
+        page.click("#ask")
+        page.wait_for_function(_conclusion_is("contempt"))
+        assert page.locator("#sentiment_analysis textarea").input_value() == "So contempt."
+        # What a model says is text and never markup.
+        assert page.locator("#video_desc textarea").input_value() == "video_desc <b>markup</b>"
+        page.locator("#sound input").uncheck()
+        page.wait_for_function(_conclusion_is("happy"))
+        said = page.locator("#history").inner_text()
+        assert "sound and picture" in said and "picture alone" in said
+    assert not model.records[-1].audio.any()
+
+
+def _conclusion_is(word):
+    box = "document.querySelector('#conclusion textarea, #conclusion input')"
+    return f"{box} && {box}.value === '{word}'"
+
+
+@chromium.needed
+def test_a_file_that_is_no_clip_gives_a_message_and_the_page_goes_on(browser, address, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"not a film")
+    with chromium.opened(browser, address) as page:
+        page.set_input_files("#clip input[type=file]", str(tmp_path / "broken.mp4"))
+        page.wait_for_selector("#clip video")
+        page.click("#ask")
+        page.wait_for_selector("text=cannot be decoded")
+
+
+def test_a_file_beyond_the_limit_is_not_taken(address):
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+    form = head + bytes(2 << 20) + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}gradio_api/upload", form, headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 413
+
+
+def test_a_clip_cannot_be_named_by_a_path_of_this_machine(address, model, clip):
+    """Whoever leaves out the page and sends a path gets an error, even for a real clip."""
+    asked = len(model.records)
+    video = {"path": str(clip), "meta": {"_type": "gradio.FileData"}}
+    job = {"data": [video, "en", True, True, None], "fn_index": 0, "session_hash": "s"}
+    assert _status(f"{address}gradio_api/queue/join", job) == 200
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=s") as events:
+        lines = [line for line in events.read().decode().splitlines() if line.startswith("data:")]
+    (done,) = [
+        e for e in map(json.loads, (x[5:] for x in lines)) if e["msg"] == "process_completed"
+    ]
+    assert not done["success"]
+    assert len(model.records) == asked
