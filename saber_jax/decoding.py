@@ -9,11 +9,12 @@ from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.text import Cache
+from saber_jax.models.text import Cache, cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,10 @@ class Program:
     cfg: SaberConfig
     dtype: jnp.dtype
     greedy: bool
+    prompt_slots: int  # The longest prompt.
     max_new_tokens: int
     max_frame_patches: int | None  # Most patches of one frame pair.
+    cache: NamedSharding | None = None  # How the cache lies on the devices, see sharding.py.
 
 
 class State(TypedDict):
@@ -56,7 +59,7 @@ class State(TypedDict):
     step: Int[Array, ""]  # New tokens so far.
     tokens: Int[Array, "B"]  # The newest one, not read by the model yet.
     positions: Int[Array, "B"]  # Its TMRoPE position, the same on all three axes.
-    slots: Int[Array, "B"]  # Its place in the cache.
+    first: Int[Array, "B"]  # Where in the cache the row's prompt begins.
     finished: Bool[Array, "B"]
     out: Int[Array, "B N"]
 
@@ -81,27 +84,31 @@ def start(
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Reads the prompts and picks the first token of each row. `finished` rows stay silent."""
-    rows, length = batch["tokens"].shape
-    hidden, cache = saber.prefill(
+    """Reads the prompts and picks the first token of each row. `finished` rows stay silent.
+
+    `batch` is packed as `saber.prefill` has it, with `prompt_lengths` beside `prompt_ends`.
+    """
+    ends = batch["prompt_ends"]
+    last, cache = saber.prefill(
         params,
         batch,
         program.cfg,
-        cache_length=length + program.max_new_tokens,
+        prompt_slots=program.prompt_slots,
+        cache_slots=program.prompt_slots + program.max_new_tokens,
         dtype=program.dtype,
         max_frame_patches=program.max_frame_patches,
     )
-    slots = (batch["segments"] > 0).sum(1, dtype=jnp.int32)
-    last = jnp.take_along_axis(hidden, (slots - 1)[:, None, None], axis=1)[:, 0]
+    if program.cache is not None:
+        cache = jax.lax.with_sharding_constraint(cache, program.cache)
     # A prompt ends in text, whose three positions are equal and the largest so far.
-    positions = jnp.take_along_axis(batch["positions"][:, 0], (slots - 1)[:, None], axis=1)[:, 0]
+    positions = cut(batch["positions"][:, 0], ends, 1)[:, 0]
     tokens = _next_token(params, last, jnp.int32(0), pick, program)
-    out = jnp.full((rows, program.max_new_tokens), pick.end, jnp.int32)
+    out = jnp.full((ends.size, program.max_new_tokens), pick.end, jnp.int32)
     state = State(
         step=jnp.int32(1),
         tokens=tokens,
         positions=positions + 1,
-        slots=slots,
+        first=program.prompt_slots - batch["prompt_lengths"].reshape(-1),
         finished=finished | (tokens == pick.end),
         out=out.at[:, 0].set(tokens),
     )
@@ -132,7 +139,8 @@ def proceed(
             state["tokens"],
             state["positions"],
             cache,
-            state["slots"],
+            state["first"],
+            program.prompt_slots + state["step"] - 1,
             program.cfg,
             program.dtype,
         )
@@ -142,7 +150,7 @@ def proceed(
             step=state["step"] + 1,
             tokens=tokens,
             positions=state["positions"] + 1,
-            slots=state["slots"] + 1,
+            first=state["first"],
             finished=state["finished"] | (tokens == pick.end),
             out=state["out"].at[:, state["step"]].set(tokens),
         )

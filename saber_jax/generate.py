@@ -7,11 +7,9 @@ Any clip, on the terminal:
 
 import argparse
 import collections
-import dataclasses
 import functools
 import itertools
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,25 +22,18 @@ from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from saber_jax import decoding, sharding
-from saber_jax.data import decode, media, packing, sed, transforms
+from saber_jax.data import decode, sed, transforms
 from saber_jax.data import withhold as hiding
 from saber_jax.data.journal import fingerprint
-from saber_jax.data.records import LANGUAGES, Record, Size
+from saber_jax.data.prompts import Packer
+from saber_jax.data.records import LANGUAGES, Record, Size, size_of
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import MODALITIES, Modality
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint
 
-INPUTS = ("tokens", "segments", "branch", "media_index", "positions")
-INPUTS += ("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths")
-
 STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the device is never asked.
-
-# Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
-LENGTH_STEP = 32
-MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
-
 
 T = TypeVar("T")
 
@@ -75,35 +66,19 @@ class Generator:
         self._params = jax.tree.map(lambda leaf: jax.device_put(leaf).astype(dtype), params)
         placed = jax.tree.leaves(self._params)[0].sharding
         self._devices = placed.device_set
-        self._rows = self._everywhere = None
+        self._rows = self._everywhere = self._cache = None
+        groups = 1
         if isinstance(placed, NamedSharding):
             self._rows = sharding.batch_sharding(placed.mesh)
             self._everywhere = sharding.replicated(placed.mesh)
-            shards = sharding.shards(sharding.BATCH_AXES, placed.mesh)
-            batch_size = -(-batch_size // shards) * shards
-        self._batch_size = batch_size
-        self._budget = packing.Budget(length=0, patches=0, chunks=0, targets=0, segments=1)
-        self._frame_patches = 0
-        self._lock = threading.Lock()
+            self._cache = sharding.cache_sharding(cfg.text.kv_heads, placed.mesh)
+            groups = sharding.shards(sharding.BATCH_AXES, placed.mesh)
+        self._packer = Packer(tokenizer, groups=groups, prompts=-(-batch_size // groups))
+        self._batch_size = self._packer.batch_size
 
     def reserve(self, sizes: Iterable[Size]) -> None:
-        """Makes room for clips of these sizes, see RecordSource.sizes."""
-        words: dict[tuple[str, bool, bool], int] = {}
-        budget = dataclasses.asdict(self._budget)
-        for _, language, frames, height, width, samples, _ in sizes:
-            mel = min(-(-samples // media.HOP), MOST_MEL_FRAMES)
-            heard = media.audio_tokens(mel)
-            kind = (language, frames > 0, heard > 0)
-            if kind not in words:
-                words[kind] = len(self._tokenizer.encode(sed.prompt_text(*kind))) - sum(kind[1:])
-            frame_patches = height * width // media.PATCH**2
-            patches = -(-frames // media.TEMPORAL_PATCH) * frame_patches
-            length = words[kind] + patches // 4 + heard
-            budget["length"] = max(budget["length"], -(-length // LENGTH_STEP) * LENGTH_STEP)
-            budget["patches"] = max(budget["patches"], patches)
-            budget["chunks"] = max(budget["chunks"], -(-mel // media.CHUNK_FRAMES))
-            self._frame_patches = max(self._frame_patches, frame_patches)
-        self._budget = packing.Budget(**budget)
+        """Makes room for clips of these sizes, in batches in this order; see RecordSource.sizes."""
+        self._packer.reserve(sizes)
 
     def respond(
         self,
@@ -157,54 +132,34 @@ class Generator:
         texts: list[str] = []
         if not records:
             return texts
-        batch = self._pack(records)
-        for state in self._run(batch, first, len(records), sampling, streaming=bool(on_text)):
+        examples = [transforms.encode_record(r, self._tokenizer, responses=()) for r in records]
+        streaming = on_text is not None
+        for state in self._run(examples, first, sampling, streaming=streaming):
             out, step = jax.device_get((state["out"], state["step"]))
             texts = [self._text(row[:step]) for row in out[: len(records)]]
             for row, text in enumerate(texts if on_text else ()):
                 on_text(first + row, text)
         return texts
 
-    def _pack(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
-        examples = [transforms.encode_record(r, self._tokenizer, responses=()) for r in records]
-        # Repeated, not empty: a row that sees nothing would be one more case to get right.
-        examples += examples[-1:] * (self._batch_size - len(examples))
-        batch = packing.pack_rows([[example] for example in examples], self._room(examples))
-        return {name: batch[name] for name in INPUTS}
-
-    def _room(self, examples: Sequence[transforms.Example]) -> packing.Budget:
-        """The budget, grown to what these examples take: their questions may be long ones."""
-        with self._lock:
-            budget = dataclasses.asdict(self._budget)
-            for example in examples:
-                size = transforms.size_of(example)
-                length = -(-size.text // LENGTH_STEP) * LENGTH_STEP
-                budget["length"] = max(budget["length"], length)
-                budget["patches"] = max(budget["patches"], size.patches)
-                budget["chunks"] = max(budget["chunks"], size.chunks)
-                if example.layout is not None:
-                    largest = int(np.bincount(example.layout.frame).max())
-                    self._frame_patches = max(self._frame_patches, largest)
-            self._budget = packing.Budget(**budget)
-            return self._budget
-
     def _run(
         self,
-        batch: dict[str, np.ndarray],
+        examples: Sequence[transforms.Example],
         first: int,
-        rows: int,
         sampling: decoding.Sampling,
         *,
         streaming: bool,
     ) -> Iterator[decoding.State]:
         """States of one batch: every few tokens when streaming, else only the last."""
+        batch, room = self._packer.pack(examples)
         row = np.arange(self._batch_size)
         program = decoding.Program(
             cfg=self._cfg,
             dtype=self._dtype,
             greedy=sampling.temperature == 0,
+            prompt_slots=room.length,
             max_new_tokens=self._max_new_tokens,
-            max_frame_patches=self._frame_patches or None,
+            max_frame_patches=room.frame_patches or None,
+            cache=self._cache,
         )
         pick = decoding.Pick(
             seed=self._put(np.uint32(sampling.seed)),
@@ -217,7 +172,7 @@ class Generator:
         state, cache = decoding.start(
             self._params,
             self._put_rows(batch),
-            self._put_rows(row >= rows),
+            self._put_rows(row >= len(examples)),
             pick,
             program=program,
         )
@@ -285,11 +240,6 @@ def model_fingerprint(workdir: str | Path) -> str:
     newest = f"checkpoints/{steps[-1] if steps else 0}/params/**/*"
     checkpoint.read_model_file(workdir)  # Says what is wrong when this is no checkpoint at all.
     return fingerprint(workdir, checkpoint.MODEL_FILE, "tokenizer.*", newest)
-
-
-def size_of(record: Record) -> Size:
-    shape = record.frames.shape[:3]
-    return (record.clip_id, record.language, *shape, len(record.audio), record.seconds_per_grid)
 
 
 def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | None) -> Record:

@@ -132,6 +132,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
+def cache_sharding(kv_heads: int, mesh: Mesh) -> NamedSharding:
+    """Keys and values of generation, [layers, rows, kv heads, ...]: rows like the batch, heads like
+    the weights that make them. Heads that the tensor axis does not divide stay whole."""
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC, heads))
+
+
 def batch_rows(rows: int, mesh: Mesh) -> int:
     """`rows`, rounded up to what gives every device equally many; the surplus stays empty."""
     shares = shards(BATCH_AXES, mesh)

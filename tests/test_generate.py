@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saber_jax import decoding, generate
+from saber_jax import decoding, generate, sharding
 from saber_jax.data import packing, sed, transforms
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tokenizer import SPECIALS, load_tokenizer, train_sentencepiece
@@ -114,6 +114,30 @@ class _OtherEnd:
 
     def id(self, special):
         return self._end if special == "<|im_end|>" else self._tokenizer.id(special)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "part"),
+    [({"fsdp": 2, "tensor": 1}, (1, 2)), ({"fsdp": 1, "tensor": 2}, (2, 1))],
+)
+def test_a_mesh_gives_the_same_answers_from_a_cache_in_parts(
+    params, tokenizer, greedy, monkeypatch, mesh, part
+):
+    cfg, mesh = saber_config("tiny"), sharding.make_mesh(data=1, **mesh)
+    places = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)
+
+    def proceed(params, state, cache, *args, **options):
+        shapes.append(cache["k"].sharding.shard_shape(cache["k"].shape)[1:3])
+        return original(params, state, cache, *args, **options)
+
+    original, shapes = decoding.proceed, []
+    monkeypatch.setattr(decoding, "proceed", proceed)
+    generator = generate.Generator(
+        jax.device_put(params, places), cfg, tokenizer, max_new_tokens=NEW_TOKENS, batch_size=2
+    )
+    generator.reserve(map(generate.size_of, RECORDS))
+    assert generator.respond(RECORDS) == [tokenizer.decode(tokens) for tokens in greedy]
+    assert set(shapes) == {part}  # Of two rows and two kv heads.
 
 
 def test_an_answer_stops_before_the_end_token_and_other_rows_go_on(params, tokenizer, greedy):

@@ -186,7 +186,7 @@ class RecordSource:
         cache = self._directory / f"sizes-{self.split}.json"
         if cache.exists():
             return [tuple(row) for row in json.loads(cache.read_text(encoding="utf-8"))]
-        sizes = [_size(self[index]) for index in range(len(self))]
+        sizes = [size_of(self[index]) for index in range(len(self))]
         _write_if_possible(cache, json.dumps(sizes, ensure_ascii=False))
         return sizes
 
@@ -204,7 +204,8 @@ class RecordSource:
         return builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
 
 
-def _size(record: Record) -> Size:
+def size_of(record: Record) -> Size:
+    """What packing needs to know about a record."""
     shape = record.frames.shape[:3]
     clip = (record.clip_id, record.language)
     return (*clip, *shape, len(record.audio), record.seconds_per_grid)

@@ -77,18 +77,19 @@ def packed_text(
     )
 
 
-def cached_text(slots: Int[Array, " B"], length: int) -> Visibility:
-    """One new token per row, which sees its own cache slot and those before it.
+def cached_text(first: Int[Array, " B"], slot: Int[Array, ""], length: int) -> Visibility:
+    """One new token per row, in the same cache slot of all rows, sees its row's slots so far.
 
-    Rows whose new tokens stand in slots 2 and 0 of a cache of 4:
+    The prompts of two rows begin in slots 2 and 0 of a cache of 5; the new tokens are in slot 3:
 
-        cache     0 1 2 3
-        row 0     x x x
-        row 1     x
+        cache     0 1 2 3 4
+        row 0         x x
+        row 1     x x x x
     """
-    seen = jnp.arange(length)[None, :] <= slots[:, None]
+    slots = jnp.arange(length)[None, :]
+    seen = (slots >= first[:, None]) & (slots <= slot)
     return Visibility(
-        query_segments=jnp.ones((len(slots), 1), jnp.int32), key_segments=seen.astype(jnp.int32)
+        query_segments=jnp.ones((len(first), 1), jnp.int32), key_segments=seen.astype(jnp.int32)
     )
 
 

@@ -167,24 +167,33 @@ def prefill(
     batch: Batch,
     cfg: SaberConfig,
     *,
-    cache_length: int,
+    prompt_slots: int,
+    cache_slots: int,
     dtype: DTypeLike = jnp.float32,
     max_frame_patches: int | None = None,
-) -> tuple[Float[Array, "B L D"], Cache]:
-    """Reads one prompt per row (from slot 0, padding behind) and fills a cache with it.
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Reads packed prompts: each one's last hidden state, and a cache with a row for each.
 
-    Raises ValueError if the cache is shorter than the rows.
+    `batch["prompt_ends"]` [G, P] says where prompts end: the rows are G groups of equally many, and
+    an end counts slots from the start of its group; B = G P. Every prompt ends in slot
+    `prompt_slots` - 1 of the cache. Raises ValueError if the cache has no room to go on.
     """
-    length = batch["tokens"].shape[1]
-    if cache_length < length:
+    if cache_slots <= prompt_slots:
         raise ValueError(
-            f"cache_length must hold the prompt and what is generated, got {cache_length} for rows "
-            f"of {length} tokens."
+            f"The cache must hold the prompts and what is generated, got {cache_slots} slots for "
+            f"prompts of {prompt_slots}."
         )
     model = _bind(params, cfg, dtype)
     x = _embed(model, batch, cfg, dtype, "none", max_frame_patches)
-    visible = packed_text(batch["segments"], batch["branch"])
-    return model.text.prefill(x, batch["positions"], visible, cfg.text, cache_length=cache_length)
+    return model.text.prefill(
+        x,
+        batch["positions"],
+        packed_text(batch["segments"], batch["branch"]),
+        cfg.text,
+        ends=batch["prompt_ends"],
+        prompt_slots=prompt_slots,
+        cache_slots=cache_slots,
+    )
 
 
 def decode(
@@ -192,17 +201,18 @@ def decode(
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     cache: Cache,
-    slots: Int[Array, " B"],
+    first: Int[Array, " B"],
+    slot: Int[Array, ""],
     cfg: SaberConfig,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Reads one token per row and returns its hidden state and the new cache.
 
-    A row's key and value go to slot `slots[row]`, and the row sees the slots up to that one, so
-    the first generated token belongs right behind the prompt, over the prompt's padding.
+    Keys and values go to `slot`, the same in all rows, and a row sees its slots from `first[row]`,
+    where its prompt begins, up to that one. The first generated token goes to slot `prompt_slots`.
     """
     model = _bind(params, cfg, dtype)
-    return model.text.decode(model.text.embed[tokens], positions, cache, slots, cfg.text)
+    return model.text.decode(model.text.embed[tokens], positions, cache, first, slot, cfg.text)
 
 
 def check_tree(expected: Params, got: Params) -> None:

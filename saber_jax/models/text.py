@@ -1,7 +1,7 @@
 """Text tower: the decoder that reads words, patches and sound as one sequence.
 
-Axis letters: B batch   L length   S cache slots   Y layers   D width   F mlp width   N query heads
-K kv heads   H head dim   V vocabulary.
+Axis letters: B batch   R packed rows, in G groups of P prompts   L length   S cache slots
+Y layers   D width   F mlp width   N query heads   K kv heads   H head dim   V vocabulary.
 """
 
 from typing import TypedDict
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from saber_jax.models.config import TextConfig
 from saber_jax.models.kernels import Kernel
@@ -32,6 +32,9 @@ from saber_jax.models.remat import MLP, Remat, named
 
 class Cache(TypedDict):
     """Keys and values of the tokens read so far, one slot each.
+
+    Every row's prompt ends in the same slot, and what comes before a short one is meaningless: so
+    all rows write each new token into one and the same slot, a plain slice of the array.
 
     Laid out as the two matrix products of one decoding step read them; with slots before heads,
     XLA on CPUs would transpose the whole cache for every token.
@@ -110,19 +113,19 @@ class Block(nnx.Module):
         x: Float[Array, "B 1 D"],
         cache: Cache,
         layer: Int[Array, ""],
-        slots: Int[Array, " B"],
+        slot: Int[Array, ""],
+        visible: Visibility,
         rotary: Rotary,
         *,
         eps: float,
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """Reads one token per row and writes its key and value into `slots` of layer `layer`."""
+        """Reads one token per row and writes its key and value into `slot` of layer `layer`."""
         q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
-        rows = jnp.arange(len(slots))
+        k, v = k.transpose(1, 0, 2, 3)[..., None], v.transpose(1, 0, 2, 3)[:, :, :, None]
         cache = {
-            "k": cache["k"].at[layer, rows, :, :, slots].set(k[:, 0]),
-            "v": cache["v"].at[layer, rows, :, slots].set(v[:, 0]),
+            "k": jax.lax.dynamic_update_slice(cache["k"], k, (layer, 0, 0, 0, slot)),
+            "v": jax.lax.dynamic_update_slice(cache["v"], v, (layer, 0, 0, slot, 0)),
         }
-        visible = cached_text(slots, cache["v"].shape[3])
         x = x + self.attn.out(attend_cached(q, cache["k"][layer], cache["v"][layer], visible))
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps)), cache
 
@@ -159,45 +162,53 @@ class Text(nnx.Module):
 
     def prefill(
         self,
-        x: Float[Array, "B L D"],
-        positions: Int[Array, "B 3 L"],
+        x: Float[Array, "R L D"],
+        positions: Int[Array, "R 3 L"],
         visible: Visibility,
         cfg: TextConfig,
         *,
-        cache_length: int,
-    ) -> tuple[Float[Array, "B L D"], Cache]:
-        """Hidden states after the final norm, and a cache whose first L slots are filled."""
+        ends: Int[Array, "G P"],
+        prompt_slots: int,
+        cache_slots: int,
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Each prompt's last hidden state after the final norm, and a cache with room to go on.
+
+        Prompts are packed into the rows. See `cut` for `ends`; each fills the `prompt_slots` first
+        slots of its row of the cache up to the last.
+        """
         rotary = self._rotary(positions, cfg, x.dtype)
+        room = (0, cache_slots - prompt_slots)
 
         def layer(x, block):
-            return block(x, visible, rotary, eps=cfg.norm_eps)
+            x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps)
+            # Cut layer by layer: keys and values of all the packed rows never stand side by side.
+            k, v = (cut(kept, ends, prompt_slots) for kept in (k, v))
+            k = jnp.pad(k.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [room])
+            v = jnp.pad(v.transpose(0, 2, 1, 3), [(0, 0)] * 2 + [room, (0, 0)])
+            return x, Cache(k=k, v=v)
 
-        x, (k, v) = jax.lax.scan(layer, x, self.blocks)
-        room = (0, cache_length - x.shape[1])
-        none = (0, 0)
-        cache: Cache = {
-            "k": jnp.pad(k.transpose(0, 1, 3, 4, 2), [none, none, none, none, room]),
-            "v": jnp.pad(v.transpose(0, 1, 3, 2, 4), [none, none, none, room, none]),
-        }
-        return rms_norm(x, self.norm, cfg.norm_eps), cache
+        x, cache = jax.lax.scan(layer, x, self.blocks)
+        return rms_norm(cut(x, ends, 1)[:, 0], self.norm, cfg.norm_eps), cache
 
     def decode(
         self,
         x: Float[Array, "B D"],
         positions: Int[Array, " B"],
         cache: Cache,
-        slots: Int[Array, " B"],
+        first: Int[Array, " B"],
+        slot: Int[Array, ""],
         cfg: TextConfig,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token per row; a generated token has the same position on all three axes."""
         axes = jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1))
         rotary = self._rotary(axes, cfg, x.dtype)
+        visible = cached_text(first, slot, cache["v"].shape[3])
 
         # The cache is carried, not scanned over: a scan would copy all of it for every token.
         def layer(carry, inputs):
             x, cache = carry
             index, block = inputs
-            return block.decode(x, cache, index, slots, rotary, eps=cfg.norm_eps), None
+            return block.decode(x, cache, index, slot, visible, rotary, eps=cfg.norm_eps), None
 
         layers = (jnp.arange(cfg.layers), self.blocks)
         (x, cache), _ = jax.lax.scan(layer, (x[:, None], cache), layers)
@@ -212,3 +223,20 @@ class Text(nnx.Module):
             sections=cfg.mrope_section,
         )
         return cos.astype(dtype), sin.astype(dtype)
+
+
+def cut(x: Shaped[Array, "R L ..."], ends: Int[Array, "G P"], length: int) -> Array:
+    """The last `length` slots of every prompt of packed rows: [B, length, ...], B = G P.
+
+    The rows are G groups of equally many, and `ends` counts slots from the start of a group. Only
+    a group's own rows are looked into, so that a mesh that holds each group on its own devices has
+    nothing to send. Before a prompt shorter than `length` stands what precedes it in the row, or
+    the row's first slot. Two groups of one row each, with prompts `a b c`, `d e` and `f`, `g h`:
+
+        x     a b c d e      ends  3 5      length 2   b c   d e
+              f g h . .            1 3                 f f   g h
+    """
+    groups = x.reshape(len(ends), -1, *x.shape[2:])
+    slots = jnp.maximum(ends[:, :, None] - length + jnp.arange(length)[None, None], 0)
+    index = slots.reshape(len(ends), -1, *(1 for _ in x.shape[2:]))
+    return jnp.take_along_axis(groups, index, axis=1).reshape(-1, length, *x.shape[2:])

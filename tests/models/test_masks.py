@@ -30,8 +30,8 @@ def test_packed_text_is_the_drawing():
 
 
 def test_cached_text_is_the_drawing():
-    got = masks.cached_text(jnp.array([2, 0]), 4).dense()
-    np.testing.assert_array_equal(got[:, 0], [[1, 1, 1, 0], [1, 0, 0, 0]])
+    got = masks.cached_text(jnp.array([2, 0]), jnp.int32(3), 5).dense()
+    np.testing.assert_array_equal(got[:, 0], [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]])
 
 
 def test_audio_chunk_is_the_drawing():

@@ -1,5 +1,6 @@
 """The pure functions over a params dict, on small batches that hold everything."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
-from saber_jax.models import saber
+from saber_jax.models import saber, text
 from saber_jax.models.config import saber_config
 from tests.models.batches import (
     CONFIG,
@@ -121,32 +122,46 @@ def test_a_batch_without_media_buffers_needs_no_towers(params):
     )
 
 
-def test_prefill_and_decode_equal_one_forward_pass(params):
-    talks = [TALK, conversation(2, Text(9), Audio(90), Text(9))]
-    batch = pack([[talk] for talk in talks], **BUDGET)
-    whole = hidden(params, batch)
-    ends = np.array([len(talk.tokens) for talk in talks])
-    prompts = {name: array.copy() for name, array in batch.items()}
-    steps = 4  # The last four tokens of each row are taken away and then decoded.
-    for row, end in enumerate(ends):
-        prompts["segments"][row, end - steps :] = 0
-        prompts["tokens"][row, end - steps :] = 0
-    start = jax.jit(lambda p, b: saber.prefill(p, b, CONFIG, cache_length=100))
+def test_packed_prefill_and_decode_equal_one_forward_pass(params):
+    talks = [TALK, conversation(2, Text(9), Audio(90), Text(9)), conversation(3, Text(12))]
+    whole = hidden(params, pack([[talk] for talk in talks], **BUDGET))
+    steps = 4  # The last four tokens of each conversation are taken away and then decoded.
+    prompts = [dataclasses.replace(t, **_without_last(t, steps)) for t in talks]
+    packed = pack([[prompts[0]], prompts[1:]], **BUDGET)
+    lengths = np.array([len(prompt.tokens) for prompt in prompts])
+    packed["prompt_ends"] = np.array([[lengths[0], 96 + lengths[1], 96 + lengths[1:].sum()]])
+    slots = int(lengths.max())
+
+    @jax.jit
+    def start(params, batch):
+        return saber.prefill(params, batch, CONFIG, prompt_slots=slots, cache_slots=slots + steps)
+
     step = jax.jit(lambda p, *args: saber.decode(p, *args, CONFIG))
-    out, cache = start(params, prompts)
-    for row, end in enumerate(ends):
-        np.testing.assert_allclose(out[row, : end - steps], whole[row, : end - steps], atol=2e-5)
+    out, cache = start(params, packed)
     rows = np.arange(len(talks))
+    np.testing.assert_allclose(out, whole[rows, lengths - 1], atol=2e-5)
     for offset in range(steps):
-        slots = ends - steps + offset
-        positions = batch["positions"][rows, 0, slots]
-        out, cache = step(params, batch["tokens"][rows, slots], positions, cache, slots)
-        np.testing.assert_allclose(out, whole[rows, slots], atol=2e-5)
+        now = lengths + offset
+        tokens = np.array([talk.tokens[i] for talk, i in zip(talks, now, strict=True)])
+        positions = np.array([talk.positions[0, i] for talk, i in zip(talks, now, strict=True)])
+        out, cache = step(params, tokens, positions, cache, slots - lengths, slots + offset)
+        np.testing.assert_allclose(out, whole[rows, now], atol=2e-5)
 
 
-def test_a_cache_shorter_than_the_prompt_is_refused(params):
-    with pytest.raises(ValueError, match="got 8 for rows of 12 tokens"):
-        saber.prefill(params, text_batch(1, 12), CONFIG, cache_length=8)
+def _without_last(talk, steps: int) -> dict:
+    return {"tokens": talk.tokens[:-steps], "positions": talk.positions[:, :-steps]}
+
+
+def test_the_drawing_of_cut():
+    rows = jnp.array([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    got = text.cut(rows, jnp.array([[3, 5], [1, 3]]), 2)
+    assert got.tolist() == [[2, 3], [4, 5], [6, 6], [7, 8]]
+
+
+def test_a_cache_without_room_for_an_answer_is_refused(params):
+    batch = text_batch(1, 12) | {"prompt_ends": np.array([[12]])}
+    with pytest.raises(ValueError, match="got 12 slots for prompts of 12"):
+        saber.prefill(params, batch, CONFIG, prompt_slots=12, cache_slots=12)
 
 
 def test_bfloat16_stays_near_float32_and_logits_are_float32(params, batch):

@@ -1,0 +1,249 @@
+"""Tokens a second that generation makes, ours over transformers' `generate`.
+
+    python -m benchmarks.generate [--quick]
+
+Both have the same random float32 weights (47 million), prompts and cores, and decode greedily. The
+prompts are clips of SABER-like lengths (log-normal seconds, median 4.5) with their sound. Ours is
+timed from records to text, so log-mel and patches are in it; theirs from ready tensors to tokens,
+as its processor's work is not what is compared. Needs what requirements-torch.txt names.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import result
+from saber_jax.data import media, transforms
+from saber_jax.data.records import Record
+from saber_jax.data.tokenizer import SPECIALS
+from saber_jax.generate import Generator
+from saber_jax.hf.config import to_hf
+from saber_jax.hf.names import to_disk
+from saber_jax.models import saber
+from saber_jax.models.config import (
+    AudioConfig,
+    SaberConfig,
+    TextConfig,
+    TokenIds,
+    VisionConfig,
+)
+from saber_jax.models.vision import normalize
+
+GOAL = 2.0
+
+CONFIG = SaberConfig(
+    text=TextConfig(
+        layers=8,
+        width=512,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        mlp_dim=2048,
+        vocab=8192,
+        rope_theta=1e6,
+        mrope_section=(8, 12, 12),
+        norm_eps=1e-6,
+        max_positions=8192,
+    ),
+    vision=VisionConfig(
+        depth=4, width=256, heads=4, mlp_dim=684, out_width=512, full_attention_layers=(1, 3)
+    ),
+    audio=AudioConfig(layers=4, width=256, heads=4, mlp_dim=1024, out_width=512),
+    tokens=TokenIds(
+        pad=1,
+        im_start=2,
+        eos=3,
+        audio=4,
+        audio_bos=5,
+        audio_eos=6,
+        vision_bos=7,
+        vision_eos=8,
+        image=10,
+        video=11,
+    ),
+)
+
+
+class Letters:
+    """A vocabulary without training: special tokens, then one id a character. Keeps ids as text."""
+
+    vocab_size = CONFIG.text.vocab
+    _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._SPECIAL.split(text):
+            ids += [self.id(part)] if part in SPECIALS else [20 + ord(c) % 8000 for c in part]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def id(self, special: str) -> int:
+        return 1 + SPECIALS.index(special)
+
+
+def clips(count: int) -> list[Record]:
+    """Random pixels and noise; 60 tokens a frame pair and 25 a second of sound."""
+    rng = np.random.default_rng(0)
+    seconds = np.clip(np.exp(np.log(4.5) + 0.6 * rng.standard_normal(count)), 1, 30)
+    return [_clip(rng, number, float(s)) for number, s in enumerate(seconds)]
+
+
+def _clip(rng: np.random.Generator, number: int, seconds: float) -> Record:
+    frames = max(4, 2 * int(seconds))
+    return Record(
+        clip_id=f"clip{number}",
+        language="en",
+        frames=rng.integers(0, 256, (frames, 168, 280, 3), np.uint8),
+        seconds_per_grid=seconds / (frames // 2),
+        audio=rng.integers(-9000, 9000, int(seconds * media.SAMPLE_RATE), np.int16),
+        annotation={},
+        labels={},
+        provenance={},
+    )
+
+
+def weights() -> saber.Params:
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        scale = 1.0 if "norm" in name and "bias" not in name else 0.0
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        return scale + np.float32(0.04) * noise
+
+    return jax.tree_util.tree_map_with_path(draw, saber.abstract(CONFIG))
+
+
+def reference(params: saber.Params) -> Any:
+    """The same network in transformers, with its fastest attention for CPUs."""
+    import torch
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = Qwen2_5OmniThinkerConfig(**to_hf(CONFIG, dtype="float32"))
+    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
+        config, attn_implementation="sdpa"
+    ).eval()
+    disk = {entry.name: torch.from_numpy(a.copy()) for entry, a in to_disk(params, CONFIG)}
+    model.load_state_dict({_in_memory(name): tensor for name, tensor in disk.items()})
+    return model
+
+
+def _in_memory(name: str) -> str:
+    """transformers 5 nests in memory what lies flat on disk."""
+    if name.startswith("model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def inputs(records: Sequence[Record]) -> dict[str, Any]:
+    """What transformers' processor would give: left-padded tokens, normalised patches, log-mel."""
+    import torch
+
+    examples = [transforms.encode_record(record, Letters(), responses=()) for record in records]
+    prompts = [example.prompt.tokens for example in examples]
+    longest = max(map(len, prompts))
+    tokens = np.full((len(prompts), longest), CONFIG.tokens.pad, np.int64)
+    mask = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    mels = [media.log_mel(record.audio) for record in records]
+    features = np.zeros((len(mels), 128, max(map(len, mels))), np.float32)
+    heard = np.zeros((len(mels), features.shape[2]), np.int64)
+    for row, mel in enumerate(mels):
+        features[row, :, : len(mel)], heard[row, : len(mel)] = mel.T, 1
+    patches = np.concatenate([media.patchify(record.frames) for record in records])
+    sizes = [
+        (len(r.frames) // 2, r.frames.shape[1] // 14, r.frames.shape[2] // 14) for r in records
+    ]
+    arrays = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "pixel_values_videos": np.array(normalize(patches[None]))[0],
+        "video_grid_thw": np.array(sizes),
+        "video_second_per_grid": np.array([r.seconds_per_grid for r in records], np.float32),
+        "input_features": features,
+        "feature_attention_mask": heard,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def compare(
+    params: saber.Params, model: Any, records: list[Record], *, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Tokens a second of both, by turns, so that whatever else the machine does hits both."""
+    import torch
+
+    generator = Generator(
+        params, CONFIG, Letters(), max_new_tokens=new_tokens, batch_size=len(records)
+    )
+    given = inputs(records)
+
+    def ours() -> list[list[int]]:
+        return [[int(i) for i in text.split()] for text in generator.respond(records)]
+
+    def theirs() -> list[list[int]]:
+        with torch.inference_mode():
+            out = model.generate(
+                **given, do_sample=False, max_new_tokens=new_tokens, eos_token_id=CONFIG.tokens.eos
+            )
+        return out[:, given["input_ids"].shape[1] :].tolist()
+
+    answers, expected = ours(), theirs()  # Also compiles ours.
+    count = sum(map(len, answers))
+    same = [np.mean(np.array(a) == b[: len(a)]) for a, b in zip(answers, expected, strict=True)]
+    seconds = [(_timed(ours), _timed(theirs)) for _ in range(repeats)]
+    wall = [statistics.median(pair[i][0] for pair in seconds) for i in (0, 1)]
+    cpu = [min(pair[i][1] for pair in seconds) for i in (0, 1)]
+    return {
+        "ours": round(count / wall[0], 1),
+        "transformers": round(count / wall[1], 1),
+        "ratio": round(statistics.median(b[0] / a[0] for a, b in seconds), 2),
+        "cpu_ratio": round(cpu[1] / cpu[0], 2),
+        "tokens_that_agree": round(float(np.mean(same)), 4),
+        "prompt_tokens": given["attention_mask"].sum(1).tolist(),
+    }
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of wall and of processor time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, one repetition")
+    quick = parser.parse_args().quick
+    params = weights()
+    model = reference(params)
+    found = {}
+    for batch in (1, 8):
+        found[batch] = compare(
+            params, model, clips(batch), new_tokens=32 if quick else 256, repeats=1 if quick else 3
+        )
+        print(f"batch {batch}: {found[batch]}", flush=True)
+    result.finish(
+        "generate",
+        value=found[8]["ratio"],
+        unit="x transformers' tokens a second, batch 8",
+        goal=GOAL,
+        ok=found[8]["ratio"] >= GOAL,
+        device=result.device(),
+        batch_1=found[1],
+        batch_8=found[8],
+    )
+
+
+if __name__ == "__main__":
+    main()
