@@ -15,7 +15,7 @@ from pathlib import Path
 
 from saber_jax.data import decode, records
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".m4v")
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".m4v", ".flv")
 
 REASONS = {
     **decode.REASONS,

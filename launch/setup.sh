@@ -3,6 +3,7 @@
 # on stdout; everything for people goes to stderr.
 #
 #   launch/setup.sh          what running needs (requirements.txt)
+#   launch/setup.sh --prep   and what preparing raw videos needs (data_prep.run)
 #   launch/setup.sh --test   and what the tests need
 #   launch/setup.sh --demo   and what the demo page needs
 #   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
@@ -25,10 +26,12 @@ venv=${SABER_VENV:-.venv}
 layers=(requirements.txt)
 for flag in "$@"; do
   case "$flag" in
+    --prep) layers+=(requirements-prep.txt) ;;
     --test) layers+=(requirements-test.txt) ;;
     --demo) layers+=(requirements-demo.txt) ;;
     --torch) layers+=(requirements-torch.txt) ;;
-    *) echo "launch/setup.sh: unknown flag $flag; it knows --test, --demo and --torch." >&2; exit 2 ;;
+    *) echo "launch/setup.sh: unknown flag $flag; it knows --prep, --test, --demo and --torch." >&2
+       exit 2 ;;
   esac
 done
 

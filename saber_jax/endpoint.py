@@ -38,7 +38,7 @@ REASONS = {
     "unreachable": "there is no endpoint at this address",
     "unauthorised": "the endpoint does not accept the key, or the key may not use the model",
     "not_found": "the endpoint knows no such address or model",
-    "budget_spent": "the tokens allowed for this run are spent",
+    "budget_spent": "the tokens or the money allowed for this run are spent",
 }
 # Asking something else would fail the same way, so a run stops instead of failing item by item.
 FATAL = ("unreachable", "unauthorised", "not_found", "budget_spent")
@@ -113,10 +113,13 @@ class Endpoint:
         timeout: float = 120.0,
         requests_per_minute: float | None = None,
         most_tokens: int | None = None,
+        most_cost: float | None = None,
+        prices: tuple[float, float] = (0.0, 0.0),
     ):
         """`timeout` is in seconds per attempt; a retry waits twice as long as the one before it, up
-        to 8 s, or what the endpoint's Retry-After says. With `most_tokens`, no question is begun
-        once that many tokens were used.
+        to 8 s, or what the endpoint's Retry-After says. With `most_tokens` or `most_cost`, no
+        question is begun once that much was used; `prices` are per million prompt and completion
+        tokens.
         """
         if concurrency < 1 or retries < 0 or timeout <= 0:
             raise ValueError(
@@ -126,6 +129,7 @@ class Endpoint:
         self.url, self.model = url, model
         self.usage = Usage()
         self._concurrency, self._retries, self._most_tokens = concurrency, retries, most_tokens
+        self._most_cost, self._prices = most_cost, prices
         self._cache = Path(cache) if cache else None
         self._lock = threading.Lock()
         self._pause = 60.0 / requests_per_minute if requests_per_minute else 0.0
@@ -134,6 +138,12 @@ class Endpoint:
         self._client = openai.OpenAI(
             base_url=url, api_key=self._key or "none", max_retries=retries, timeout=timeout
         )
+
+    @property
+    def cost(self) -> float:
+        """What the tokens so far came to, in the currency of `prices`."""
+        used = (self.usage.prompt_tokens, self.usage.completion_tokens)
+        return sum(tokens * price for tokens, price in zip(used, self._prices, strict=True)) / 1e6
 
     def ask(self, messages: Sequence[Message], *, draw: int = 0, **settings: Any) -> Reply:
         """One answer. Raises EndpointError."""
@@ -223,6 +233,9 @@ class Endpoint:
         with self._lock:
             if self._most_tokens is not None and self.usage.tokens >= self._most_tokens:
                 detail = f"{self.usage.tokens} used, {self._most_tokens} allowed"
+                raise EndpointError("budget_spent", detail)
+            if self._most_cost is not None and self.cost >= self._most_cost:
+                detail = f"{self.cost:.4f} spent, {self._most_cost:g} allowed"
                 raise EndpointError("budget_spent", detail)
             start = max(self._next_start, time.monotonic())
             self._next_start = start + self._pause

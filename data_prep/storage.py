@@ -1,0 +1,119 @@
+"""Files of the data pipeline, on a disk here or in a bucket that fsspec knows (gs://, s3://, ...).
+
+A bucket needs its own package beside fsspec (gcsfs, s3fs); a path without `://` needs nothing.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below `folder`, whatever it lies on."""
+    return "/".join([folder.rstrip("/"), *names])
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def exists(path: str) -> bool:
+    fs, name = fsspec.core.url_to_fs(path)
+    return fs.exists(name)
+
+
+def names(folder: str) -> set[str]:
+    """Names of the files in `folder`; none if there is no such folder."""
+    fs, name = fsspec.core.url_to_fs(folder)
+    fs.invalidate_cache(name)
+    try:
+        return {os.path.basename(path.rstrip("/")) for path in fs.ls(name, detail=False)}
+    except FileNotFoundError:
+        return set()
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes in one step: a reader sees the old file or the whole new one."""
+    fs, name = fsspec.core.url_to_fs(path)
+    fs.makedirs(os.path.dirname(name), exist_ok=True)
+    if not is_local(path):
+        fs.pipe_file(name, text.encode())  # Objects in a bucket appear whole.
+        return
+    # Not only the process number: two machines may make the same shard on a shared disk.
+    temporary = f"{name}.{uuid.uuid4().hex[:8]}.partial"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, name)
+
+
+def read_text(path: str) -> str:
+    """Raises FileNotFoundError."""
+    fs, name = fsspec.core.url_to_fs(path)
+    return fs.cat_file(name).decode("utf-8")
+
+
+def delete(path: str) -> None:
+    """A file, or a folder with all that is in it; nothing happens if there is none."""
+    fs, name = fsspec.core.url_to_fs(path)
+    if fs.exists(name):
+        fs.rm(name, recursive=True)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str) -> Any:
+    return json.loads(read_text(path))
+
+
+def write_lines(path: str, items: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line, in one step."""
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[Path]:
+    """The file on a local disk: itself, or for as long as needed a copy of what is in a bucket."""
+    if is_local(path):
+        yield Path(path)
+        return
+    fs, name = fsspec.core.url_to_fs(path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / os.path.basename(name)
+        fs.get_file(name, str(copy))
+        yield copy
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[Path]:
+    """A local path to write to; what is there in the end appears at `path` in one step."""
+    suffix = os.path.splitext(path)[1]
+    fs, name = fsspec.core.url_to_fs(path)
+    fs.makedirs(os.path.dirname(name), exist_ok=True)
+    folder = os.path.dirname(name) if is_local(path) else None
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=f".partial{suffix}")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o644)
+        if is_local(path):
+            os.replace(temporary, name)
+        else:
+            fs.put_file(temporary, name)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)

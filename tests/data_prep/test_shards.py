@@ -1,0 +1,138 @@
+"""Stages, shards, and what is left when work is interrupted."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("fsspec")
+
+from data_prep import shards, storage
+from data_prep.shards import Dropped, Outcome, Row, Stage, Workers
+
+SHARDS = 4
+
+
+def make_stage(name: str, out, **settings) -> Stage:
+    reasons = {"odd": "the number is odd"}
+    return Stage(name=name, out=str(out), shards=SHARDS, settings=settings, reasons=reasons)
+
+
+def make_source(out, count: int = 20) -> Stage:
+    source = make_stage("source", out)
+    source.claim("")
+    for shard in range(SHARDS):
+        rows = [{"clip_id": f"c{i}", "n": i} for i in range(shard, count, SHARDS)]
+        source.write(shard, rows, rows)
+    source.summarise()
+    return source
+
+
+def drop_odd(rows: list[Row]) -> Iterator[Outcome]:
+    for row in rows:
+        if row["n"] % 2:
+            yield Dropped(row=row, reason="odd", detail=str(row["n"]))
+        else:
+            yield {**row, "seen": True}
+
+
+@pytest.mark.parametrize("where", ["disk", "memory://shards"])
+def test_every_row_is_kept_or_dropped_and_counted(tmp_path, where):
+    out = tmp_path if where == "disk" else f"{where}/{tmp_path.name}"
+    source = make_source(out)
+    stage = make_stage("even", out)
+    summary = shards.run(stage, source, drop_odd)
+    assert summary == {"stage": "even", "kept": 10, "dropped": 10, "reasons": {"odd": 10}}
+    assert storage.read_json(stage.file("summary.json")) == summary
+    assert sorted(row["n"] for row in stage.rows()) == list(range(0, 20, 2))
+    assert stage.dropped(1)[0]["row"]["n"] == int(stage.dropped(1)[0]["detail"])
+
+
+def test_a_second_run_works_on_nothing(tmp_path):
+    source = make_source(tmp_path)
+    stage = make_stage("even", tmp_path)
+    first = shards.run(stage, source, drop_odd)
+    assert shards.run(stage, source, lambda rows: pytest.fail("worked again")) == first
+
+
+def test_an_interrupted_run_goes_on_from_its_finished_shards(tmp_path):
+    source = make_source(tmp_path)
+    stage = make_stage("even", tmp_path)
+    done = []
+
+    def fails_late(rows: list[Row]) -> Iterator[Outcome]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(rows)
+        yield from drop_odd(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.run(stage, source, fails_late)
+    assert len(stage.missing()) == 2
+    rest = []
+    shards.run(stage, source, lambda rows: rest.append(rows) or drop_odd(rows))
+    assert len(rest) == 2
+    assert len(stage.rows()) == 10
+
+
+@pytest.mark.parametrize(
+    ("work", "complaint"),
+    [
+        (lambda rows: rows[1:], "lost"),
+        (lambda rows: [*rows, rows[0]], "doubled"),
+        (lambda rows: [Dropped(row=row, reason="tired") for row in rows], "no reason 'tired'"),
+    ],
+)
+def test_work_that_loses_or_doubles_rows_is_stopped(tmp_path, work, complaint):
+    source = make_source(tmp_path)
+    stage = make_stage("even", tmp_path)
+    with pytest.raises((RuntimeError, KeyError), match=complaint):
+        shards.run(stage, source, work)
+    assert len(stage.missing()) == SHARDS
+
+
+def test_other_settings_here_or_before_are_refused(tmp_path):
+    source = make_source(tmp_path)
+    shards.run(make_stage("even", tmp_path, limit=1), source, drop_odd)
+    with pytest.raises(ValueError, match=r"settings\.limit: 1 there, 2 now"):
+        shards.run(make_stage("even", tmp_path, limit=2), source, drop_odd)
+    other = make_stage("source", tmp_path, seed=1)
+    storage.write_json(other.file("manifest.json"), {"settings": {"seed": 1}})
+    with pytest.raises(ValueError, match="after"):
+        shards.run(make_stage("even", tmp_path, limit=1), other, drop_odd)
+
+
+def test_work_on_all_rows_at_once_leaves_rows_in_their_shards(tmp_path):
+    source = make_source(tmp_path)
+    stage = make_stage("even", tmp_path)
+    shards.run_whole(stage, source, lambda rows: reversed(list(drop_odd(rows))))
+    for shard in range(SHARDS):
+        assert {row["n"] % SHARDS for row in stage.kept(shard)} <= {shard}
+    assert len(stage.rows()) == 10
+
+
+def test_beam_does_the_missing_shards_in_several_processes(tmp_path):
+    source = make_source(tmp_path)
+    stage = make_stage("even", tmp_path)
+    stage.claim(source.fingerprint())
+    rows = source.kept(2)
+    stage.write(2, rows, drop_odd(rows))
+    marks = tmp_path / "marks"
+
+    # Inside, so that it travels to the workers by value: they cannot import a test.
+    def work(rows: list[Row]) -> Iterator[Outcome]:
+        for row in rows:
+            with open(marks, "a") as file:
+                file.write(f"{row['clip_id']} {os.getpid()}\n")
+            yield Dropped(row=row, reason="odd") if row["n"] % 2 else row
+
+    summary = shards.run(stage, source, work, Workers(processes=2))
+    assert (summary["kept"], summary["dropped"]) == (10, 10)
+    worked = dict(line.split() for line in marks.read_text().splitlines())
+    assert set(worked) == {f"c{i}" for i in range(20) if i % SHARDS != 2}
+    assert str(os.getpid()) not in worked.values()
+
+
+def test_options_for_a_cluster_reach_beam_as_they_are():
+    options = ("--runner=FlinkRunner", "--flink_master=host:8081")
+    assert Workers(processes=8, beam=options).options() == list(options)
