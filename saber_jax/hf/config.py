@@ -198,6 +198,34 @@ def to_hf(cfg: SaberConfig, *, dtype: str) -> dict[str, Any]:
     }
 
 
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of either generation of transformers as both read it alike; see `to_hf`.
+
+    What transformers 5 wrote loses nothing and gains the older place of the rotary settings, and
+    whether the head is tied is said on both levels.
+    """
+    result = _older_rotary(config)
+    part = result.get("thinker_config", result)
+    text = part["text_config"]
+    tied = bool(part.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    part["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
+    return result
+
+
+def _older_rotary(config: Any) -> Any:
+    """The same in every section, the talker's included."""
+    if not isinstance(config, Mapping):
+        return config
+    result = {key: _older_rotary(value) for key, value in config.items()}
+    rotary = config.get("rope_parameters")
+    if isinstance(rotary, Mapping) and "rope_theta" in rotary and "rope_theta" not in config:
+        result["rope_theta"] = rotary["rope_theta"]
+        rest = {key: value for key, value in rotary.items() if key != "rope_theta"}
+        if "mrope_section" in rest:
+            result["rope_scaling"] = rest | {"type": rest.get("rope_type", "default")}
+    return result
+
+
 def _put(values: Any, table: Mapping[str, str]) -> dict[str, Any]:
     put = {theirs: getattr(values, ours) for ours, theirs in table.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in put.items()}

@@ -2,34 +2,51 @@
 
     python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR [--dtype bfloat16]
 
-DIR is complete or absent: it is written under another name and renamed at the end.
+writes the thinker alone.
+
+    python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR --source HF_DIR
+
+writes a copy of HF_DIR, the thinker alone or the whole omni model, with our weights in the place of
+its thinker's: the same files with the same tensors in the same dtypes, talker and vocoder included.
+
+    python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR --peft
+
+writes the adapters of a LoRA run for `peft`; the other two forms merge them into the weights.
+
+DIR is complete or absent: it is written under another name and renamed at the end. Matrices pass
+through one at a time.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax
 import numpy as np
-from safetensors.numpy import save_file
+from absl import logging
 from tqdm import tqdm
 
-from saber_jax.data.tokenizer import Tokenizer
-from saber_jax.hf import tensors
-from saber_jax.hf.config import to_hf
-from saber_jax.hf.names import entries, to_disk
+from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.hf import peft, tensors
+from saber_jax.hf.config import portable, to_hf
+from saber_jax.hf.load import PREFIX, Source, open_source
+from saber_jax.hf.names import Entry, entries, on_disk
 from saber_jax.hf.tokenizer import FILES as TOKENIZER_FILES
 from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
+from saber_jax.train import stream
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
 JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 
@@ -40,76 +57,167 @@ def export(
     out: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes weights, configs and the tokenizer; float32 weights survive bit for bit.
+    """Writes weights, configs and the tokenizer; adapters are merged into the weights.
 
-    Adapters are merged into the weights.
-
-    An earlier export at `out` is replaced. Raises ValueError for parameters that do not fit `cfg`
-    or an unknown dtype, FileExistsError if `out` holds anything else than an export.
+    `params` holds arrays, or what stream.open_model gives. "auto" is the narrowest dtype among
+    them, in which the ones that are stored in it survive bit for bit. An earlier export at `out` is
+    replaced. Raises ValueError for parameters that do not fit `cfg` or an unknown dtype,
+    FileExistsError if `out` holds anything else than an export.
     """
-    out = Path(out)
+    saber.check_tree(saber.abstract(cfg), params, dtypes=False)
+    params, cfg = saber.merge_lora(params, cfg), dataclasses.replace(cfg, lora=None)
+    dtype = _narrowest(params) if dtype == "auto" else dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    saber.check_tree(saber.abstract(cfg), params)
-    params = saber.merge_lora(params, cfg)
-    _refuse_foreign(out)
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
+    ours = {*JSON_FILES, *TOKENIZER_FILES, tensors.INDEX}
+    with _replacing(Path(out), ours) as partial:
+        _write_weights(params, cfg, partial, DTYPES[dtype], shard_bytes)
+        _write_json(partial / "config.json", to_hf(cfg, dtype=dtype))
+        _write_json(partial / "generation_config.json", _generation(cfg))
+        _write_json(partial / "preprocessor_config.json", _preprocessor(cfg))
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, partial)
+
+
+def export_like(
+    params: dict[str, Any], cfg: SaberConfig, out: str | Path, source: Source
+) -> list[str]:
+    """Writes `source.directory` again with these weights; returns what was left out.
+
+    Left out are weights that no index names, such as pickles beside safetensors, and folders.
+    Every tensor keeps its place and dtype, so weights that came from `source` unchanged give files
+    that are equal byte for byte. Raises ValueError for parameters or a source that do not fit
+    `cfg`, FileExistsError if `out` holds anything that is not in `source`.
+    """
+    saber.check_tree(saber.abstract(cfg), params, dtypes=False)
+    params, cfg = saber.merge_lora(params, cfg), dataclasses.replace(cfg, lora=None)
+    _check_source(params, cfg, source)
+    shards: dict[Path, list[tuple[str, tensors.Tensor]]] = {}
+    for name, tensor in source.everything.items():
+        shards.setdefault(tensor.path, []).append((name, tensor))
+    kept, left_out = _other_files(source.directory, {path.name for path in shards})
+    bar = tqdm(desc="exporting", total=len(source.everything), unit="tensor")
+    with _replacing(Path(out), {path.name for path in kept}) as partial, bar:
+        for path in kept:
+            shutil.copyfile(path, partial / path.name)
+            if path.name == "config.json":
+                _make_portable(partial / path.name)
+        for path, held in sorted(shards.items()):
+            held.sort(key=lambda pair: pair[1].offset)
+            jobs = [(t.nbytes, _job_like(params, cfg, source, n, t)) for n, t in held]
+            arrays = _counted(stream.in_order(jobs), bar)
+            tensors.write(partial / path.name, tensors.read_header(path), arrays)
+    return left_out
+
+
+def _make_portable(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if (changed := portable(config)) != config:
+        _write_json(path, changed)
+
+
+def _job_like(params, cfg: SaberConfig, source: Source, name: str, tensor: tensors.Tensor):
+    """Our bytes for a tensor of the thinker, the source's own for any other."""
+    entry = entries(cfg).get(name.removeprefix(PREFIX))
+    ours = entry is not None and source.tensors.get(entry.name) is tensor
+    return functools.partial(_convert, params, entry, tensor.dtype) if ours else tensor.read_bytes
+
+
+def _check_source(params, cfg: SaberConfig, source: Source) -> None:
+    ours, theirs = cfg.to_dict(), source.cfg.to_dict()
+    differ = [
+        f"{part}: {theirs[part]} there, {ours[part]} here"
+        for part in ours
+        if ours[part] != theirs[part] and part != "tokens"
+    ]
+    if differ:
+        raise ValueError(
+            f"{source.directory} is another model than the checkpoint ({'; '.join(differ)}). Give "
+            "the directory that the checkpoint was loaded from, or leave --source out."
+        )
+    if source.tensors["lm_head.weight"] is source.tensors["model.embed_tokens.weight"]:
+        head, embed = params["text"]["lm_head"][...], params["text"]["embed"][...]
+        if not np.array_equal(np.asarray(head).T, np.asarray(embed)):
+            raise ValueError(
+                f"{source.directory} has one matrix for embedding and lm_head, but in the "
+                "checkpoint they differ. Leave --source out."
+            )
+
+
+def _other_files(directory: Path, shards: set[str]) -> tuple[list[Path], list[str]]:
+    """What to copy of a directory, and the names of what not to."""
+    weights = (".safetensors", ".bin", ".pth", ".h5", ".msgpack")
+    kept, left_out = [], []
+    for path in sorted(directory.iterdir()):
+        if path.name in shards or path.name.startswith("."):
+            continue
+        stale = path.is_dir() or path.name.endswith(weights)
+        (left_out if stale else kept).append(path)
+    return kept, [path.name for path in left_out]
+
+
+def _narrowest(params: dict[str, Any]) -> str:
+    names = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}
+    return next((name for name in ("bfloat16", "float16") if name in names), "float32")
+
+
+@contextlib.contextmanager
+def _replacing(out: Path, expected: set[str]) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `out` when all is written.
+
+    A mistyped --out must not cost anybody a directory: `out` may hold `expected` and safetensors.
+    """
+    if out.exists():
+        names = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
+        foreign = [n for n in names if n not in expected and not n.endswith(".safetensors")]
+        if foreign:
+            raise FileExistsError(
+                f"{out} holds files that no export wrote: {sorted(foreign)[:5]}. Give --out a new "
+                "name."
+            )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(params, cfg, partial, dtype, shard_bytes)
-    _write_json(partial / "config.json", to_hf(cfg, dtype=dtype))
-    _write_json(partial / "generation_config.json", _generation(cfg))
-    _write_json(partial / "preprocessor_config.json", _preprocessor(cfg))
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, partial)
+    yield partial
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
-
-
-def _refuse_foreign(out: Path) -> None:
-    """A mistyped --out must not cost anybody a directory."""
-    if not out.exists():
-        return
-    ours = {*JSON_FILES, *TOKENIZER_FILES, tensors.INDEX}
-    names = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
-    foreign = [n for n in names if n not in ours and not n.endswith(".safetensors")]
-    if foreign:
-        raise FileExistsError(
-            f"{out} holds files that no export wrote: {sorted(foreign)[:5]}. Give --out a new name."
-        )
 
 
 def _write_weights(
     params: dict[str, Any], cfg: SaberConfig, out: Path, dtype: str, shard_bytes: int
 ) -> None:
-    """One file, or as many as it takes; only one is in memory at a time."""
-    sizes = {
-        name: int(np.prod(entry.shape)) * np.dtype(DTYPES[dtype]).itemsize
-        for name, entry in entries(cfg).items()
-    }
+    """One file, or as many as it takes."""
+    known = entries(cfg)
+    itemsize = np.dtype(tensors.DTYPES[dtype]).itemsize
+    sizes = {name: int(np.prod(entry.shape)) * itemsize for name, entry in known.items()}
     shards = _shards(sizes, shard_bytes)
     count = len(shards)
     files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [tensors.SINGLE]
-    stream = _converted(params, cfg, dtype, total=len(sizes))
-    for file, names in zip(files, shards, strict=True):
-        shard = dict(next(stream) for _ in names)
-        # Without this tag transformers refuses to guess the framework.
-        save_file(shard, out / file, metadata={"format": "pt"})
+    jobs = [(sizes[n], functools.partial(_convert, params, known[n], dtype)) for n in sizes]
+    with tqdm(desc="exporting", total=len(jobs), unit="tensor") as bar:
+        stream_ = _counted(stream.in_order(jobs), bar)
+        for file, names in zip(files, shards, strict=True):
+            start = tensors.header({name: (dtype, known[name].shape) for name in names})
+            tensors.write(out / file, start, (next(stream_) for _ in names))
     if count > 1:
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         total = {"total_size": sum(sizes.values())}
         _write_json(out / tensors.INDEX, {"metadata": total, "weight_map": places})
 
 
-def _converted(
-    params: dict[str, Any], cfg: SaberConfig, dtype: str, *, total: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    for entry, array in tqdm(to_disk(params, cfg), desc="exporting", total=total, unit="tensor"):
-        yield entry.name, np.ascontiguousarray(array.astype(DTYPES[dtype]))
+def _convert(params: dict[str, Any], entry: Entry, dtype: str) -> np.ndarray:
+    array = on_disk(params, entry).astype(tensors.DTYPES[dtype], copy=False)
+    return stream.contiguous(array)
+
+
+def _counted(arrays: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
+    for array in arrays:
+        yield array
+        bar.update()
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -167,19 +275,33 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run's work directory")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], help="auto: the narrowest that the checkpoint holds"
+    )
+    parser.add_argument("--source", type=Path, help="HuggingFace directory to repeat in all else")
+    parser.add_argument("--peft", action="store_true", help="adapters alone")
     args = parser.parse_args(argv)
-    # Imported here: training code depends on models only, and hf on training only as a command.
-    from saber_jax.train.checkpoint import load_model
-
+    if sum([args.dtype is not None, args.source is not None, args.peft]) > 1:
+        parser.error("give one of --dtype, --source and --peft")
+    print(f"exporting {args.checkpoint} to {args.out}")
     try:
-        params, cfg, tokenizer = load_model(args.checkpoint)
-        print(f"exporting {args.checkpoint} to {args.out} in {args.dtype}")
-        export(params, cfg, args.out, tokenizer, dtype=args.dtype)
+        if args.peft:
+            with _replacing(args.out, {peft.CONFIG, peft.WEIGHTS}) as partial:
+                peft.write(args.checkpoint, partial)
+            print(f"{args.out} is ready for peft's PeftModel.from_pretrained.")
+            return 0
+        params, cfg = stream.open_model(args.checkpoint)
+        if args.source is not None:
+            left_out = export_like(params, cfg, args.out, open_source(args.source))
+            if left_out:
+                print(f"left out, being folders or other weights: {', '.join(left_out)}")
+        else:
+            tokenizer = load_tokenizer(args.checkpoint)
+            export(params, cfg, args.out, tokenizer, dtype=args.dtype or "auto")
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -188,4 +310,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Moving bytes needs no accelerator, and somebody else may be using it.
+    jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.ERROR)
     sys.exit(main())

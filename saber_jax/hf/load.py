@@ -3,10 +3,13 @@
     python -m saber_jax.hf.load --hf_dir DIR --out WORKDIR
 
 DIR holds either the thinker alone or the whole omni model, whose talker is left out. WORKDIR is
-then what every other command takes as `--checkpoint`.
+then what every other command takes as `--checkpoint`. Weights keep their dtype and pass through
+a matrix at a time. On a pod, start it on every host: each reads and writes its share of them.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,26 +18,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from tqdm import tqdm
+from absl import logging
 
+from saber_jax import distributed
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.hf import tensors
 from saber_jax.hf.config import from_hf, thinker
 from saber_jax.hf.names import Entry, entries, from_disk
+from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.train import checkpoint, stream
 
 PREFIX = "thinker."
 OTHER_MODELS = ("talker.", "token2wav.")
 
 
-def load_params(hf_dir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
-    """Float32 NumPy parameters and the config of a checkpoint directory.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A HuggingFace directory that was found sound.
+
+    `everything` holds its tensors by their names there, `tensors` the thinker's by their names in a
+    thinker alone, where a tied head is the embedding.
+    """
+
+    directory: Path
+    cfg: SaberConfig
+    everything: Mapping[str, tensors.Tensor]
+    tensors: Mapping[str, tensors.Tensor]
+
+
+def open_source(hf_dir: str | Path) -> Source:
+    """Reads config and headers, and no tensor.
 
     Raises FileNotFoundError if there is no config.json, and otherwise one ValueError that lists
     everything wrong at once: missing, unexpected, mis-shaped and wrong-dtype tensors, truncated
-    files, an index that points outside the directory, pickles.
+    files, an index that points outside the directory, pickles, settings that we do not have.
     """
     directory = Path(hf_dir)
     config = _read_config(directory)
@@ -48,20 +68,55 @@ def load_params(hf_dir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
         raise ValueError(_report(directory, problems))
     expected = entries(cfg)
     named = _strip(found)
-    if "lm_head.weight" not in named and _tied(config):
-        named["lm_head.weight"] = named.get("model.embed_tokens.weight")
+    if "lm_head.weight" not in named and "model.embed_tokens.weight" in named and _tied(config):
+        named["lm_head.weight"] = named["model.embed_tokens.weight"]
     # With a file unread, every tensor in it would be listed as missing too.
     problems += _compare(expected, named, complete=not problems)
     if problems:
         raise ValueError(_report(directory, problems))
-    progress = tqdm(total=len(expected), desc=f"reading {directory.name}", unit="tensor")
+    return Source(directory=directory, cfg=cfg, everything=found, tensors=named)
+
+
+def load_params(hf_dir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
+    """Float32 NumPy parameters and the config of a checkpoint directory, all of it in memory.
+
+    Raises what `open_source` raises.
+    """
+    source = open_source(hf_dir)
 
     def read(entry: Entry) -> np.ndarray:
-        progress.update()
-        return named[entry.name].read().astype(np.float32)
+        return source.tensors[entry.name].read().astype(np.float32)
 
-    with progress:
-        return from_disk(read, cfg), cfg
+    return from_disk(read, source.cfg), source.cfg
+
+
+def leaves(source: Source) -> dict[str, Any]:
+    """The parameters for `stream.save`, in the dtype that they have on disk, not yet read."""
+    parts: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries(source.cfg).values():
+        parts.setdefault(entry.path, []).append(entry)
+
+    def leaf(path, abstract: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> stream.Leaf:
+        made_of = parts[tuple(key.key for key in path)]
+        found = [source.tensors[entry.name] for entry in made_of]
+        # Layers of several dtypes are stacked in one that holds all of their values.
+        dtype = functools.reduce(np.promote_types, [tensors.DTYPES[t.dtype] for t in found])
+        pieces = [_piece(*pair, np.dtype(dtype)) for pair in zip(made_of, found, strict=True)]
+        return stream.Leaf(
+            shape=abstract.shape, dtype=np.dtype(dtype), axes=axes, pieces=tuple(pieces)
+        )
+
+    cfg = source.cfg
+    return jax.tree_util.tree_map_with_path(leaf, saber.abstract(cfg), saber.axes(cfg))
+
+
+def _piece(entry: Entry, tensor: tensors.Tensor, dtype: np.dtype) -> stream.Piece:
+    return stream.Piece(
+        layer=entry.layer,
+        nbytes=tensor.nbytes,
+        place=(str(tensor.path), tensor.offset),
+        read=lambda: entry.ours(tensor.read().astype(dtype, copy=False)),
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -107,8 +162,6 @@ def _compare(
     problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
         want, have = expected[name], found[name]
-        if have is None:
-            continue
         if have.shape != want.shape:
             problems.append(f"{name}: expected shape {want.shape}, got {have.shape}")
         if have.dtype not in tensors.DTYPES:
@@ -127,9 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hf_dir", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args(argv)
-    # Imported here: training code depends on models only, and hf on training only as a command.
-    from saber_jax.train import checkpoint
-
     if (args.out / checkpoint.MODEL_FILE).exists():
         print(f"{args.out} is already there; nothing to do.")
         return 0
@@ -138,20 +188,27 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         tokenizer = load_tokenizer(args.hf_dir)
-        params, cfg = load_params(args.hf_dir)
+        source = open_source(args.hf_dir)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    first = jax.process_index() == 0
     partial = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    print(f"writing {args.out}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((partial / "checkpoints" / "0" / "params").absolute(), params)
-    checkpoint.write_model_files(partial, cfg, tokenizer, source=str(args.hf_dir))
-    os.replace(partial, args.out)
-    print(f"{args.out} is ready: use it as --checkpoint.")
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"writing {args.out}")
+    distributed.barrier("hf.load: the way is clear")
+    stream.save(partial / "checkpoints" / "0" / "params", leaves(source))
+    if first:
+        checkpoint.write_model_files(partial, source.cfg, tokenizer, source=str(args.hf_dir))
+        os.replace(partial, args.out)
+        print(f"{args.out} is ready: use it as --checkpoint.")
     return 0
 
 
 if __name__ == "__main__":
+    # Moving bytes needs no accelerator, and somebody else may be using it.
+    jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.ERROR)
+    distributed.initialize()
     sys.exit(main())

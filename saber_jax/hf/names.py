@@ -119,11 +119,19 @@ def entries(cfg: SaberConfig) -> dict[str, Entry]:
     return {entry.name: entry for tower in TOWERS for entry in _tower_entries(cfg, tower)}
 
 
+def on_disk(params: Mapping[str, Any], entry: Entry) -> np.ndarray:
+    """One tensor of a checkpoint in its layout there, a view where that is possible.
+
+    `params` holds arrays, or objects that read when indexed (train/stream.py).
+    """
+    leaf = _leaf(params, entry.path)
+    return entry.disk(np.asarray(leaf[... if entry.layer is None else entry.layer]))
+
+
 def to_disk(params: Mapping[str, Any], cfg: SaberConfig) -> Iterator[tuple[Entry, np.ndarray]]:
     """Every tensor of a checkpoint in its layout there, one at a time."""
     for entry in entries(cfg).values():
-        leaf = _leaf(params, entry.path)
-        yield entry, entry.disk(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
+        yield entry, on_disk(params, entry)
 
 
 def from_disk(read: Callable[[Entry], np.ndarray], cfg: SaberConfig) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 The format: https://huggingface.co/docs/safetensors/index#format. Read by hand, because a header is
 the only thing in a checkpoint that has to be believed before it is checked, and because NumPy alone
-knows no bfloat16.
+knows no bfloat16; written by hand, because the library wants a whole file in memory.
 """
 
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,17 +29,17 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
 
+    nbytes: int
+
     def read(self) -> np.ndarray:
-        """A memory-mapped view. Raises ValueError for a dtype that holds no weights."""
+        """Raises ValueError for a dtype that holds no weights."""
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.path} holds {self.dtype}; weights are {', '.join(DTYPES)}.")
-        count = math.prod(self.shape)
-        data = np.memmap(self.path, np.uint8, "r", self.offset, count * self.itemsize)
-        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+        return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
 
-    @property
-    def itemsize(self) -> int:
-        return np.dtype(DTYPES[self.dtype]).itemsize
+    def read_bytes(self) -> np.ndarray:
+        # Not mapped: a mapped file counts as memory for as long as it is open.
+        return np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
 
 
 def find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -97,19 +99,51 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             tensors = {name: _tensor(path, 8 + length, info) for name, info in header.items()}
-            end = max((info["data_offsets"][1] for info in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{path.name} has a damaged header: {error!r}"]
-    if 8 + length + end != size:
-        return {}, [f"{path.name} is truncated or damaged: {8 + length + end} bytes, got {size}"]
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            return {}, [f"{path.name} has a damaged header: its tensors overlap or leave gaps"]
+        end += tensor.nbytes
+    if end != size:
+        return {}, [f"{path.name} is truncated or damaged: {end} bytes, got {size}"]
     return tensors, []
 
 
 def _tensor(path: Path, start: int, info: dict) -> Tensor:
     first, last = info["data_offsets"]
-    shape = tuple(info["shape"])
-    tensor = Tensor(path=path, dtype=info["dtype"], shape=shape, offset=start + first)
+    shape, dtype = tuple(info["shape"]), info["dtype"]
     sound = 0 <= first <= last and all(isinstance(n, int) and n >= 0 for n in shape)
-    if not sound or (tensor.dtype in DTYPES and last - first != math.prod(shape) * tensor.itemsize):
+    size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize if dtype in DTYPES else last - first
+    if not sound or last - first != size:
         raise ValueError(f"{info} does not add up")
-    return tensor
+    return Tensor(path=path, dtype=dtype, shape=shape, offset=start + first, nbytes=size)
+
+
+def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The start of a file that holds tensors of these dtypes and shapes one after another."""
+    # Without this tag transformers refuses to guess the framework.
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        first, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [first, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> bytes:
+    """The start of a file, up to its first tensor."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
+
+
+def write(path: Path, start: bytes, arrays: Iterable[np.ndarray]) -> None:
+    """A file of `start` and the bytes of `arrays`, which are taken one at a time."""
+    with path.open("wb") as file:
+        file.write(start)
+        for array in arrays:
+            file.write(array.reshape(-1).view(np.uint8).data)

@@ -14,14 +14,15 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
 
-from saber_jax import sharding
 from saber_jax.data.journal import write_json
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.models import saber
@@ -139,24 +140,30 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_params(workdir: str | Path, cfg: SaberConfig, shardings: dict | None = None) -> dict:
+def load_params(
+    workdir: str | Path,
+    cfg: SaberConfig,
+    shardings: dict | None = None,
+    dtypes: Mapping[str, DTypeLike] | None = None,
+) -> dict:
     """Parameters of the latest checkpoint, as a nested dict, checked against `cfg` name by name.
 
     They go where `shardings` says, or else to one device: never where they were when they were
-    saved, because a pod's checkpoint must also load on a laptop.
+    saved, because a pod's checkpoint must also load on a laptop. `dtypes` maps flattened names to
+    what they are wanted in; the others stay as they are stored.
 
     With LoRA they are those of base and adapters. Asked for under a `cfg` without LoRA, which is
     how a run starts from another's result, they are the base with its adapters merged into it.
     """
-    about = read_model_file(workdir)
-    stored = SaberConfig.from_dict(about["model"])
+    dtypes = dtypes or {}
+    stored = SaberConfig.from_dict(read_model_file(workdir)["model"])
     if stored.lora is None or cfg.lora is not None:
-        return _restore(workdir, cfg, shardings)
+        return _restore(workdir, cfg, shardings, dtypes)
     layout = shardings
     if shardings is not None:
         mesh = jax.tree.leaves(shardings)[0].mesh
-        layout = sharding.parameter_shardings(saber.axes(stored), saber.abstract(stored), mesh)
-    params = _restore(workdir, stored, layout)
+        layout = saber.shardings(stored, mesh)
+    params = _restore(workdir, stored, layout, dtypes)
 
     def merged(base, adapters):
         return saber.merge_lora(base | adapters, stored)
@@ -166,32 +173,37 @@ def load_params(workdir: str | Path, cfg: SaberConfig, shardings: dict | None = 
     return jax.jit(merged, donate_argnums=0, out_shardings=shardings)(base, adapters)
 
 
-def _restore(workdir: str | Path, cfg: SaberConfig, shardings: dict | None) -> dict:
+def _restore(
+    workdir: str | Path, cfg: SaberConfig, shardings: dict | None, dtypes: Mapping[str, DTypeLike]
+) -> dict:
     base = read_model_file(workdir).get("base")
     expected = flatten(saber.abstract(cfg))
     places = flatten(shardings) if shardings is not None else {}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    layout = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(name, here))
-        for name, leaf in expected.items()
-    }
-    item = _latest(workdir) / "params"
+    item = latest(workdir) / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         stored = flatten(checkpointer.metadata(item).item_metadata.tree)
-        held = {name: leaf for name, leaf in layout.items() if base is None or name in stored}
-        saber.check_tree(merge(held), merge(stored))
-        params = flatten(checkpointer.restore(item, merge(held)))
+        held = {name: leaf for name, leaf in expected.items() if base is None or name in stored}
+        saber.check_tree(merge(held), merge(stored), dtypes=False)
+        layout = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                dtypes.get(name, stored[name].dtype),
+                sharding=places.get(name, here),
+            )
+            for name, leaf in held.items()
+        }
+        params = flatten(checkpointer.restore(item, merge(layout)))
     if base is not None:
         bare = dataclasses.replace(cfg, lora=None)
-        under = load_params(
-            find_base(workdir, base), bare, shardings and saber.without_lora(shardings)
-        )
-        params = flatten(under) | params
-    saber.check_tree(merge(layout), merge(params))
+        under = shardings and saber.without_lora(shardings)
+        params = flatten(load_params(find_base(workdir, base), bare, under, dtypes)) | params
+    saber.check_tree(merge(expected), merge(params), dtypes=False)
     return merge(params)
 
 
-def _latest(workdir: str | Path) -> Path:
+def latest(workdir: str | Path) -> Path:
+    """The newest step that WORKDIR holds. Raises FileNotFoundError if there is none."""
     directory = Path(workdir) / "checkpoints"
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
     if not steps:
@@ -208,11 +220,11 @@ def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: An
 
 def describe_base(workdir: str | Path, base: str | Path) -> dict[str, str]:
     """What model.json of `workdir` says about the checkpoint that holds its frozen weights."""
-    latest = _latest(base)
+    newest = latest(base)
     return {
         "checkpoint": os.path.relpath(base, workdir),
-        "step": latest.name,
-        "saved": _identity(latest),
+        "step": newest.name,
+        "saved": _identity(newest),
     }
 
 
@@ -222,11 +234,11 @@ def find_base(workdir: str | Path, described: dict[str, str]) -> Path:
     Raises ValueError if it holds other weights by now.
     """
     base = Path(os.path.normpath(Path(workdir) / described["checkpoint"]))
-    latest = _latest(base)
-    if (latest.name, _identity(latest)) != (described["step"], described["saved"]):
+    newest = latest(base)
+    if (newest.name, _identity(newest)) != (described["step"], described["saved"]):
         raise ValueError(
             f"{workdir} holds adapters for step {described['step']} of {base}, which now holds "
-            f"other weights (step {latest.name}). Bring the old ones back, or train again."
+            f"other weights (step {newest.name}). Bring the old ones back, or train again."
         )
     return base
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
@@ -50,6 +51,11 @@ class Setup:
         """As the network takes its parameters: a nested dict."""
         return merge(_shardings(self.state.trainable), _shardings(self.state.frozen))
 
+    @property
+    def param_dtypes(self) -> dict[str, DTypeLike]:
+        """By flattened name."""
+        return {n: leaf.dtype for n, leaf in (self.state.trainable | self.state.frozen).items()}
+
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The jitted step; it takes its state's memory over."""
         step = functools.partial(self.objective, cfg=self.cfg, compute=self.compute, tx=self.tx)
@@ -86,7 +92,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
         tx=tx,
         mesh=mesh,
         trainable=patterns,
-        state=_abstract_state(cfg, tx, patterns, mesh),
+        state=_abstract_state(cfg, tx, patterns, mesh, config.compute.dtype),
         batch=_abstract_batch(budget(config), config.data.batch_rows, mesh),
         objective=objective,
     )
@@ -121,10 +127,20 @@ def budget(config: ConfigDict) -> Budget:
 
 
 def _abstract_state(
-    cfg: SaberConfig, tx: optax.GradientTransformation, patterns: tuple[str, ...], mesh: Mesh
+    cfg: SaberConfig,
+    tx: optax.GradientTransformation,
+    patterns: tuple[str, ...],
+    mesh: Mesh,
+    dtype: str,
 ) -> TrainState:
+    """Trainable weights are float32 masters; frozen ones rest in the dtype that they are used in,
+    which gives the same numbers from half the memory."""
     params = _placed(saber.abstract(cfg), saber.shardings(cfg, mesh))
     trainable, frozen = partition(params, patterns)
+    frozen = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+        for name, leaf in frozen.items()
+    }
     opt_shardings = optimizer_lib.optimizer_shardings(tx, trainable, _shardings(trainable), mesh)
     opt_state = _placed(jax.eval_shape(tx.init, trainable), opt_shardings)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))

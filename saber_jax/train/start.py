@@ -12,7 +12,7 @@ from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint
 from saber_jax.train.setup import Setup
-from saber_jax.train.step import TrainState, flatten
+from saber_jax.train.step import TrainState, flatten, merge
 
 
 def base_checkpoint(config: ConfigDict, stage: Setup, workdir: Path) -> Path | None:
@@ -27,7 +27,8 @@ def base_checkpoint(config: ConfigDict, stage: Setup, workdir: Path) -> Path | N
     base, bare = workdir / "base", _bare(stage.cfg)
     if not (base / checkpoint.MODEL_FILE).exists():
         shardings = saber.without_lora(stage.param_shardings)
-        checkpoint.save_params(base, _random(bare, _key(config), shardings), bare)
+        init = jax.jit(functools.partial(saber.init, bare), out_shardings=shardings)
+        checkpoint.save_params(base, init(_key(config)), bare)
     return base
 
 
@@ -35,9 +36,11 @@ def params(config: ConfigDict, stage: Setup, base: Path | None) -> dict:
     """From config.init.checkpoint, or random; given a base, its weights and fresh adapters."""
     shardings = stage.param_shardings
     if base is None and config.init.checkpoint:
-        return checkpoint.load_params(config.init.checkpoint, stage.cfg, shardings)
+        return checkpoint.load_params(
+            config.init.checkpoint, stage.cfg, shardings, stage.param_dtypes
+        )
     if base is None:
-        return _random(stage.cfg, _key(config), shardings)
+        return jax.jit(functools.partial(_random, stage), out_shardings=shardings)(_key(config))
     init = functools.partial(saber.init_lora, stage.cfg)
     adapters = jax.jit(init, out_shardings=shardings[lora.ADAPTERS])(_key(config))
     return _base_params(stage, base) | {lora.ADAPTERS: adapters}
@@ -54,7 +57,7 @@ def layout(stage: Setup, base: Path | None) -> TrainState:
 
 def _base_params(stage: Setup, base: Path) -> dict:
     shardings = saber.without_lora(stage.param_shardings)
-    return checkpoint.load_params(base, _bare(stage.cfg), shardings)
+    return checkpoint.load_params(base, _bare(stage.cfg), shardings, stage.param_dtypes)
 
 
 def _key(config: ConfigDict) -> Key[Array, ""]:
@@ -62,8 +65,9 @@ def _key(config: ConfigDict) -> Key[Array, ""]:
     return jax.random.key(config.seed, impl="rbg")
 
 
-def _random(cfg: SaberConfig, key: Key[Array, ""], shardings: dict) -> dict:
-    return jax.jit(functools.partial(saber.init, cfg), out_shardings=shardings)(key)
+def _random(stage: Setup, key: Key[Array, ""]) -> dict:
+    drawn = flatten(saber.init(stage.cfg, key))
+    return merge({name: leaf.astype(stage.param_dtypes[name]) for name, leaf in drawn.items()})
 
 
 def _bare(cfg: SaberConfig) -> SaberConfig:

@@ -1,0 +1,72 @@
+"""The adapters of a LoRA run as `peft` reads them: adapter_config.json, adapter_model.safetensors.
+
+Modules are named as transformers 4 and the files of every version name them; with transformers 5
+`peft` renames them as it loads.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from saber_jax.hf import tensors
+from saber_jax.hf.names import Entry, entries
+from saber_jax.models import lora
+from saber_jax.models.config import SaberConfig
+from saber_jax.train import checkpoint, stream
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write(workdir: str | Path, out: Path) -> None:
+    """Writes both files into `out`.
+
+    Raises ValueError if the run at `workdir` has no adapters, or some for a convolution, which
+    `peft` shapes in another way.
+    """
+    about = checkpoint.read_model_file(workdir)
+    cfg = SaberConfig.from_dict(about["model"])
+    if cfg.lora is None:
+        raise ValueError(
+            f"{workdir} has no adapters: it was trained without config.lora. Leave --peft out."
+        )
+    trained = stream.open_leaves(checkpoint.latest(workdir) / "params")
+    weights, modules, unfit = {}, [], [n for n in trained if not n.startswith(lora.ADAPTERS)]
+    for entry in entries(cfg).values():
+        name = "/".join((lora.ADAPTERS, *entry.path))
+        if f"{name}/a" not in trained:
+            continue
+        if len(entry.shape) != 2:
+            unfit.append(entry.name)
+            continue
+        module = entry.name.removesuffix(".weight")
+        modules.append(module)
+        a, b = (trained[f"{name}/{side}"][_layer(entry)] for side in "ab")
+        key = f"base_model.model.{module}"
+        weights[f"{key}.lora_A.weight"] = a.reshape(-1, cfg.lora.rank).T
+        weights[f"{key}.lora_B.weight"] = b.reshape(cfg.lora.rank, -1).T
+    if unfit:
+        raise ValueError(
+            f"{workdir} trained more than adapters of linear layers: {unfit}. An adapter file "
+            "cannot hold that; export the merged model instead, without --peft."
+        )
+    start = tensors.header({name: ("F32", array.shape) for name, array in weights.items()})
+    tensors.write(out / WEIGHTS, start, (np.ascontiguousarray(a) for a in weights.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": cfg.lora.rank,
+        "lora_alpha": cfg.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        # In full: by their last parts alone, layers of other towers would be meant as well.
+        "target_modules": modules,
+    }
+    (out / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _layer(entry: Entry):
+    return ... if entry.layer is None else entry.layer

@@ -1,0 +1,270 @@
+"""Checkpoints a matrix at a time: memory holds a few of them and never the model.
+
+Writing: `save` takes parameters that still lie elsewhere as `Leaf`s and lets Orbax write them
+through a type handler of its own; what comes out is a checkpoint like any other. Of several
+processes each reads and writes its share. Reading: `open_model` gives the parameters as arrays that
+read a layer when it is asked for.
+
+Chunks on disk are one layer of one parameter, cut along the axis that FSDP shards, so that a host
+restores the part that its devices hold and little else.
+"""
+
+import collections
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from tqdm import tqdm
+
+from saber_jax.models import lora, saber
+from saber_jax.models.config import SaberConfig
+from saber_jax.train import checkpoint
+from saber_jax.train.step import flatten, merge
+
+CHUNK_BYTES = 8 * 2**20
+NARROWEST = 64  # Of the cut axis: below that, a chunk is gathered from runs shorter than a page.
+FILE_BYTES = 128 * 2**20
+IN_FLIGHT_BYTES = 1200 * 2**20  # Counted once, though read, turned and written buffers coexist.
+AHEAD_BYTES = 600 * 2**20
+CACHE_BYTES = 2**21
+THREADS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One layer of a parameter, or all of one that has no layers; `read` gives our layout."""
+
+    layer: int | None
+    nbytes: int
+    place: tuple[str, int]  # File and offset, so that files are read from front to back.
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A parameter that is not here yet; `axes` are its logical axes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of a chunk on disk."""
+        chunk = [
+            1 if axis == "layers" else n for n, axis in zip(self.shape, self.axes, strict=True)
+        ]
+        while "embed" in self.axes and math.prod(chunk) * self.dtype.itemsize > CHUNK_BYTES:
+            axis = self.axes.index("embed")
+            if chunk[axis] % 2 or chunk[axis] < 2 * NARROWEST:
+                break
+            chunk[axis] //= 2
+        return tuple(chunk)
+
+
+def save(directory: str | Path, leaves: dict[str, Any]) -> None:
+    """Writes a nested dict of `Leaf`s as an Orbax item of parameters."""
+    handlers = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(Path(directory).absolute(), ocp.args.PyTreeSave(leaves))
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes leaves piece by piece; to Orbax they are arrays like others."""
+
+    async def serialize(
+        self,
+        values: Sequence[Leaf],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list:
+        for info in infos:
+            await info.await_path_creation()
+        work = [
+            (piece, leaf, info)
+            for leaf, info in zip(values, infos, strict=True)
+            for piece in leaf.pieces
+        ]
+        work.sort(key=lambda item: item[0].place)
+        mine = _share([piece.nbytes for piece, _, _ in work])
+        _write(work[mine])
+        return []
+
+
+def _share(sizes: Sequence[int]) -> slice:
+    """The run of pieces that is this process's, equal in bytes to the others'."""
+    ends = np.cumsum(sizes)
+    cuts = np.arange(jax.process_count() + 1) * (ends[-1] / jax.process_count())
+    first, last = np.searchsorted(ends - np.asarray(sizes) / 2, cuts[jax.process_index() :][:2])
+    return slice(int(first), int(last))
+
+
+def _write(work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]]) -> None:
+    room = _Room(IN_FLIGHT_BYTES)
+    stores = {info.name: _create(leaf, info) for _, leaf, info in work}
+    total = sum(piece.nbytes for piece, _, _ in work)
+    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 2**30)
+
+    def copy(piece: Piece, leaf: Leaf, name: str) -> None:
+        try:
+            _copy(piece, leaf, stores[name])
+        finally:
+            room.leave(piece.nbytes)
+        bar.update(piece.nbytes)
+
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        jobs = []
+        for piece, leaf, info in work:
+            room.enter(piece.nbytes)
+            jobs.append(pool.submit(copy, piece, leaf, info.name))
+        for job in jobs:
+            job.result()
+
+
+def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> None:
+    target = store if piece.layer is None else store[piece.layer]
+    # TensorStore would transpose as well, but a few times slower.
+    array = contiguous(piece.read())
+    chunk = leaf.chunks if piece.layer is None else leaf.chunks[1:]
+    axis = next((i for i, (n, c) in enumerate(zip(array.shape, chunk, strict=True)) if n != c), 0)
+    writes = []
+    for start in range(0, array.shape[axis], chunk[axis]):
+        here = (slice(None),) * axis + (slice(start, start + chunk[axis]),)
+        part = np.ascontiguousarray(array[here])
+        writes.append(target[here].write(part, can_reference_source_data_indefinitely=True))
+    for write in writes:
+        write.result()
+
+
+def _create(leaf: Leaf, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info,
+        use_ocdbt=True,
+        global_shape=leaf.shape,
+        local_shape=leaf.shape,
+        dtype=leaf.dtype,
+        process_index=jax.process_index(),
+    )
+    # Weights hardly compress, and a processor that tries is slower than a disk.
+    spec["metadata"] |= {"chunks": leaf.chunks, "compressor": None}
+    spec["kvstore"]["target_data_file_size"] = FILE_BYTES
+    return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order; a transposed one in blocks that stay in the cache, in a fraction
+    of np.ascontiguousarray's time."""
+    if array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    axis = int(np.argmax(array.strides))
+    step = max(1, CACHE_BYTES * array.shape[axis] // max(array.nbytes, 1))
+    for start in range(0, array.shape[axis], step):
+        here = (slice(None),) * axis + (slice(start, start + step),)
+        out[here] = array[here]
+    return out
+
+
+def in_order(jobs: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
+    """Results of (bytes of the result, job), a few computed ahead while one is being used."""
+    ahead: collections.deque[tuple[int, Future[np.ndarray]]] = collections.deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for size, job in jobs:
+            while ahead and sum(n for n, _ in ahead) + size > AHEAD_BYTES:
+                yield ahead.popleft()[1].result()
+            ahead.append((size, pool.submit(job)))
+        while ahead:
+            yield ahead.popleft()[1].result()
+
+
+class _Room:
+    """Bytes that may be on their way at once; one piece always may."""
+
+    def __init__(self, limit: int):
+        self._limit, self._used = limit, 0
+        self._changed = threading.Condition()
+
+    def enter(self, size: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._limit)
+            self._used += size
+
+    def leave(self, size: int) -> None:
+        with self._changed:
+            self._used -= size
+            self._changed.notify_all()
+
+
+class Stored:
+    """A parameter on disk; indexing reads."""
+
+    def __init__(self, store: ts.TensorStore):
+        self._store = store
+        self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
+        self.chunks = tuple(store.chunk_layout.read_chunk.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._store[index].read().result()
+
+
+class Merged:
+    """A weight on disk plus its adapter; `a` and `b` are in memory."""
+
+    def __init__(self, weight: Stored, a: np.ndarray, b: np.ndarray, scale: float):
+        self._weight, self._a, self._b, self._scale = weight, a, b, scale
+        self.shape, self.dtype = weight.shape, weight.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        stacked = isinstance(index, int)
+        a, b = (self._a[index], self._b[index]) if stacked else (self._a, self._b)
+        return lora.merged(self._weight[index], a, b, self._scale)
+
+
+def open_model(workdir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
+    """Parameters of a work directory, adapters merged, as objects that read when indexed.
+
+    Each has `shape` and `dtype`. Checked against the model's shape name by name; raises what
+    `checkpoint.load_params` raises.
+    """
+    about = checkpoint.read_model_file(workdir)
+    cfg = SaberConfig.from_dict(about["model"])
+    leaves: dict[str, Any] = open_leaves(checkpoint.latest(workdir) / "params")
+    if "base" in about:
+        base, _ = open_model(checkpoint.find_base(workdir, about["base"]))
+        leaves = flatten(base) | leaves
+    saber.check_tree(saber.abstract(cfg), merge(leaves), dtypes=False)
+    prefix = f"{lora.ADAPTERS}/"
+    params = {name: leaf for name, leaf in leaves.items() if not name.startswith(prefix)}
+    if cfg.lora is not None:
+        for name in [n for n in params if f"{prefix}{n}/a" in leaves]:
+            a, b = (leaves[f"{prefix}{name}/{side}"][...] for side in "ab")
+            params[name] = Merged(params[name], a, b, cfg.lora.scale)
+    return merge(params), dataclasses.replace(cfg, lora=None)
+
+
+def open_leaves(item: Path) -> dict[str, Stored]:
+    """The parameters that one Orbax item holds, by flattened name."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        names = flatten(checkpointer.metadata(item).item_metadata.tree)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": IN_FLIGHT_BYTES}})
+
+    def opened(name: str) -> Stored:
+        kvstore = {
+            "driver": "ocdbt",
+            "base": f"file://{item}/",
+            "path": name.replace("/", ".") + "/",
+        }
+        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+        return Stored(ts.open(spec, open=True, read=True, context=context).result())
+
+    return {name: opened(name) for name in names}
