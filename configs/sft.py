@@ -89,6 +89,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.checkpoint_every = 100
     c.log_every = 25 if tiny else 10  # Steps a console line is the mean of.
+    c.wandb = ""  # A Weights & Biases project to log to as well; it must be installed.
     # "10:15" traces those steps, see docs/performance.md.
     c.profile = ConfigDict({"steps": ""})
     # A process that has not been heard of for so long is given up, and the run with it.

@@ -26,7 +26,7 @@ from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train import checkpoint, loop, setup, start
+from saber_jax.train import checkpoint, loop, samples, setup, start
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Meter
@@ -35,7 +35,7 @@ from saber_jax.train.reference import reference_log_probs, weights_digest
 # A run's fingerprint leaves these out: they change where or how often, not what is computed.
 NOT_PART_OF_THE_RUN = (
     *("root", "workdir", "mesh", "checkpoint_every", "generation"),
-    *("log_every", "profile", "heartbeat_seconds"),
+    *("log_every", "profile", "heartbeat_seconds", "wandb"),
 )
 
 
@@ -69,11 +69,12 @@ def train(config: ConfigDict) -> None:
     rows = plan.rows(config.steps * config.data.batch_rows)
     batches = global_batches(config, examples, rows, plan.budget, mesh, first, config.data.withhold)
     watch = loop.Watch(
-        writer=MetricsWriter(workdir, start=first),
+        writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
         console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
         meter=Meter(stage),
         profile=Profile(config.profile.steps, workdir, steps=config.steps),
     )
+    samples.show(watch.writer, first, examples, plan.sizes, load_tokenizer(config.data.path))
     try:
         state = loop.run(
             state,

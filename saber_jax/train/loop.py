@@ -90,6 +90,7 @@ def run(
                 watch.report(*pending)
                 pending = None
                 checkpoints.save(state, meta | {"step": done})
+                watch.writer.weights(done, state.trainable)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")
     return state

@@ -1,18 +1,30 @@
-"""Where metrics go: one line of JSON a step, TensorBoard, and one tidy line on the console."""
+"""Where metrics go: one line of JSON a step, TensorBoard, and Weights & Biases if asked for."""
 
+import functools
+import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
+
+from saber_jax import sharding
+
+MOST_SAMPLED = 1 << 16
+"""Entries of a parameter that its histogram is drawn from."""
 
 
 class MetricsWriter:
     """Writes from process 0 only. Resuming at `start` first forgets what came after it, so that a
     killed run leaves the same file as an uninterrupted one."""
 
-    def __init__(self, workdir: str | Path, *, start: int):
+    def __init__(self, workdir: str | Path, *, start: int, wandb: str = ""):
+        """`wandb` names a Weights & Biases project. Raises ValueError if it is not installed."""
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -23,6 +35,7 @@ class MetricsWriter:
             temporary = path.with_name(f"{path.name}.{os.getpid()}")
             temporary.write_text("".join(f"{line}\n" for line in kept))
             os.replace(temporary, path)
+        self._wandb = _wandb_run(wandb, path.parent) if wandb else None
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start)
 
@@ -33,11 +46,80 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """TensorBoard shows text as Markdown; indented it stays as it is."""
+        if self._active:
+            self._board.add_text(name, "    " + text.replace("\n", "\n    "), step)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        if not self._active:
+            return
+        for name, numbers in values.items():
+            if np.size(numbers):
+                self._board.add_histogram(name, np.asarray(numbers, np.float32), step)
+
+    def weights(self, step: int, params: Mapping[str, jax.Array]) -> None:
+        """Histograms of parameters, by name, from at most MOST_SAMPLED entries of each.
+
+        Called by all processes: the entries are gathered from everywhere.
+        """
+        sampled = jax.device_get(_sampled(dict(params)))
+        self.histograms(step, {f"weights/{name}": values for name, values in sampled.items()})
 
     def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def _sampled(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    placed = next(iter(params.values())).sharding
+    everywhere = sharding.replicated(placed.mesh) if hasattr(placed, "mesh") else None
+    return _strided(params, everywhere)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _strided(params: dict[str, jax.Array], everywhere: Any) -> dict[str, jax.Array]:
+    """Evenly spaced entries along every axis."""
+    sampled = {}
+    for name, leaf in params.items():
+        strides, excess = [], leaf.size / MOST_SAMPLED
+        # The last axes first: neighbours in memory are the likeliest to be alike.
+        for size in reversed(leaf.shape):
+            stride = min(size, max(1, math.ceil(excess)))
+            excess /= stride
+            strides.append(slice(None, None, stride))
+        picked = leaf[tuple(reversed(strides))].reshape(-1)
+        sampled[name] = (
+            jax.lax.with_sharding_constraint(picked, everywhere) if everywhere else picked
+        )
+    return sampled
+
+
+def _wandb_run(project: str, workdir: Path) -> Any:
+    """The run of this work directory, gone on with if it exists."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            f"config.wandb is {project!r}, but Weights & Biases is not installed. Run pip install "
+            "wandb, or leave config.wandb empty."
+        ) from None
+    identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    config = workdir / "config.json"
+    return wandb.init(
+        project=project,
+        id=identity,
+        name=workdir.as_posix(),
+        dir=str(workdir),
+        resume="allow",
+        config=json.loads(config.read_text()) if config.exists() else None,
+    )
 
 
 def _step(line: str) -> float:
