@@ -191,7 +191,7 @@ def each_row(
 
     futures = [pool.submit(outcome, row) for row in rows]
     done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    errors = [future.exception() for future in done if future.exception()]
+    errors = [error for future in done if (error := future.exception()) is not None]
     for error in sorted(errors, key=lambda e: isinstance(e, concurrent.futures.CancelledError)):
         concurrent.futures.wait(futures)
         raise error

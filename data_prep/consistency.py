@@ -131,8 +131,8 @@ def relate(face: Cue, voice: Cue, words: Cue | None, settings: ConsistencySettin
             conflict_type=kind if clear else "none",
             kappa=round(kappa, 3),
         )
-    said = words.sign(settings.neutral) if words is not None else 0
-    if said and signs[0] == signs[1] == -said:
+    said = 0 if words is None else words.sign(settings.neutral)
+    if words is not None and said and signs[0] == signs[1] == -said:
         apart = abs(words.point[0] - face.point[0]) / 2
         kind = "sarcasm" if said > 0 else "other"
         if apart >= settings.least_kappa:

@@ -99,7 +99,7 @@ def _folder(root: Path) -> Iterator[Row]:
             language=known.get("language", ""),
             split=known.get("split", ""),
             transcript=known.get("transcript", ""),
-            labels={key: known[key] for key in LABELS if key in known},
+            labels={k: known[k] for k in LABELS if k in known and k != "speaker"},
         )
 
 

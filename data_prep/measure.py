@@ -223,7 +223,8 @@ def _sound_hash(sound: Int16[np.ndarray, " n"]) -> str:
     mel = media.log_mel(sound)
     if len(mel) < 2:
         return "0" * 16
-    return str(imagehash.phash(Image.fromarray(np.uint8(255 * np.clip(mel.T / 2 + 0.5, 0, 1)))))
+    picture = (255 * np.clip(mel.T / 2 + 0.5, 0, 1)).astype(np.uint8)
+    return str(imagehash.phash(Image.fromarray(picture)))
 
 
 def filters(source, chain: list[tuple[str, str]]) -> av.filter.Graph:
@@ -268,7 +269,7 @@ def faces(picture: UInt8[np.ndarray, "H W"], smallest: float) -> list[Box]:
     """Frontal faces of a grey picture, at least `smallest` of its height tall."""
     side = max(20, round(smallest * picture.shape[0]))
     found = _cascade().detectMultiScale(picture, 1.1, 4, minSize=(side, side))
-    return [tuple(int(v) for v in box) for box in found]
+    return [(int(x), int(y), int(width), int(height)) for x, y, width, height in found]
 
 
 def longest_track(looks: Iterable[list[Box]]) -> int:

@@ -23,6 +23,7 @@ from data_prep.shards import Dropped, Outcome, Row
 
 REASONS = {
     "unreadable": "the file cannot be decoded",
+    "no_video": "the file has no picture",
     "no_speech": "nobody speaks in a video that is too long to be kept whole",
 }
 
@@ -54,6 +55,9 @@ def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcom
     sound = row.get("sound")
     with storage.local_copy(row["file"]) as path, storage.local_copy(sound or row["file"]) as heard:
         seconds = length(path)
+        if seconds is None:
+            yield Dropped(row=row, reason="no_video")
+            return
         if seconds <= settings.longest and not sound:
             yield {**row, "start": 0.0, "end": round(seconds, 3)}
             return
@@ -72,15 +76,15 @@ def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcom
             yield {**row, **cut, "provenance": [*row["provenance"], _made(settings)]}
 
 
-def length(path: Path) -> float:
-    """Seconds that the header promises; decoding is left to those who need the content."""
+def length(path: Path) -> float | None:
+    """Seconds that the header promises, or that the packets add up to; None without a picture."""
     with av.open(str(path), metadata_errors="ignore") as container:
+        if not container.streams.video:
+            return None
         if container.duration:
             return container.duration / av.time_base
-        stream = container.streams.best("video") or container.streams.best("audio")
-        if stream is None or stream.duration is None:
-            return sum((packet.duration or 0) * packet.time_base for packet in container.demux(0))
-        return float(stream.duration * stream.time_base)
+        packets = container.demux(container.streams.video[0])
+        return float(sum((p.duration or 0) * p.time_base for p in packets if p.time_base))
 
 
 def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[float]]:
@@ -88,11 +92,10 @@ def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[
     sound: list[np.ndarray] = []
     changes: list[float] = []
     with av.open(str(path), metadata_errors="ignore") as container:
-        video = container.streams.best("video")
-        audio = container.streams.best("audio")
-        streams = [stream for stream in (video, audio) if stream is not None]
+        video = container.streams.video[0]
+        streams = [video, *container.streams.audio[:1]]
         resampler = av.AudioResampler(format="s16", layout="mono", rate=measure.SAMPLE_RATE)
-        graph = video and measure.filters(
+        graph = measure.filters(
             lambda graph: graph.add_buffer(template=video, time_base=video.time_base),
             [
                 ("scale", f"{measure.WIDTH}:-2"),
@@ -174,8 +177,8 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
         av.open(str(heard), metadata_errors="ignore") as sounds,
         av.open(str(target), "w", format="mp4") as out,
     ):
-        seen = pictures.streams.best("video")
-        told = sounds.streams.best("audio")
+        seen = pictures.streams.video[0]
+        told = next(iter(sounds.streams.audio), None)
         rate = seen.average_rate or Fraction(25)
         video = out.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "fast"})
         # H.264 in 4:2:0 needs even sides.

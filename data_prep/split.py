@@ -102,7 +102,11 @@ def _reserve(members: dict[int, list[Row]], total: int, settings: SplitSettings)
     }
     have: collections.Counter = collections.Counter()
     taken: set[int] = set()
-    for number in sorted(members, key=lambda n: _draw_key(members[n][0]["clip_id"], settings.seed)):
+
+    def order(number: int) -> int:
+        return _draw_key(min(row["clip_id"] for row in members[number]), settings.seed)
+
+    for number in sorted(members, key=order):
         rows = members[number]
         if len(rows) > max(1, settings.largest_group * total):
             continue

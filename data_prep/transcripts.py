@@ -113,7 +113,7 @@ def offline(rows: list[Row], settings: TranscriptSettings) -> Iterator[Outcome]:
             yield _with_check(row, {"skipped": why}, {"tool": None})
             continue
         try:
-            heard = recognise(_sound(row["file"]))
+            heard = recognise(sound(row["file"]))
         except (decode.MediaError, OSError) as error:
             yield Dropped(row=row, reason="unreadable", detail=str(error))
             continue
@@ -196,7 +196,7 @@ def recognise(sound: np.ndarray) -> str:
     return " ".join(segment.text.strip() for segment in segments)
 
 
-def _sound(file: str) -> np.ndarray:
+def sound(file: str) -> np.ndarray:
     with storage.local_copy(file) as path:
         return decode.decode_clip(path, decode.Sampling(max_frames=2)).audio
 
