@@ -1,7 +1,4 @@
-"""A tiny random thinker made with transformers, and what it says about a conversation.
-
-Weights are random everywhere: biases of zero and norms of one would hide mistakes.
-"""
+"""A tiny random thinker made with transformers, and what it says about a conversation."""
 
 import dataclasses
 
@@ -10,34 +7,31 @@ import torch
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from saber_jax.data.media import patchify
+from saber_jax.models.config import SaberConfig
 from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 from tests.models.batches import CONFIG, AudioInVideo, Conversation, Image, Video
+from tests.models.cases import NEW_TOKENS
+from tests.models.weights import on_disk
 
 TOWERS = {"model.audio_tower.": "audio_tower.", "model.visual.": "visual."}
 
 
-def thinker(seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """The reference for `CONFIG`, in float32."""
+def thinker(cfg: SaberConfig = CONFIG, seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """The reference with the weights of tests/models/weights.py, in float32."""
     torch.set_num_threads(1)
-    config = Qwen2_5OmniThinkerConfig(**_config())
+    config = Qwen2_5OmniThinkerConfig(**_config(cfg))
     model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
         config, attn_implementation="eager"
     ).eval()
-    generator = torch.Generator().manual_seed(seed)
+    drawn = on_disk(cfg, seed)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
-            else:
-                parameter.copy_(0.2 * noise + (1 if "norm" in name or "ln_" in name else 0))
-                if name.endswith("bias"):
-                    parameter.copy_(0.2 * noise)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(drawn[disk_name(name)]))
     return model
 
 
-def _config() -> dict:
-    text, vision, audio, ids = CONFIG.text, CONFIG.vision, CONFIG.audio, CONFIG.tokens
+def _config(cfg: SaberConfig) -> dict:
+    text, vision, audio, ids = cfg.text, cfg.vision, cfg.audio, cfg.tokens
     return {
         "pad_token_id": ids.pad,
         "bos_token_id": ids.im_start,
@@ -49,8 +43,8 @@ def _config() -> dict:
         "audio_end_token_id": ids.audio_eos,
         "vision_start_token_id": ids.vision_bos,
         "vision_end_token_id": ids.vision_eos,
-        "position_id_per_seconds": CONFIG.positions_per_second,
-        "seconds_per_chunk": CONFIG.seconds_per_chunk,
+        "position_id_per_seconds": cfg.positions_per_second,
+        "seconds_per_chunk": cfg.seconds_per_chunk,
         "tie_word_embeddings": False,
         "text_config": {
             "vocab_size": text.vocab,
@@ -166,7 +160,7 @@ def ask(model, talks: list[Conversation], *, left: bool = False) -> Answer:
         hook.remove()
     mask = given["attention_mask"].bool()
     rows = [row[keep] for row, keep in zip(result.logits, mask, strict=True)]
-    scores = torch.cat([row[:-1] for row in rows])
+    scores = torch.cat([row[:-1] for row in rows]).float()
     targets = torch.cat([torch.tensor(talk.tokens[1:]) for talk in talks])
     loss = torch.nn.functional.cross_entropy(scores, targets)
     loss.backward()
@@ -174,10 +168,10 @@ def ask(model, talks: list[Conversation], *, left: bool = False) -> Answer:
     return Answer(
         positions=_positions(model, given, mask),
         embeddings=[row[keep].numpy() for row, keep in zip(embeddings, mask, strict=True)],
-        logits=[row.detach().numpy() for row in rows],
+        logits=[row.detach().float().numpy() for row in rows],
         loss=loss.item(),
         gradients={
-            disk_name(n): p.grad.numpy().copy()
+            disk_name(n): p.grad.float().numpy().copy()
             for n, p in model.named_parameters()
             if p.grad is not None
         },
@@ -216,6 +210,16 @@ def _recorder(layers: dict[str, list[np.ndarray]], name: str):
         # The first norm's input is the merged sequence; every other module is asked for its output.
         value = args[0] if name == "embeddings" else output
         value = value[0] if isinstance(value, tuple) else value
-        layers.setdefault(name, []).append(value.detach().numpy().copy())
+        layers.setdefault(name, []).append(value.detach().float().numpy().copy())
 
     return record
+
+
+def generate(model, talks: list[Conversation]) -> np.ndarray:
+    """Greedy answers of NEW_TOKENS tokens each, whatever they are."""
+    given = inputs(talks, left=True)
+    with torch.no_grad():
+        out = model.generate(
+            **given, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+        )
+    return out[:, given["input_ids"].shape[1] :].numpy()

@@ -1,5 +1,7 @@
 """The network against transformers' own, weight for weight, on everything a row can hold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,37 +13,24 @@ pytest.importorskip("transformers")
 from saber_jax.data.media import vision_layout
 from saber_jax.hf import names
 from saber_jax.models import saber
+from saber_jax.models.config import AudioConfig, SaberConfig, TextConfig, VisionConfig
 from tests.hf import reference
+from tests.models import weights
 from tests.models.batches import (
     CONFIG,
     Audio,
     AudioInVideo,
-    Conversation,
     Image,
     Text,
     Video,
     conversation,
     pack,
 )
+from tests.models.cases import CASES, GRADIENTS, LOGITS, PROMPTS, relative, row
+from tests.models.gradients import summed_loss_and_gradients as ours
+from tests.models.test_golden import GOLDEN
 
-LOGITS, GRADIENTS = 5e-6, 1e-5  # Relative to the largest number; float32 noise reaches 2e-6, 6e-6.
-BUDGET = {"length": 208, "patches": 304, "chunks": 4}
-
-CASES = {
-    "text": [conversation(1, Text(20))],
-    "image": [conversation(2, Text(4), Image((1, 12, 20)), Text(7))],
-    "images": [conversation(3, Image((1, 8, 8)), Text(2), Image((1, 4, 6)), Text(6))],
-    "video": [conversation(4, Text(2), Video((3, 8, 12), 0.5), Text(9))],
-    "audio": [conversation(5, Text(3), Audio(337), Text(5))],
-    "audio_edges": [conversation(6, Text(2), Audio(201), Text(1), Audio(3), Audio(200), Text(4))],
-    "video_then_audio": [conversation(8, Text(3), Video((2, 6, 4)), Audio(250), Text(5))],
-    "audio_in_video": [conversation(9, Text(3), AudioInVideo(Video((4, 4, 4)), Audio(300)))],
-    "padded": [
-        conversation(10, Text(3), Image((1, 6, 8)), Audio(150), Text(5)),
-        conversation(11, Text(2), Video((2, 8, 6)), Text(3)),
-        conversation(12, Text(9)),
-    ],
-}
+BFLOAT16 = 0.05  # Of the largest logit; see test_bfloat16_is_as_near_to_float32_as_...
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +39,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    weights = reference.weights(model)
-    return names.from_disk(lambda entry: weights[entry.name], CONFIG)
+def params():
+    return weights.tree(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -61,37 +49,9 @@ def answers(model):
 
 
 @jax.jit
-def ours(params, batch):
-    """Gradients of the summed loss, its terms, and the logits."""
-
-    def loss(params):
-        logits = saber.logits(params, saber.hidden(params, batch, CONFIG))
-        scores = jax.nn.log_softmax(logits[:, :-1])
-        targets = batch["tokens"][:, 1:, None]
-        inside = (batch["segments"][:, 1:] > 0) & (
-            batch["segments"][:, 1:] == batch["segments"][:, :-1]
-        )
-        terms = jnp.take_along_axis(scores, targets, axis=2)[..., 0] * inside
-        return -terms.sum(), (inside.sum(), logits)
-
-    (total, (count, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    return total, count, logits, gradients
-
-
-@jax.jit
 def merged(params, batch):
     model = saber._bind(params, CONFIG, jnp.float32)
     return saber._embed(model, batch, CONFIG, jnp.float32, "none", None)
-
-
-def row(*talks: Conversation) -> dict:
-    return pack([list(talks)], **BUDGET)
-
-
-def relative(got, want) -> float:
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,6 +82,94 @@ def test_logits_loss_and_every_gradient_equal_the_reference(answers, params, cas
     assert all(not disk[name].any() for name in unused), unused
 
 
+def test_the_committed_goldens_are_what_transformers_says(model, answers):
+    with np.load(GOLDEN) as file:
+        golden = dict(file)
+    for case, answer in answers.items():
+        assert abs(golden[f"{case}.loss"] - answer.loss) < 2e-6
+        for number, (positions, logits) in enumerate(
+            zip(answer.positions, answer.logits, strict=True)
+        ):
+            np.testing.assert_array_equal(golden[f"{case}.{number}.positions"], positions)
+            assert relative(logits, golden[f"{case}.{number}.logits"]) < LOGITS
+    np.testing.assert_array_equal(golden["answers"], reference.generate(model, PROMPTS))
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_own(answers, params):
+    case = "padded"
+    rough = reference.thinker()
+    for parameter in rough.parameters():  # Not the buffers: positions stay float32, as released.
+        parameter.data = parameter.data.bfloat16()
+    theirs = reference.ask(rough, CASES[case])
+    for talk, exact, want in zip(CASES[case], answers[case].logits, theirs.logits, strict=True):
+        got = rough_logits(params, row(talk))[0, : len(talk.tokens)]
+        assert relative(got, exact) < BFLOAT16
+        assert relative(got, exact) < 1.5 * relative(want, exact)
+
+
+@jax.jit
+def rough_logits(params, batch):
+    return saber.logits(params, saber.hidden(params, batch, CONFIG, dtype=jnp.bfloat16))
+
+
+OTHER = SaberConfig(
+    text=TextConfig(
+        layers=2,
+        width=56,
+        heads=7,
+        kv_heads=1,
+        head_dim=32,
+        mlp_dim=96,
+        vocab=120,
+        rope_theta=1e4,
+        mrope_section=(4, 6, 6),
+        norm_eps=1e-6,
+        max_positions=4096,
+    ),
+    vision=VisionConfig(
+        depth=4, width=160, heads=2, mlp_dim=90, out_width=56, full_attention_layers=(1, 3)
+    ),
+    audio=AudioConfig(layers=3, width=48, heads=3, mlp_dim=64, out_width=56),
+    tokens=CONFIG.tokens,
+)
+"""Other sizes than CONFIG in everything, with the released vision head of 80 features."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 13))
+def test_random_conversations_through_random_weights_of_another_size(seed):
+    model, params = reference.thinker(OTHER, seed), weights.tree(OTHER, seed)
+    rng = np.random.default_rng(seed)
+    talks = [random_conversation(rng, woven=seed % 2 == 0) for _ in range(3)]
+    answer = reference.ask(model, talks, left=seed % 3 == 0)
+    for talk, positions, want in zip(talks, answer.positions, answer.logits, strict=True):
+        np.testing.assert_array_equal(talk.positions, positions)
+        batch = pack([[talk]], length=1024, patches=1024, chunks=24)
+        got = other_logits(params, batch)[0, : len(talk.tokens)]
+        assert relative(got, want) < LOGITS
+
+
+@jax.jit
+def other_logits(params, batch):
+    return saber.logits(params, saber.hidden(params, batch, OTHER))
+
+
+def random_conversation(rng: np.random.Generator, *, woven: bool):
+    """One to four media of random sizes between random words."""
+    parts = [Text(int(rng.integers(1, 9)))]
+    for _ in range(rng.integers(1, 5)):
+        grid = tuple(2 * int(side) for side in rng.integers(1, 6, 2))
+        seconds = float(rng.choice([1.0, 0.5, 2 / 3, 0.8, 3.0]))
+        video = Video((int(rng.integers(1, 6)), *grid), seconds)
+        sound = Audio(int(rng.integers(3, 900)))
+        moving = AudioInVideo(video, sound) if woven else video
+        parts += [
+            (Image((1, *grid)), sound, moving)[rng.integers(3)],
+            Text(int(rng.integers(1, 9))),
+        ]
+    return conversation(int(rng.integers(2**31)), *parts)
+
+
 def test_only_the_audio_markers_are_never_used(answers):
     answer = answers["video_then_audio"]
     unused = names.entries(CONFIG).keys() - answer.gradients.keys()
@@ -150,16 +198,17 @@ def test_every_vision_layer_equals_the_reference(answers, params):
 def vision_layers(params, batch):
     """The tower with its layers unrolled, stopped after each."""
     from saber_jax.models.positions import vision_rotary
-    from saber_jax.models.vision import full_attention, normalize
+    from saber_jax.models.vision import _look, full_attention, normalize
 
     cfg, tower = CONFIG.vision, saber._bind(params, CONFIG, jnp.float32).vision
     x = jnp.einsum("BPX,XD->BPD", normalize(batch["patches"]), tower.w_patch[...])
     rotary = vision_rotary(batch["patch_hw"], head_dim=cfg.head_dim)
+    places = {"window": batch["patch_window"], "frame": batch["patch_frame"]}
+    look = functools.partial(_look, **places, cfg=cfg, reach=None, kernel="xla")
 
     def layer(x, inputs):
         block, full = inputs
-        segments = jnp.where(full, batch["patch_frame"], batch["patch_window"])
-        x = block(x, segments, rotary, eps=cfg.norm_eps, block=None)
+        x = block(x, rotary, functools.partial(look, full=full), eps=cfg.norm_eps)
         return x, x
 
     x, layers = jax.lax.scan(layer, x, (tower.blocks, full_attention(cfg)))

@@ -1,0 +1,39 @@
+"""Greedy answers to conversations, straight from the two device programs."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from saber_jax import decoding
+from saber_jax.models import saber
+from tests.models.batches import CONFIG, Conversation, pack
+from tests.models.cases import NEW_TOKENS
+
+
+def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
+    """Int [conversations, NEW_TOKENS]; the prompts share one packed row."""
+    lengths = np.array([len(talk.tokens) for talk in talks])
+    batch = pack([list(talks)], length=224, patches=160, chunks=5)
+    batch |= {"prompt_ends": np.cumsum(lengths)[None], "prompt_lengths": lengths[None]}
+    count = len(talks)
+    program = decoding.Program(
+        cfg=CONFIG,
+        dtype=jnp.float32,
+        greedy=True,
+        prompt_slots=int(lengths.max()),
+        max_new_tokens=NEW_TOKENS,
+        max_frame_patches=None,
+    )
+    pick = decoding.Pick(
+        seed=np.uint32(0),
+        rows=np.arange(count, dtype=np.uint32),
+        temperature=np.float32(0),
+        top_p=np.float32(1),
+        end=np.int32(-1),  # Never: every answer has all its tokens.
+        vocabulary=np.int32(CONFIG.text.vocab),
+    )
+    state, cache = decoding.start(params, batch, np.zeros(count, bool), pick, program=program)
+    limit = np.int32(NEW_TOKENS)
+    state, _ = decoding.proceed(params, state, cache, limit, pick, program=program)
+    return np.asarray(state["out"])

@@ -1,0 +1,25 @@
+"""The loss that the parity tests differentiate: the mean over all next tokens of a conversation."""
+
+import jax
+import jax.numpy as jnp
+
+from saber_jax.models import saber
+from tests.models.batches import CONFIG
+
+
+@jax.jit
+def summed_loss_and_gradients(params, batch):
+    """The summed loss, its number of terms, the logits, and the gradients of the sum."""
+
+    def loss(params):
+        logits = saber.logits(params, saber.hidden(params, batch, CONFIG))
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        targets = batch["tokens"][:, 1:, None]
+        inside = (batch["segments"][:, 1:] > 0) & (
+            batch["segments"][:, 1:] == batch["segments"][:, :-1]
+        )
+        terms = jnp.take_along_axis(scores, targets, axis=2)[..., 0] * inside
+        return -terms.sum(), (inside.sum(), logits)
+
+    (total, (count, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return total, count, logits, gradients
