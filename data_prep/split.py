@@ -82,6 +82,8 @@ def work(rows: list[Row], settings: SplitSettings) -> Iterator[Outcome]:
         members[group_of[row["clip_id"]]].append(row)
     reserved = _reserve(members, len(rows), settings)
     chosen = _draw([row for group in reserved for row in members[group]], settings)
+    # Where one relation is rare the draw is small, and groups that gave nothing may go back.
+    reserved = {group_of[clip_id] for clip_id in chosen}
     done: list[Row] = []
     for row in rows:
         outcome = _placed(row, chosen, group_of[row["clip_id"]] in reserved, settings)

@@ -276,6 +276,14 @@ def test_the_test_set_is_balanced_and_not_larger_than_wanted():
     assert mined and {clip["relation"] for clip in mined} == {"inconsistent"}
 
 
+def test_groups_that_gave_no_clip_to_the_test_go_back_to_training():
+    rows = [row(f"c{i}", speaker=f"p{i}", relation="inconsistent") for i in range(30)]
+    rows.append(row("agreeing", speaker="p", relation="consistent"))
+    outcomes = list(split.work(rows, SplitSettings(test=20)))
+    placed = collections.Counter(outcome["split"] for outcome in outcomes)
+    assert placed["test"] == 2 and placed["train"] + placed["preference"] == 29
+
+
 def test_a_leak_is_found():
     train, test = row("a", speaker="x+y", split="train"), row("b", speaker="y", split="test")
     assert split.leaks([train, test]) == ["speaker y"]

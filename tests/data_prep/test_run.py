@@ -253,3 +253,30 @@ def test_other_settings_do_not_mix_with_finished_work(finished, drawn, tmp_path,
     path = config(tmp_path, drawn, "http://127.0.0.1:9/v1", **changed)
     assert run.main(["--config", str(path), "--stage", "filter"]) == 1
     assert "least_height: 64 there, 65 now" in capsys.readouterr().err
+
+
+def test_the_example_settings_are_valid():
+    example = settings.load(ROOT / "configs/data_prep.toml")
+    assert example.annotate.endpoint.model and "captions" not in example.stages
+
+
+@pytest.mark.slow
+def test_a_killed_beam_run_goes_on_from_its_finished_shards(drawn, tmp_path):
+    many = {"shards = 3": "shards = 8", "processes = 1": "processes = 2"}
+    path = config(tmp_path, drawn, "http://127.0.0.1:9/v1", **many)
+    for name in ("ingest", "segment"):
+        assert run.main(["--config", str(path), "--stage", name]) == 0
+    command = [sys.executable, "-m", "data_prep.run", "--config", str(path), "--stage", "measure"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "out/measure"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("kept-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # Beam's workers notice that nobody asks them any more.
+    finished = {file: file.stat().st_mtime_ns for file in folder.glob("kept-*")}
+    assert 2 <= len(finished) < 8
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert len(stage(tmp_path, "measure").rows()) == CLIPS
