@@ -177,10 +177,10 @@ def build(describer: Describer) -> Any:
             [clip, language, sound, picture, history],
             outputs,
             trigger_mode="always_last",
-            api_name=False,
+            api_visibility="private",
         )
-        stop.click(None, cancels=[started], api_name=False)
-        clip.change(lambda: ([], []), None, [history, table], api_name=False)
+        stop.click(None, cancels=[started], api_visibility="private")
+        clip.change(lambda: ([], []), None, [history, table], api_visibility="private")
     # One answer at a time; those who wait beyond eight are told so.
     return page.queue(default_concurrency_limit=1, max_size=8)
 

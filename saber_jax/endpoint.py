@@ -197,8 +197,9 @@ class Endpoint:
         for attempt in itertools.count():
             self._wait_for_turn()
             try:
+                messages: Any = list(request.messages)
                 raw = self._client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=list(request.messages), **request.settings
+                    model=self.model, messages=messages, **request.settings
                 )
                 self._count(asked=1, retries=raw.retries_taken + (attempt > 0))
                 return self._reply(raw.text)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saber_jax.data import sed
 from saber_jax.data.journal import fingerprint, read_jsonl
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.evaluation import emer, emobench_m, emobench_m_scores, saber_test
@@ -29,6 +28,8 @@ class Benchmark:
 
 def _saber_material(data: Path, split: str, settings: Settings) -> Material:
     del settings  # Records were decoded when they were built.
+    source = RecordSource(data, split)
+    names = _emotions(source[i].labels for i in range(len(source)))
 
     def row(_: int, record: Record | None, answer: str) -> Row:
         assert record is not None
@@ -36,12 +37,18 @@ def _saber_material(data: Path, split: str, settings: Settings) -> Material:
             "clip_id": record.clip_id,
             "language": record.language,
             "response": answer,
-            "conclusion": sed.conclusion(answer),
+            "conclusion": saber_test.conclusion(answer, names),
             "labels": dict(record.labels),
             "annotation": dict(record.annotation),
         }
 
-    return Material(records=RecordSource(data, split), row=row)
+    return Material(records=source, row=row)
+
+
+def _emotions(labels: Iterable[Mapping[str, str]]) -> list[str]:
+    """Every emotion that these clips' labels use."""
+    kinds = ("emotion", "face", "voice")
+    return sorted({each[kind] for each in labels for kind in kinds if each.get(kind)})
 
 
 def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:

@@ -99,7 +99,9 @@ def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
             for t, w in zip(truth, words, strict=True)
         ]
         scores["label_overlap"] = _mean(judge.overlap("labels", pairs))
-        union = [sorted({*(t or []), *(w or [])}) for t, w in zip(truth, words, strict=True)]
+        union: list[list[str]] = [
+            sorted({*(t or []), *(w or [])}) for t, w in zip(truth, words, strict=True)
+        ]
         scores["sets"] = set_scores(truth, words, judge.synonyms(union))
         scores["judge"] = judge.about
     else:
@@ -111,7 +113,7 @@ def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
             {name: truth[i] or [] for name, i in zip(names, known, strict=True)},
             {name: words[i] or [] for name, i in zip(names, known, strict=True)},
         )
-        scores["wheel"]["floor"] = wheel.FLOOR
+        scores["wheel"] |= {"floor": wheel.FLOOR}
     else:
         scores["missing"].append(f"wheel: needs {OPENSET}, or a judge to find words in the truth")
     return scores

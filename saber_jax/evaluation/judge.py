@@ -251,7 +251,9 @@ def word_groups(text: str | None) -> list[list[str]] | None:
     usable = isinstance(groups, list) and all(
         isinstance(group, list) and all(isinstance(word, str) for word in group) for group in groups
     )
-    return [[word.strip().lower() for word in group] for group in groups] if usable else None
+    if not usable or groups is None:
+        return None
+    return [[word.strip().lower() for word in group] for group in groups]
 
 
 def named_score(text: str | None, dimension: str) -> int:

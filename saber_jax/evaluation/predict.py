@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from saber_jax.data.decode import MediaError
 from saber_jax.data.journal import Journal, batches
-from saber_jax.data.records import Record
+from saber_jax.data.records import Record, RecordSource
 from saber_jax.generate import record_of_clip
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ class Material:
     empty answer, and the reason as "error".
     """
 
-    records: Sequence[Record]
+    records: Sequence[Record] | RecordSource
     row: Callable[[int, Record | None, str], Row]
 
 
@@ -89,7 +89,7 @@ def predict(
     return done
 
 
-def _read(records: Sequence[Record], index: int) -> Record | Exception:
+def _read(records: Sequence[Record] | RecordSource, index: int) -> Record | Exception:
     try:
         return records[index]
     except (MediaError, FileNotFoundError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saber_jax.data.records import Record
+from saber_jax.data.records import Record, RecordSource
 from saber_jax.data.withhold import withhold
 from saber_jax.evaluation import bootstrap, saber_test
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 class Probed(Sequence[Record]):
     """Records seen through a probe; `donors[i]` is whose sound record i gets when swapped."""
 
-    def __init__(self, records: Sequence[Record], probe: str, donors: Sequence[int]):
+    def __init__(self, records: Sequence[Record] | RecordSource, probe: str, donors: Sequence[int]):
         if probe not in PROBES:
             raise ValueError(f"There is no probe {probe!r}; use one of {', '.join(PROBES)}.")
         self._records, self._probe, self._donors = records, probe, donors

@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 MOST_CLIPS, MOST_PAIRS = 400, 60
 MOST_CLIP_BYTES = 4 << 20
+KINDS = ("mp4", "webm")
+"""Containers that browsers play."""
 PAIRS_SHARE = 0.2
 """Of the room for media, what is kept for preference pairs."""
 
@@ -133,12 +135,13 @@ def _pair(pair: Row) -> dict[str, Any]:
 def _embed(items: Sequence[dict[str, Any]], clips: Path | None, room: int) -> None:
     """Sets "video" to a data: URI while there is room, else None."""
     for item in items:
-        path = clips / f"{item['id']}.mp4" if clips else None
-        size = path.stat().st_size if path and path.is_file() else None
-        # 4 characters for 3 bytes.
-        fits = size is not None and size <= MOST_CLIP_BYTES and size * 4 // 3 + 4 <= room
         item["video"] = None
-        if fits and path:
+        kinds = [kind for kind in KINDS if clips and (clips / f"{item['id']}.{kind}").is_file()]
+        if not clips or not kinds:
+            continue
+        path = clips / f"{item['id']}.{kinds[0]}"
+        size = path.stat().st_size
+        if size <= MOST_CLIP_BYTES and size * 4 // 3 + 4 <= room:  # 4 characters for 3 bytes.
             data = base64.b64encode(path.read_bytes()).decode()
-            item["video"] = f"data:video/mp4;base64,{data}"
+            item["video"] = f"data:video/{kinds[0]};base64,{data}"
             room -= len(data)

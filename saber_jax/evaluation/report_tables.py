@@ -208,8 +208,9 @@ def _line(
     """`better` is 1 where more is better, else -1. Without `gain` it is the plain difference."""
     values = results.values(*path)
     known = [v["value"] if v else None for v in values]
-    if gain is None and len(known) > 1 and None not in (known[0], known[-1]):
-        gain = {"value": known[-1] - known[0], "interval": None}
+    first, last = known[0], known[-1]
+    if gain is None and len(known) > 1 and first is not None and last is not None:
+        gain = {"value": last - first, "interval": None}
     return {"name": name, "values": values, "gain": gain, "better": better}
 
 

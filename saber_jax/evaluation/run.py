@@ -17,7 +17,7 @@ from typing import Any
 
 from saber_jax.data.journal import Journal, read_jsonl, write_json, write_jsonl
 from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
-from saber_jax.evaluation import probes
+from saber_jax.evaluation import probes, shares
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import Material, Row, predict
@@ -34,23 +34,24 @@ class Answering:
 
     def answer(self, material: Material, folder: Path, inputs: dict[str, Any]) -> list[Row]:
         """The rows of `folder`/predictions.jsonl, made where they are missing."""
+        batch_size = self._flags.batch_size
         journal = Journal(folder, "predictions.jsonl", inputs)
         if journal.path.exists() and len(rows := read_jsonl(journal.path)) == len(material.records):
+            return rows
+        rows = shares.joined(folder, len(material.records), batch_size)
+        if rows is not None:
+            write_jsonl(journal.path, rows)
             return rows
         print(f"{inputs['benchmark']}: {len(material.records)} clips, to {folder}", flush=True)
         if self._generator is None:
             self._generator = load_generator(
                 self._flags.checkpoint,
                 max_new_tokens=self._flags.max_new_tokens,
-                batch_size=self._flags.batch_size,
+                batch_size=batch_size,
             )
         self._generator.reserve(getattr(material.records, "sizes", ()))
-        return predict(
-            material,
-            self._generator.respond_batches,
-            journal,
-            batch_size=self._flags.batch_size,
-        )
+        respond = self._generator.respond_batches
+        return predict(material, respond, journal, batch_size=batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows, probed = _made_elsewhere(benchmark, flags), {}
         else:
             rows, probed = _answered(benchmark, flags)
+        if flags.share:
+            print(f"share {flags.share.number} of {flags.share.count} is done: {len(rows)} clips")
+            return 0
         scores = benchmark.score(rows, judge)
     except (ValueError, FileNotFoundError, KeyError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -96,6 +100,9 @@ def _answered(
     settings = about.get("provenance", {}).get("sampling")
     material = benchmark.material(flags.data, flags.split, settings)
     answering = Answering(flags)
+    if flags.share:
+        part = flags.share.of(material, flags.batch_size)
+        return answering.answer(part, flags.share.folder(flags.out), inputs), {}
     rows = answering.answer(material, flags.out, inputs)
     donors = probes.donors(rows) if flags.probes else []
     probed = {}
@@ -157,6 +164,7 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help="score these instead of a checkpoint")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--probes", action="store_true", help="saber_test: also mute, blank, swap")
+    parser.add_argument("--share", metavar="I/N", help="answer this part alone, see shares.py")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     key = f"; the key is read from {KEY_VARIABLE}"
@@ -177,6 +185,13 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--checkpoint needs --data: the clips to answer")
     if bool(flags.judge) != bool(flags.judge_model):
         parser.error("--judge and --judge_model go together")
+    if flags.share:
+        try:
+            flags.share = shares.Share.parse(flags.share)
+        except ValueError as error:
+            parser.error(f"--share: {error}")
+    if flags.share and (flags.probes or flags.predictions):
+        parser.error("--share answers the plain clips; probe when all shares are joined")
     if flags.probes and (flags.benchmark != "saber_test" or flags.predictions):
         parser.error("--probes need a checkpoint and --benchmark saber_test")
     return flags

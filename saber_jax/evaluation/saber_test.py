@@ -39,10 +39,8 @@ def score(predictions: Sequence[Prediction], ratings: Ratings | None = None) -> 
         "accuracy": bootstrap.mean(correct(predictions)),
     }
     for name, wanted in SPLITS.items():
-        which = np.flatnonzero(agrees == wanted)
-        scores[name] = _split(
-            [predictions[i] for i in which], [ratings[i] for i in which] if ratings else None
-        )
+        which = agrees == wanted
+        scores[name] = _split(_those(predictions, which), ratings and _those(ratings, which))
     differing = _those(predictions, ~agrees)
     scores["inconsistent"] |= {
         "dominance": bootstrap.mean(follows(differing, "face", "voice")),
@@ -130,9 +128,7 @@ def _gap(
     predictions: Sequence[Prediction], ratings: Ratings | None, agrees: Bool[np.ndarray, "n"]
 ) -> dict[str, Any]:
     """What each score loses where modalities disagree; error rates are not compared."""
-    groups = [
-        [p for p, a in zip(predictions, agrees, strict=True) if a == w] for w in (True, False)
-    ]
+    groups = [_those(predictions, agrees), _those(predictions, ~agrees)]
     gaps: dict[str, Any] = {"accuracy": bootstrap.mean_gap(*map(correct, groups))}
     if ratings is not None:
         rated = [_those(ratings, agrees), _those(ratings, ~agrees)]
@@ -154,8 +150,8 @@ def _rated(ratings: Ratings, field: str) -> np.ndarray:
 
 def _mean_rating(ratings: Ratings) -> np.ndarray:
     """Over the six sections of the answers in which all were rated."""
-    whole = [list(r.values()) for r in ratings if None not in r.values()]
-    return np.array([np.mean(values) for values in whole], float)
+    rows = [[rating for rating in r.values() if rating is not None] for r in ratings]
+    return np.array([np.mean(row) for row in rows if len(row) == len(FIELDS)], float)
 
 
 def _speech(predictions: Sequence[Prediction], language: str) -> tuple[np.ndarray, np.ndarray]:

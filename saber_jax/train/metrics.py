@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tensorboardX import SummaryWriter
-
-from saber_jax import sharding
 
 MOST_SAMPLED = 1 << 16
 """Entries of a parameter that its histogram is drawn from."""
@@ -79,7 +79,7 @@ class MetricsWriter:
 
 def _sampled(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     placed = next(iter(params.values())).sharding
-    everywhere = sharding.replicated(placed.mesh) if hasattr(placed, "mesh") else None
+    everywhere = NamedSharding(placed.mesh, P()) if isinstance(placed, NamedSharding) else None
     return _strided(params, everywhere)
 
 

@@ -112,6 +112,28 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, data, model):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_shares_of_several_hosts_join_into_the_run_of_one(tmp_path, data, model, capsys):
+    assert _run(tmp_path / "whole", data) == 0
+    assert _run(tmp_path / "shared", data, "--share", "2/2") == 0
+    assert not (tmp_path / "shared/scores.json").exists()
+    assert _run(tmp_path / "shared", data) == 1
+    assert "1/2 (0 of 3 clips)" in capsys.readouterr().err
+    model.asked.clear()
+    assert _run(tmp_path / "shared", data, "--share", "1/2") == 0
+    assert len(model.asked) == 3
+    assert _run(tmp_path / "shared", data) == 0
+    assert len(model.asked) == 3  # Joining asks nothing.
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b"])
+def test_impossible_shares_are_refused(share, tmp_path, data, capsys):
+    with pytest.raises(SystemExit):
+        _run(tmp_path, data, "--share", share)
+    assert "1 <= I <= N" in capsys.readouterr().err
+
+
 def test_a_finished_run_loads_no_model(tmp_path, data, model, monkeypatch):
     assert _run(tmp_path, data) == 0
     monkeypatch.setattr(run, "load_generator", None)
