@@ -7,6 +7,7 @@ Any clip, on the terminal:
 
 import argparse
 import collections
+import dataclasses
 import functools
 import itertools
 import sys
@@ -243,7 +244,7 @@ def model_fingerprint(workdir: str | Path) -> str:
 
 
 def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | None) -> Record:
-    """A video file as a record without annotation, decoded as model.json says.
+    """A video or picture file as a record without annotation, decoded as model.json says.
 
     `settings` are the fields of decode.Sampling; None takes its defaults. Raises FileNotFoundError
     or decode.MediaError.
@@ -252,16 +253,21 @@ def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | N
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Check --video.")
     sampling = decode.Sampling(**(settings or {}))
+    about = {"clip_id": path.stem, "language": language, "annotation": {}, "labels": {}}
+    provenance = {"file": path.name, "sampling": dataclasses.asdict(sampling)}
+    if path.suffix.lower() in decode.PICTURES:
+        frames = decode.decode_image(path, sampling.mode)
+        silence = np.zeros(0, np.int16)
+        return Record(
+            **about, frames=frames, audio=silence, seconds_per_grid=0.0, provenance=provenance
+        )
     clip = decode.decode_clip(path, sampling)
     return Record(
-        clip_id=path.stem,
-        language=language,
+        **about,
         frames=clip.frames,
         seconds_per_grid=clip.seconds_per_grid,
         audio=clip.audio,
-        annotation={},
-        labels={},
-        provenance={"file": path.name, "source": clip.info},
+        provenance=provenance | {"source": clip.info},
         audio_in_video=sampling.audio_in_video,
     )
 
@@ -283,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Describes one clip on the terminal; returns the exit code."""
     parser = argparse.ArgumentParser(description="Read the emotion of any video clip.")
     parser.add_argument("--checkpoint", required=True, help="work directory of a training run")
-    parser.add_argument("--video", required=True, help="any video file with a sound track")
+    parser.add_argument(
+        "--video", required=True, help="any video file with a sound track, or a picture"
+    )
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the answer")
     parser.add_argument("--withhold", choices=MODALITIES, help="hide one modality")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest token")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from saber_jax import decoding, generate, sharding
 from saber_jax.data import packing, sed, transforms
@@ -217,6 +218,14 @@ def test_after_reserving_nothing_is_compiled_again(params, tokenizer):
 def test_a_missing_clip_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*gone\.mp4"):
         generate.record_of_clip(tmp_path / "gone.mp4", "en", None)
+
+
+def test_a_picture_is_a_record_of_one_frame_without_sound(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "face.png")
+    record = generate.record_of_clip(tmp_path / "face.png", "en", {"mode": "saber_release"})
+    assert record.frames.shape == (1, 56, 84, 3) and len(record.audio) == 0
+    assert record.provenance["sampling"]["mode"] == "saber_release"
 
 
 def test_a_directory_without_a_checkpoint_is_an_error_on_one_line(tmp_path, capsys):

@@ -32,6 +32,9 @@ RELEASE_MAX_FRAMES = 40
 RELEASE_MAX_PIXELS = 50_176
 RELEASE_IMAGE_MAX_PIXELS = 1_003_520
 
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+"""Suffixes of the files that `decode_image` is for."""
+
 REASONS = {
     "empty_file": "the file has zero bytes",
     "unreadable": "the file cannot be decoded",
@@ -306,7 +309,7 @@ def _decoded(path: Path, indices: Int[np.ndarray, " T"]) -> _Tracks:
 def _resampled(sound: Float[np.ndarray, " n"], rate: int) -> Int16[np.ndarray, " m"]:
     """To 16 kHz by the resampler that librosa.load uses, on which the released model was trained.
 
-    FFmpeg's own lets other frequencies pass near 8 kHz: the highest mel bins change by up to 1.
+    FFmpeg's own lets other frequencies pass near 8 kHz: the highest mel bins change by up to 1.3.
     """
     if rate != media.SAMPLE_RATE:
         sound = soxr.resample(sound, rate, media.SAMPLE_RATE, quality="HQ")

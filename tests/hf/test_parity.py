@@ -142,16 +142,18 @@ def test_random_conversations_through_random_weights_of_another_size(seed):
     rng = np.random.default_rng(seed)
     talks = [random_conversation(rng, woven=seed % 2 == 0) for _ in range(3)]
     answer = reference.ask(model, talks, left=seed % 3 == 0)
+    summed, tokens = None, 0
     for talk, positions, want in zip(talks, answer.positions, answer.logits, strict=True):
         np.testing.assert_array_equal(talk.positions, positions)
         batch = pack([[talk]], length=1024, patches=1024, chunks=24)
-        got = other_logits(params, batch)[0, : len(talk.tokens)]
-        assert relative(got, want) < LOGITS
-
-
-@jax.jit
-def other_logits(params, batch):
-    return saber.logits(params, saber.hidden(params, batch, OTHER))
+        _, count, logits, gradients = ours(params, batch, OTHER)
+        assert relative(logits[0, : len(talk.tokens)], want) < LOGITS
+        summed = gradients if summed is None else jax.tree.map(np.add, summed, gradients)
+        tokens += int(count)
+    disk = {entry.name: array / tokens for entry, array in names.to_disk(summed, OTHER)}
+    for name, want in answer.gradients.items():
+        if want.any():
+            assert relative(disk[name], want) < GRADIENTS, name
 
 
 def random_conversation(rng: np.random.Generator, *, woven: bool):

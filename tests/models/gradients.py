@@ -1,5 +1,7 @@
 """The loss that the parity tests differentiate: the mean over all next tokens of a conversation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,12 +9,12 @@ from saber_jax.models import saber
 from tests.models.batches import CONFIG
 
 
-@jax.jit
-def summed_loss_and_gradients(params, batch):
+@functools.partial(jax.jit, static_argnames="cfg")
+def summed_loss_and_gradients(params, batch, cfg=CONFIG):
     """The summed loss, its number of terms, the logits, and the gradients of the sum."""
 
     def loss(params):
-        logits = saber.logits(params, saber.hidden(params, batch, CONFIG))
+        logits = saber.logits(params, saber.hidden(params, batch, cfg))
         scores = jax.nn.log_softmax(logits[:, :-1])
         targets = batch["tokens"][:, 1:, None]
         inside = (batch["segments"][:, 1:] > 0) & (
