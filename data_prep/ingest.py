@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import clips, corpora
+from data_prep import clips, corpora, storage
 from data_prep.shards import Dropped, Outcome, Row, Stage
 from saber_jax.data.records import LABELS, LANGUAGES
 
@@ -27,9 +27,13 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder, and the corpus whose layout it has; "" for any folder of videos."""
+    """A folder, and the corpus whose layout it has; "" for any folder of videos.
+
+    The folder is listed here; `url` says where the workers of a cluster find the same files.
+    """
 
     folder: str
+    url: str = ""
     corpus: str = ""
     language: str = ""  # Of the annotations to be written; "" is English, or what labels say.
 
@@ -40,18 +44,25 @@ class Source:
         if self.language and self.language not in LANGUAGES:
             raise ValueError(f"Unknown language {self.language!r}; use one of {LANGUAGES}.")
 
+    def found_by_workers(self, row: Row) -> Row:
+        """The row with the addresses that a cluster uses."""
+        if not self.url:
+            return row
+        keys = [key for key in ("file", "sound") if key in row]
+        inside = {key: Path(row[key]).relative_to(self.folder).as_posix() for key in keys}
+        return {**row, **{key: storage.join(self.url, path) for key, path in inside.items()}}
+
     def rows(self) -> Iterator[Row]:
         """All clips, in a fixed order. Raises FileNotFoundError for a wrong or empty folder."""
         root = Path(self.folder)
         if not root.is_dir():
             raise FileNotFoundError(f"The folder of videos {root} does not exist.")
         listed = corpora.CORPORA[self.corpus](root) if self.corpus else _folder(root)
-        count = 0
+        row = None
         for row in listed:
-            count += 1
             language = self.language or row["language"] or "en"
             yield {**row, "language": language, "provenance": [_made(self, row)]}
-        if not count:
+        if row is None:
             what = f"the layout of {self.corpus}" if self.corpus else "any video"
             raise FileNotFoundError(f"{root} does not hold {what}.")
 
@@ -69,7 +80,7 @@ def ingest(stage: Stage, sources: Iterable[Source]) -> dict[str, Any]:
             shard = shard_of(row, stage.shards)
             parts[shard].append(row)
             first = seen.setdefault(row["clip_id"], row["file"])
-            outcome: Outcome = row
+            outcome: Outcome = source.found_by_workers(row)
             if first != row["file"]:
                 outcome = Dropped(row=row, reason="duplicate_id", detail=first)
             elif not Path(row["file"]).is_file():

@@ -1,13 +1,17 @@
 """Transcripts, captions, consistency, split: what is dropped, what is kept, and why."""
 
+import base64
 import collections
+import io
+import wave
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("faster_whisper", reason="requirements-prep.txt is not installed")
 
-from data_prep import captions, consistency, split, transcripts
+from data_prep import attach, captions, consistency, split, transcripts
 from data_prep.answers import EndpointSettings, NoJsonError, extract_json
 from data_prep.consistency import ConsistencySettings, Cue, relate
 from data_prep.corpus_plan import CONFLICTS, conflict_strength
@@ -16,6 +20,7 @@ from data_prep.split import SplitSettings
 from data_prep.transcripts import TranscriptSettings, compare, verdict, words
 from saber_jax.endpoint import Endpoint
 from tests.loopback import Answer, chat_server
+from tests.media_files import gray_frames, tone, write_clip
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,24 @@ def asked(work, rows, settings, script):
         client = Endpoint(url=server.url, model="m", retries=0)
         clients = collections.defaultdict(lambda: client)
         return list(work(rows, clients, pool, settings=settings)), server.requests
+
+
+def test_a_clip_is_sent_as_pictures_and_sound_or_as_it_is(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", frames=gray_frames(24), audio=tone(2), **H264)
+    settings = attach.AttachSettings(fps=2.0, max_frames=16)
+    parts = attach.parts(str(path), settings)
+    assert [part["type"] for part in parts] == ["image_url"] * 4 + ["input_audio"]
+    picture = base64.b64decode(parts[3]["image_url"]["url"].split(",")[1])
+    assert np.asarray(Image.open(io.BytesIO(picture))).mean() > 80  # A late, brighter frame.
+    with wave.open(io.BytesIO(base64.b64decode(parts[4]["input_audio"]["data"]))) as sound:
+        assert (sound.getframerate(), sound.getnchannels()) == (16_000, 1)
+        assert sound.getnframes() == pytest.approx(32_000, abs=2_000)
+    assert attach.parts(str(path), settings, sound=False) == parts[:4]
+    [whole] = attach.parts(str(path), attach.AttachSettings(send="video"))
+    assert base64.b64decode(whole["video_url"]["url"].split(",")[1]) == path.read_bytes()
+
+
+H264 = {"codecs": ("libx264", "aac"), "pixels": "yuv420p"}
 
 
 @pytest.mark.parametrize(("score", "kept"), [(5, True), (3, True), (2, False), ("5", None)])

@@ -233,6 +233,16 @@ def test_a_folder_without_the_layout_is_an_error(tmp_path, corpus):
         list(Source(folder=str(tmp_path), corpus=corpus).rows())
 
 
+def test_workers_of_a_cluster_are_told_their_own_addresses(tmp_path):
+    touch(tmp_path, "M003/video/front/sad/level_1/001.mp4", "M003/audio/sad/level_1/001.m4a")
+    source = Source(folder=str(tmp_path), url="gs://bucket/mead", corpus="mead")
+    target = stage(tmp_path / "out")
+    ingest.ingest(target, [source])
+    [row] = target.rows()
+    assert row["file"] == "gs://bucket/mead/M003/video/front/sad/level_1/001.mp4"
+    assert row["sound"] == "gs://bucket/mead/M003/audio/sad/level_1/001.m4a"
+
+
 def test_a_wrong_label_names_its_line(tmp_path):
     touch(tmp_path, "a.mp4")
     write(tmp_path, "labels.jsonl", '{"clip_id": "a", "emotoin": "sad"}')

@@ -11,7 +11,7 @@ import itertools
 
 from PIL import Image, ImageFilter
 
-from data_prep import filters, measure, segment
+from data_prep import filters, measure, segment, storage
 from data_prep.filters import Duplicates, FilterSettings, verdicts
 from data_prep.measure import MeasureSettings, UnmeasurableError, longest_track
 from data_prep.shards import Dropped, Stage
@@ -258,6 +258,20 @@ def test_sound_in_a_file_of_its_own_is_joined_to_the_picture(tmp_path):
     [kept] = segment.work([row], SEGMENT, str(tmp_path / "clips"))
     assert measure.measure(tmp_path / "clips/joined.mp4")["loudness"] > -20
     assert kept["file"].endswith("clips/joined.mp4")
+
+
+def test_clips_in_a_bucket_are_cut_and_measured_there(tmp_path):
+    bucket = f"memory://{tmp_path.name}"
+    mute = write_clip(tmp_path / "mute.mkv", frames=pictures(24, 0), audio=None)
+    voice = write_clip(tmp_path / "voice.mka", frames=None, audio=tone(2))
+    for file in (mute, voice):
+        with storage.new_file(f"{bucket}/{file.name}") as copy:
+            copy.write_bytes(file.read_bytes())
+    row = {"clip_id": "a", "file": f"{bucket}/mute.mkv", "sound": f"{bucket}/voice.mka"}
+    [cut] = segment.work([{**row, "provenance": []}], SEGMENT, f"{bucket}/clips")
+    assert cut["file"] == f"{bucket}/clips/a.mp4"
+    [measured] = measure.work([cut], MeasureSettings())
+    assert measured["measures"]["loudness"] > -20
 
 
 def test_unmeasurable_errors_carry_their_reason():

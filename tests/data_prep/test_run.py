@@ -280,3 +280,18 @@ def test_a_killed_beam_run_goes_on_from_its_finished_shards(drawn, tmp_path):
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert len(stage(tmp_path, "measure").rows()) == CLIPS
+
+
+def test_a_run_stops_at_its_budget_and_a_larger_one_goes_on(drawn, tmp_path, capsys):
+    script = Misbehaving(["none"])
+    with chat_server(script) as server:
+        small = {"retries = 2": "retries = 2, most_cost = 0.05"}
+        assert run.main(["--config", str(config(tmp_path, drawn, server.url, **small))]) == 1
+        assert "money allowed" in capsys.readouterr().err
+        begun = len(script.asked)
+        assert 0 < begun < CLIPS
+        assert run.main(["--config", str(config(tmp_path, drawn, server.url))]) == 0
+    assert len(script.asked) == CLIPS and set(script.asked.values()) == {1}
+    used = storage.read_lines(f"{tmp_path}/out/annotate/usage.jsonl")
+    assert [line["asked"] for line in used] == [begun, CLIPS - begun]
+    assert used[0]["cost"] >= 0.05
