@@ -43,10 +43,34 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.targets = 224 if tiny else 1024
     c.data.segments = 1 if tiny else 8
 
-    c.loss = ConfigDict({"beta": 0.1})
+    c.loss = loss()
+    # Where log pi_ref of every pair is kept; python -m saber_jax.reference fills it ahead of time.
+    c.reference = root + "/reference"
+    c.metrics_every = 20 if tiny else 50  # Steps between measurements that cost three forwards.
 
     c.compute.head_chunk = 224 if tiny else 256
     c.optimizer.peak_lr = 5e-5 if tiny else 5e-7
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
+    return c
+
+
+def loss() -> ConfigDict:
+    """The paper's form. Every option is a term of saber_jax/train/preference.py, with its source;
+    docs/cadpo.md says when to use which. One that is set but would have no effect is an error."""
+    c = ConfigDict()
+    c.beta = 0.1
+    c.form = "sigmoid"  # sigmoid | robust | ipo | hinge
+    c.label_smoothing = 0.0  # Share of pairs whose labels are swapped: cDPO, or rDPO with robust.
+    c.margin = 0.0  # m: how far beta * Delta has to be above 0.
+    c.conflict_power = 0.0  # A pair counts kappa ** conflict_power.
+    c.length_alpha = 1.0  # LD-DPO: weight of tokens beyond the shorter response's length.
+    c.sft = 0.0  # RPO: weight of -log pi(chosen) per token.
+    c.anchor = 0.0  # mDPO: weight of the term that keeps the chosen response likely.
+    c.conditional_audio = 0.0  # OmniDPO: weight of preferring the chosen response with sound ...
+    c.conditional_video = 0.0  # ... and with the picture, to without. A forward pass each.
+    c.conditional_ignored_only = False  # AVEm-DPO: only for what the rejected response ignored.
+    c.invariance = 0.0  # MoD-DPO: to the modality that the rejected response followed ...
+    c.sensitivity = 0.0  # ... and to the one that it ignored. Two forward passes.
+    c.text_prior = 0.0  # MoD-DPO++: weight of what the reference prefers with nothing to go by.
     return c

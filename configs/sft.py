@@ -73,6 +73,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if tiny else "bfloat16"
+    c.compute.microbatches = 1  # Parts of a batch whose gradients are added up before an update.
     c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
     c.compute.kernel = "xla" if tiny else "splash"  # Attention: "xla" anywhere, "splash" on TPUs.
     c.compute.head_chunk = 256  # Targets whose logits exist at one time.
@@ -88,6 +89,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.checkpoint_every = 100
+    c.metrics_every = 100  # Steps between measurements too costly for every step; stage 2 has some.
     c.log_every = 25 if tiny else 10  # Steps a console line is the mean of.
     c.wandb = ""  # A Weights & Biases project to log to as well; it must be installed.
     # "10:15" traces those steps, see docs/performance.md.

@@ -17,25 +17,25 @@ from ml_collections import ConfigDict
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import distributed, sharding
 from saber_jax.data import pipeline
-from saber_jax.data.journal import write_json
+from saber_jax.data.journal import fingerprint, write_json
 from saber_jax.data.packing import Budget
-from saber_jax.data.pairs import read_pairs
+from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.data.planning import Plan
 from saber_jax.data.records import RecordSource
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train import checkpoint, loop, samples, setup, start
+from saber_jax.train import checkpoint, loop, reference, samples, setup, start
 from saber_jax.train.metrics import MetricsWriter
+from saber_jax.train.preference import Preference
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Meter
-from saber_jax.train.reference import reference_log_probs, weights_digest
 
 # A run's fingerprint leaves these out: they change where or how often, not what is computed.
 NOT_PART_OF_THE_RUN = (
-    *("root", "workdir", "mesh", "checkpoint_every", "generation"),
-    *("log_every", "profile", "heartbeat_seconds", "wandb"),
+    *("root", "workdir", "mesh", "checkpoint_every", "generation", "reference"),
+    *("log_every", "metrics_every", "profile", "heartbeat_seconds", "wandb"),
 )
 
 
@@ -56,7 +56,7 @@ def train(config: ConfigDict) -> None:
     params = None
     if config.stage == "cadpo":
         params = start.params(config, stage, base)
-        examples = with_references(config, params, examples, plan, stage, workdir)
+        examples = with_references(config, params, examples, plan, stage)
     if checkpoints.latest() is None:
         state = stage.begin(start.params(config, stage, base) if params is None else params)
     else:
@@ -84,6 +84,8 @@ def train(config: ConfigDict) -> None:
             checkpoints=checkpoints,
             meta=meta,
             watch=watch,
+            probe=stage.probe(),
+            probe_every=config.metrics_every,
         )
     finally:
         checkpoints.close()
@@ -110,7 +112,7 @@ def data(
     tokenizer = load_tokenizer(d.path)
     source = RecordSource(d.path, d.split)
     if config.stage == "cadpo":
-        mixture, examples = None, pipeline.Examples(source, tokenizer, read_pairs(d.pairs))
+        mixture, examples = None, pipeline.Examples(source, tokenizer, checked_pairs(config))
     else:
         mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
         examples = pipeline.Examples(source, tokenizer, requests=mixture.requests)
@@ -126,31 +128,61 @@ def data(
     return examples, plan, counts
 
 
+def checked_pairs(config: ConfigDict) -> list[Pair]:
+    """The pairs, with what the loss options need to know about them."""
+    pairs, options = read_pairs(config.data.pairs), Preference(**config.loss)
+    needs = {
+        "withheld": (options.needs_ignored, "conditional_ignored_only, invariance, sensitivity"),
+        "kappa": (options.conflict_power > 0, "conflict_power"),
+    }
+    for key, (needed, who) in needs.items():
+        lacking = [pair.clip_id for pair in pairs if getattr(pair, key) in ("", None)]
+        if needed and lacking:
+            raise ValueError(
+                f"config.loss ({who}) needs {key!r} of every pair, but {len(lacking)} of "
+                f"{len(pairs)} in {config.data.pairs} lack it, the first for {lacking[0]}. Mine "
+                "them with python -m data_prep.preferences, add it, or unset the option."
+            )
+    return pairs
+
+
 def with_references(
     config: ConfigDict,
     params: dict,
     examples: pipeline.Examples,
     plan: Plan,
     stage: setup.Setup,
-    workdir: Path,
 ) -> pipeline.Examples:
-    """The pairs with their reference log-probs, computed by the starting weights.
+    """The pairs with their reference log-probs, computed by the starting weights where
+    config.reference does not hold them yet.
 
     Fresh adapters change nothing, so leaving them off keeps the fingerprint that of the base.
     """
-    params = saber.without_lora(params)
-    rows = plan.rows_of(range(len(examples)))
-    dtype = stage.compute.dtype
-    references = reference_log_probs(
-        functools.partial(stage.reference_step(), params),
-        global_batches(config, examples, rows, plan.budget, stage.mesh, 0, withhold=0.0),
-        rows,
-        batch_rows=config.data.batch_rows,
-        pairs=len(examples),
-        cache=workdir / "reference.npz",
-        fingerprint=f"{weights_digest(params)}-{plan.fingerprint()}-{dtype}",
+    d, pairs, params = config.data, examples.pairs, saber.without_lora(params)
+    source = reference.Source(
+        weights=reference.weights_digest(params),
+        processor=reference.processor_digest([examples[0], examples[len(examples) - 1]]),
+        tokens=fingerprint(d.path, "tokenizer.*"),
+        media=fingerprint(d.path, "**/*.array_record*"),
+        dtype=stage.compute.dtype,
     )
-    return examples.with_references(references)
+    keys = [pair.key for pair in pairs]
+    caches = []
+    for view in stage.preference.reference_views:
+        cache = reference.Cache(Path(config.reference), view, source)
+        reference.complete(
+            cache,
+            keys,
+            plan.sizes[:, -1],
+            plan.rows_of,
+            lambda rows: global_batches(
+                config, examples, rows, plan.budget, stage.mesh, 0, withhold=0.0
+            ),
+            functools.partial(stage.reference_step(view), params),
+            batch_rows=config.data.batch_rows,
+        )
+        caches.append(cache)
+    return examples.with_references(reference.References(caches, keys))
 
 
 def global_batches(

@@ -12,9 +12,10 @@ import pytest
 from configs import cadpo, sft
 from data_prep import dataset
 from saber_jax import main
+from saber_jax import reference as reference_command
 from saber_jax.data.journal import write_jsonl
 from saber_jax.models import saber
-from saber_jax.train import checkpoint, loop
+from saber_jax.train import checkpoint, loop, setup
 from saber_jax.train.step import flatten, merge
 from tests import synthetic
 
@@ -119,8 +120,33 @@ def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert last["rewards/margins"] > 0
-    stored = np.load(whole / "cadpo" / "reference.npz")
-    assert stored["log_probs"].shape == (8, 2)
+    assert first["sensitivity/audio"] and first["entropy"] > 0 and "entropy" not in last
+    assert first["kl/chosen"] == pytest.approx(0.0, abs=1e-6) and "margins/none" not in first
+
+
+def test_the_reference_cache_is_used_again_and_refused_by_name_when_foreign(
+    records, whole, monkeypatch
+):
+    config = config_for(cadpo, records, whole)
+    config.data.pairs, config.data.response = str(whole / "pairs.jsonl"), 64
+    computed = lambda *_: pytest.fail("computed again")  # noqa: E731
+    monkeypatch.setattr(setup.Setup, "reference_step", lambda *_: computed)
+    reference_command.run(config)
+    config.init.checkpoint = str(whole / "cadpo")
+    with pytest.raises(
+        ValueError, match=r"reference/whole holds .* another run: weights \w+ there"
+    ):
+        reference_command.run(config)
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("conflict_power", "kappa"), ("sensitivity", "withheld")]
+)
+def test_a_loss_option_that_the_pairs_cannot_serve_is_refused(records, whole, option, key):
+    config = config_for(cadpo, records, whole)
+    config.data.pairs, config.loss[option] = str(whole / "pairs.jsonl"), 0.5
+    with pytest.raises(ValueError, match=rf"{option}.* needs '{key}' of every pair, but 8 of 8"):
+        main.checked_pairs(config)
 
 
 @pytest.fixture(scope="module")

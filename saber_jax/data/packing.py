@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from saber_jax.data import media
 from saber_jax.data.transforms import Example, Size, common_prefix, size_of
+from saber_jax.data.withhold import VIEWS
 
 _SIZE_FIELDS = tuple(field.name for field in dataclasses.fields(Size))
 
@@ -55,11 +56,13 @@ def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray
 
     Keys: tokens, segments, branch, media_index [B, L]; positions [B, 3, L]; patches uint8
     [B, N_v, 1176], patch_hw [B, N_v, 2], patch_window, patch_frame [B, N_v]; mel [B, N_a, 200,
-    128], mel_lengths [B, N_a]; target_{tokens,source,section,segment,branch,weights} [B, T];
-    reference_{chosen,rejected}, kappa, conflict, pair_valid [B, P].
+    128], mel_lengths [B, N_a]; target_{tokens,source,section,segment,branch,index,weights}
+    [B, T]; target_reference [B, views, T]; kappa, conflict, ignored, pair_valid [B, P].
 
     `media_index` is the row of the slot in concat(vision units, pooled audio), -1 for text;
-    `target_source` is the slot whose hidden state predicts the target.
+    `target_source` is the slot whose hidden state predicts the target, `target_index` the target's
+    place in its response. `target_reference` is log pi_ref of the target in each of VIEWS, NaN
+    where nobody computed it; supervised rows have no views.
     """
     batch = _empty(len(rows), budget)
     for b, examples in enumerate(rows):
@@ -70,8 +73,7 @@ def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray
             _place_text(row, cursor, example, segment, budget)
             row["kappa"][segment - 1] = example.kappa
             row["conflict"][segment - 1] = example.conflict
-            row["reference_chosen"][segment - 1] = example.reference[0]
-            row["reference_rejected"][segment - 1] = example.reference[1]
+            row["ignored"][segment - 1] = example.ignored
             row["pair_valid"][segment - 1] = True
             cursor = _advance(cursor, size_of(example))
     return batch
@@ -93,8 +95,9 @@ def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
             "target_section",
             "target_segment",
             "target_branch",
+            "target_index",
         ),
-        "segments": ("conflict",),
+        "segments": ("conflict", "ignored"),
     }
     batch = {
         key: np.zeros((rows, getattr(budget, size)), np.int32)
@@ -107,8 +110,9 @@ def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
     batch["patch_hw"] = np.zeros((rows, budget.patches, 2), np.int32)
     batch["mel"] = np.zeros((rows, budget.chunks, 200, 128), np.float32)
     batch["target_weights"] = np.zeros((rows, budget.targets), np.float32)
-    for key in ("reference_chosen", "reference_rejected", "kappa"):
-        batch[key] = np.zeros((rows, budget.segments), np.float32)
+    views = len(VIEWS) if budget.response else 0
+    batch["target_reference"] = np.full((rows, views, budget.targets), np.nan, np.float32)
+    batch["kappa"] = np.zeros((rows, budget.segments), np.float32)
     batch["pair_valid"] = np.zeros((rows, budget.segments), bool)
     return batch
 
@@ -172,5 +176,8 @@ def _place_text(
         row["target_section"][targets] = sections
         row["target_segment"][targets] = segment
         row["target_branch"][targets] = branch
+        row["target_index"][targets] = np.arange(first, first + n)
         row["target_weights"][targets] = 1.0
         target += n
+    if example.reference is not None:
+        row["target_reference"][:, cursor.targets : target] = example.reference

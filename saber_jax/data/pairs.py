@@ -1,19 +1,34 @@
 """Preference pairs on disk: JSON lines joined to records by clip id, so media is stored once."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
+
+from saber_jax.data.withhold import MODALITIES
 
 REQUIRED = ("clip_id", "chosen", "rejected")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one clip; `chosen` weighs all modalities, one of them dominates `rejected`."""
+    """Two answers to one clip; `chosen` weighs all modalities, one of them dominates `rejected`.
+
+    `withheld` is the modality that `rejected` was given without, "" if unknown; `kappa` in 0.0..1.0
+    is how strongly the modalities disagree, None to take it from the record.
+    """
 
     clip_id: str
     chosen: str
     rejected: str
+    withheld: str = ""
+    kappa: float | None = None
+
+    @property
+    def key(self) -> bytes:
+        """Sixteen bytes that no other pair has: under them its reference log-probs are kept."""
+        parts = "\0".join((self.clip_id, self.chosen, self.rejected))
+        return hashlib.blake2b(parts.encode(), digest_size=16).digest()
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -32,7 +47,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
         row = json.loads(line)
         if missing := [key for key in REQUIRED if key not in row]:
             raise ValueError(f"{path}:{number} lacks {missing}; a pair has at least {REQUIRED}.")
-        pair = Pair(**{key: row[key] for key in REQUIRED})
+        pair = Pair(
+            **{key: row[key] for key in REQUIRED},
+            withheld=_withheld(row, f"{path}:{number}"),
+            kappa=row.get("kappa"),
+        )
         if pair.chosen == pair.rejected:
             raise ValueError(
                 f"{path}:{number} ({pair.clip_id}): chosen and rejected are the same text, which "
@@ -42,3 +61,10 @@ def read_pairs(path: str | Path) -> list[Pair]:
     if not pairs:
         raise ValueError(f"{path} holds no pair. Mine some with python -m data_prep.preferences.")
     return pairs
+
+
+def _withheld(row: dict, where: str) -> str:
+    withheld = row.get("withheld") or ""
+    if withheld and withheld not in MODALITIES:
+        raise ValueError(f"{where}: withheld is {withheld!r}; it must be one of {MODALITIES}.")
+    return withheld

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grain
 import jax
@@ -29,6 +30,12 @@ from saber_jax.data.transforms import Example, asked_again, encode_record, size_
 from saber_jax.data.withhold import MODALITIES, Modality, withhold
 
 
+class References(Protocol):
+    """Element i is float32 [views, targets] of pair i, NaN where a view was not computed."""
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]: ...
+
+
 class Examples:
     """Random access to encoded examples: one per record, or one per preference pair.
 
@@ -46,10 +53,17 @@ class Examples:
         self._source, self._tokenizer, self._pairs = source, tokenizer, pairs
         self._indices = [source.index(pair.clip_id) for pair in pairs] if pairs else None
         self.requests = requests if pairs is None else (Request(),)
-        self._references: Float[np.ndarray, "N 2"] | None = None
+        self._references: References | None = None
 
-    def with_references(self, references: Float[np.ndarray, "N 2"]) -> "Examples":
-        """The same pairs, each with its log pi_ref of (chosen, rejected)."""
+    @property
+    def pairs(self) -> list[Pair]:
+        """Raises ValueError when these are records and not pairs."""
+        if self._pairs is None:
+            raise ValueError("These examples are records, not preference pairs.")
+        return self._pairs
+
+    def with_references(self, references: "References") -> "Examples":
+        """The same pairs, each with the reference's log-prob of every target."""
         other = Examples.__new__(Examples)
         other.__dict__ = self.__dict__ | {"_references": references}
         return other
@@ -71,12 +85,13 @@ class Examples:
             if self._pairs is None:
                 return encode_record(record, self._tokenizer, request=self.requests[asked])
             pair = self._pairs[index]
-            reference = (0.0, 0.0) if self._references is None else self._references[index]
             return encode_record(
                 record,
                 self._tokenizer,
                 responses=(pair.chosen, pair.rejected),
-                reference=(float(reference[0]), float(reference[1])),
+                kappa=pair.kappa,
+                ignored=pair.withheld,
+                reference=None if self._references is None else self._references[index],
             )
         except Exception as error:
             raise RuntimeError(

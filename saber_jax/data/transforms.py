@@ -9,9 +9,13 @@ from saber_jax.data import chat, media, sed
 from saber_jax.data.records import Record
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.data.withhold import MODALITIES
 
 # Index in batch["conflict"]; "other" takes every name that a corpus has and we don't.
 CONFLICT_TYPES = ("none", "sarcasm", "masking", "suppression", "leakage", "other")
+
+# Index in batch["ignored"]; "" where nobody knows.
+IGNORED = ("", *MODALITIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class Example:
     responses: tuple[Response, ...]
     kappa: float = 0.0
     conflict: int = 0
-    reference: tuple[float, float] = (0.0, 0.0)  # log pi_ref of (chosen, rejected).
+    ignored: int = 0  # Index in IGNORED of the modality that the rejected answer was given without.
+    reference: Float[np.ndarray, "V n"] | None = None  # log pi_ref of every target, by view.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,11 +96,14 @@ def encode_record(
     *,
     request: Request = Request(),
     responses: tuple[str, ...] | None = None,
-    reference: tuple[float, float] = (0.0, 0.0),
+    kappa: float | None = None,
+    ignored: str = "",
+    reference: Float[np.ndarray, "V n"] | None = None,
 ) -> Example:
     """Encodes a record as the answer to `request`, by default the six-section one.
 
-    `responses` defaults to the record's own target; `()` gives a bare prompt.
+    `responses` defaults to the record's own target; `()` gives a bare prompt. `kappa` defaults to
+    the record's own label; `ignored` and `reference` are those of a pair.
     """
     pictures, layout = _pictures(record), None
     patches = np.zeros((0, media.PATCH_FEATURES), np.uint8)
@@ -115,8 +123,9 @@ def encode_record(
         mel=chunks,
         mel_lengths=lengths,
         responses=tuple(Response.encode(tokenizer, text) for text in responses),
-        kappa=float(record.labels.get("kappa", 0.0)),
+        kappa=float(record.labels.get("kappa", 0.0) if kappa is None else kappa),
         conflict=CONFLICT_TYPES.index(conflict if conflict in CONFLICT_TYPES else "other"),
+        ignored=IGNORED.index(ignored),
         reference=reference,
     )
 

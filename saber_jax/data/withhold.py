@@ -14,8 +14,15 @@ from saber_jax.data import records
 Modality = Literal["audio", "video"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
+View = Literal["whole", "audio", "video", "both"]
+"""What is withheld when an answer's log-probability is taken: nothing, one modality, or both."""
+VIEWS: tuple[View, ...] = get_args(View)
+
 # The middle of the uint8 range: nearly zero after the processor's mean and deviation.
 GREY = 128
+
+# What data/media.py's log_mel makes of silence: 1e-10 of power, the floor under its logarithm.
+SILENT_MEL = -1.5
 
 
 def withhold(record: records.Record, modality: Modality) -> records.Record:

@@ -45,6 +45,8 @@ class Watch:
                 "config.optimizer.peak_lr, or look at this step's batch; the same command goes on "
                 "from the last checkpoint."
             )
+        # NaN is a mean over nothing, as of a conflict type that no pair of this batch has.
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {"seconds": seconds, "input_wait": waited}
         values |= self.meter.measure(counted, seconds)
         self.writer.write(step, values)
@@ -60,8 +62,10 @@ def run(
     checkpoints: Checkpoints,
     meta: dict,
     watch: Watch,
+    probe: Callable[[TrainState, Batch], Metrics] | None = None,
+    probe_every: int = 1,
 ) -> TrainState:
-    """Steps from `state.step` to `steps`.
+    """Steps from `state.step` to `steps`; `probe` adds its metrics to every `probe_every`-th step.
 
     Raises FloatingPointError at the first step that is not finite, and Preempted after a SIGTERM,
     when what was learnt so far is saved.
@@ -76,6 +80,8 @@ def run(
             with watch.profile.step(step):
                 counted = watch.meter.count(batch)
                 state, metrics = step_fn(state, batch)
+                if probe is not None and step % probe_every == 0:
+                    metrics |= probe(state, batch)
             # Fetching this step's metrics here would make the device wait for the host.
             if pending is not None:
                 watch.report(*pending)

@@ -1,4 +1,4 @@
-"""Losses: arrays in, scalars out. Nothing here knows a model or a config.
+"""Supervised loss, sums over responses, and means that can be added up. Arrays in, arrays out.
 
 Axis letters: B rows, T targets of a row, P pairs of a row.
 """
@@ -7,18 +7,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Tally = dict[str, tuple[Array, Array]]
+"""name -> (sum, weight). Sums and weights of microbatches add up; means of means would not."""
 
-def sft_loss(
-    log_probs: Float[Array, "B T"], weights: Float[Array, "B T"]
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean negative log-likelihood over target tokens, nats per token.
 
-    The mean is over the weights of the whole batch, never a mean of rows' means, so the loss does
-    not depend on how examples were packed.
+def means(tally: Tally) -> dict[str, Array]:
+    """sum / weight of every entry; NaN, which says "nothing to average", where the weight is 0."""
+    return {
+        name: jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
+        for name, (total, weight) in tally.items()
+    }
+
+
+def tally_of(values: Array, where: Array) -> tuple[Array, Array]:
+    """(sum, count) of `values` over the entries that `where` marks."""
+    return jnp.where(where, values, 0.0).sum(), where.sum().astype(values.dtype)
+
+
+def sft_loss(log_probs: Float[Array, "B T"], weights: Float[Array, "B T"]) -> tuple[Array, Array]:
+    """(sum, weight) of the negative log-likelihood, whose quotient is nats per target token.
+
+    The weight is that of the whole batch, never a mean of rows' means, so the loss does not depend
+    on how examples were packed or in how many microbatches they came.
     """
-    total = jnp.maximum(weights.sum(), 1.0)
-    loss = -(log_probs * weights).sum() / total
-    return loss, {"loss": loss, "target_tokens": weights.sum()}
+    return -(log_probs * weights).sum(), weights.sum()
 
 
 def section_nll(
@@ -26,14 +38,14 @@ def section_nll(
     weights: Float[Array, "B T"],
     sections: Int[Array, "B T"],
     count: int,
-) -> Float[Array, "count"]:
-    """Mean negative log-likelihood of each section 1..count; 0 where a section has no token."""
+) -> tuple[Float[Array, "count"], Float[Array, "count"]]:
+    """`sft_loss` of each section 1..count."""
     one_hot = jax.nn.one_hot(sections - 1, count) * weights[..., None]
-    return -jnp.einsum("BT,BTS->S", log_probs, one_hot) / jnp.maximum(one_hot.sum((0, 1)), 1.0)
+    return -jnp.einsum("BT,BTS->S", log_probs, one_hot), one_hot.sum((0, 1))
 
 
-def response_log_probs(
-    log_probs: Float[Array, "B T"],
+def response_sums(
+    values: Float[Array, "B T"],
     segments: Int[Array, "B T"],
     branch: Int[Array, "B T"],
     pairs: int,
@@ -43,44 +55,36 @@ def response_log_probs(
     Targets of branch 0 are the tokens with which both responses begin; they count for both and so
     cancel in every difference of the two.
     """
-    member = jax.nn.one_hot(segments - 1, pairs, dtype=log_probs.dtype)
-    chosen = jnp.einsum("BT,BTP->BP", jnp.where(branch != 2, log_probs, 0.0), member)
-    rejected = jnp.einsum("BT,BTP->BP", jnp.where(branch != 1, log_probs, 0.0), member)
+    member = jax.nn.one_hot(segments - 1, pairs, dtype=values.dtype)
+    chosen = jnp.einsum("BT,BTP->BP", jnp.where(branch != 2, values, 0.0), member)
+    rejected = jnp.einsum("BT,BTP->BP", jnp.where(branch != 1, values, 0.0), member)
     return chosen, rejected
 
 
-def cadpo_loss(
-    chosen: Float[Array, "B P"],
-    rejected: Float[Array, "B P"],
-    reference_chosen: Float[Array, "B P"],
-    reference_rejected: Float[Array, "B P"],
-    valid: Bool[Array, "B P"],
-    *,
-    beta: float,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """CA-DPO in the paper's form, over pairs whose modalities conflict (arXiv 2601.18321).
+def of_pair(values: Float[Array, "B P"], segments: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Each target's value of its own pair; padding targets get that of pair 1."""
+    return jnp.take_along_axis(values, jnp.maximum(segments - 1, 0), axis=1)
 
-        rho = log pi_theta(y|c) - log pi_ref(y|c),   L = -log sigmoid(beta (rho_w - rho_l))
 
-    which is eq. 7 of DPO (arXiv 2305.18290) on the distribution D_conf. Inputs are sums over
-    response tokens in nats; the mean is over valid pairs.
+def length_weights(
+    index: Int[Array, "B T"], common: Float[Array, "B T"], *, alpha: float
+) -> Float[Array, "B T"]:
+    """LD-DPO's weight of the target at `index` of its response (https://arxiv.org/abs/2409.06411):
+    1 up to `common`, the length that both responses of the pair have, and `alpha` beyond.
+
+    What only one response is long enough to say counts less, so that length is not what is learnt.
     """
-    reward_chosen = beta * (chosen - reference_chosen)
-    reward_rejected = beta * (rejected - reference_rejected)
-    margin = reward_chosen - reward_rejected
-    count = jnp.maximum(valid.sum(), 1)
+    return jnp.where(index < common, 1.0, alpha)
 
-    def mean(x: Float[Array, "B P"]) -> Float[Array, ""]:
-        return jnp.where(valid, x, 0.0).sum() / count
 
-    loss = mean(-jax.nn.log_sigmoid(margin))
-    return loss, {
-        "loss": loss,
-        "rewards/chosen": mean(reward_chosen),
-        "rewards/rejected": mean(reward_rejected),
-        "rewards/margins": mean(margin),
-        "rewards/accuracies": mean((margin > 0).astype(margin.dtype)),
-        "logps/chosen": mean(chosen),
-        "logps/rejected": mean(rejected),
-        "pairs": valid.sum(),
-    }
+def ratio_kl(
+    policy: Float[Array, "B T"], reference: Float[Array, "B T"], where: Bool[Array, "B T"]
+) -> tuple[Array, Array]:
+    """(sum, count) of r - 1 - log r with r = pi_theta / pi_ref at the targets, nats per token.
+
+    Its mean over tokens that the reference wrote estimates KL(pi_ref || pi_theta) without bias and
+    is never negative (http://joschu.net/blog/kl-approx.html); on the chosen answers, which people
+    wrote, it is a distance from the reference and no more.
+    """
+    log_ratio = jnp.where(where, policy - reference, 0.0)
+    return tally_of(jnp.expm1(log_ratio) - log_ratio, where)

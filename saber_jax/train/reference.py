@@ -1,22 +1,55 @@
-"""log pi_ref of every preference pair, computed once before training and kept beside the run.
+"""log pi_ref of every target of every preference pair, computed once and kept on disk.
 
-The reference never sits in memory next to the policy: its two numbers a pair travel with the batch.
+The reference never sits in memory next to the policy: its numbers travel with the batch. A cache
+is a folder with one subfolder per view (what was withheld from the reference):
+
+    reference/whole/manifest.json                what the numbers were computed from
+    reference/whole/00000.array_record ...       records of a pair's key and float32 log-probs
+
+A pair is found by its key, a hash of its clip and texts, so the cache does not depend on how pairs
+are ordered or packed, an interrupted computation goes on with what is missing, and new pairs are
+added to old ones. What is not in the key has to match as a whole, or the cache is refused.
 """
 
+import dataclasses
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 from tqdm import tqdm
 
+from saber_jax.data.journal import read_json, write_json
+from saber_jax.data.transforms import Example
+from saber_jax.data.withhold import VIEWS, View
 from saber_jax.train.step import Batch, flatten
+
+KEY_BYTES = 16
+FLUSH_SECONDS = 30  # What a kill loses at most.
+
+Rows = list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Everything but the pair itself that a reference log-prob depends on.
+
+    `weights` from `weights_digest`, `processor` from `processor_digest`; `tokens` is a digest of
+    the vocabulary, `media` of the records.
+    """
+
+    weights: str
+    processor: str
+    tokens: str
+    media: str
+    dtype: str
 
 
 def weights_digest(params: dict) -> str:
@@ -32,8 +65,8 @@ def weights_digest(params: dict) -> str:
 
     flat = flatten(params)
     values = np.asarray(jax.device_get(sums(flat)))
-    text = json.dumps(dict(zip(sorted(flat), values.tolist(), strict=True)))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    shapes = [f"{name}{tuple(leaf.shape)}" for name, leaf in sorted(flat.items())]
+    return hashlib.sha256(repr((shapes, values.tolist())).encode()).hexdigest()[:16]
 
 
 def _bit_sum(leaf: Float[Array, "..."]) -> UInt32[Array, ""]:
@@ -45,46 +78,136 @@ def _bit_sum(leaf: Float[Array, "..."]) -> UInt32[Array, ""]:
     return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
-def reference_log_probs(
-    log_probs: Callable[[Batch], tuple[Float[Array, "B P"], Float[Array, "B P"]]],
-    batches: Iterator[Batch],
-    rows: list[list[int]],
+def processor_digest(examples: Sequence[Example]) -> str:
+    """Sixteen hex digits of what a few clips were made into: prompts, positions, pixels and sound.
+
+    Changes with whatever changes them: sampling, resizing, mel filters, the chat template, TMRoPE.
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        prompt = example.prompt
+        for array in (prompt.tokens, prompt.positions, example.patches, example.mel):
+            digest.update(repr((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Cache:
+    """The log-probs of one view, by pair key. The first process alone reads and writes files, so
+    that hosts with disks of their own agree; `complete` gives the others what it holds."""
+
+    def __init__(self, folder: Path, view: View, source: Source):
+        """Joins or starts FOLDER/VIEW. Raises ValueError, naming what differs, if it was computed
+        from something else."""
+        self.folder, self.view = folder / view, view
+        self.values: dict[bytes, Float[np.ndarray, " n"]] = {}
+        if jax.process_index() > 0:
+            return
+        manifest, ours = self.folder / "manifest.json", dataclasses.asdict(source)
+        theirs = read_json(manifest) if manifest.exists() else ours
+        changed = [name for name in ours if theirs.get(name) != ours[name]]
+        if changed:
+            detail = "; ".join(f"{n} {theirs.get(n)} there, {ours[n]} here" for n in changed)
+            raise ValueError(
+                f"{self.folder} holds reference log-probs of another run: {detail}. Delete the "
+                "folder to compute them again, or choose another with --config.reference=DIR."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(manifest, ours)
+        for path in self._files():
+            reader = ArrayRecordReader(str(path))
+            for record in reader.read_all():
+                self.values[record[:KEY_BYTES]] = np.frombuffer(record[KEY_BYTES:], "<f4")
+            reader.close()
+
+    def add(self, values: dict[bytes, Float[np.ndarray, " n"]]) -> None:
+        """Remembers them, and writes them to a file of their own.
+
+        Raises FloatingPointError, and writes nothing, if any is not finite.
+        """
+        if bad := [key for key, value in values.items() if not np.isfinite(value).all()]:
+            raise FloatingPointError(
+                f"The reference's log-probs of {len(bad)} pairs are not finite; its checkpoint is "
+                "broken, or compute.dtype is too narrow for it."
+            )
+        self.values |= values
+        if not values or jax.process_index() > 0:
+            return
+        path = self.folder / f"{len(self._files()):05d}.array_record"
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        writer = ArrayRecordWriter(str(temporary), "group_size:64")
+        for key, value in values.items():
+            writer.write(key + value.astype("<f4").tobytes())
+        writer.close()
+        os.replace(temporary, path)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.array_record"))
+
+
+class References:
+    """Element i is float32 [views, targets] of pair i; NaN in views that nobody asked for."""
+
+    def __init__(self, caches: Sequence[Cache], keys: Sequence[bytes]):
+        self._values = {c.view: [c.values[key] for key in keys] for c in caches}
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]:
+        nothing = np.full_like(self._values["whole"][index], np.nan)
+        return np.stack(
+            [self._values[view][index] if view in self._values else nothing for view in VIEWS]
+        )
+
+
+def complete(
+    cache: Cache,
+    keys: Sequence[bytes],
+    counts: Int[np.ndarray, "N"],
+    plan: Callable[[list[int]], Rows],
+    batches: Callable[[Rows], Iterator[Batch]],
+    log_probs: Callable[[Batch], Float[Array, "B T"]],
     *,
     batch_rows: int,
-    pairs: int,
-    cache: Path,
-    fingerprint: str,
-) -> Float[np.ndarray, "N 2"]:
-    """(chosen, rejected) sums in nats for each of `pairs` pairs, from `cache` where it has them.
+) -> int:
+    """Computes what `cache` lacks of the pairs `keys` and returns how many pairs that were.
 
-    `rows[r]` lists the pairs of global row r; `batches` holds those rows in order. A cache made
-    from other weights, pairs or records is refused by name, never quietly used.
+    `counts[i]` is the number of targets of pair i. `plan` lays the missing pairs out in rows,
+    `batches` makes `batch_rows` at a time into batches, which may have empty rows at their end, and
+    `log_probs` scores a batch's targets.
     """
-    # The first process decides: on disks of their own the others may or may not have the file.
-    if multihost_utils.broadcast_one_to_all(np.int32(cache.exists())):
-        stored = np.load(cache)
-        if str(stored["fingerprint"]) != fingerprint:
-            raise ValueError(
-                f"{cache} holds reference log-probs of {stored['fingerprint']}, but this run's "
-                f"weights, pairs and records are {fingerprint}. Delete the file to compute them "
-                "again, or use a --workdir of its own."
-            )
-        return stored["log_probs"]
-    result = np.full((pairs, 2), np.nan, np.float32)
-    total = -(-len(rows) // batch_rows)
-    quiet = jax.process_index() != 0
-    bar = tqdm(batches, total=total, desc="reference log-probs", unit="batch", disable=quiet)
-    for number, batch in enumerate(bar):
-        values = np.stack(
-            [multihost_utils.process_allgather(x, tiled=True) for x in log_probs(batch)], -1
-        )
-        mine = rows[number * batch_rows : (number + 1) * batch_rows]
-        for row, indices in zip(values, mine, strict=False):
-            result[indices] = row[: len(indices)]
-    if np.isnan(result).any():
-        raise RuntimeError(f"{int(np.isnan(result).any(1).sum())} pairs got no reference log-prob.")
-    if jax.process_index() == 0:
-        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
-        np.savez(temporary, log_probs=result, fingerprint=fingerprint)
-        os.replace(temporary, cache)
-    return result
+    _share(cache, keys, counts)
+    missing = [i for i, key in enumerate(keys) if key not in cache.values]
+    rows = plan(missing) if missing else []
+    found: dict[bytes, Float[np.ndarray, " n"]] = {}
+    first, saved = 0, time.monotonic()
+    with tqdm(
+        total=len(missing),
+        desc=f"reference log-probs ({cache.view})",
+        unit="pair",
+        disable=jax.process_index() != 0,
+    ) as bar:
+        for batch in batches(rows):
+            values = multihost_utils.process_allgather(log_probs(batch), tiled=True)
+            mine = rows[first : first + batch_rows]
+            for row, indices in zip(np.asarray(values), mine, strict=False):
+                parts = np.split(row, np.cumsum(counts[indices]))
+                found |= {keys[i]: part for i, part in zip(indices, parts, strict=False)}
+                bar.update(len(indices))
+            first += batch_rows
+            if time.monotonic() - saved > FLUSH_SECONDS:
+                cache.add(found)
+                found, saved = {}, time.monotonic()
+    cache.add(found)
+    return len(missing)
+
+
+def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -> None:
+    """Gives every process what the first has read."""
+    if jax.process_count() == 1:
+        return
+    held = np.array([key in cache.values for key in keys])
+    held = np.asarray(multihost_utils.broadcast_one_to_all(held))
+    blank = [np.zeros(count, np.float32) for count in counts]
+    flat = np.concatenate([cache.values.get(k, b) for k, b in zip(keys, blank, strict=True)])
+    flat = np.asarray(multihost_utils.broadcast_one_to_all(flat))
+    parts = np.split(flat, np.cumsum(counts)[:-1])
+    cache.values |= {key: part for key, part, real in zip(keys, parts, held, strict=True) if real}

@@ -17,20 +17,13 @@ from ml_collections import ConfigDict
 
 from saber_jax import sharding
 from saber_jax.data.packing import Budget, pack_rows
+from saber_jax.data.withhold import View
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import optimizer as optimizer_lib
-from saber_jax.train.step import (
-    Batch,
-    Compute,
-    Metrics,
-    TrainState,
-    cadpo_step,
-    merge,
-    pair_log_probs,
-    partition,
-    sft_step,
-)
+from saber_jax.train.objectives import Batch, Compute, cadpo_probe, reference_log_probs
+from saber_jax.train.preference import Preference
+from saber_jax.train.step import Metrics, TrainState, cadpo_step, merge, partition, sft_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +37,8 @@ class Setup:
     trainable: tuple[str, ...]
     state: TrainState
     batch: Batch
-    objective: Callable
+    step: Callable[..., tuple[TrainState, Metrics]]
+    preference: Preference | None
 
     @property
     def param_shardings(self) -> dict:
@@ -58,14 +52,26 @@ class Setup:
 
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The jitted step; it takes its state's memory over."""
-        step = functools.partial(self.objective, cfg=self.cfg, compute=self.compute, tx=self.tx)
+        step = functools.partial(self.step, cfg=self.cfg, compute=self.compute, tx=self.tx)
         everywhere = sharding.replicated(self.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), everywhere))
 
-    def reference_step(self) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
-        """Jitted (params, batch) -> log pi of (chosen, rejected) per pair."""
-        log_probs = functools.partial(pair_log_probs, cfg=self.cfg, compute=self.compute)
+    def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
+        """Jitted (params, batch) -> log pi of every target with `view` withheld."""
+        log_probs = functools.partial(
+            reference_log_probs, cfg=self.cfg, compute=self.compute, view=view
+        )
         return jax.jit(log_probs, out_shardings=sharding.batch_sharding(self.mesh))
+
+    def probe(self) -> Callable[[TrainState, Batch], Metrics] | None:
+        """The jitted measurements that are too costly for every step; stage 1 has none."""
+        if self.preference is None:
+            return None
+        probe = functools.partial(cadpo_probe, cfg=self.cfg, compute=self.compute)
+        return jax.jit(
+            lambda state, batch: probe(state.params, batch),
+            out_shardings=sharding.replicated(self.mesh),
+        )
 
     def begin(self, params: dict) -> TrainState:
         """The state at step 0, optimizer moments laid out like their weights."""
@@ -81,10 +87,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
     tx = optimizer_lib.make_optimizer(
         optimizer_lib.OptimizerConfig(**config.optimizer), config.steps
     )
-    if config.stage == "cadpo":
-        objective = functools.partial(cadpo_step, beta=config.loss.beta)
-    else:
-        objective = sft_step
+    preference = Preference(**config.loss) if config.stage == "cadpo" else None
+    step = sft_step if preference is None else functools.partial(cadpo_step, options=preference)
     patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
     return Setup(
         cfg=cfg,
@@ -94,7 +98,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
         trainable=patterns,
         state=_abstract_state(cfg, tx, patterns, mesh, config.compute.dtype),
         batch=_abstract_batch(budget(config), config.data.batch_rows, mesh),
-        objective=objective,
+        step=step,
+        preference=preference,
     )
 
 

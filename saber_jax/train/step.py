@@ -11,19 +11,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from saber_jax import sharding
-from saber_jax.data.records import FIELDS
-from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.kernels import Kernel
-from saber_jax.models.remat import Remat
-from saber_jax.train import losses
+from saber_jax.train.losses import Tally, means
+from saber_jax.train.objectives import Batch, Compute, cadpo_objective, sft_objective
+from saber_jax.train.preference import Preference
 
-Batch = dict[str, Array]
 Metrics = dict[str, Array]
+Objective = Callable[[dict, Batch], tuple[Array, Array, Tally]]
+"""(parameters, batch) -> loss sum, the weight it is to be divided by, metrics."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,25 +36,6 @@ class TrainState:
     @property
     def params(self) -> dict:
         return merge(self.trainable, self.frozen)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How a forward pass is computed, whatever the loss.
-
-    `head_chunk` targets at a time go through the vocabulary projection, so that logits of a whole
-    row never exist; `frame_patches` bounds the patches of one frame pair, which is what lets the
-    vision tower's attention stay local; `response` is the budget's. With a `mesh`, rows and weights
-    are spread over it by hand, see models/shards.py; without one XLA partitions everything.
-    """
-
-    dtype: str
-    remat: Remat
-    head_chunk: int
-    frame_patches: int
-    kernel: Kernel = "xla"
-    response: int = 0
-    mesh: Mesh | None = None
 
 
 def flatten(params: dict) -> dict[str, Array]:
@@ -96,95 +74,6 @@ def partition(params: dict, patterns: tuple[str, ...]) -> tuple[dict[str, Array]
     return trainable, {name: leaf for name, leaf in flat.items() if name not in chosen}
 
 
-def target_log_probs(
-    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
-) -> Float[Array, "B T"]:
-    """log pi(target | everything its slot sees), float32; 0 for padding targets."""
-    rows = functools.partial(_rows_log_probs, cfg=cfg, compute=compute)
-    if compute.mesh is None:
-        return rows(params, batch)
-    return jax.shard_map(
-        rows,
-        mesh=compute.mesh,
-        in_specs=(saber.specs(params, cfg, compute.mesh), sharding.BATCH_SPEC),
-        out_specs=sharding.BATCH_SPEC,
-        check_vma=False,
-    )(params, batch)
-
-
-def _rows_log_probs(
-    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
-) -> Float[Array, "B T"]:
-    dtype = jnp.dtype(compute.dtype)
-    hidden = saber.hidden(
-        params,
-        batch,
-        cfg,
-        dtype=dtype,
-        remat=compute.remat,
-        max_frame_patches=compute.frame_patches,
-        kernel=compute.kernel,
-        response=compute.response,
-        mesh=compute.mesh,
-    )
-    hidden = jnp.take_along_axis(hidden, batch["target_source"][..., None], axis=1)
-    rows, targets = batch["target_tokens"].shape
-    chunk = compute.head_chunk
-    if targets % chunk:
-        raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
-
-    @jax.checkpoint
-    def chunk_log_probs(_, xs):
-        hidden, tokens = xs
-        logits = jnp.einsum("BCD,DV->BCV", hidden, head, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return None, picked - jax.nn.logsumexp(logits, axis=-1)
-
-    def split(x):
-        return jnp.moveaxis(x.reshape(rows, targets // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    with jax.named_scope("head"):
-        head = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
-        xs = (split(hidden), split(batch["target_tokens"]))
-        _, log_probs = jax.lax.scan(chunk_log_probs, None, xs)
-        log_probs = jnp.moveaxis(log_probs, 0, 1).reshape(rows, targets)
-    return jnp.where(batch["target_weights"] > 0, log_probs, 0.0)
-
-
-def sft_objective(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute):
-    """Stage 1, SED: negative log-likelihood of the six sections."""
-    log_probs = target_log_probs(params, batch, cfg, compute)
-    loss, metrics = losses.sft_loss(log_probs, batch["target_weights"])
-    sections = losses.section_nll(
-        log_probs, batch["target_weights"], batch["target_section"], len(FIELDS)
-    )
-    return loss, metrics | {f"nll/{field}": sections[i] for i, field in enumerate(FIELDS)}
-
-
-def pair_log_probs(
-    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
-) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
-    """log pi(chosen), log pi(rejected) of every pair: also what the reference cache holds."""
-    log_probs = target_log_probs(params, batch, cfg, compute)
-    pairs = batch["pair_valid"].shape[1]
-    return losses.response_log_probs(
-        log_probs, batch["target_segment"], batch["target_branch"], pairs
-    )
-
-
-def cadpo_objective(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, *, beta: float):
-    """Stage 2, CA-DPO, against reference log-probs that travel with the batch."""
-    chosen, rejected = pair_log_probs(params, batch, cfg, compute)
-    return losses.cadpo_loss(
-        chosen,
-        rejected,
-        batch["reference_chosen"],
-        batch["reference_rejected"],
-        batch["pair_valid"],
-        beta=beta,
-    )
-
-
 def sft_step(
     state: TrainState,
     batch: Batch,
@@ -194,7 +83,9 @@ def sft_step(
     tx: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of stage 1."""
-    return _update(state, lambda params: sft_objective(params, batch, cfg, compute), tx)
+    objective = functools.partial(sft_objective, cfg=cfg, compute=compute)
+    state, metrics = _update(state, batch, objective, tx, compute.microbatches)
+    return state, metrics | {"target_tokens": batch["target_weights"].sum()}
 
 
 def cadpo_step(
@@ -204,23 +95,76 @@ def cadpo_step(
     cfg: SaberConfig,
     compute: Compute,
     tx: optax.GradientTransformation,
-    beta: float,
+    options: Preference,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of stage 2."""
-    return _update(
-        state, lambda params: cadpo_objective(params, batch, cfg, compute, beta=beta), tx
-    )
+    objective = functools.partial(cadpo_objective, cfg=cfg, compute=compute, options=options)
+    state, metrics = _update(state, batch, objective, tx, compute.microbatches)
+    return state, metrics | {"pairs": batch["pair_valid"].sum()}
 
 
 def _update(
-    state: TrainState, objective: Callable, tx: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    microbatches: int,
 ) -> tuple[TrainState, Metrics]:
-    def loss_fn(trainable):
-        return objective(merge(trainable, state.frozen))
-
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+    (loss, weight, tally), grads = gradients(state, batch, objective, microbatches)
+    grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
+    metrics = means(tally | {"loss": (loss, jnp.maximum(weight, 1))})
     metrics |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    metrics |= {f"grad_norm/{tower}": optax.global_norm(g) for tower, g in _towers(grads).items()}
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+
+def gradients(
+    state: TrainState, batch: Batch, objective: Objective, microbatches: int
+) -> tuple[tuple[Array, Array, Tally], dict[str, Array]]:
+    """The objective's sums over the whole batch, and the gradient of its loss sum.
+
+    Microbatches are gone through one after another. What is added up are sums, divided once at the
+    end, so a part with few targets counts for as few as it has.
+    """
+
+    def loss_fn(trainable, part):
+        loss, weight, tally = objective(merge(trainable, state.frozen), part)
+        return loss, (weight, tally)
+
+    def sums(part):
+        (loss, (weight, tally)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.trainable, part
+        )
+        return (loss, weight, tally), grads
+
+    if microbatches == 1:
+        return sums(batch)
+    parts = jax.tree.map(functools.partial(_parts, count=microbatches), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, first))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, sums(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _parts(rows: Array, *, count: int) -> Array:
+    """[R, ...] -> [count, R / count, ...]. A part takes every `count`-th row, so that rows stay on
+    the device that has them."""
+    if len(rows) % count:
+        raise ValueError(
+            f"config.data.batch_rows={len(rows)} must be a multiple of "
+            f"config.compute.microbatches={count}."
+        )
+    return rows.reshape(len(rows) // count, count, *rows.shape[1:]).swapaxes(0, 1)
+
+
+def _towers(grads: dict[str, Array]) -> dict[str, dict[str, Array]]:
+    towers: dict[str, dict[str, Array]] = {}
+    for name, leaf in grads.items():
+        towers.setdefault(name.removeprefix("lora/").split("/")[0], {})[name] = leaf
+    return towers

@@ -12,7 +12,8 @@ from saber_jax.data.transforms import encode_record
 from saber_jax.models import masks, saber
 from saber_jax.models.config import AudioConfig, TextConfig, VisionConfig, saber_config
 from saber_jax.train import flops
-from saber_jax.train.step import Compute, flatten, merge, partition, sft_objective
+from saber_jax.train.objectives import Compute, sft_objective
+from saber_jax.train.step import flatten, merge, partition
 from tests import synthetic
 
 PAIRS = Budget(length=512, response=96, patches=144, chunks=3, targets=256, segments=2)

@@ -1,4 +1,4 @@
-"""Losses against values computed by hand."""
+"""Sums and means against values computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,38 +10,45 @@ from saber_jax.train import losses
 def test_sft_loss_is_a_mean_over_tokens_not_over_rows():
     log_probs = jnp.array([[-1.0, -2.0, 0.0], [-6.0, 0.0, 0.0]])
     weights = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    loss, metrics = losses.sft_loss(log_probs, weights)
-    assert loss == pytest.approx(3.0)  # (1 + 2 + 6) / 3; a mean of means would be 3.75.
-    assert metrics["target_tokens"] == 3
+    total, tokens = losses.sft_loss(log_probs, weights)
+    assert (total, tokens) == (9.0, 3.0)  # 3 nats a token; a mean of means would be 3.75.
 
 
 def test_section_nll_averages_each_section_over_its_tokens():
     log_probs = jnp.array([[-1.0, -3.0, -5.0, -9.0]])
-    got = losses.section_nll(log_probs, jnp.array([[1.0, 1, 1, 0]]), jnp.array([[1, 1, 2, 0]]), 3)
-    np.testing.assert_allclose(got, [2.0, 5.0, 0.0])
+    nll, counts = losses.section_nll(
+        log_probs, jnp.array([[1.0, 1, 1, 0]]), jnp.array([[1, 1, 2, 0]]), 3
+    )
+    np.testing.assert_allclose(nll, [4.0, 5.0, 0.0])
+    np.testing.assert_allclose(counts, [2.0, 1.0, 0.0])
+
+
+def test_a_mean_over_nothing_is_not_zero():
+    got = losses.means({"some": (jnp.array(6.0), jnp.array(4.0)), "none": (jnp.zeros(()),) * 2})
+    assert got["some"] == 1.5 and np.isnan(got["none"])
 
 
 def test_shared_tokens_count_for_both_responses():
-    log_probs = jnp.array([[-1.0, -2.0, -4.0, -8.0, 0.0]])
-    chosen, rejected = losses.response_log_probs(
-        log_probs, jnp.array([[1, 1, 1, 2, 0]]), jnp.array([[0, 1, 2, 1, 0]]), 2
+    values = jnp.array([[-1.0, -2.0, -4.0, -8.0, 0.0]])
+    chosen, rejected = losses.response_sums(
+        values, jnp.array([[1, 1, 1, 2, 0]]), jnp.array([[0, 1, 2, 1, 0]]), 2
     )
     np.testing.assert_allclose(chosen, [[-3.0, -8.0]])
     np.testing.assert_allclose(rejected, [[-5.0, 0.0]])
 
 
-def test_cadpo_loss_equals_the_formula():
-    beta = 0.1
-    args = [jnp.array([x]) for x in ([-10.0, -7.0], [-14.0, -3.0], [-12.0, -6.0], [-11.0, -5.0])]
-    loss, metrics = losses.cadpo_loss(*args, jnp.array([[True, True]]), beta=beta)
-    margins = beta * np.array([(-10 + 12) - (-14 + 11), (-7 + 6) - (-3 + 5)])
-    assert loss == pytest.approx(np.mean(np.log1p(np.exp(-margins))), rel=1e-6)
-    assert metrics["rewards/margins"] == pytest.approx(margins.mean(), rel=1e-6)
-    assert metrics["rewards/accuracies"] == pytest.approx(0.5)
+def test_length_weights_discount_what_lies_beyond_the_common_length():
+    got = losses.length_weights(jnp.array([[0, 1, 2, 3]]), jnp.full((1, 4), 2.0), alpha=0.25)
+    np.testing.assert_allclose(got, [[1, 1, 0.25, 0.25]])
 
 
-def test_padding_pairs_change_nothing():
-    args = [jnp.array([x]) for x in ([-10.0, 9.0], [-14.0, 9.0], [-12.0, 0.0], [-11.0, 0.0])]
-    padded, _ = losses.cadpo_loss(*args, jnp.array([[True, False]]), beta=0.1)
-    alone, _ = losses.cadpo_loss(*(a[:, :1] for a in args), jnp.array([[True]]), beta=0.1)
-    assert padded == pytest.approx(float(alone))
+def test_ratio_kl_equals_the_exact_divergence_when_averaged_over_the_reference():
+    reference, policy = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    exact = (reference * np.log(reference / policy)).sum()
+    # Twenty tokens that occur exactly as often as the reference says.
+    tokens = np.repeat([0, 1, 2], [10, 6, 4])
+    total, count = losses.ratio_kl(
+        jnp.log(policy)[tokens][None], jnp.log(reference)[tokens][None], jnp.ones((1, 20), bool)
+    )
+    assert count == 20
+    assert total / count == pytest.approx(exact, rel=1e-5)

@@ -1,0 +1,49 @@
+"""Computes the reference log-probs of a stage 2 run ahead of it.
+
+    python -m saber_jax.reference --config=configs/cadpo.py:7b
+
+Training computes what is missing by itself; this is for doing it elsewhere or earlier: on other
+devices, on another mesh, or while pairs are still being added. Killed, it goes on where it was.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, logging
+from ml_collections import ConfigDict
+
+from configs.command_line import CONFIG, parse_flags
+from saber_jax import distributed, main, sharding
+from saber_jax.train import setup, start
+
+
+def run(config: ConfigDict) -> None:
+    """Fills config.reference. Raises ValueError for a stage that has no reference."""
+    if config.stage != "cadpo":
+        raise ValueError(
+            f"{config.stage} has no reference policy. Give configs/cadpo.py:VARIANT instead."
+        )
+    stage, workdir = setup.build(config, sharding.make_mesh(**config.mesh)), Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    base = start.base_checkpoint(config, stage, workdir)
+    examples, plan, _ = main.data(config, stage.cfg, workdir, base)
+    main.with_references(config, start.params(config, stage, base), examples, plan, stage)
+    views = ", ".join(stage.preference.reference_views)
+    main.say(f"{config.reference} holds log pi_ref of {len(examples)} pairs, by view: {views}")
+
+
+def _main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
+        with distributed.failing_together():
+            main.refuse_hopeless(CONFIG.value)
+            run(CONFIG.value)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"saber_jax.reference: {error}")
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=parse_flags)

@@ -1,0 +1,311 @@
+"""What each stage minimises, as sums that microbatches add up, and what it measures on the way.
+
+An objective maps (parameters, batch) to a loss sum, the weight that it is to be divided by, and a
+tally of metrics.
+
+Axis letters: B rows, L slots, T targets of a row, P pairs of a row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from saber_jax import sharding
+from saber_jax.data.records import FIELDS
+from saber_jax.data.transforms import CONFLICT_TYPES
+from saber_jax.data.withhold import GREY, MODALITIES, SILENT_MEL, VIEWS, Modality, View
+from saber_jax.models import saber
+from saber_jax.models.config import SaberConfig
+from saber_jax.models.kernels import Kernel
+from saber_jax.models.remat import Remat
+from saber_jax.train import losses
+from saber_jax.train.losses import Tally, of_pair, tally_of
+from saber_jax.train.preference import Pairs, Preference, Scores, cadpo_loss
+
+Batch = dict[str, Array]
+
+EVIDENCE = {
+    "visual": ("video_desc", "facial_exp_desc", "body_lang_desc"),
+    "acoustic": ("acoustic_feat", "speech_content"),
+    "reasoning": ("sentiment_analysis",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a forward pass is computed, whatever the loss.
+
+    A step adds up the gradients of `microbatches` equal parts of the batch, one after another.
+    `head_chunk` targets at a time go through the vocabulary projection, so that logits of a whole
+    row never exist; `frame_patches` bounds the patches of one frame pair, which is what lets the
+    vision tower's attention stay local; `response` is the budget's. With a `mesh`, rows and weights
+    are spread over it by hand, see models/shards.py; without one XLA partitions everything.
+    """
+
+    dtype: str
+    remat: Remat
+    head_chunk: int
+    frame_patches: int
+    kernel: Kernel = "xla"
+    response: int = 0
+    microbatches: int = 1
+    mesh: Mesh | None = None
+
+
+def target_log_probs(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> Float[Array, "B T"]:
+    """log pi(target | everything its slot sees), float32; 0 for padding targets."""
+    return _targets(params, batch, cfg, compute, _log_prob)
+
+
+def target_entropies(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`target_log_probs`, and the entropy of the distribution that each target is drawn from."""
+    both = _targets(
+        params, batch, cfg, compute, lambda *x: jnp.stack([_log_prob(*x), _entropy(*x)], -1)
+    )
+    return both[..., 0], both[..., 1]
+
+
+def _log_prob(logits: Float[Array, "B C V"], tokens) -> Float[Array, "B C"]:
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _entropy(logits: Float[Array, "B C V"], _) -> Float[Array, "B C"]:
+    return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits) * logits).sum(-1)
+
+
+def _targets(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, measure: Callable
+) -> Array:
+    """`measure(logits, tokens)` of every target, a chunk at a time; 0 for padding targets."""
+    rows = functools.partial(_row_targets, cfg=cfg, compute=compute, measure=measure)
+    if compute.mesh is None:
+        return rows(params, batch)
+    return jax.shard_map(
+        rows,
+        mesh=compute.mesh,
+        in_specs=(saber.specs(params, cfg, compute.mesh), sharding.BATCH_SPEC),
+        out_specs=sharding.BATCH_SPEC,
+        check_vma=False,
+    )(params, batch)
+
+
+def _row_targets(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, measure: Callable
+) -> Array:
+    dtype = jnp.dtype(compute.dtype)
+    hidden = saber.hidden(
+        params,
+        batch,
+        cfg,
+        dtype=dtype,
+        remat=compute.remat,
+        max_frame_patches=compute.frame_patches,
+        kernel=compute.kernel,
+        response=compute.response,
+        mesh=compute.mesh,
+    )
+    source = batch["target_source"][..., None]
+    hidden = jnp.take_along_axis(hidden, source, axis=1, mode="clip")
+    rows, targets = batch["target_tokens"].shape
+    chunk = compute.head_chunk
+    if targets % chunk:
+        raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
+
+    @jax.checkpoint
+    def measure_chunk(_, xs):
+        hidden, tokens = xs
+        logits = jnp.einsum("BCD,DV->BCV", hidden, head, preferred_element_type=jnp.float32)
+        return None, measure(logits, tokens)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(rows, targets // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    with jax.named_scope("head"):
+        head = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
+        xs = (split(hidden), split(batch["target_tokens"]))
+        _, values = jax.lax.scan(measure_chunk, None, xs)
+        values = jnp.moveaxis(values, 0, 1)
+        values = values.reshape(rows, targets, *values.shape[3:])
+    real = batch["target_weights"] > 0
+    return jnp.where(real.reshape(*real.shape, *[1] * (values.ndim - 2)), values, 0.0)
+
+
+def sft_objective(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> tuple[Array, Array, Tally]:
+    """Stage 1, SED: negative log-likelihood of the six sections, per target token."""
+    log_probs = target_log_probs(params, batch, cfg, compute)
+    weights = batch["target_weights"]
+    loss, tokens = losses.sft_loss(log_probs, weights)
+    nll, counts = losses.section_nll(log_probs, weights, batch["target_section"], len(FIELDS))
+    sections = {f"nll/{field}": (nll[i], counts[i]) for i, field in enumerate(FIELDS)}
+    return loss, tokens, sections
+
+
+def withheld(batch: Batch, view: View) -> Batch:
+    """The batch with silence for its sound, mid-grey for its frames, or both, as data/withhold.py
+    has it for records: lengths, sizes and so all positions stay."""
+    blank = {}
+    if view in ("audio", "both"):
+        blank["mel"] = jnp.full_like(batch["mel"], SILENT_MEL)
+    if view in ("video", "both"):
+        blank["patches"] = jnp.full_like(batch["patches"], GREY)
+    return batch | blank
+
+
+def reference_log_probs(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, view: View
+) -> Float[Array, "B T"]:
+    """What the reference cache holds: `target_log_probs` with `view` withheld."""
+    return target_log_probs(params, withheld(batch, view), cfg, compute)
+
+
+def without_rejected(batch: Batch, compute: Compute) -> tuple[Batch, Compute]:
+    """The batch less its last region, where rejected responses stand, and their targets: what
+    scores the chosen responses alone. Such rows are plain causal ones."""
+    response = compute.response
+    cut = {
+        key: batch[key][:, :-response] for key in ("tokens", "segments", "branch", "media_index")
+    }
+    cut["positions"] = batch["positions"][:, :, :-response]
+    weights = jnp.where(batch["target_branch"] == 2, 0.0, batch["target_weights"])
+    return batch | cut | {"target_weights": weights}, dataclasses.replace(compute, response=0)
+
+
+def cadpo_objective(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, options: Preference
+) -> tuple[Array, Array, Tally]:
+    """Stage 2, CA-DPO, per pair, against reference log-probs that travel with the batch."""
+    log_probs = target_log_probs(params, batch, cfg, compute)
+    score = functools.partial(pair_scores, batch, length_alpha=options.length_alpha)
+    policy = {"whole": score(log_probs)}
+    for modality in options.policy_views:
+        policy[modality] = score(_without(modality, params, batch, cfg, compute, options))
+    reference = {
+        view: score(batch["target_reference"][:, VIEWS.index(view)])
+        for view in options.reference_views
+    }
+    pairs = Pairs(
+        kappa=batch["kappa"],
+        ignored=batch["ignored"],
+        lengths=response_lengths(batch),
+        chosen_nll=-pair_scores(batch, log_probs).chosen,
+    )
+    loss, terms = cadpo_loss(policy, reference, pairs, options)
+    valid = batch["pair_valid"]
+    total, count = tally_of(loss, valid)
+    tally = {f"loss/{name}": tally_of(term, valid) for name, term in terms.items()}
+    tally |= reward_metrics(policy["whole"], reference["whole"], batch, options.beta)
+    tally |= section_margins(log_probs, batch, options.beta)
+    return total, count, tally
+
+
+def _without(
+    modality: Modality,
+    params: dict,
+    batch: Batch,
+    cfg: SaberConfig,
+    compute: Compute,
+    options: Preference,
+) -> Float[Array, "B T"]:
+    """log pi of the targets that the terms of `modality` score, gradients only where they need."""
+    batch = withheld(batch, modality)
+    if not options.decoupled:
+        batch, compute = without_rejected(batch, compute)
+    if modality not in options.conditional:
+        params = jax.lax.stop_gradient(params)
+    return target_log_probs(params, batch, cfg, compute)
+
+
+def response_lengths(batch: Batch) -> Scores:
+    """Tokens of each response, the end token included."""
+    return pair_scores(batch, batch["target_weights"])
+
+
+def pair_scores(batch: Batch, values: Float[Array, "B T"], *, length_alpha: float = 1.0) -> Scores:
+    """Sums of the targets' log-probabilities over each response, weighted by LD-DPO's alpha."""
+    segments, branch = batch["target_segment"], batch["target_branch"]
+    values = jnp.where(batch["target_weights"] > 0, values, 0.0)
+    if length_alpha != 1:
+        lengths = response_lengths(batch)
+        common = jnp.minimum(lengths.chosen, lengths.rejected)
+        values *= losses.length_weights(
+            batch["target_index"], of_pair(common, segments), alpha=length_alpha
+        )
+    pairs = batch["pair_valid"].shape[1]
+    chosen, rejected = losses.response_sums(values, segments, branch, pairs)
+    return Scores(chosen=chosen, rejected=rejected)
+
+
+def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float) -> Tally:
+    """Rewards are beta rho. Margins and accuracies also by type of conflict, "none" of which is
+    what `consistent` means."""
+    rho = policy - reference
+    margin = beta * rho.difference
+    right = (margin > 0).astype(margin.dtype)
+    valid, conflict = batch["pair_valid"], batch["conflict"]
+    values = {
+        "rewards/chosen": beta * rho.chosen,
+        "rewards/rejected": beta * rho.rejected,
+        "rewards/margins": margin,
+        "rewards/accuracies": right,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+    tally = {name: tally_of(value, valid) for name, value in values.items()}
+    for i, name in enumerate(CONFLICT_TYPES):
+        tally[f"margins/{name}"] = tally_of(margin, valid & (conflict == i))
+    for name, group in (("consistent", conflict == 0), ("inconsistent", conflict > 0)):
+        tally[f"margins/{name}"] = tally_of(margin, valid & group)
+        tally[f"accuracies/{name}"] = tally_of(right, valid & group)
+    return tally
+
+
+def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -> Tally:
+    """What each kind of evidence contributes to the margin (they add up to `rewards/margins`), and
+    the distance from the reference over the tokens of each response, see `losses.ratio_kl`."""
+    valid, branch = batch["pair_valid"], batch["target_branch"]
+    real = batch["target_weights"] > 0
+    reference = batch["target_reference"][:, VIEWS.index("whole")]
+    rho = jnp.where(real, log_probs - reference, 0.0)
+    tally: Tally = {}
+    for name, fields in EVIDENCE.items():
+        inside = functools.reduce(
+            jnp.logical_or, (batch["target_section"] == FIELDS.index(f) + 1 for f in fields)
+        )
+        chosen, rejected = losses.response_sums(
+            jnp.where(inside, rho, 0.0), batch["target_segment"], branch, valid.shape[1]
+        )
+        tally[f"margins/{name}"] = tally_of(beta * (chosen - rejected), valid)
+    for name, other in (("chosen", 2), ("rejected", 1)):
+        tally[f"kl/{name}"] = losses.ratio_kl(log_probs, reference, real & (branch != other))
+    return tally
+
+
+def cadpo_probe(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> dict[str, Array]:
+    """What costs three forward passes, and so is measured once in `config.metrics_every` steps.
+
+    `entropy`, nats per target token; `sensitivity/MODALITY`, log pi(y_w|c) - log pi(y_w|c~m) in
+    nats per chosen response: how much less likely the right answer is without that modality. Near
+    zero means that the model does not use it.
+    """
+    log_probs, entropy = target_entropies(params, batch, cfg, compute)
+    valid = batch["pair_valid"]
+    chosen = pair_scores(batch, log_probs).chosen
+    tally: Tally = {"entropy": tally_of(entropy, batch["target_weights"] > 0)}
+    for modality in MODALITIES:
+        rows, chosen_only = without_rejected(withheld(batch, modality), compute)
+        blind = target_log_probs(params, rows, cfg, chosen_only)
+        drop = chosen - pair_scores(batch, blind).chosen
+        tally[f"sensitivity/{modality}"] = tally_of(drop, valid)
+    return losses.means(tally)

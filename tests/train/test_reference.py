@@ -1,0 +1,121 @@
+"""The reference cache: what it holds, what it does when interrupted, what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from saber_jax import sharding
+from saber_jax.data.transforms import encode_record
+from saber_jax.data.withhold import VIEWS
+from saber_jax.train import reference
+from saber_jax.train.reference import Cache, References, Source, complete
+from tests import synthetic
+
+SOURCE = Source(weights="w", processor="p", tokens="t", media="m", dtype="float32")
+KEYS = [bytes([i]) * 16 for i in range(5)]
+COUNTS = np.array([3, 1, 4, 2, 5])
+
+
+class Model:
+    """Scores target t of pair i with -(10 i + t), two pairs a row, two rows a batch and
+    an empty one."""
+
+    def __init__(self, stop_after=None):
+        self.asked, self._stop_after = [], stop_after
+
+    def plan(self, indices):
+        return [indices[i : i + 2] for i in range(0, len(indices), 2)]
+
+    def batches(self, rows):
+        for i in range(0, len(rows), 2):
+            if i // 2 == self._stop_after:
+                raise KeyboardInterrupt
+            yield [*rows[i : i + 2], [], []][:3]
+
+    def log_probs(self, batch):
+        values = np.zeros((3, 9), np.float32)
+        for row, indices in zip(values, batch, strict=True):
+            self.asked += indices
+            parts = [-(10.0 * i + np.arange(COUNTS[i])) for i in indices]
+            row[: sum(map(len, parts))] = np.concatenate([*parts, []])
+        return values
+
+    def fill(self, cache, keys=KEYS):
+        return complete(cache, keys, COUNTS, self.plan, self.batches, self.log_probs, batch_rows=2)
+
+
+def test_every_pair_gets_the_log_probs_of_its_own_targets(tmp_path):
+    cache = Cache(tmp_path, "whole", SOURCE)
+    assert Model().fill(cache) == 5
+    for again in (cache, Cache(tmp_path, "whole", SOURCE)):
+        for i, key in enumerate(KEYS):
+            np.testing.assert_array_equal(again.values[key], -(10.0 * i + np.arange(COUNTS[i])))
+
+
+def test_a_full_cache_asks_the_model_nothing_and_new_pairs_only_for_themselves(tmp_path):
+    Model().fill(Cache(tmp_path, "whole", SOURCE), KEYS[:3])
+    model = Model()
+    assert model.fill(Cache(tmp_path, "whole", SOURCE)) == 2
+    assert model.asked == [3, 4]
+    assert Model(stop_after=0).fill(Cache(tmp_path, "whole", SOURCE)) == 0
+
+
+def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FLUSH_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        Model(stop_after=1).fill(Cache(tmp_path, "whole", SOURCE))
+    model = Model()
+    model.fill(Cache(tmp_path, "whole", SOURCE))
+    assert model.asked == [4]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Source)])
+def test_a_cache_of_anything_else_is_refused_by_name(tmp_path, name):
+    Cache(tmp_path, "whole", SOURCE)
+    with pytest.raises(ValueError, match=rf"{name} {getattr(SOURCE, name)} there, other here"):
+        Cache(tmp_path, "whole", dataclasses.replace(SOURCE, **{name: "other"}))
+
+
+def test_log_probs_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(FloatingPointError, match="1 pairs are not finite"):
+        Cache(tmp_path, "whole", SOURCE).add({KEYS[0]: np.array([np.nan], np.float32)})
+
+
+def test_views_that_nobody_asked_for_are_nan(tmp_path):
+    caches = [Cache(tmp_path, view, SOURCE) for view in ("whole", "video")]
+    for cache in caches:
+        Model().fill(cache)
+    got = References(caches, KEYS)[2]
+    assert got.shape == (len(VIEWS), 4)
+    filled = np.isfinite(got).all(1)
+    assert [view for view, full in zip(VIEWS, filled, strict=True) if full] == ["whole", "video"]
+
+
+def test_weights_digest_sees_order_and_single_bits_but_not_the_mesh():
+    values = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    digest = reference.weights_digest({"text": {"w": values}})
+    swapped = values.copy()
+    swapped[0, 0], swapped[1, 3] = values[1, 3], values[0, 0]
+    bit = values.copy()
+    bit.view(np.uint32)[2, 2] ^= 1
+    others = [{"w": swapped}, {"w": bit}, {"w": values.reshape(6, 4)}, {"v": values}]
+    assert digest not in {reference.weights_digest({"text": other}) for other in others}
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
+    spread = jax.device_put(values, sharding.batch_sharding(mesh))
+    assert len(spread.sharding.device_set) == 2
+    assert reference.weights_digest({"text": {"w": spread}}) == digest
+
+
+def test_processor_digest_changes_with_pixels_sound_and_prompt(tokenizer):
+    record = synthetic.record(0)
+    louder = dataclasses.replace(record, audio=record.audio // 2)
+    brighter = dataclasses.replace(record, frames=record.frames // 2)
+    slower = dataclasses.replace(record, seconds_per_grid=1.0)
+    other = dataclasses.replace(record, language="zh")
+    digests = {
+        reference.processor_digest([encode_record(r, tokenizer)])
+        for r in (record, louder, brighter, slower, other)
+    }
+    assert len(digests) == 5
