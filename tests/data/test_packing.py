@@ -76,3 +76,19 @@ def test_pair_row_is_laid_out_as_drawn(pair):
     )
     first = {b: row["target_source"][row["target_branch"] == b][0] for b in (1, 2)}
     assert first == {1: prompt + shared - 1, 2: prompt + shared - 1}
+
+
+def test_reference_log_probs_stand_beside_their_targets_and_missing_ones_are_nan(pair):
+    views, count = 4, size_of(pair).targets
+    reference = -np.arange(views * count, dtype=np.float32).reshape(views, count)
+    with_them = dataclasses.replace(pair, reference=reference, ignored=1)
+    budget = Budget(length=300, response=60, patches=144, chunks=2, targets=128, segments=3)
+    row = {k: v[0] for k, v in pack_rows([[pair, with_them]], budget).items()}
+    np.testing.assert_array_equal(row["target_reference"][:, count : 2 * count], reference)
+    assert np.isnan(row["target_reference"][:, :count]).all()
+    np.testing.assert_array_equal(row["ignored"], [0, 1, 0])
+    # Each target knows its place in its own response.
+    chosen, rejected = (len(response.tokens) for response in pair.responses)
+    for branch, length in ((1, chosen), (2, rejected)):
+        places = row["target_index"][:count][np.isin(row["target_branch"][:count], (0, branch))]
+        np.testing.assert_array_equal(places, np.arange(length))

@@ -118,8 +118,9 @@ def test_pairs_are_joined_to_their_clips_and_carry_their_references(tokenizer):
     pair = Pair(clip_id="clip7", chosen="[video_desc] a room", rejected="[video_desc] a person")
     examples = pipeline.Examples(Source(9), tokenizer, [pair])
     assert len(examples) == 1 and examples[0].clip_id == "clip7"
-    scored = examples.with_references(np.array([[-3.0, -5.0]], np.float32))
-    assert scored[0].reference == (-3.0, -5.0) and examples[0].reference == (0.0, 0.0)
+    values = np.array([[-3.0, -5.0]], np.float32)
+    scored = examples.with_references([values])
+    assert scored[0].reference is values and examples[0].reference is None
 
 
 def test_unigram_entropy_of_a_fair_coin_is_log_two():
