@@ -128,11 +128,11 @@ def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
     evaluations = [
         Step(
             name=f"evaluate_{stage}",
-            says=f"held-out consistent and inconsistent clips, {stage} model",
+            says=f"held-out clips, consistent and not, and what each modality gives, {stage} model",
             command=(
                 *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
                 *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
-                *("--out", str(root / "eval" / stage), *_generation(config)),
+                *("--out", str(root / "eval" / stage), "--probes", *_generation(config)),
             ),
             leaves=str(root / "eval" / stage / "scores.json"),
             after=(stage,),
