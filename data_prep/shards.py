@@ -21,6 +21,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +65,8 @@ class Workers:
             "--runner=DirectRunner",
             "--direct_running_mode=multi_processing",
             f"--direct_num_workers={self.processes}",
+            # Workers tell every step of their start, a screen each.
+            "--default_sdk_harness_log_level=ERROR",
         ]
 
 
@@ -260,6 +263,7 @@ def _run_beam(job: _ShardJob, todo: Sequence[int], workers: Workers) -> None:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
     finished = threading.Event()
     watch = threading.Thread(target=_watch, args=(job.stage, len(todo), finished), daemon=True)
     watch.start()

@@ -116,7 +116,8 @@ class Endpoint:
         most_cost: float | None = None,
         prices: tuple[float, float] = (0.0, 0.0),
     ):
-        """`timeout` is in seconds per attempt; a retry waits twice as long as the one before it, up
+        """At most `concurrency` questions are under way at a time, however many threads ask.
+        `timeout` is in seconds per attempt; a retry waits twice as long as the one before it, up
         to 8 s, or what the endpoint's Retry-After says. With `most_tokens` or `most_cost`, no
         question is begun once that much was used; `prices` are per million prompt and completion
         tokens.
@@ -132,6 +133,7 @@ class Endpoint:
         self._most_cost, self._prices = most_cost, prices
         self._cache = Path(cache) if cache else None
         self._lock = threading.Lock()
+        self._slots = threading.Semaphore(concurrency)
         self._pause = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0
         self._key = os.environ.get(KEY_VARIABLE, "")
@@ -152,7 +154,8 @@ class Endpoint:
             self._count(cached=1)
             return known
         try:
-            reply = self._complete(request)
+            with self._slots:
+                reply = self._complete(request)
         except EndpointError:
             self._count(failed=1)
             raise

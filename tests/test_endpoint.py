@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import time
 
@@ -107,6 +108,14 @@ def test_outcomes_come_in_order_with_the_failures_among_them():
     said = [o.reason if isinstance(o, EndpointError) else o.text for o in outcomes]
     assert said == ["0", "1", "2", "3", "4", "rejected", *map(str, range(6, 12))]
     assert 1 < server.most_at_once <= 4
+
+
+def test_no_more_questions_are_under_way_than_allowed_however_many_threads_ask():
+    with chat_server(lambda *_: Answer(text="1", delay=0.05)) as server:
+        client = Endpoint(url=server.url, model="judge", concurrency=2)
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            list(pool.map(lambda question: client.ask(question.messages), _questions(6)))
+    assert server.most_at_once == 2
 
 
 def test_a_long_list_of_requests_is_read_as_answers_are_taken():

@@ -276,3 +276,36 @@ def test_clips_in_a_bucket_are_cut_and_measured_there(tmp_path):
 
 def test_unmeasurable_errors_carry_their_reason():
     assert UnmeasurableError("no_audio", "x").reason in measure.REASONS
+
+
+def test_a_long_video_is_cut_into_what_is_said_in_it(tmp_path):
+    from data_prep import corpus_voice
+
+    speaker, rng = corpus_voice.Speaker(), np.random.default_rng(0)
+    style = corpus_voice.prosody("neutral", 0.7, rng)
+    said = ("We won the game.", "The door is open.", "My bike is broken.")
+    tracks = [corpus_voice.voice_track(speaker, s, "en", "m3", style, rng)[0] for s in said]
+    pause = np.zeros(2 * RATE, np.int16)
+    audio = np.concatenate([part for track in tracks for part in (pause, track)] + [pause])
+    starts, at = [], 0
+    for track in tracks:
+        starts.append((at + len(pause)) / RATE)
+        at += len(pause) + len(track)
+    count = int(len(audio) / RATE * 12)
+    # The picture changes in the middle of the second pause.
+    change = round((starts[1] - 1) * 12)
+    frames = np.concatenate([pictures(change, 1), pictures(count - change, 2)])
+    path = write_clip(tmp_path / "long.mkv", frames=frames, audio=audio)
+
+    speech, changes = segment.boundaries(path, SEGMENT)
+    assert changes == [pytest.approx(change / 12, abs=0.1)]
+    assert [start for start, _ in speech] == [pytest.approx(s, abs=0.35) for s in starts]
+    short = dataclasses.replace(SEGMENT, longest=4.0, shortest=0.5)
+    row = {"clip_id": "film", "file": str(path), "provenance": []}
+    rows = list(segment.work([row], short, str(tmp_path / "clips")))
+    assert [row["clip_id"] for row in rows] == ["film-0000", "film-0001", "film-0002"]
+    for row, start in zip(rows, starts, strict=True):
+        assert row["start"] <= start + 0.2 and row["end"] > start + 0.5
+        made = measure.measure(tmp_path / f"clips/{row['clip_id']}.mp4")
+        assert made["seconds"] == pytest.approx(row["end"] - row["start"], abs=0.2)
+        assert made["speech"] > 0.4
