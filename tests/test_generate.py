@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,54 @@ def test_a_mesh_gives_the_same_answers_from_a_cache_in_parts(
     generator.reserve(map(generate.size_of, RECORDS))
     assert generator.respond(RECORDS) == [tokenizer.decode(tokens) for tokens in greedy]
     assert set(shapes) == {part}  # Of two rows and two kv heads.
+
+
+COLLECTIVE = re.compile(r"= \w+\[([\d,]*)\]\S* (?:all|reduce|collective)-[a-z]+(?:-start)?\(")
+
+
+def test_a_token_moves_neither_weights_nor_cache_between_devices():
+    cfg, new = saber_config("tiny"), 4
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=2)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    cache = sharding.cache_sharding(cfg.text.kv_heads, mesh)
+
+    def shaped(shape, dtype, place=rows):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    params = jax.tree.map(
+        lambda leaf, place: shaped(leaf.shape, leaf.dtype, place),
+        saber.abstract(cfg),
+        saber.shardings(cfg, mesh),
+    )
+    layers, heads, size = cfg.text.layers, cfg.text.kv_heads, cfg.text.head_dim
+    state = {name: shaped((2,), jnp.int32) for name in ("tokens", "positions", "first")}
+    state |= {"step": shaped((), jnp.int32, everywhere), "finished": shaped((2,), bool)}
+    one = shaped((), jnp.int32, everywhere)
+    program = decoding.Program(
+        cfg=cfg,
+        dtype=jnp.float32,
+        greedy=True,
+        prompt_slots=64,
+        max_new_tokens=new,
+        max_frame_patches=None,
+        cache=cache,
+    )
+    compiled = decoding.proceed.lower(
+        params,
+        state | {"out": shaped((2, new), jnp.int32)},
+        {
+            "k": shaped((layers, 2, heads, size, 64 + new), jnp.float32, cache),
+            "v": shaped((layers, 2, heads, 64 + new, size), jnp.float32, cache),
+        },
+        one,
+        decoding.Pick(one, shaped((2,), jnp.uint32), one, one, one, one),
+        program=program,
+    ).compile()
+    moved = [
+        int(np.prod([int(n) for n in shape.split(",") if n]))
+        for shape in COLLECTIVE.findall(compiled.as_text())
+    ]
+    assert moved and max(moved) <= 2 * cfg.text.width  # The activations of two tokens.
 
 
 def test_an_answer_stops_before_the_end_token_and_other_rows_go_on(params, tokenizer, greedy):
