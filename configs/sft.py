@@ -48,6 +48,11 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data = ConfigDict()
     c.data.path = root + "/records"
     c.data.split = "train"
+    # Several record sources instead, as "PATH:SPLIT:WEIGHT"; the first one's tokenizer is used.
+    c.data.mixture = ()
+    # Examples that cannot be used are named in WORKDIR/quarantine.jsonl; past this share of all of
+    # them the run ends with an error.
+    c.data.max_bad_fraction = 0.01
     c.data.batch_rows = 10 if tiny else 256  # Rows of an optimizer step, over all hosts.
     # The static shape of a row; examples are packed into it. `response` is for preference pairs.
     c.data.length = 352 if tiny else 4096

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class Records(tfds.core.GeneratorBasedBuilder):
             "labels": text,
             "provenance": text,
             "audio_in_video": tfds.features.Tensor(shape=(), dtype=np.bool_),
+            "messages": text,
+            "answer": text,
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -64,7 +67,7 @@ class Records(tfds.core.GeneratorBasedBuilder):
 def write(directory: Path, splits: Mapping[str, Sequence[Any]], load: Load) -> dict[str, int]:
     """Writes all splits to `directory`/records/1.0.0 and returns the clips of each.
 
-    `load` turns one item of a split into its record, one at a time. Also leaves the sizes of all
+    `load` turns one item of a split into its record, one at a time. Also leaves the outlines of all
     records beside them, so that training starts at once.
     """
     tfds.disable_progress_bar()  # Its bars count splits and shards; ours count clips.
@@ -72,4 +75,6 @@ def write(directory: Path, splits: Mapping[str, Sequence[Any]], load: Load) -> d
     with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ... unknown size".
         builder.download_and_prepare()
     sources = {split: records.RecordSource(directory, split) for split in sorted(splits)}
-    return {split: len(source.sizes) for split, source in sources.items()}
+    for source in sources.values():
+        records.write_outlines(source, workers=os.cpu_count() or 1)
+    return {split: len(source) for split, source in sources.items()}

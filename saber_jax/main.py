@@ -3,6 +3,7 @@
 Reads from top to bottom: flags, mesh, data, state, loop. The train step itself is in train/step.py.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -11,19 +12,13 @@ from pathlib import Path
 
 import jax
 from absl import app, logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import distributed, sharding
-from saber_jax.data import pipeline
 from saber_jax.data.journal import fingerprint, write_json
-from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import Pair, read_pairs
-from saber_jax.data.planning import Plan
-from saber_jax.data.records import RecordSource
-from saber_jax.data.tasks import Mixture
-from saber_jax.data.tokenizer import load_tokenizer
+from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint, loop, reference, samples, setup, start
@@ -47,8 +42,10 @@ def train(config: ConfigDict) -> None:
 
     stage = setup.build(config, mesh)
     base = start.base_checkpoint(config, stage, workdir)
-    examples, plan, counts = data(config, stage.cfg, workdir, base)
-    meta = {"plan": plan.fingerprint(), "batch_rows": config.data.batch_rows}
+    pairs = checked_pairs(config) if config.stage == "cadpo" else None
+    inputs = open_inputs(config, workdir, pairs)
+    describe(config, stage.cfg, workdir, base, inputs)
+    meta = {"plan": inputs.plan.fingerprint(), "batch_rows": config.data.batch_rows}
 
     checkpoints = checkpoint.Checkpoints(
         workdir, every=config.checkpoint_every, frozen=base is None
@@ -56,30 +53,34 @@ def train(config: ConfigDict) -> None:
     params = None
     if config.stage == "cadpo":
         params = start.params(config, stage, base)
-        examples = with_references(config, params, examples, plan, stage)
+        inputs = with_references(config, params, inputs, stage)
     if checkpoints.latest() is None:
         state = stage.begin(start.params(config, stage, base) if params is None else params)
     else:
         params = None  # Freed first: both at once may not fit.
         state = checkpoints.restore(start.layout(stage, base), meta)
+        inputs = inputs.resumed(checkpoints.meta()["data"])
         say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
 
     step_fn = stage.train_step()
     first, began = int(state.step), time.perf_counter()
-    rows = plan.rows(config.steps * config.data.batch_rows)
-    batches = global_batches(config, examples, rows, plan.budget, mesh, first, config.data.withhold)
+    rows = inputs.plan.rows(config.steps * config.data.batch_rows)
+    batches = inputs.batches(
+        config, mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
+    )
     watch = loop.Watch(
         writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
         console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
         meter=Meter(stage),
         profile=Profile(config.profile.steps, workdir, steps=config.steps),
+        batches=batches,
     )
-    samples.show(watch.writer, first, examples, plan.sizes, load_tokenizer(config.data.path))
+    some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
+    samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
     try:
         state = loop.run(
             state,
             step_fn,
-            batches,
             steps=config.steps,
             checkpoints=checkpoints,
             meta=meta,
@@ -93,9 +94,7 @@ def train(config: ConfigDict) -> None:
     summary = {
         "stage": config.stage,
         "steps": config.steps,
-        "examples": len(examples),
-        "fill": plan.fill(),
-        "unigram_entropy": pipeline.unigram_entropy(counts),
+        **inputs.summary(config.steps, config.data.batch_rows),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
         "trainable_parameters": sum(leaf.size for leaf in stage.state.trainable.values()),
         "wall_seconds": time.perf_counter() - began,
@@ -104,28 +103,16 @@ def train(config: ConfigDict) -> None:
     say(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
 
 
-def data(
-    config: ConfigDict, cfg: SaberConfig, workdir: Path, base: Path | None
-) -> tuple[pipeline.Examples, Plan, dict[int, int]]:
-    """Encoded examples, the plan that packs them, and the target tokens' counts."""
-    d = config.data
-    tokenizer = load_tokenizer(d.path)
-    source = RecordSource(d.path, d.split)
-    if config.stage == "cadpo":
-        mixture, examples = None, pipeline.Examples(source, tokenizer, checked_pairs(config))
-    else:
-        mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
-        examples = pipeline.Examples(source, tokenizer, requests=mixture.requests)
-    about = {"stage": config.stage, "provenance": dict(source[0].provenance)}
+def describe(
+    config: ConfigDict, cfg: SaberConfig, workdir: Path, base: Path | None, inputs: Inputs
+) -> None:
+    """Says what the run reads, and makes its work directory readable on its own."""
+    about = {"stage": config.stage, "provenance": inputs.provenance}
     if base is not None:
         about["base"] = checkpoint.describe_base(workdir, base)
     if jax.process_index() == 0:
-        checkpoint.write_model_files(workdir, cfg, tokenizer, **about)
-    sizes, counts = pipeline.measure(examples, workdir / "sizes.npz")
-    plan = Plan(sizes, setup.budget(config), config.seed, mixture)
-    fill = ", ".join(f"{name} {share:.0%}" for name, share in plan.fill().items())
-    say(f"{config.stage}: {len(examples)} examples; budgets filled: {fill}")
-    return examples, plan, counts
+        checkpoint.write_model_files(workdir, cfg, inputs.tokenizer, **about)
+    say(f"{config.stage}: {inputs.describe()}")
 
 
 def checked_pairs(config: ConfigDict) -> list[Pair]:
@@ -146,63 +133,42 @@ def checked_pairs(config: ConfigDict) -> list[Pair]:
     return pairs
 
 
-def with_references(
-    config: ConfigDict,
-    params: dict,
-    examples: pipeline.Examples,
-    plan: Plan,
-    stage: setup.Setup,
-) -> pipeline.Examples:
+def with_references(config: ConfigDict, params: dict, inputs: Inputs, stage: setup.Setup) -> Inputs:
     """The pairs with their reference log-probs, computed by the starting weights where
     config.reference does not hold them yet.
 
     Fresh adapters change nothing, so leaving them off keeps the fingerprint that of the base.
     """
-    d, pairs, params = config.data, examples.pairs, saber.without_lora(params)
+    d, params, usable = config.data, saber.without_lora(params), inputs.draw.usable
+    pairs = inputs.examples.pairs
     source = reference.Source(
         weights=reference.weights_digest(params),
-        processor=reference.processor_digest([examples[0], examples[len(examples) - 1]]),
+        processor=reference.processor_digest([inputs.examples[i] for i in usable[[0, -1]]]),
         tokens=fingerprint(d.path, "tokenizer.*"),
         media=fingerprint(d.path, "**/*.array_record*"),
         dtype=stage.compute.dtype,
     )
-    keys = [pair.key for pair in pairs]
+    # The reference numbers the pairs that can be used, and nothing else does.
+    keys, number = [pairs[i].key for i in usable], {int(i): n for n, i in enumerate(usable)}
     caches = []
     for view in stage.preference.reference_views:
         cache = reference.Cache(Path(config.reference), view, source)
         reference.complete(
             cache,
             keys,
-            plan.sizes[:, -1],
-            plan.rows_of,
-            lambda rows: global_batches(
-                config, examples, rows, plan.budget, stage.mesh, 0, withhold=0.0
+            inputs.usable_sizes[:, -1],
+            lambda missing: [
+                [number[i] for i in row] for row in inputs.plan.rows_of(usable[missing])
+            ],
+            lambda rows: inputs.batches(
+                config, stage.mesh, [[int(usable[n]) for n in row] for row in rows]
             ),
             functools.partial(stage.reference_step(view), params),
             batch_rows=config.data.batch_rows,
         )
         caches.append(cache)
-    return examples.with_references(reference.References(caches, keys))
-
-
-def global_batches(
-    config: ConfigDict, examples, rows, budget: Budget, mesh: Mesh, start: int, withhold: float
-):
-    place = sharding.batch_sharding(mesh)
-    batch_rows = sharding.batch_rows(config.data.batch_rows, mesh)
-    local = pipeline.local_rows(batch_rows, place)
-    host = pipeline.HostBatches(
-        examples,
-        rows,
-        budget,
-        config.data.batch_rows,
-        start,
-        local=local,
-        withhold=withhold,
-        seed=config.seed,
-    )
-    stream = pipeline.stream(host, threads=config.data.threads, workers=config.data.workers)
-    return (pipeline.to_global(batch, place, batch_rows, local) for batch in stream)
+    references = reference.References(caches, [pair.key for pair in pairs])
+    return dataclasses.replace(inputs, examples=inputs.examples.with_references(references))
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:

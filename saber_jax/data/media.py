@@ -24,6 +24,7 @@ __all__ = [
     "frame_indices",
     "join_layouts",
     "log_mel",
+    "mel_frames",
     "patchify",
     "resize_bicubic",
     "smart_resize",
@@ -242,6 +243,11 @@ def _behind(first: VisionLayout, second: VisionLayout) -> VisionLayout:
     )
 
 
+def mel_frames(samples: int) -> int:
+    """Rows that `log_mel` makes of so many samples."""
+    return -(-min(samples, MAX_AUDIO_SECONDS * SAMPLE_RATE) // HOP)
+
+
 def log_mel(pcm: Int16[np.ndarray, " n"] | Float[np.ndarray, " n"]) -> Float[np.ndarray, "F 128"]:
     """Whisper log-mel of 16 kHz mono sound: float32 [ceil(n / 160), 128], one row every 10 ms.
 
@@ -250,7 +256,7 @@ def log_mel(pcm: Int16[np.ndarray, " n"] | Float[np.ndarray, " n"]) -> Float[np.
     """
     wave = pcm.astype(np.float32) / 32768 if pcm.dtype == np.int16 else pcm.astype(np.float32)
     wave = wave[: MAX_AUDIO_SECONDS * SAMPLE_RATE]
-    count = -(-len(wave) // HOP)
+    count = mel_frames(len(wave))
     if count == 0:
         return np.zeros((0, MELS), np.float32)
     # Two frames past the end still see sound and take part in the maximum below.

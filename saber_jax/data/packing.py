@@ -57,7 +57,8 @@ def pack_rows(rows: list[list[Example]], budget: Budget) -> dict[str, np.ndarray
     Keys: tokens, segments, branch, media_index [B, L]; positions [B, 3, L]; patches uint8
     [B, N_v, 1176], patch_hw [B, N_v, 2], patch_window, patch_frame [B, N_v]; mel [B, N_a, 200,
     128], mel_lengths [B, N_a]; target_{tokens,source,section,segment,branch,index,weights}
-    [B, T]; target_reference [B, views, T]; kappa, conflict, ignored, pair_valid [B, P].
+    [B, T]; target_reference [B, views, T]; kappa, conflict, ignored, pair_valid [B, P];
+    left_out [B], the examples of a row that could not be used.
 
     `media_index` is the row of the slot in concat(vision units, pooled audio), -1 for text;
     `target_source` is the slot whose hidden state predicts the target, `target_index` the target's
@@ -114,6 +115,7 @@ def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
     batch["target_reference"] = np.full((rows, views, budget.targets), np.nan, np.float32)
     batch["kappa"] = np.zeros((rows, budget.segments), np.float32)
     batch["pair_valid"] = np.zeros((rows, budget.segments), bool)
+    batch["left_out"] = np.zeros(rows, np.int32)
     return batch
 
 

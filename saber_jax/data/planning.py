@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -204,8 +204,8 @@ class Position:
 class Plan:
     """Which examples make up row r of the endless, every epoch newly shuffled, stream of rows.
 
-    Every epoch visits each record once, under a request that `mixture` draws anew; without a
-    mixture it is the first. Rows are planned when they are asked for, a window at a time.
+    Every epoch visits the records that `draw` names, each under a request that `mixture` draws
+    anew; without a mixture it is the first. Rows are planned when asked for, a window at a time.
     """
 
     def __init__(
@@ -214,14 +214,16 @@ class Plan:
         budget: Budget,
         seed: int,
         mixture: Mixture | None = None,
-        start: Position = Position(),
+        *,
+        draw: Callable[[int], Int[np.ndarray, " M"]] | None = None,
     ):
-        """`start` is where the first row that will be asked for is, from `position`."""
+        """`draw` says which records an epoch visits, by default all."""
         self.budget = budget
+        self._draw = draw
         self.sizes = sizes.reshape(-1, sizes.shape[-1])
         self._requests, self._records = sizes.shape[:2]
         self._seed, self._mixture = seed, mixture
-        self._next = start
+        self._next = Position()
         self._planned: list[tuple[Position, list[list[int]]]] = []
         self._lock = threading.Lock()
 
@@ -241,8 +243,14 @@ class Plan:
         return Rows(self, count)
 
     def position(self, index: int) -> Position:
-        """Where another plan of the same arguments has to start to give row `index` at once."""
+        """Where a plan of the same arguments can be `entered` to give row `index` at once."""
         return self._window_of(index)[0]
+
+    def entered(self, position: Position) -> "Plan":
+        """The same plan from `position` on; rows before it are out of reach."""
+        other = Plan.__new__(Plan)
+        other.__setstate__(self.__getstate__() | {"_planned": [], "_next": position})
+        return other
 
     def rows_of(self, indices: Sequence[int]) -> list[list[int]]:
         """Rows that hold each of these examples once."""
@@ -255,9 +263,9 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Changes with anything that would change a batch's composition."""
-        drawn = None if self._mixture is None else self._drawn(0).tolist()
-        digest = hashlib.sha256(repr((self.budget, self._seed, drawn)).encode())
-        digest.update(np.ascontiguousarray(self.sizes).tobytes())
+        digest = hashlib.sha256(repr((self.budget, self._seed, WINDOW)).encode())
+        for array in (self.sizes, self._drawn(0), self._drawn(1)):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]
 
     def _window_of(self, index: int) -> tuple[Position, list[list[int]]]:
@@ -286,8 +294,9 @@ class Plan:
 
     def _drawn(self, epoch: int) -> Int[np.ndarray, " N"]:
         """The example of every record in this epoch, numbered as `Examples` does."""
-        asked = 0 if self._mixture is None else self._mixture.draw(epoch, self._records)
-        return np.arange(self._records) + self._records * asked
+        records = np.arange(self._records) if self._draw is None else self._draw(epoch)
+        asked = 0 if self._mixture is None else self._mixture.draw(epoch, len(records))
+        return records + self._records * asked
 
 
 class Rows(Sequence[list[int]]):
@@ -305,6 +314,10 @@ class Rows(Sequence[list[int]]):
         if not 0 <= index < self._count:
             raise IndexError(f"Row {index} of {self._count}.")
         return self._plan.row(index)
+
+    def position(self, index: int) -> Position:
+        """See `Plan.position`; `index` may lie behind the end."""
+        return self._plan.position(index)
 
     def __iter__(self) -> Iterator[list[int]]:
         return (self._plan.row(i) for i in range(self._count))

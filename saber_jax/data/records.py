@@ -4,13 +4,17 @@ Records are written by `python -m data_prep.build` through tensorflow-datasets a
 Reading needs neither TensorFlow nor the original video.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import json
+import multiprocessing
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,14 @@ LABELS = ("emotion", "face", "voice", "words", "conflict_type", "kappa", "speake
 _RESERVED = re.compile(rf"<\|\w+\|>|\[(?:{'|'.join(FIELDS)})\]")
 
 
+class BadRecordError(ValueError):
+    """A record that cannot be used, whoever reads it and how often: damaged, or against its schema.
+
+    Training leaves such records out, counted and named (data/quarantine.py). Any other exception is
+    taken for a fault of the program and ends it.
+    """
+
+
 class AnnotationError(ValueError):
     """An annotation that does not follow the SABER JSON layout."""
 
@@ -51,7 +63,9 @@ class Record:
     is the time between two frame pairs. `audio_in_video` weaves the sound into the video instead of
     putting it behind, as use_audio_in_video does in transformers. `annotation` maps FIELDS to text,
     `labels` some of LABELS to text, `provenance` says which file and settings the clip came from.
-    `question` is asked instead of the usual request; it is not stored on disk.
+    `question` is asked instead of the usual request; it is not stored on disk. A record of another
+    task brings a conversation of its own instead of an annotation: `messages`, each with "role" and
+    "content", in which <video>, <audio> and <image> stand for the clip's media, and the `answer`.
     """
 
     clip_id: str
@@ -64,6 +78,8 @@ class Record:
     provenance: Mapping[str, Any]
     audio_in_video: bool = False
     question: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    answer: str | None = None
 
 
 def parse_annotation(obj: Any) -> dict[str, str]:
@@ -115,6 +131,8 @@ def to_example(record: Record) -> dict[str, Any]:
         "labels": _json(record.labels),
         "provenance": _json(record.provenance),
         "audio_in_video": np.bool_(record.audio_in_video),
+        "messages": json.dumps(list(record.messages), ensure_ascii=False).encode(),
+        "answer": (record.answer or "").encode(),
     }
 
 
@@ -131,6 +149,8 @@ def from_example(example: Mapping[str, Any]) -> Record:
         labels=json.loads(example["labels"]),
         provenance=json.loads(example["provenance"]),
         audio_in_video=bool(example["audio_in_video"]),
+        messages=tuple(json.loads(example["messages"])),
+        answer=example["answer"].decode() or None,
     )
 
 
@@ -140,6 +160,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 Size = tuple[str, str, int, int, int, int, float]
 """(clip_id, language, T, H, W, audio_samples, seconds_per_grid)."""
+
+ATTEMPTS = 3
+"""Reads of a record before its storage is believed to be broken."""
 
 
 class RecordSource:
@@ -152,24 +175,37 @@ class RecordSource:
         """
         self.path = Path(path)
         self.split = split
-        self._directory = _dataset_directory(self.path)
-        splits = _splits(self._directory)
+        self.directory = _dataset_directory(self.path)
+        splits = _splits(self.directory)
         if split not in splits:
             raise ValueError(f"No split {split!r} in {self.path}; it has {', '.join(splits)}.")
-        self._length = splits[split]
+        self._shards = splits[split]
 
     def __len__(self) -> int:
-        return self._length
+        return sum(self._shards)
 
     def __getitem__(self, index: int) -> Record:
+        """Raises BadRecordError when what is stored is not a record."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Record {index} of {len(self)} in split {self.split!r}.")
-        return from_example(self._source[int(index) % len(self)])
+        index = int(index) % len(self)
+        try:
+            return from_example(self._read(index))
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise BadRecordError(f"{self.where(index)} cannot be read: {detail}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay behind; every process opens its own."""
-        keep = ("path", "split", "_directory", "_length")
+        keep = ("path", "split", "directory", "_shards")
         return {name: self.__dict__[name] for name in keep}
+
+    def where(self, index: int) -> str:
+        """The file of a record and its place in it: "...array_record-00002-of-00008[17]"."""
+        stops = np.cumsum(self._shards)
+        shard, total = int(np.searchsorted(stops, index, side="right")), len(stops)
+        inside = index - int(stops[shard]) + self._shards[shard]
+        return f"{self.directory.name}/*-{self.split}.*-{shard:05d}-of-{total:05d}[{inside}]"
 
     def index(self, clip_id: str) -> int:
         """Position of a clip; KeyError if this split does not hold it."""
@@ -177,29 +213,66 @@ class RecordSource:
             raise KeyError(f"No clip {clip_id!r} in split {self.split!r} of {self.path}.")
         return self._positions[clip_id]
 
+    def outline(self, index: int) -> Record:
+        """The record with media of the right shapes and no content, at the cost of its text.
+
+        From the file that `write_outlines` left beside the records, or else from the record itself.
+        Raises BadRecordError as reading the record does.
+        """
+        if self._outlines is None:
+            return self[index]
+        stored = json.loads(self._outlines[index])
+        if "bad" in stored:
+            raise BadRecordError(stored["bad"])
+        return Record(
+            frames=np.broadcast_to(np.uint8(0), stored.pop("frames")),
+            audio=np.broadcast_to(np.int16(0), stored.pop("audio")),
+            **stored,
+        )
+
     @functools.cached_property
     def sizes(self) -> list[Size]:
-        """What packing needs to know about every record, without holding the records.
-
-        The first call reads the whole split and leaves the result in a file beside the records.
-        """
-        cache = self._directory / f"sizes-{self.split}.json"
-        if cache.exists():
-            return [tuple(row) for row in json.loads(cache.read_text(encoding="utf-8"))]
-        sizes = [size_of(self[index]) for index in range(len(self))]
-        _write_if_possible(cache, json.dumps(sizes, ensure_ascii=False))
-        return sizes
+        """What generation needs to make room for every record."""
+        return [size_of(self.outline(index)) for index in range(len(self))]
 
     @functools.cached_property
     def _positions(self) -> dict[str, int]:
-        return {size[0]: index for index, size in enumerate(self.sizes)}
+        return {clip_id: index for index, clip_id in enumerate(self._clip_ids())}
+
+    def _clip_ids(self) -> Iterator[str | None]:
+        for index in range(len(self)):
+            try:
+                yield self.outline(index).clip_id
+            except BadRecordError:
+                yield None
+
+    @functools.cached_property
+    def _outlines(self):
+        file = outlines_file(self.directory, self.split)
+        if not file.exists():
+            return None
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        outlines = ArrayRecordDataSource(str(file))
+        # Left behind by an older build of the same directory.
+        return outlines if len(outlines) == len(self) else None
+
+    def _read(self, index: int) -> Mapping[str, Any]:
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._source[index]
+            except OSError:  # Network storage has moments; a damaged record raises other errors.
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(2**attempt)
+        raise AssertionError("unreachable")
 
     @functools.cached_property
     def _source(self):
         # Imported late: loader processes that only need sizes should start in milliseconds.
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._directory)
+        builder = tfds.builder_from_directory(self.directory)
         # The decorator of this method hides its arguments from the type checker.
         return builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
 
@@ -211,9 +284,48 @@ def size_of(record: Record) -> Size:
     return (*clip, *shape, len(record.audio), record.seconds_per_grid)
 
 
+def outlines_file(directory: Path, split: str) -> Path:
+    return directory / f"outlines-{split}.array_record"
+
+
+def write_outlines(source: RecordSource, *, workers: int = 1) -> int:
+    """Writes what `RecordSource.outline` reads, in one pass over the split; returns the bad ones.
+
+    A million clips are then planned without reading a pixel. `workers` processes read.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    file = outlines_file(source.directory, source.split)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    bad = 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)
+        lines = map(functools.partial(_outline, source), range(len(source)))
+        if workers > 1 and len(source) > 1000:  # Starting processes costs about a second.
+            context = multiprocessing.get_context("forkserver")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+            lines = pool.map(functools.partial(_outline, source), range(len(source)), chunksize=64)
+        for line in lines:
+            bad += line.startswith(b'{"bad"')
+            writer.write(line)
+    os.replace(temporary, file)
+    return bad
+
+
+def _outline(source: RecordSource, index: int) -> bytes:
+    try:
+        record = source[index]
+    except BadRecordError as error:
+        return json.dumps({"bad": str(error)}).encode()
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    fields |= {"frames": record.frames.shape, "audio": record.audio.shape}
+    return json.dumps(fields, ensure_ascii=False).encode()
+
+
 def _dataset_directory(path: Path) -> Path:
     found = [path] if (path / "dataset_info.json").exists() else []
-    found += sorted(file.parent for file in path.glob("records/*/dataset_info.json"))
+    found += sorted(file.parent for file in path.glob("*/*/dataset_info.json"))
     if not found:
         raise FileNotFoundError(
             f"No records in {path}. Build them with: python -m data_prep.build --out {path} ..."
@@ -221,19 +333,9 @@ def _dataset_directory(path: Path) -> Path:
     return found[-1]
 
 
-def _splits(directory: Path) -> dict[str, int]:
+def _splits(directory: Path) -> dict[str, list[int]]:
+    """Records of each shard of each split."""
     info = json.loads((directory / "dataset_info.json").read_text())
     return {
-        split["name"]: sum(int(length) for length in split["shardLengths"])
-        for split in info["splits"]
+        split["name"]: [int(length) for length in split["shardLengths"]] for split in info["splits"]
     }
-
-
-def _write_if_possible(path: Path, text: str) -> None:
-    """Writes a cache in one step; records on a read-only disk simply stay without it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        return

@@ -1,12 +1,13 @@
 """From one SABER record to one encoded example: tokens, positions, patches, mel. NumPy only."""
 
 import dataclasses
+import re
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from saber_jax.data import chat, media, sed
-from saber_jax.data.records import Record
+from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.withhold import MODALITIES
@@ -20,15 +21,17 @@ IGNORED = ("", *MODALITIES)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Response:
-    """One answer, end token included; `sections[i]` is 1..6, the field that token i belongs to."""
+    """One answer, end token included; `sections[i]` is the field of token i, 1 to 6, or 0: none."""
 
     tokens: Int[np.ndarray, "R"]
     sections: Int[np.ndarray, "R"]
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, text: str) -> "Response":
+        """A text without any section heading belongs to no section: 0."""
         tokens, sections = sed.section_of_tokens(tokenizer, text)
-        return cls(tokens=tokens, sections=sections)
+        free = not any(sed.heading(field) in text for field in FIELDS)
+        return cls(tokens=tokens, sections=0 * sections if free else sections)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,20 +77,57 @@ def common_prefix(chosen: Int[np.ndarray, "R"], rejected: Int[np.ndarray, "S"]) 
 
 def size_of(example: Example) -> Size:
     """See `Size`."""
-    prompt = len(example.prompt.tokens)
-    lengths = [len(r.tokens) for r in example.responses]
     media_sizes = {"patches": len(example.patches), "chunks": len(example.mel_lengths)}
-    if len(lengths) < 2:
-        total = sum(lengths)
-        return Size(text=prompt + total, chosen=0, rejected=0, targets=total, **media_sizes)
-    shared = common_prefix(*(r.tokens for r in example.responses))
+    return _size(example.prompt, example.responses, **media_sizes)
+
+
+def _size(prompt: chat.Prompt, responses: tuple[Response, ...], *, patches: int, chunks: int):
+    lengths, shared = [len(r.tokens) for r in responses], 0
+    text, rest = len(prompt.tokens) + sum(lengths), (0, 0)
+    if len(responses) == 2:
+        shared = common_prefix(*(r.tokens for r in responses))
+        text, rest = len(prompt.tokens) + shared, (lengths[0] - shared, lengths[1] - shared)
     return Size(
-        text=prompt + shared,
-        chosen=lengths[0] - shared,
-        rejected=lengths[1] - shared,
+        text=text,
+        chosen=rest[0],
+        rejected=rest[1],
+        patches=patches,
+        chunks=chunks,
         targets=sum(lengths) - shared,
-        **media_sizes,
     )
+
+
+def measure_record(
+    record: Record,
+    tokenizer: Tokenizer,
+    *,
+    request: Request = Request(),
+    responses: tuple[str, ...] | None = None,
+) -> tuple[Size, Int[np.ndarray, " n"]]:
+    """`size_of` the encoded record and its target tokens, without a look at pixels and samples."""
+    mel_frames = media.mel_frames(len(record.audio))
+    pictures = _pictures(record)
+    encoded = _responses(record, tokenizer, request, responses)
+    size = _size(
+        _prompt(record, tokenizer, request, mel_frames),
+        encoded,
+        patches=int(np.prod(pictures.grid)) if pictures else 0,
+        chunks=-(-mel_frames // media.CHUNK_FRAMES),
+    )
+    return size, np.concatenate([r.tokens for r in encoded] or [np.zeros(0, np.int32)])
+
+
+def thinned(record: Record, frame_pairs: int) -> Record:
+    """The record with `frame_pairs` evenly chosen pairs of its frames, the first and last included.
+
+    The seconds between pairs grow accordingly, unless the record was sampled as the SABER release
+    does, which knows one second and no other.
+    """
+    before, after = len(record.frames), 2 * frame_pairs
+    kept = np.round(np.linspace(0, before - 1, after)).astype(int)
+    fixed = record.provenance.get("sampling", {}).get("mode") == "saber_release"
+    seconds = record.seconds_per_grid * (1.0 if fixed else before / after)
+    return dataclasses.replace(record, frames=record.frames[kept], seconds_per_grid=seconds)
 
 
 def encode_record(
@@ -112,8 +152,6 @@ def encode_record(
         patches = media.patchify(record.frames)[layout.order]
     mel = media.log_mel(record.audio)
     chunks, lengths = media.audio_chunks(mel)
-    if responses is None:
-        responses = (sed.target_text(record.annotation, request.sections),)
     conflict = record.labels.get("conflict_type", "none")
     return Example(
         clip_id=record.clip_id,
@@ -122,7 +160,7 @@ def encode_record(
         layout=layout,
         mel=chunks,
         mel_lengths=lengths,
-        responses=tuple(Response.encode(tokenizer, text) for text in responses),
+        responses=_responses(record, tokenizer, request, responses),
         kappa=float(record.labels.get("kappa", 0.0) if kappa is None else kappa),
         conflict=CONFLICT_TYPES.index(conflict if conflict in CONFLICT_TYPES else "other"),
         ignored=IGNORED.index(ignored),
@@ -130,22 +168,47 @@ def encode_record(
     )
 
 
-def asked_again(
-    example: Example, record: Record, tokenizer: Tokenizer, request: Request
-) -> Example:
-    """The same clip as the answer to another request; its media is not touched again."""
-    target = sed.target_text(record.annotation, request.sections)
-    return dataclasses.replace(
-        example,
-        prompt=_prompt(record, tokenizer, request, int(example.mel_lengths.sum())),
-        responses=(Response.encode(tokenizer, target),),
-    )
+def _responses(
+    record: Record, tokenizer: Tokenizer, request: Request, texts: tuple[str, ...] | None
+) -> tuple[Response, ...]:
+    if texts is None:
+        texts = (record.answer or sed.target_text(record.annotation, request.sections),)
+    return tuple(Response.encode(tokenizer, text) for text in texts)
 
 
 def _prompt(record: Record, tokenizer: Tokenizer, request: Request, mel_frames: int) -> chat.Prompt:
     shown = _shown(record, mel_frames)
+    if record.messages:
+        return chat.encode(tokenizer, _conversation(record, shown))
     instruction = record.question or request.instruction(record.language)
     return sed.encode_prompt(tokenizer, record.language, shown, instruction)
+
+
+def _conversation(record: Record, shown: list[chat.Media]) -> list[chat.Message]:
+    """The record's own messages, <video> and its like replaced. ValueError if one is left over."""
+    waiting = {TAGS[type(medium)]: medium for medium in shown}
+    messages = []
+    for message in record.messages:
+        parts = [waiting.pop(p, p) for p in _TAG.split(message["content"]) if p]
+        messages.append(chat.Message(role=message["role"], content=tuple(parts)))
+    texts = [p for message in messages for p in message.content if isinstance(p, str)]
+    if waiting or any(_TAG.fullmatch(text) for text in texts):
+        has = ", ".join(TAGS[type(medium)] for medium in shown) or "no media"
+        raise ValueError(
+            f"The messages of {record.clip_id} and its media do not match: it has {has}, each to "
+            "be named once."
+        )
+    return messages
+
+
+TAGS = {
+    chat.Image: "<image>",
+    chat.Video: "<video>",
+    chat.Audio: "<audio>",
+    chat.AudioInVideo: "<video>",
+}
+"""What stands for a medium in the messages of a record."""
+_TAG = re.compile("(<image>|<video>|<audio>)")
 
 
 def _shown(record: Record, mel_frames: int) -> list[chat.Media]:

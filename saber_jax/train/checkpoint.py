@@ -71,6 +71,11 @@ class Checkpoints:
             force=True,
         )
 
+    def meta(self) -> dict[str, Any]:
+        """What was saved beside the latest state."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self.latest(), args=args).meta
+
     def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState:
         """The latest state, laid out as `abstract` says.
 
@@ -78,9 +83,7 @@ class Checkpoints:
         its meta differs in anything but the step.
         """
         step = self.latest()
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        stored = self.meta()
         changed = [key for key in meta if key != "step" and stored.get(key) != meta[key]]
         if changed:
             detail = "; ".join(f"{k} was {stored.get(k)}, is {meta[k]}" for k in changed)

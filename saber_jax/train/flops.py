@@ -96,6 +96,7 @@ def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
     patches = _sum(batch["patch_frame"] > 0)
     return {
         "examples": _sum(batch["pair_valid"]),
+        "left_out": _sum(batch["left_out"]),
         "tokens": _sum(real),
         "text_pairs": _text_pairs(batch["segments"], batch["branch"], batch["pair_valid"].shape[1]),
         "targets": _sum(batch["target_weights"] > 0),

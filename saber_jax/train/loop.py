@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 
+from saber_jax.data.pipeline import GlobalBatches
 from saber_jax.distributed import Preemption
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
@@ -30,6 +31,7 @@ class Watch:
     console: Console
     meter: Meter
     profile: Profile
+    batches: GlobalBatches
 
     def report(
         self, step: int, metrics: Metrics, counted: Counts, seconds: float, waited: float
@@ -51,12 +53,13 @@ class Watch:
         values |= self.meter.measure(counted, seconds)
         self.writer.write(step, values)
         self.console.add(step, values)
+        if values["left_out"]:  # The same number in every process.
+            self.batches.agree()
 
 
 def run(
     state: TrainState,
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    batches: Iterator[Batch],
     *,
     steps: int,
     checkpoints: Checkpoints,
@@ -75,7 +78,7 @@ def run(
     with Preemption() as preemption:
         for step in range(int(state.step), steps):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = next(watch.batches)
             waited = time.perf_counter() - waiting
             with watch.profile.step(step):
                 counted = watch.meter.count(batch)
@@ -95,7 +98,7 @@ def run(
                 # Seen before it is saved: a restart trusts the last checkpoint.
                 watch.report(*pending)
                 pending = None
-                checkpoints.save(state, meta | {"step": done})
+                checkpoints.save(state, meta | {"step": done, "data": watch.batches.state()})
                 watch.writer.weights(done, state.trainable)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")

@@ -42,14 +42,15 @@ class Meter:
         return self._count(batch)
 
     def measure(self, counted: Counts, seconds: float) -> dict[str, float]:
-        """padding/BUDGET, a share; model_tflop/TOWER; speed/..._per_second; speed/mfu, a share,
-        where the device's peak is known."""
+        """padding/BUDGET, a share; left_out, examples; model_tflop/TOWER; speed/..._per_second;
+        speed/mfu, a share, where the device's peak is known."""
         values = {name: float(value) for name, value in jax.device_get(counted).items()}
         work = flops.train_flops(self._cfg, self._sizes, self._trainable, values)
         result = {
             f"padding/{name}": 1 - values[filled] / self._room[name] if self._room[name] else 0.0
             for name, (filled, _) in BUDGETS.items()
         }
+        result["left_out"] = values["left_out"]
         result |= {f"model_tflop/{tower}": value / 1e12 for tower, value in work.items()}
         result |= {f"speed/{n}_per_second": values[n] / seconds for n in ("tokens", "examples")}
         share = flops.mfu(sum(work.values()), seconds, self._devices, self._kind)

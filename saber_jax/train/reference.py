@@ -149,7 +149,7 @@ class References:
     """Element i is float32 [views, targets] of pair i; NaN in views that nobody asked for."""
 
     def __init__(self, caches: Sequence[Cache], keys: Sequence[bytes]):
-        self._values = {c.view: [c.values[key] for key in keys] for c in caches}
+        self._values = {c.view: [c.values.get(key) for key in keys] for c in caches}
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]:
         nothing = np.full_like(self._values["whole"][index], np.nan)

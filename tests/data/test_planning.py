@@ -78,7 +78,7 @@ def test_a_plan_entered_at_any_row_goes_on_as_if_it_had_come_from_the_start(smal
     expected = [whole.row(r) for r in range(450)]
     assert whole.position(390).epoch > 1
     for row in (0, 1, 130, 390):
-        entered = plan_of(examples, start=whole.position(row))
+        entered = plan_of(examples).entered(whole.position(row))
         assert [entered.row(r) for r in range(row, row + 60)] == expected[row : row + 60]
     with pytest.raises(IndexError, match="where this plan starts"):
         entered.row(0)

@@ -110,11 +110,40 @@ def opened(written) -> records.RecordSource:
     return source
 
 
-def test_sizes_are_read_once_then_taken_from_the_file_beside_the_records(written):
+def test_outlines_stand_in_for_the_records_in_everything_but_the_media_s_content(written):
     expected = [(name, "zh", 4, 28, 56, 1234, 0.75) for name in "xyz"]
     assert opened(written).sizes == expected
+    assert records.write_outlines(opened(written)) == 0
     written.examples.clear()
-    assert opened(written).sizes == expected
+    source = opened(written)
+    assert source.sizes == expected
+    outline, whole = source.outline(1), record("y")
+    assert outline.frames.shape == whole.frames.shape and outline.audio.shape == whole.audio.shape
+    assert outline.frames.nbytes and outline.frames.base.nbytes == 1  # One byte, seen often.
+    assert outline.annotation == whole.annotation and outline.labels == whole.labels
+
+
+def test_a_damaged_record_is_named_by_file_and_place_and_marked_in_the_outlines(written):
+    written.examples[2]["frames"] = written.examples[2]["frames"][:-1]
+    assert records.write_outlines(opened(written)) == 1
+    for read in (opened(written).__getitem__, opened(written).outline):
+        assert read(1).clip_id == "y"
+        with pytest.raises(records.BadRecordError, match=r"-train\.\*-00001-of-00002\[1\] cannot"):
+            read(2)
+
+
+def test_a_read_that_fails_twice_is_tried_again(written, monkeypatch):
+    monkeypatch.setattr(records.time, "sleep", lambda seconds: None)
+    source, failures = opened(written), iter([OSError("busy"), OSError("busy")])
+
+    class Busy(list):
+        def __getitem__(self, index):
+            for error in failures:
+                raise error
+            return super().__getitem__(index)
+
+    source.__dict__["_source"] = Busy(written.examples)
+    assert source[1].clip_id == "y"
 
 
 def test_a_record_is_found_by_name_and_by_number(written):

@@ -1,0 +1,185 @@
+"""Which row budgets suit a data set: tries some on its sizes and prints the best.
+
+    python -m saber_jax.data.budgets --records DIR [--split train] [--pairs DIR] [--length 4096]
+
+`--length` is how much text a row holds: everything, or of pairs what both answers share. The other
+budgets follow from what the examples have per text slot. Among budgets that media fill to 92% and
+that leave out at most 0.8% of the examples, the one whose text slots are fullest wins. A budget
+that holds the longest clip of a data set would be two thirds empty most of the time: longer clips
+keep fewer frames, and those with more sound than a row are left out and named.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from saber_jax.data import pipeline, planning, sizing
+from saber_jax.data.packing import Budget
+from saber_jax.data.pairs import read_pairs
+from saber_jax.data.records import RecordSource
+from saber_jax.data.sources import Sources
+from saber_jax.data.tokenizer import load_tokenizer
+
+SAMPLE = 3 * planning.WINDOW
+LEAST_MEDIA = 0.92
+MOST_LEFT_OUT = 0.008
+
+# Sizes are rounded up to these: kernels take blocks, the head a chunk of targets at a time.
+LENGTH_STEP, PATCH_STEP, TARGET_STEP = 64, 64, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A budget, and what it does to a data set: shares of 1."""
+
+    budget: Budget
+    fill: dict[str, float]
+    left_out: float
+    thinned: float
+
+    @property
+    def media(self) -> float:
+        return min(self.fill["patches"], self.fill["chunks"])
+
+    @property
+    def score(self) -> tuple[bool, float]:
+        good = self.media >= LEAST_MEDIA and self.left_out <= MOST_LEFT_OUT
+        return good, self.fill["text"] if good else self.media - 10 * self.left_out
+
+    def flags(self) -> str:
+        return " ".join(f"--config.data.{k}={v}" for k, v in vars(self.budget).items())
+
+
+def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Choice]]:
+    """The best budget with rows of `length`, and all that were tried.
+
+    Raises ValueError when no example can be used.
+    """
+    measured = _sample(measured)
+    tried = [
+        choice for budget in _candidates(measured, length) if (choice := _try(measured, budget))
+    ]
+    if not tried:
+        raise ValueError(
+            f"No example fits into rows of {length}. Raise --length, or look at the records with "
+            "python -m saber_jax.data.records --show."
+        )
+    return max(tried, key=lambda choice: choice.score), tried
+
+
+def _sample(measured: sizing.Measurements) -> sizing.Measurements:
+    good = np.flatnonzero((measured.sizes >= 0).all((0, 2)))
+    some = np.random.default_rng(0).permutation(good)[:SAMPLE]
+    return sizing.Measurements(
+        measured.sizes[:, some], measured.frame_pairs[some], measured.token_counts
+    )
+
+
+def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
+    """Around what an average row of full text needs."""
+    mean = dict(zip(planning.FIELDS, measured.sizes.mean((0, 1)), strict=True))
+    rows = mean["text"] / length  # That one example fills.
+    answer = max(mean["chosen"], mean["rejected"]) / rows
+    responses = {_up(answer * k, LENGTH_STEP) for k in (0.98, 1.02, 1.06) if answer}
+    patches = {_up(mean["patches"] / rows * k, PATCH_STEP) for k in (0.98, 1.01, 1.035, 1.06)}
+    need = mean["chunks"] / rows
+    chunks = range(max(1, int(need * 0.98)), int(np.ceil(need / LEAST_MEDIA)) + 1)
+    for response, n_v, n_a in itertools.product(
+        sorted(responses) or [0], sorted(patches), chunks if need else [0]
+    ):
+        yield Budget(
+            length=length,
+            response=response,
+            patches=n_v,
+            chunks=n_a,
+            targets=length + 2 * response,
+            segments=64,
+        )
+
+
+def _up(value: float, step: int) -> int:
+    return int(np.ceil(value / step)) * step
+
+
+def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:
+    """Plans without limits on targets and segments, then with what 99.5% of the rows need."""
+    selection = sizing.select(measured, budget)
+    usable = selection.usable
+    if not len(usable):
+        return None
+    sizes = selection.sizes[0]
+    rows = planning.plan_rows(sizes, usable, budget)
+    targets = [sizes[row, -1].sum() for row in rows]
+    budget = dataclasses.replace(
+        budget,
+        targets=_up(max(np.quantile(targets, 0.995), sizes[usable, -1].max()), TARGET_STEP),
+        segments=max(map(len, rows)),
+    )
+    rows = planning.plan_rows(sizes, usable, budget)
+    total = sizes.shape[0]
+    return Choice(
+        budget,
+        planning.fill(sizes, rows, budget),
+        left_out=1 - len(usable) / total,
+        thinned=len(selection.thinned) / total,
+    )
+
+
+def describe(measured: sizing.Measurements) -> str:
+    """Mean, median, 99% and most of every size."""
+    lines = ["                mean   median      99%     most"]
+    for name, values in zip(planning.FIELDS, measured.sizes[0].T, strict=True):
+        if values.any():
+            numbers = (values.mean(), *np.quantile(values, (0.5, 0.99)), values.max())
+            lines.append(f"{name:10s}" + "".join(f"{number:9.0f}" for number in numbers))
+    return "\n".join(lines)
+
+
+def table(choices: Sequence[Choice]) -> str:
+    """One line a choice, the best last."""
+    lines = [
+        "length response patches chunks targets segments |  text patches chunks | left out thinned"
+    ]
+    for choice in sorted(choices, key=lambda choice: choice.score):
+        b, f = choice.budget, choice.fill
+        lines.append(
+            f"{b.length:6d} {b.response:8d} {b.patches:7d} {b.chunks:6d} {b.targets:7d} "
+            f"{b.segments:8d} | {f['text']:5.1%} {f['patches']:7.1%} {f['chunks']:6.1%} | "
+            f"{choice.left_out:8.2%} {choice.thinned:7.2%}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; see the module docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m saber_jax.data.budgets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--records", required=True, help="what python -m data_prep.build wrote")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--pairs", help="preference pairs: budgets for configs/cadpo.py")
+    parser.add_argument("--length", type=int, default=4096, help="text slots of a row")
+    parser.add_argument("--workers", type=int, default=0, help="processes that measure")
+    flags = parser.parse_args(argv)
+    try:
+        sources = Sources([RecordSource(flags.records, flags.split)], [1.0])
+        pairs = read_pairs(flags.pairs) if flags.pairs else None
+        examples = pipeline.Examples(sources, load_tokenizer(flags.records), pairs)
+        total = len(examples)
+        measured = sizing.measure(examples, total, range(total), workers=flags.workers, quiet=False)
+        best, tried = choose(measured, flags.length)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"saber_jax.data.budgets: {error}", file=sys.stderr)
+        return 1
+    print(f"{total} examples\n{describe(measured)}\n\n{table(tried)}\n\n{best.flags()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

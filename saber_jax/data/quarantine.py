@@ -1,0 +1,79 @@
+"""What is left out of training: counted, named in quarantine.jsonl, and limited.
+
+    {"index": 1207, "clip_id": "dia3_utt2", "file": "1.0.0/*-train.*-00002-of-00008[17]",
+     "reason": "too_large", "detail": "text 5120 > 4096"}
+
+An example is left out before training when its record is damaged or a row cannot hold it; every
+process finds the same ones, so the plan never mentions them. A record that turns out to be bad
+while training leaves an empty segment in its row: no process waits for another, because no shape
+depends on it. The processes then agree on what happened at the end of that step.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from saber_jax.data.journal import read_jsonl, write_jsonl
+
+REASONS = {
+    "bad_record": "the stored record cannot be used",
+    "too_large": "a row cannot hold the example",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One example that was left out. `index` numbers the records of all sources."""
+
+    index: int
+    clip_id: str
+    file: str
+    reason: str
+    detail: str
+
+
+class TooManyBadError(ValueError):
+    """More of the data is bad than the configuration allows."""
+
+
+class Quarantine:
+    """The list in `path`, which only the process with `writes` touches."""
+
+    def __init__(self, path: Path, *, total: int, limit: float, writes: bool):
+        """`limit` is the most that may be left out, as a share of `total` examples."""
+        self._path, self._total, self._limit, self._writes = path, total, limit, writes
+        self._entries: dict[int, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def indices(self) -> list[int]:
+        return sorted(self._entries)
+
+    def recall(self, indices: Iterable[int]) -> None:
+        """Takes over what an earlier part of the run left out, which its checkpoint numbers."""
+        known = read_jsonl(self._path) if self._path.exists() else []
+        entries = {row["index"]: Entry(**row) for row in known}
+        for index in indices:
+            lost = Entry(index=index, clip_id="", file="", reason="bad_record", detail="")
+            self._entries[index] = entries.get(index, lost)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Raises TooManyBadError past the limit, after everything is on the disk."""
+        before = len(self._entries)
+        for entry in entries:
+            self._entries.setdefault(entry.index, entry)
+        if self._writes and (len(self._entries) > before or not self._path.exists()):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [dataclasses.asdict(self._entries[index]) for index in self.indices]
+            write_jsonl(self._path, rows)
+        if len(self._entries) > self._limit * self._total:
+            first = self._entries[self.indices[0]]
+            raise TooManyBadError(
+                f"{len(self._entries)} of {self._total} examples cannot be used, more than the "
+                f"share config.data.max_bad_fraction={self._limit} allows; the first is "
+                f"{first.clip_id} in {first.file}: {REASONS[first.reason]} ({first.detail}). All "
+                f"are in {self._path}. Repair or rebuild those records, raise the budgets in "
+                "config.data, or raise the share."
+            )

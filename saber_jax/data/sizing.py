@@ -1,0 +1,173 @@
+"""How large every example is, and which of them fit: from outlines, before any pixel is read."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from saber_jax.data.packing import Budget
+from saber_jax.data.planning import FIELDS, fits
+from saber_jax.data.quarantine import Entry
+from saber_jax.data.records import BadRecordError
+from saber_jax.data.transforms import Size
+
+BAD = -1
+"""In every size of an example whose record cannot be used."""
+
+LEAST_PAIRS = 2
+"""Frame pairs that a thinned clip keeps at least: sampling never goes below four frames either."""
+
+
+class Measured(Protocol):
+    """What `measure` needs to know about examples; `pipeline.Examples` is that."""
+
+    requests: Sequence
+
+    def measure(self, index: int) -> tuple[list[Size], int, Int[np.ndarray, " n"]]:
+        """Sizes under every request, frame pairs, all target tokens."""
+        ...
+
+    def entry(self, index: int, reason: str, detail: str) -> Entry: ...
+
+
+@dataclasses.dataclass
+class Measurements:
+    """Of N examples under K requests. Processes that measure a share each add theirs up."""
+
+    sizes: Int[np.ndarray, "K N D"]
+    frame_pairs: Int[np.ndarray, " N"]
+    token_counts: Int[np.ndarray, " V"]
+
+    def __add__(self, other: "Measurements") -> "Measurements":
+        counts = np.zeros(max(len(self.token_counts), len(other.token_counts)), np.int64)
+        counts[: len(self.token_counts)] += self.token_counts
+        counts[: len(other.token_counts)] += other.token_counts
+        return Measurements(self.sizes + other.sizes, self.frame_pairs + other.frame_pairs, counts)
+
+
+def measure(
+    examples: Measured, total: int, indices: Iterable[int], *, workers: int = 0, quiet: bool = True
+) -> Measurements:
+    """Measures the `indices` of `total` examples, the others staying 0, in `workers` processes."""
+    indices = list(indices)
+    shares = [indices[i : i + 512] for i in range(0, len(indices), 512)]
+    result = _nothing(examples, total)
+    bar = tqdm(total=len(indices), desc="measuring examples", unit="clip", disable=quiet)
+    if workers > 1 and len(shares) > 4:  # Starting processes costs about a second.
+        pool = ProcessPoolExecutor(
+            workers,
+            mp_context=get_context("forkserver"),
+            initializer=_start_worker,
+            initargs=(examples,),
+        )
+        with pool:
+            parts = pool.map(_measure_in_worker, shares)
+            for share, part in zip(shares, parts, strict=True):
+                _put(result, share, part)
+                bar.update(len(share))
+    else:
+        for share in shares:
+            _put(result, share, _measure_share(examples, share))
+            bar.update(len(share))
+    bar.close()
+    return result
+
+
+def _nothing(examples: Measured, total: int) -> Measurements:
+    shape = (len(examples.requests), total, len(FIELDS))
+    return Measurements(np.zeros(shape, np.int32), np.zeros(total, np.int32), np.zeros(0, np.int64))
+
+
+def _put(result: Measurements, indices: Sequence[int], part: Measurements) -> None:
+    result.sizes[:, indices] = part.sizes
+    result.frame_pairs[indices] = part.frame_pairs
+    empty = Measurements(np.zeros(1), np.zeros(1), part.token_counts)
+    old = Measurements(np.zeros(1), np.zeros(1), result.token_counts)
+    result.token_counts = (old + empty).token_counts
+
+
+_examples: Measured  # In a worker process.
+
+
+def _start_worker(examples: Measured) -> None:
+    global _examples
+    _examples = examples
+
+
+def _measure_in_worker(indices: Sequence[int]) -> Measurements:
+    return _measure_share(_examples, indices)
+
+
+def _measure_share(examples: Measured, indices: Sequence[int]) -> Measurements:
+    result = _nothing(examples, len(indices))
+    tokens = [np.zeros(0, np.int64)]
+    for place, index in enumerate(indices):
+        try:
+            sizes, result.frame_pairs[place], targets = examples.measure(index)
+        except BadRecordError:
+            result.sizes[:, place] = BAD
+            continue
+        result.sizes[:, place] = [dataclasses.astuple(size) for size in sizes]
+        tokens.append(targets)
+    result.token_counts = np.bincount(np.concatenate(tokens).astype(np.int64))
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which examples take part in a run with one budget, and in which size.
+
+    `frame_pairs` is what a clip keeps of its frames; `usable` are the examples that are neither bad
+    nor too large, even so.
+    """
+
+    sizes: Int[np.ndarray, "K N D"]
+    frame_pairs: Int[np.ndarray, " N"]
+    usable: Int[np.ndarray, " M"]
+    thinned: Int[np.ndarray, " T"]
+
+    def left_out(self, budget: Budget, examples: Measured) -> list[Entry]:
+        """The rest, named."""
+        rest = np.setdiff1d(np.arange(self.sizes.shape[1]), self.usable)
+        return [_entry(int(index), self.sizes[:, index], budget, examples) for index in rest]
+
+
+def select(measured: Measurements, budget: Budget) -> Selection:
+    """Thins the frames of clips that a row cannot hold; sound and text are never cut."""
+    sizes, pairs = measured.sizes.astype(np.int64), measured.frame_pairs
+    text, patches = sizes[..., FIELDS.index("text")], sizes[..., FIELDS.index("patches")]
+    a_pair = np.maximum(patches[0], 1) // np.maximum(pairs, 1)  # Patches of a frame pair.
+    units = np.maximum(a_pair // 4, 1)
+    excess = np.maximum(
+        -(-(patches.max(0) - budget.patches) // np.maximum(a_pair, 1)),
+        -(-(text.max(0) - budget.length) // units),
+    ).clip(0)
+    fewer = (excess > 0) & (pairs - excess >= LEAST_PAIRS)
+    drop = np.where(fewer, excess, 0)
+    text -= drop * units
+    patches -= drop * a_pair
+    good = (sizes >= 0).all((0, 2)) & np.all([fits(asked, budget) for asked in sizes], 0)
+    return Selection(
+        sizes, (pairs - drop).astype(np.int32), np.flatnonzero(good), np.flatnonzero(fewer & good)
+    )
+
+
+def _entry(index: int, sizes: Int[np.ndarray, "K D"], budget: Budget, examples: Measured) -> Entry:
+    if (sizes == BAD).all():
+        try:
+            examples.measure(index)
+            detail = "another process could not read it"
+        except BadRecordError as error:
+            detail = str(error)
+        return examples.entry(index, "bad_record", detail)
+    over = [
+        f"{name} {size} > {limit}"
+        for name, size, limit in zip(FIELDS, sizes.max(0), budget.limits, strict=True)
+        if size > limit
+    ]
+    return examples.entry(index, "too_large", ", ".join(over))

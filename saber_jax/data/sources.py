@@ -1,0 +1,142 @@
+"""Several record directories as one, each drawn as often as its weight says."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from saber_jax.data.records import Record, RecordSource
+
+_STREAM = 104_729  # Keeps these draws apart from the shuffle, which is seeded with (seed, epoch).
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """One split of one directory, and how often it is drawn relative to the others."""
+
+    path: str
+    split: str
+    weight: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Weighted":
+        """ "PATH:SPLIT:WEIGHT". Raises ValueError that says so."""
+        path, colon, rest = text.rpartition(":")
+        path, _, split = path.rpartition(":")
+        try:
+            weight = float(rest)
+        except ValueError:
+            weight = -1.0
+        if not (colon and path and split) or not 0 < weight < float("inf"):
+            raise ValueError(
+                f"config.data.mixture holds {text!r}; write PATH:SPLIT:WEIGHT with a positive "
+                "weight, as in runs/meld:train:2.5."
+            )
+        return cls(path, split, weight)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}:{self.split}"
+
+
+class Sources:
+    """Random access to the records of several sources, numbered one source after another.
+
+    An epoch draws as many examples as there are, source k its weight's share of them (`Draw`).
+    Each source is gone through in a shuffled order of its own, again and again, across epochs: one
+    with half its natural share is seen once in two epochs, one with twice its share twice in one.
+    """
+
+    def __init__(self, sources: Sequence[RecordSource], weights: Sequence[float]):
+        self.sources = list(sources)
+        self._starts = np.cumsum([0, *map(len, self.sources)])
+        self.shares = np.asarray(weights, np.float64) / np.sum(weights)
+
+    @classmethod
+    def open(cls, mixture: Sequence[Weighted]) -> "Sources":
+        opened = [RecordSource(part.path, part.split) for part in mixture]
+        return cls(opened, [part.weight for part in mixture])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        source, inside = self._at(index)
+        return source[inside]
+
+    def outline(self, index: int) -> Record:
+        source, inside = self._at(index)
+        return source.outline(inside)
+
+    def where(self, index: int) -> str:
+        source, inside = self._at(index)
+        return f"{source.path}: {source.where(inside)}"
+
+    def index(self, clip_id: str) -> int:
+        """Position of a clip. Raises ValueError if no source holds it, or more than one does."""
+        found = []
+        for start, source in zip(self._starts, self.sources, strict=False):
+            try:
+                found.append(int(start) + source.index(clip_id))
+            except KeyError:
+                continue
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(self.names)
+        raise ValueError(
+            f"The clip {clip_id!r} of a preference pair is in {len(found)} of the record sources "
+            f"({names}); it must be in exactly one. Mine the pairs from these records, or correct "
+            "config.data.path, split or mixture."
+        )
+
+    def source_of(self, indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Which source each of these records comes from."""
+        return np.searchsorted(self._starts, indices, side="right") - 1
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{source.path}:{source.split}" for source in self.sources]
+
+    def _at(self, index: int) -> tuple[RecordSource, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Record {index} of {len(self)}.")
+        k = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.sources[k], int(index - self._starts[k])
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which of the `usable` examples an epoch visits: a pure function of its number.
+
+    `source_of[i]` is the source of usable example i, `shares` the part of an epoch that each
+    source gets.
+    """
+
+    usable: Int[np.ndarray, " M"]
+    source_of: Int[np.ndarray, " M"]
+    names: Sequence[str]
+    shares: Float[np.ndarray, " S"]
+    seed: int
+
+    def __call__(self, epoch: int) -> Int[np.ndarray, " M"]:
+        """Source by source, unshuffled."""
+        return np.concatenate([self._of(k, epoch) for k in range(len(self.shares))])
+
+    def counts(self, epoch: int) -> dict[str, int]:
+        """Examples that an epoch takes from each source."""
+        return {name: len(self._of(k, epoch)) for k, name in enumerate(self.names)}
+
+    def _of(self, k: int, epoch: int) -> Int[np.ndarray, " m"]:
+        own = self.usable[self.source_of == k]
+        if len(self.shares) == 1:
+            return own
+        if not len(own):
+            raise ValueError(f"{self.names[k]} has no usable example; take it out of the mixture.")
+        # Rounding the running total, not each epoch's part, keeps the shares over many epochs.
+        first, last = (round(e * len(self.usable) * self.shares[k]) for e in (epoch, epoch + 1))
+        passes = range(first // len(own), -(-last // len(own)))
+        rngs = [np.random.default_rng([self.seed, _STREAM, k, number]) for number in passes]
+        orders = np.concatenate([rng.permutation(own) for rng in rngs] or [own[:0]])
+        skipped = first % len(own)
+        return orders[skipped : skipped + last - first]

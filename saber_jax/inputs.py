@@ -1,0 +1,147 @@
+"""Everything a run reads: records, pairs, what of them is used, in which order, as batches."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from saber_jax import sharding
+from saber_jax.data import pipeline, sizing
+from saber_jax.data.pairs import Pair
+from saber_jax.data.planning import Plan, Position, Rows
+from saber_jax.data.quarantine import Quarantine
+from saber_jax.data.sources import Draw, Sources, Weighted
+from saber_jax.data.tasks import Mixture
+from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.train import setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What `open_inputs` found. `examples` without the pairs that cannot be used."""
+
+    tokenizer: Tokenizer
+    provenance: dict[str, Any]
+    examples: pipeline.Examples
+    plan: Plan
+    draw: Draw
+    quarantine: Quarantine
+    measured: sizing.Measurements
+    thinned: int
+
+    def describe(self) -> str:
+        """For the console: how much there is, where from, and how full rows are."""
+        fill = ", ".join(f"{name} {share:.0%}" for name, share in self.plan.fill().items())
+        parts = [f"{len(self.draw.usable)} examples an epoch; budgets filled: {fill}"]
+        if len(self.draw.names) > 1:
+            counts = self.draw.counts(0)
+            parts.append("from " + ", ".join(f"{n} of {name}" for name, n in counts.items()))
+        if self.thinned:
+            parts.append(f"{self.thinned} clips keep fewer frames, so that a row holds them")
+        if self.quarantine:
+            parts.append(f"{len(self.quarantine)} examples are left out, see quarantine.jsonl")
+        return "; ".join(parts)
+
+    def summary(self, steps: int, batch_rows: int) -> dict[str, Any]:
+        """What summary.json says of the data, after `steps` steps."""
+        epochs = self.plan.position(steps * batch_rows).epoch
+        drawn = [self.draw.counts(epoch) for epoch in range(epochs + 1)]
+        return {
+            "examples": len(self.examples),
+            "examples_thinned": self.thinned,
+            "examples_left_out": len(self.quarantine),
+            "epochs_finished": epochs,
+            "drawn": {name: sum(counts[name] for counts in drawn) for name in self.draw.names},
+            "fill": self.plan.fill(),
+            "unigram_entropy": pipeline.unigram_entropy(self.measured.token_counts),
+        }
+
+    @property
+    def usable_sizes(self) -> Int[np.ndarray, "M D"]:
+        """Of every usable example, under the first request."""
+        return self.plan.sizes[self.draw.usable]
+
+    def resumed(self, state: dict[str, Any]) -> "Inputs":
+        """Goes on from what `GlobalBatches.state` gave: same rows, same records left out."""
+        position, quarantined = state["position"], state["quarantined"]
+        self.quarantine.recall(quarantined)
+        return dataclasses.replace(
+            self,
+            examples=self.examples.without(quarantined),
+            plan=self.plan.entered(Position(**position)),
+        )
+
+    def batches(
+        self,
+        config: ConfigDict,
+        mesh: Mesh,
+        rows: Rows | list[list[int]],
+        *,
+        first: int = 0,
+        withhold: float = 0.0,
+        quarantine: bool = False,
+    ) -> pipeline.GlobalBatches:
+        """`rows` from step `first` on; without `quarantine` a record must not turn out bad."""
+        place = sharding.batch_sharding(mesh)
+        total = sharding.batch_rows(config.data.batch_rows, mesh)
+        host = pipeline.HostBatches(
+            self.examples,
+            rows,
+            self.plan.budget,
+            config.data.batch_rows,
+            first,
+            local=pipeline.local_rows(total, place),
+            withhold=withhold,
+            seed=config.seed,
+        )
+        return pipeline.GlobalBatches(
+            host,
+            self.quarantine if quarantine else None,
+            place,
+            total,
+            threads=config.data.threads,
+            workers=config.data.workers,
+        )
+
+
+def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> Inputs:
+    """The records that `config` names, or `pairs` of answers to them.
+
+    Raises TooManyBadError when more of them cannot be used than config.data.max_bad_fraction.
+    """
+    d, budget = config.data, setup.budget(config)
+    parts = [Weighted.parse(text) for text in d.mixture] or [Weighted(d.path, d.split, 1.0)]
+    sources = Sources.open(parts)
+    tokenizer = load_tokenizer(parts[0].path)
+    if pairs is None:
+        mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
+        examples = pipeline.Examples(sources, tokenizer, requests=mixture.requests)
+    else:
+        mixture, examples = None, pipeline.Examples(sources, tokenizer, pairs)
+    measured = pipeline.measure(examples, workdir / "sizes.npz", workers=d.workers)
+    selection = sizing.select(measured, budget)
+    quarantine = Quarantine(
+        workdir / "quarantine.jsonl",
+        total=len(examples),
+        limit=d.max_bad_fraction,
+        writes=jax.process_index() == 0,
+    )
+    quarantine.add(selection.left_out(budget, examples))
+    usable = selection.usable
+    draw = Draw(usable, examples.source_of()[usable], sources.names, sources.shares, config.seed)
+    plan = Plan(selection.sizes, budget, config.seed, mixture, draw=draw)
+    return Inputs(
+        tokenizer=tokenizer,
+        provenance=dict(sources.outline(int(examples.record_of(usable[0]))).provenance),
+        examples=examples.with_frame_pairs(selection.frame_pairs),
+        plan=plan,
+        draw=draw,
+        quarantine=quarantine,
+        measured=measured,
+        thinned=len(selection.thinned),
+    )

@@ -1,0 +1,41 @@
+"""The command that chooses budgets."""
+
+import numpy as np
+import pytest
+
+from benchmarks import lengths
+from data_prep import dataset
+from saber_jax.data import budgets, sizing
+from tests import synthetic
+
+
+def measured(sizes: np.ndarray) -> sizing.Measurements:
+    return sizing.Measurements(sizes[None], sizes[:, 3] // 240, np.ones(1))
+
+
+def test_chosen_budgets_leave_little_empty_and_little_out(monkeypatch):
+    monkeypatch.setattr(budgets, "SAMPLE", 1500)
+    sizes = lengths.supervised(1500, lengths.EXACT, np.random.default_rng(3))
+    best, tried = budgets.choose(measured(sizes), 4096)
+    assert best.fill["text"] >= 0.97 and best.media >= 0.92 and best.left_out <= 0.008
+    assert len(tried) > 4 and best.budget.length == 4096
+    assert max(choice.score for choice in tried) == best.score
+    # Smaller media buffers than the longest clip asks for.
+    assert best.budget.patches < sizes[:, 3].max() + 1000 and best.budget.chunks < 15
+
+
+def test_nothing_that_fits_is_one_clear_error():
+    sizes = np.array([[900, 0, 0, 400, 3, 200]])
+    with pytest.raises(ValueError, match="No example fits into rows of 64"):
+        budgets.choose(measured(sizes), 64)
+
+
+def test_the_command_prints_flags_for_records_on_disk(tmp_path, tokenizer, capsys):
+    made = [synthetic.record(i, words=2 + i % 3) for i in range(12)]
+    dataset.write(tmp_path, {"train": made}, lambda record: record)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    assert budgets.main(["--records", str(tmp_path), "--length", "768"]) == 0
+    *_, flags = capsys.readouterr().out.strip().splitlines()
+    assert flags.startswith("--config.data.length=768 --config.data.patches=")
+    assert budgets.main(["--records", str(tmp_path), "--length", "16"]) == 1
+    assert "No example fits" in capsys.readouterr().err
