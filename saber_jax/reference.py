@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import distributed, main, sharding
+from saber_jax.inputs import open_inputs
 from saber_jax.train import setup, start
 
 
@@ -26,10 +27,11 @@ def run(config: ConfigDict) -> None:
     stage, workdir = setup.build(config, sharding.make_mesh(**config.mesh)), Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     base = start.base_checkpoint(config, stage, workdir)
-    examples, plan, _ = main.data(config, stage.cfg, workdir, base)
-    main.with_references(config, start.params(config, stage, base), examples, plan, stage)
-    views = ", ".join(stage.preference.reference_views)
-    main.say(f"{config.reference} holds log pi_ref of {len(examples)} pairs, by view: {views}")
+    inputs = open_inputs(config, workdir, main.checked_pairs(config))
+    main.describe(config, stage.cfg, workdir, base, inputs)
+    main.with_references(config, start.params(config, stage, base), inputs, stage)
+    views, pairs = ", ".join(stage.preference.reference_views), len(inputs.draw.usable)
+    main.say(f"{config.reference} holds log pi_ref of {pairs} pairs, by view: {views}")
 
 
 def _main(argv: list[str]) -> None:
