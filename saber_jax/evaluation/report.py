@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import jinja2
 import markupsafe
 
 from saber_jax.data.journal import read_json, read_jsonl
-from saber_jax.evaluation import charts, report_examples, report_tables
+from saber_jax.data.transforms import CONFLICT_TYPES
+from saber_jax.evaluation import charts, report_examples, report_tables, saber_test
 
 STAGES = {"sft": "SED", "cadpo": "CA-DPO"}
 PAGE = Path(__file__).parent / "page"
@@ -29,6 +30,31 @@ MOST_MEDIA = 24 << 20
 # Where a run lies and how it is split over machines says nothing about its results.
 LOCATIONS = ("root", "workdir", "mesh", "checkpoint_every", "init.checkpoint")
 LOCATIONS += ("data.path", "data.pairs", "data.threads", "data.workers")
+
+SPLITS = tuple(saber_test.SPLITS)
+
+
+def _kind(prefix: str, names: Sequence[str], *, among: bool) -> Callable[[str], bool]:
+    """Whether a metric is PREFIX/NAME with NAME among `names`, or not among them."""
+
+    def belongs(metric: str) -> bool:
+        first, _, name = metric.partition("/")
+        return first == prefix and (name in names) == among
+
+    return belongs
+
+
+# Title of a chart -> which metrics it shows.
+CURVES: dict[str, Callable[[str], bool]] = {
+    "loss": lambda name: name == "loss",
+    "loss by section": _kind("nll", (), among=False),
+    "reward margin, chosen over rejected": lambda name: name == "rewards/margins",
+    "share of pairs with a positive margin": lambda name: name == "rewards/accuracies",
+    "share of pairs with a positive margin, by split": _kind("accuracies", SPLITS, among=True),
+    "reward margin by type of conflict": _kind("margins", CONFLICT_TYPES, among=True),
+    "reward margin by kind of evidence": _kind("margins", (*CONFLICT_TYPES, *SPLITS), among=False),
+    "nats that the chosen answer loses without a modality": _kind("sensitivity", (), among=False),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,25 +150,15 @@ def _charts(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every curve that the runs have metrics for."""
     drawn = []
     for stage, run in runs.items():
-        names, title = list(run["metrics"][0]), STAGES[stage]
+        # A metric without anything to average is left out of its step.
+        names = list(dict.fromkeys(name for row in run["metrics"] for name in row))
         reference = None
         if stage == "sft" and (entropy := run["summary"].get("unigram_entropy")):
             reference = charts.Reference(value=entropy, label=f"unigram entropy {entropy:.3f}")
-        wanted = [
-            (["loss"], f"{title}: loss", reference),
-            ([n for n in names if n.startswith("nll/")], f"{title}: loss by section", None),
-            (
-                [n for n in names if n == "rewards/margins" or n.startswith("rewards/margins/")],
-                f"{title}: reward margin, chosen over rejected",
-                None,
-            ),
-            (
-                [n for n in names if n.startswith("rewards/accuracies")],
-                f"{title}: share of pairs with a positive margin",
-                None,
-            ),
-        ]
-        drawn += [_chart(run["metrics"], *chart) for chart in wanted if chart[0]]
+        for title, belongs in CURVES.items():
+            if chosen := [name for name in names if belongs(name)]:
+                line = reference if title == "loss" else None
+                drawn.append(_chart(run["metrics"], chosen, f"{STAGES[stage]}: {title}", line))
     return drawn
 
 
@@ -152,15 +168,15 @@ def _chart(
     title: str,
     reference: charts.Reference | None,
 ) -> dict[str, Any]:
-    curves = {
-        name: [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-        for name in names
-    }
+    curves = {name: [(row["step"], row[name]) for row in metrics if name in row] for name in names}
     svg = charts.line_chart(curves, x_label="step", y_label=title, reference=reference)
-    ends = [(points[0][1], points[-1][1]) for points in curves.values() if points]
     legend = [
-        {"name": name.split("/")[-1], "first": f"{first:.3f}", "last": f"{last:.3f}"}
-        for name, (first, last) in zip(curves, ends, strict=True)
+        {
+            "name": name.split("/")[-1],
+            "first": f"{points[0][1]:.3f}",
+            "last": f"{points[-1][1]:.3f}",
+        }
+        for name, points in curves.items()
     ]
     return {"title": title, "svg": markupsafe.Markup(svg), "legend": legend}
 

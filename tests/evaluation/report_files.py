@@ -58,6 +58,9 @@ def write_run(root: Path) -> None:
                 "rewards/margins": 0.125 * step,
                 "rewards/accuracies": 0.5 + 0.05 * step,
                 "seconds": 0.25,
+                "margins/visual": 0.1 * step,
+                # Only some steps have a pair of this kind.
+                **({"margins/sarcasm": 0.2 * step} if step in (2, 5) else {}),
             }
             for step in range(8)
         ]

@@ -38,6 +38,10 @@ def test_the_page_holds_every_number_of_the_files(workdir):
         assert shown in page
     for shown in ("unigram entropy 4.733", "first 0.000, last 0.875", "first 0.500, last 0.850"):
         assert shown in page
+    # Curves of some steps only, and those of evidence apart from those of conflicts.
+    by = "CA-DPO: reward margin by"
+    assert re.search(rf"{by} type of conflict</h3>.*?first 0.400, last 1.000", page)
+    assert re.search(rf"{by} kind of evidence</h3>.*?first 0.000, last 0.700", page)
     interval = saber_test.score(SED)["inconsistent"]["accuracy"]["interval"]
     assert f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" in page
     # Clips right in both stages, won, lost and wrong in both, of conflicts and of agreements.
