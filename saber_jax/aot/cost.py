@@ -58,8 +58,14 @@ class Cost:
         return sum(self.matmul.values()) + sum(self.kernel.values())
 
 
-def analyze(module: hlo.Module, mesh_shape: Mapping[str, int], shares: Mapping[str, float]) -> Cost:
-    """`mesh_shape` names the axes that partitions are laid out over; `shares` as hlo.executions."""
+def analyze(
+    module: hlo.Module,
+    mesh_shape: Mapping[str, int],
+    shares: Mapping[str, float],
+    *,
+    uncounted: float | None = None,
+) -> Cost:
+    """`mesh_shape` names the axes that partitions are laid out over; the rest as hlo.executions."""
     cost = Cost(
         matmul=collections.defaultdict(float),
         kernel=collections.defaultdict(float),
@@ -68,7 +74,7 @@ def analyze(module: hlo.Module, mesh_shape: Mapping[str, int], shares: Mapping[s
         collectives=collections.defaultdict(Traffic),
     )
     seen: set[tuple[int, str]] = set()
-    for run in hlo.executions(module, dict(shares)):
+    for run in hlo.executions(module, shares, uncounted=uncounted):
         matmul, kernel = _matmul_flops(module, run), kernel_flops(run)
         where = tower(run.instruction.scope)
         cost.matmul[where] += matmul * run.times

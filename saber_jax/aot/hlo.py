@@ -7,7 +7,7 @@ network whose layers are scanned would seem to cost one layer.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "s4", "u4"), 1),
@@ -72,6 +72,7 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
+Constants = Callable[[int], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,54 +162,76 @@ class Execution:
     loops: tuple[str, ...]  # Names of the loop bodies around it, the outermost first.
 
 
-def executions(module: Module, shares: dict[str, float]) -> Iterator[Execution]:
+def executions(
+    module: Module, shares: Mapping[str, float], *, uncounted: float | None = None
+) -> Iterator[Execution]:
     """Every instruction that runs, in schedule order; those inside a fusion are its own business.
 
     `shares` says how often a branch of a conditional is taken: the share of the first key that
-    occurs in a scope inside the branch, or 1 for all branches of which nothing is said.
+    occurs in a scope inside the branch, or 1 for all branches of which nothing is said. A loop that
+    is not counted up to a constant runs `uncounted` times; without that it raises ValueError.
     """
-    yield from _executions(module, module.entry, 1.0, (), None, shares)
+    walk = _Walk(module, shares, uncounted)
+    yield from walk.computation(module.entry, 1.0, (), lambda index: None)
 
 
-def _executions(module, name, times, loops, outer, shares):
-    computation = module.computations[name]
-    for instruction in computation.values():
-        if instruction.op == "while":
-            tuple_ = computation[instruction.operands[0]]
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    module: Module
+    shares: Mapping[str, float]
+    uncounted: float | None
 
-            def initial(index, tuple_=tuple_, computation=computation):
-                if tuple_.op != "tuple":
-                    return None
-                return _constant(computation, tuple_.operands[index], outer)
+    def computation(
+        self, name: str, times: float, loops: tuple[str, ...], argument: Constants
+    ) -> Iterator[Execution]:
+        """`argument(i)` is element i of what the computation is given, if that is a constant."""
+        computation = self.module.computations[name]
+        for instruction in computation.values():
+            if instruction.op == "while":
+                initial = _elements(computation, instruction.operands[0], argument)
+                body = instruction.attribute(r"body=%([\w.\-]+)") or ""
+                count = trip_count(self.module, instruction, initial)
+                if count is None:
+                    count = self._assumed(instruction)
+                yield Execution(instruction, computation, times, loops)
+                yield from self.computation(body, times * count, (*loops, body), initial)
+            elif instruction.op == "conditional":
+                for branch in instruction.called:
+                    share = self._share(branch)
+                    yield from self.computation(branch, times * share, loops, lambda index: None)
+            elif instruction.op in ("call", "async-start"):
+                for called in instruction.called:
+                    yield from self.computation(called, times, loops, lambda index: None)
+            else:
+                yield Execution(instruction, computation, times, loops)
 
-            body = instruction.attribute(r"body=%([\w.\-]+)")
-            count = trip_count(module, instruction, initial)
-            yield Execution(instruction, computation, times, loops)
-            yield from _executions(module, body, times * count, (*loops, body), initial, shares)
-        elif instruction.op == "conditional":
-            for branch in instruction.called:
-                share = _share(module, branch, shares)
-                yield from _executions(module, branch, times * share, loops, None, shares)
-        elif instruction.op in ("call", "async-start"):
-            for called in instruction.called:
-                yield from _executions(module, called, times, loops, None, shares)
-        else:
-            yield Execution(instruction, computation, times, loops)
+    def _assumed(self, loop: Instruction) -> float:
+        if self.uncounted is None:
+            raise ValueError(f"Cannot tell how often the loop {loop.name} ({loop.scope}) runs.")
+        return self.uncounted
+
+    def _share(self, branch: str) -> float:
+        for instruction in self.module.computations[branch].values():
+            for scope, share in self.shares.items():
+                if scope in instruction.scope:
+                    return share
+        return 1.0
 
 
-def _share(module: Module, branch: str, shares: dict[str, float]) -> float:
-    for instruction in module.computations[branch].values():
-        for scope, share in shares.items():
-            if scope in instruction.scope:
-                return share
-    return 1.0
+def _elements(computation: Computation, name: str, argument: Constants) -> Constants:
+    """Of the tuple `name`: which constant each element is, if it is one."""
+    made = computation[name]
+
+    def element(index: int) -> int | None:
+        if made.op != "tuple":
+            return None
+        return _constant(computation, made.operands[index], argument)
+
+    return element
 
 
-def trip_count(module: Module, loop: Instruction, initial) -> int:
-    """How often a counted loop runs; `initial(i)` is the constant that element i starts from.
-
-    Raises ValueError for a loop that is not counted up to a constant.
-    """
+def trip_count(module: Module, loop: Instruction, initial: Constants) -> int | None:
+    """How often a loop runs that is counted up to a constant, None for others."""
     known = loop.attribute(r'known_trip_count"?:\{"?n"?:"(\d+)"')
     if known:
         return int(known)
@@ -224,7 +247,7 @@ def trip_count(module: Module, loop: Instruction, initial) -> int:
         )
         if high is not None:
             return max(0, -(-(high - (low or 0)) // _step(module, loop, condition, compare)))
-    raise ValueError(f"Cannot tell how often the loop {loop.name} ({loop.scope}) runs.")
+    return None
 
 
 def _comparisons(module: Module, condition: Computation):
@@ -273,7 +296,7 @@ def _offset(body: Computation, name: str, index: int) -> int | None:
     return None
 
 
-def _constant(computation: Computation, name: str, initial) -> int | None:
+def _constant(computation: Computation, name: str, initial: Constants | None) -> int | None:
     instruction = computation.get(name)
     if instruction is None:
         return None

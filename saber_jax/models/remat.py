@@ -18,6 +18,7 @@ ATTENTION = "attention_output"  # The kernel's output and log-sum-exp.
 MLP = "mlp"  # Gate and up projections.
 
 named = checkpoint_name
+BY_MEMORY = get_args(Remat)  # From the least memory on the device to the most.
 
 _KEPT: dict[str, tuple[str, ...]] = {
     "layer": (),  # 0.05: the input alone.
@@ -46,7 +47,7 @@ def rematerialised(layer, remat: Remat):
     elif remat in _KEPT:
         policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
     else:
-        names = ", ".join(map(repr, get_args(Remat)))
+        names = ", ".join(map(repr, BY_MEMORY))
         raise ValueError(f"config.compute.remat must be one of {names}; got {remat!r}.")
     # A scan body is never merged with its own recomputation, so the barrier that prevent_cse adds
     # would cost without protecting anything.

@@ -183,11 +183,17 @@ def _look(
     """Attention inside frames where `full`, else inside windows."""
     length = q.shape[1]
     if kernel != "xla":
-        return jax.lax.cond(
-            full,
-            lambda: attend_nearby(q, k, v, frame, min(reach or length, length), kernel),
-            lambda: attend_nearby(q, k, v, window, min(cfg.window_patches, length), kernel),
-        )
+        near = functools.partial(attend_nearby, q, k, v, kernel=kernel)
+
+        def in_frames():
+            with jax.named_scope("frame_attention"):
+                return near(frame, min(reach or length, length))
+
+        def in_windows():
+            with jax.named_scope("window_attention"):
+                return near(window, min(cfg.window_patches, length))
+
+        return jax.lax.cond(full, in_frames, in_windows)
     segments = jnp.where(full, frame, window)
     # Three blocks of keys that cover everything are no cheaper than everything.
     if reach is None or 3 * reach >= length:

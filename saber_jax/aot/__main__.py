@@ -1,0 +1,84 @@
+"""Compiles what a config runs for a TPU topology, without a TPU, and says what it costs.
+
+    python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=v5e:16x16
+    python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --json=F --hlo=DIR
+    python -m saber_jax.aot --compare configs/sft.py:7b configs/sft.py:7b_lora --topology=v5e:16x16
+
+Any setting can be changed as `--config.key=value`. Exits with 1 if the program does not fit.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from absl import app, flags
+
+from configs.command_line import CONFIG, parse_flags
+from saber_jax import sharding
+from saber_jax.aot import chips, programs, report
+from saber_jax.train import setup
+from saber_jax.xla_flags import FLAGS
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE", required=True)
+PROGRAM = flags.DEFINE_enum("program", "train", programs.NAMES, "which of the config's programs")
+JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+HLO = flags.DEFINE_string("hlo", None, "also write the compiled module's text to this directory")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
+    config = CONFIG.value
+    try:
+        slices = chips.parse_topology(TOPOLOGY.value)
+        mesh = sharding.make_mesh(**config.mesh, devices=slices.devices())
+        stage = setup.build(config, mesh)
+        lowered = programs.lower(PROGRAM.value, config, stage)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"saber_jax.aot: {error}")
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=FLAGS)
+    except jax.errors.JaxRuntimeError as error:
+        sys.exit(f"saber_jax.aot: {report.does_not_fit(str(error), config, stage, slices)}")
+    seconds = time.perf_counter() - began
+    figures = report.figures(compiled, PROGRAM.value, stage, slices, seconds)
+    figures["config"] = next(a for a in sys.argv if a.startswith("--config=")).split("=", 1)[1]
+    print(report.text(figures))
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(figures, indent=1))
+    if HLO.value:
+        Path(HLO.value).mkdir(parents=True, exist_ok=True)
+        (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text())
+
+
+def compare(arguments: list[str]) -> None:
+    """Two configs under the same other arguments, each in a process of its own."""
+    at = arguments.index("--compare")
+    names, rest = arguments[at + 1 : at + 3], arguments[:at] + arguments[at + 3 :]
+    if len(names) < 2 or any(name.startswith("-") for name in names):
+        sys.exit("saber_jax.aot: --compare takes two configs, like configs/sft.py:7b")
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, name in enumerate(names):
+            out = Path(scratch) / f"{number}.json"
+            command = [sys.executable, "-m", "saber_jax.aot", f"--config={name}", f"--json={out}"]
+            done = subprocess.run([*command, *rest], stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                sys.exit(done.returncode)
+            results.append(json.loads(out.read_text()))
+    print(report.side_by_side(*results))
+
+
+if __name__ == "__main__":
+    if "--compare" in sys.argv:
+        compare(sys.argv[1:])
+    else:
+        app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,116 @@
+"""Every program that a config runs on a pod, lowered from abstract inputs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from saber_jax import decoding, sharding
+from saber_jax.generate import INPUTS
+from saber_jax.train import flops
+from saber_jax.train.setup import Setup
+from saber_jax.train.step import flatten
+
+NAMES = ("train", "reference", "prefill", "decode")
+
+
+def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
+    """Raises ValueError for a program that the config does not run."""
+    if name == "train":
+        return stage.train_step().lower(stage.state, stage.batch)
+    if name == "reference":
+        if config.stage != "cadpo":
+            raise ValueError(f"Only stage cadpo has references; this config's is {config.stage}.")
+        return stage.reference_step().lower(stage.state.params, stage.batch)
+    if name in ("prefill", "decode"):
+        return _generation(name, config, stage)
+    raise ValueError(f"There is no program {name!r}; there are {', '.join(NAMES)}.")
+
+
+def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
+    """Answers to prompts of the config's row size, a batch as in config.generation."""
+    rows = sharding.batch_rows(config.generation.batch_size, stage.mesh)
+    place, everywhere = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
+
+    def of(shape, dtype, where=everywhere):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    dtype = jnp.dtype(stage.compute.dtype)
+    params = jax.tree.map(lambda p: of(p.shape, dtype, p.sharding), stage.state.params)
+    batch = {
+        key: of((rows, *stage.batch[key].shape[1:]), stage.batch[key].dtype, place)
+        for key in INPUTS
+    }
+    program = decoding.Program(
+        cfg=stage.cfg,
+        dtype=dtype,
+        greedy=True,
+        max_new_tokens=config.generation.max_new_tokens,
+        max_frame_patches=stage.compute.frame_patches,
+    )
+    pick = decoding.Pick(
+        seed=of((), jnp.uint32),
+        rows=of((rows,), jnp.uint32, place),
+        temperature=of((), jnp.float32),
+        top_p=of((), jnp.float32),
+        end=of((), jnp.int32),
+        vocabulary=of((), jnp.int32),
+    )
+    prompts = (params, batch, of((rows,), jnp.bool_, place), pick)
+    if name == "prefill":
+        return decoding.start.lower(*prompts, program=program)
+    state, cache = jax.eval_shape(lambda *args: decoding.start(*args, program=program), *prompts)
+    state = {k: of(v.shape, v.dtype, place if v.ndim else everywhere) for k, v in state.items()}
+    lanes = jax.sharding.NamedSharding(
+        stage.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
+    )
+    cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, lanes), cache)
+    return decoding.proceed.lower(params, state, cache, of((), jnp.int32), pick, program=program)
+
+
+def branch_shares(stage: Setup) -> dict[str, float]:
+    """How often the vision tower takes either branch, by their scopes."""
+    vision = stage.cfg.vision
+    full = len(vision.full_attention_layers) / vision.depth
+    return {"frame_attention": full, "window_attention": 1.0 - full}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What full rows ask for, over all devices: model FLOPs by tower, and tokens."""
+
+    flops: dict[str, float]
+    tokens: float
+    targets: float
+
+
+def asked(stage: Setup) -> Asked:
+    """Of one train step whose every slot, patch, chunk and target is real: one clip a row, frames
+    and windows as large as they may be. The numerator of MFU is this times the rows' fill."""
+    rows, length = stage.batch["tokens"].shape
+    response, patches = stage.compute.response, stage.batch["patches"].shape[1]
+    shared, chunks = length - 2 * response, stage.batch["mel"].shape[1]
+    steps = 100 * chunks
+    counted = {
+        "examples": rows,
+        "tokens": rows * length,
+        "text_pairs": rows * (_causal(shared) + 2 * (_causal(response) + response * shared)),
+        "targets": rows * stage.batch["target_tokens"].shape[1],
+        "patches": rows * patches,
+        "units": rows * patches / 4,
+        "window_pairs": rows * patches * stage.cfg.vision.window_patches,
+        "frame_pairs": rows * patches * stage.compute.frame_patches,
+        "chunks": rows * chunks,
+        "mel_frames": rows * 2 * steps,
+        "audio_steps": rows * steps,
+        "audio_pairs": rows * steps * 100,
+        "audio_tokens": rows * steps / 2,
+    }
+    sizes = flops.parameter_sizes(flatten(stage.state.params))
+    by_tower = flops.train_flops(stage.cfg, sizes, stage.state.trainable, counted)
+    return Asked(by_tower, counted["tokens"], counted["targets"])
+
+
+def _causal(length: int) -> float:
+    return length * (length + 1) / 2

@@ -1,0 +1,224 @@
+"""From a compiled program to figures, and from figures to what a person reads."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from saber_jax.aot import cost, hlo, memory, programs
+from saber_jax.aot.chips import GIB, Slices
+from saber_jax.models.remat import BY_MEMORY
+from saber_jax.train.setup import Setup
+
+HEADROOM = 0.10  # Of the memory, for what a program is not alone with: input buffers, fragments.
+
+
+def figures(
+    compiled: jax.stages.Compiled, name: str, stage: Setup, slices: Slices, seconds: float
+) -> dict[str, Any]:
+    """Everything that the compiled program says, per device unless it says otherwise."""
+    module = hlo.parse(compiled.as_text())
+    train = name == "train"
+    uncounted = 1.0 if name == "decode" else None  # So decode's figures are those of one token.
+    shares = programs.branch_shares(stage)
+    costs = cost.analyze(module, dict(stage.mesh.shape), shares, uncounted=uncounted)
+    used = memory.measure(compiled, module, stage, train)
+    chip, devices = slices.chip, stage.mesh.size
+    result: dict[str, Any] = {
+        "program": name,
+        "topology": slices.name,
+        "devices": devices,
+        "compile_seconds": seconds,
+        "memory": dataclasses.asdict(used)
+        | {"limit": chip.hbm, "headroom": 1 - used.peak / chip.hbm},
+        "flops": {
+            "matmul": dict(costs.matmul),
+            "kernel": dict(costs.kernel),
+            "recomputed": costs.recomputed,
+            "total": costs.flops,
+        },
+        "hbm_bytes": costs.hbm_bytes,
+        "collectives": [
+            dataclasses.asdict(kind) | dataclasses.asdict(traffic)
+            for kind, traffic in sorted(costs.collectives.items())
+        ],
+        "roofline": roofline(costs, slices, stage.mesh.shape),
+        "largest_buffers": memory.largest(module, 8, uncounted=uncounted),
+    }
+    if train:
+        asked = programs.asked(stage)
+        model = sum(asked.flops.values()) / devices
+        result["model_flops"] = {tower: value / devices for tower, value in asked.flops.items()}
+        result["compiled_over_model"] = costs.flops / model
+        result["flops_per_token"] = costs.flops * devices / asked.tokens
+        result["flops_per_target"] = costs.flops * devices / asked.targets
+    return result
+
+
+def roofline(costs: cost.Cost, slices: Slices, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """Seconds below which a step cannot be, by what it would wait for, on the makers' figures.
+
+    Rings of different axes work at the same time, so the busiest counts.
+    """
+    chip = slices.chip
+    wires: dict[str, float] = {}
+    for kind, traffic in costs.collectives.items():
+        for axis, share in _ring_shares(kind, mesh):
+            wires[axis] = wires.get(axis, 0.0) + traffic.wire * share
+    by_axis = {
+        axis: sent / (chip.dcn if axis == "data" and slices.count > 1 else chip.ring(mesh[axis]))
+        for axis, sent in wires.items()
+    }
+    seconds = {
+        "compute": costs.flops / chip.flops,
+        "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
+        "interconnect": max(by_axis.values(), default=0.0),
+    }
+    bound = max(seconds, key=lambda key: seconds[key])
+    return {"seconds": seconds, "interconnect_by_axis": by_axis, "bound": bound}
+
+
+def _ring_shares(kind: cost.Kind, mesh: Mapping[str, int]) -> list[tuple[str, float]]:
+    """Traffic over several axes at once goes around each in turn, evenly."""
+    return [(axis, 1 / len(kind.axes)) for axis in kind.axes if mesh[axis] > 1]
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """The report. Nothing in it was measured on a chip, and it says so."""
+    m, f, r = figures["memory"], figures["flops"], figures["roofline"]
+    lines = [
+        f"{figures['program']} on {figures['topology']}, {figures['devices']} devices: "
+        f"compiled in {figures['compile_seconds']:.0f} s. All figures are of one device.",
+        "",
+        f"memory, GiB           peak {m['peak'] / GIB:.2f} of {m['limit'] / GIB:.2f}, "
+        f"{m['headroom']:.0%} free",
+        *(
+            f"  {name:<20}{m[name] / GIB:8.2f}"
+            for name in (*("weights", "optimizer", "batch"), "temporaries")
+        ),
+        f"    {'activations kept':<18}{m['activations'] / GIB:8.2f}",
+        f"    {'gradients, stacked':<18}{m['gradients'] / GIB:8.2f}",
+        *([f"  {'on the host':<20}{m['host'] / GIB:8.2f}"] if m["host"] else []),
+        "",
+        "operations, TFLOP     matrix products   attention kernels"
+        + ("   asked for" if "model_flops" in figures else ""),
+    ]
+    for tower in sorted(f["matmul"].keys() | f["kernel"].keys()):
+        lines.append(
+            f"  {tower:<20}{f['matmul'].get(tower, 0) / 1e12:15.2f}"
+            f"{f['kernel'].get(tower, 0) / 1e12:20.2f}"
+        )
+    lines.append(f"  computed twice      {f['recomputed'] / 1e12:15.2f}")
+    if "model_flops" in figures:
+        model = sum(figures["model_flops"].values())
+        towers = ", ".join(f"{k} {v / 1e12:.1f}" for k, v in figures["model_flops"].items())
+        lines += [
+            f"  model FLOPs of full rows {model / 1e12:.1f} ({towers}; vocabulary in text): "
+            f"compiled / model {figures['compiled_over_model']:.3f}",
+            f"  {figures['flops_per_token'] / 1e9:.1f} GFLOP a text slot, "
+            f"{figures['flops_per_target'] / 1e9:.1f} GFLOP a target token",
+        ]
+    lines += ["", "collectives, GB sent  axes                 times  in layers  beside computation"]
+    for entry in figures["collectives"]:
+        if entry["wire"] >= 1e6:
+            lines.append(
+                f"  {entry['op']:<18}{entry['wire'] / 1e9:7.2f}   {'+'.join(entry['axes']):<18}"
+                f"{entry['count']:7.0f}  {'yes' if entry['in_layers'] else 'no':<9}  "
+                f"{'yes' if entry['hidden'] else 'no, it blocks'}"
+            )
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in r["seconds"].items())
+    lines += [
+        "",
+        f"lower bounds          {seconds}: bound by {r['bound']}",
+        "  from the makers' peak figures; nothing was run, and a real step takes longer",
+        "",
+        "largest buffers, GiB",
+        *(
+            f"  {size / GIB:6.2f}  {shape:<28} {_short(scope)}"
+            for size, shape, scope in figures["largest_buffers"]
+        ),
+    ]
+    if m["headroom"] < HEADROOM:
+        lines += [
+            "",
+            f"fits with {m['headroom']:.0%} to spare, less than the {HEADROOM:.0%} advised",
+        ]
+    return "\n".join(lines)
+
+
+def _short(scope: str) -> str:
+    parts = [p for p in re.split(r"[/()]", scope) if p not in ("", "jit", "jvp", "transpose")]
+    kept = [p for p in parts if p not in ("shard_map", "while", "body", "closed_call")]
+    return "/".join(kept[-4:])
+
+
+def does_not_fit(error: str, config: ConfigDict, stage: Setup, slices: Slices) -> str:
+    """What the compiler's refusal means, and which settings would help.
+
+    Raises ValueError for any other error of the compiler.
+    """
+    limit = slices.chip.hbm
+    needed = [_bytes(*found) for found in re.findall(r"([\d.]+)([KMGT]?)(?:iB)?\b", error)]
+    needed = [size for size in needed if size > limit]
+    if "RESOURCE_EXHAUSTED" not in error or not needed:
+        raise ValueError(f"The TPU compiler refused the program: {error}")
+    over = min(needed) - limit
+    tries = suggestions(config, stage)
+    return (
+        f"does not fit: {over / GIB:.1f} GiB over the {limit / GIB:.2f} GiB of a {slices.family} "
+        f"device; try {'; or '.join(tries)}"
+    )
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * 1024 ** "_KMGT".index(unit or "_")
+
+
+def suggestions(config: ConfigDict, stage: Setup) -> list[str]:
+    """Settings that lower memory, those that cost least first."""
+    tries = []
+    if config.compute.head_chunk > 128:
+        tries.append(f"--config.compute.head_chunk={config.compute.head_chunk // 2}")
+    lower = BY_MEMORY[: BY_MEMORY.index(config.compute.remat)]
+    if lower:
+        tries.append(f"--config.compute.remat={lower[-1]}")
+    rows = config.data.batch_rows // stage.mesh.size
+    if rows > 1:
+        half = config.data.batch_rows // 2
+        tries.append(f"--config.data.batch_rows={half} ({rows} rows a device now)")
+    if config.compute.kernel == "xla":
+        tries.append("--config.compute.kernel=splash")
+    if memory.per_device(stage.state.opt_state) > memory.per_device(stage.state.frozen):
+        tries.append("--config.lora.rank=64")
+    doubled = math.prod(stage.mesh.shape.values()) * 2
+    return [*tries, f"a topology of {doubled} devices or more"]
+
+
+def side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """Two reports' main figures, and their ratio."""
+    rows = [("", str(a["config"]), str(b["config"]), "B / A")]
+    for label, of, unit in (
+        ("peak memory, GiB", lambda f: f["memory"]["peak"], GIB),
+        ("  weights", lambda f: f["memory"]["weights"], GIB),
+        ("  optimizer", lambda f: f["memory"]["optimizer"], GIB),
+        ("  temporaries", lambda f: f["memory"]["temporaries"], GIB),
+        ("operations, TFLOP", lambda f: f["flops"]["total"], 1e12),
+        ("  computed twice", lambda f: f["flops"]["recomputed"], 1e12),
+        ("sent, GB", lambda f: sum(c["wire"] for c in f["collectives"]), 1e9),
+        ("  blocking", lambda f: sum(c["wire"] for c in f["collectives"] if not c["hidden"]), 1e9),
+        ("HBM traffic, GB", lambda f: f["hbm_bytes"], 1e9),
+        ("bound: compute, s", lambda f: f["roofline"]["seconds"]["compute"], 1),
+        ("bound: HBM, s", lambda f: f["roofline"]["seconds"]["hbm"], 1),
+        ("bound: interconnect, s", lambda f: f["roofline"]["seconds"]["interconnect"], 1),
+    ):
+        x, y = of(a) / unit, of(b) / unit
+        rows.append((label, f"{x:.2f}", f"{y:.2f}", f"{y / x:.2f}" if x else ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3))
+        for row in rows
+    )
