@@ -6,6 +6,7 @@
 #   launch/setup.sh --prep   and what preparing raw videos needs (data_prep.run)
 #   launch/setup.sh --test   and what the tests need
 #   launch/setup.sh --demo   and what the demo page needs
+#   launch/setup.sh --aot    and the TPU compiler, which needs no TPU
 #   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
 #
 # Bring your own environment: SABER_PYTHON=/path/to/python is used as it is, nothing is installed and
@@ -29,8 +30,10 @@ for flag in "$@"; do
     --prep) layers+=(requirements-prep.txt) ;;
     --test) layers+=(requirements-test.txt) ;;
     --demo) layers+=(requirements-demo.txt) ;;
+    --aot) layers+=(requirements-tpu.txt) ;;
     --torch) layers+=(requirements-torch.txt) ;;
-    *) echo "launch/setup.sh: unknown flag $flag; it knows --prep, --test, --demo and --torch." >&2
+    *) echo "launch/setup.sh: unknown flag $flag;" \
+            "it knows --prep, --test, --demo, --aot and --torch." >&2
        exit 2 ;;
   esac
 done

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 torch=(--torch)
 if [[ "${1:-}" == --no-torch ]]; then torch=(); shift; fi
-python=$(launch/setup.sh --prep --test --demo "${torch[@]}")
+python=$(launch/setup.sh --prep --test --demo --aot "${torch[@]}")
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Files stay together, because their fixtures (goldens, a trained model) cost more than their tests.

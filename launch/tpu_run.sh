@@ -45,5 +45,8 @@ export PYTHONUNBUFFERED=1
 if has_tpu; then
   LIBTPU_INIT_ARGS="$("$python" -m saber_jax.xla_flags) ${LIBTPU_INIT_ARGS:-}"
   export LIBTPU_INIT_ARGS
+elif ! has_nvidia; then
+  # An installed TPU compiler would make jax look for a TPU first.
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 fi
 exec "$python" -m launch.chain "--config=$config" "$@"

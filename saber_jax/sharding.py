@@ -79,7 +79,8 @@ def _torus(devices: Sequence[jax.Device]) -> tuple[int, int, int]:
     if not hasattr(devices[0], "coords"):
         return 1, 1, len(devices)
     x, y, z = np.max([device.coords for device in devices], axis=0) + 1
-    return int(z), int(y), int(x)
+    cores = len({device.core_on_chip for device in devices})
+    return int(z), int(y), int(x) * cores
 
 
 def _along_torus(fsdp: int, torus: tuple[int, int, int], tensor: int) -> tuple[int, int, int]:

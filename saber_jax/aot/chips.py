@@ -4,12 +4,18 @@ import dataclasses
 import os
 import re
 
-# The compiler needs no TPU, but its library looks for one, and for the cloud's metadata server.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+# The compiler needs no TPU, but its library asks where it is, first of all the cloud.
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_MIN_LOG_LEVEL": "3",
+}.items():
+    os.environ.setdefault(name, value)
 
-from jax.experimental import topologies
+from jax.experimental import topologies  # noqa: E402
 
 GIB = 2**30
 _FLAT = "2x2 2x4 4x4 4x8 8x8 8x16 16x16"

@@ -162,9 +162,12 @@ def kernel_flops(run: hlo.Execution) -> float:
             f"The kernel {instruction.name} ({instruction.scope}) does not say what it costs."
         )
     operands = (a for name in instruction.operands for a in run.computation[name].arrays)
-    batch, heads, _, head_dim = next(a.dims for a in operands if len(a.dims) == 4)
+    # Queries come first; a batch of one row loses its axis.
+    *batch, heads, _, head_dim = next(
+        a.dims for a in operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")
+    )
     count, length = int(blocks[1]), int(blocks[2])
-    return 2.0 * products[0] * batch * heads * count * length**2 * head_dim
+    return 2.0 * products[0] * math.prod(batch) * heads * count * length**2 * head_dim
 
 
 def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:

@@ -160,6 +160,7 @@ class Execution:
     computation: Computation
     times: float
     loops: tuple[str, ...]  # Names of the loop bodies around it, the outermost first.
+    turns: float = 1.0  # Of a loop.
 
 
 def executions(
@@ -193,7 +194,7 @@ class _Walk:
                 count = trip_count(self.module, instruction, initial)
                 if count is None:
                     count = self._assumed(instruction)
-                yield Execution(instruction, computation, times, loops)
+                yield Execution(instruction, computation, times, loops, count)
                 yield from self.computation(body, times * count, (*loops, body), initial)
             elif instruction.op == "conditional":
                 for branch in instruction.called:
@@ -237,7 +238,8 @@ def trip_count(module: Module, loop: Instruction, initial: Constants) -> int | N
         return int(known)
     condition = module.computations[loop.attribute(r"condition=%([\w.\-]+)")]
     for compare, scope, name_of in _comparisons(module, condition):
-        if compare.attribute(r"direction=(\w+)") != "LT":
+        counts = all(scope[name].arrays[0].dtype in ("s32", "u32") for name in compare.operands)
+        if not counts or compare.attribute(r"direction=(\w+)") != "LT":
             continue
         low, high = (
             _constant(condition, name_of(operand), initial)
@@ -245,8 +247,8 @@ def trip_count(module: Module, loop: Instruction, initial: Constants) -> int | N
             else _constant(scope, operand, None)
             for operand in compare.operands
         )
-        if high is not None:
-            return max(0, -(-(high - (low or 0)) // _step(module, loop, condition, compare)))
+        if low is not None and high is not None:
+            return max(0, -(-(high - low) // _step(module, loop, condition, compare)))
     return None
 
 

@@ -34,9 +34,12 @@ def per_device(tree) -> int:
     )
 
 
-def measure(compiled: jax.stages.Compiled, module: hlo.Module, stage: Setup, train: bool) -> Memory:
+def measure(
+    compiled: jax.stages.Compiled, module: hlo.Module, stage: Setup, *, train: bool, **walk
+) -> Memory:
+    """`walk` as hlo.executions."""
     stats = compiled.memory_analysis()
-    forward, backward = _stacked(module)
+    forward, backward = _stacked(module, **walk)
     return Memory(
         weights=per_device((stage.state.trainable, stage.state.frozen)),
         optimizer=per_device(stage.state.opt_state) if train else 0,
@@ -49,14 +52,13 @@ def measure(compiled: jax.stages.Compiled, module: hlo.Module, stage: Setup, tra
     )
 
 
-def _stacked(module: hlo.Module) -> tuple[int, int]:
+def _stacked(module: hlo.Module, **walk) -> tuple[int, int]:
     """Bytes that loops of the entry computation fill an index at a time: (forward, backward)."""
     forward = backward = 0
-    entry = module.computations[module.entry]
-    for loop in entry.values():
-        if loop.op != "while":
+    for run in hlo.executions(module, {}, **walk):
+        loop = run.instruction
+        if loop.op != "while" or run.loops:
             continue
-        turns = hlo.trip_count(module, loop, lambda index: None)
         body = module.computations[loop.attribute(r"body=%([\w.\-]+)") or ""]
         root = next(i for i in body.values() if i.root)
         size = 0
@@ -65,7 +67,7 @@ def _stacked(module: hlo.Module) -> tuple[int, int]:
             passed_on = source.op == "get-tuple-element" and source.attribute(
                 r"index=(\d+)"
             ) == str(index)
-            if array.space == 0 and array.dims[:1] == (turns,) and not passed_on:
+            if array.space == 0 and array.dims[:1] == (run.turns,) and not passed_on:
                 size += array.bytes
         if "transpose(" in loop.scope:
             backward += size

@@ -1,0 +1,12 @@
+import pytest
+
+from saber_jax.aot import chips
+
+
+@pytest.fixture(scope="session")
+def four_chips():
+    """Four TPU v5e that can be compiled for; without the compiler its tests are skipped by name."""
+    try:
+        return chips.parse_topology("v5e:2x2").devices()
+    except RuntimeError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,100 @@
+"""The cost of small programs whose cost is known, compiled for four TPU chips."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from saber_jax import sharding
+from saber_jax.aot import cost, hlo
+
+MESH_SHAPE = {"data": 1, "fsdp_z": 1, "fsdp_y": 2, "fsdp_x": 2, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def mesh(four_chips):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1, devices=four_chips)
+    assert dict(mesh.shape) == MESH_SHAPE
+    return mesh
+
+
+def analyze(function, *arguments, **walk):
+    return cost.analyze(compiled(function, *arguments), MESH_SHAPE, {}, **walk)
+
+
+def compiled(function, *arguments):
+    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def of(mesh, shape, dtype=jnp.bfloat16, spec=PartitionSpec()):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def scanned(x, weights):
+    with jax.named_scope("text"):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+
+def test_a_scanned_layer_counts_as_often_as_it_runs(mesh):
+    got = analyze(scanned, of(mesh, (64, 256)), of(mesh, (5, 256, 256)))
+    assert got.matmul == {"text": 5 * 2 * 64 * 256 * 256}
+    assert got.kernel == {} and got.recomputed == 0
+
+
+def test_what_a_backward_pass_computes_again_is_told_apart(mesh):
+    def loss(weights, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w @ w), None))
+        return jax.lax.scan(layer, x, weights)[0].astype(jnp.float32).sum()
+
+    got = analyze(jax.grad(loss), of(mesh, (3, 256, 256)), of(mesh, (64, 256)))
+    product = 2 * 64 * 256 * 256
+    # Two products forward, twice that backward, and both once more.
+    assert got.flops == pytest.approx(3 * 8 * product, rel=0.02)
+    assert got.recomputed == pytest.approx(3 * 2 * product, rel=0.02)
+
+
+def test_a_loop_without_a_known_end_is_an_error_unless_told(mesh):
+    def search(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x @ x, x)
+
+    x = of(mesh, (256, 256), jnp.float32)
+    with pytest.raises(ValueError, match="Cannot tell how often the loop"):
+        analyze(search, x)
+    assert analyze(search, x, uncounted=1.0).flops >= 2 * 256**3
+
+
+def test_collectives_are_told_by_kind_and_axis_and_bytes(mesh):
+    def gathered(x):
+        x = jax.lax.all_gather(x, "fsdp_x", tiled=True)
+        return jax.lax.psum_scatter(jnp.sin(x), "fsdp_y", tiled=True)
+
+    spec = PartitionSpec(("fsdp_y", "fsdp_x"))
+    by_hand = jax.shard_map(
+        gathered,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=PartitionSpec(("fsdp_x", "fsdp_y")),
+        check_vma=False,
+    )
+    got = analyze(by_hand, of(mesh, (4096, 1024), jnp.float32, spec))
+    by_kind = {(kind.op, kind.axes): traffic for kind, traffic in got.collectives.items()}
+    whole = 4 * 2048 * 1024
+    gather = by_kind["all-gather", ("fsdp_x",)]
+    assert (gather.payload, gather.wire) == (whole, whole / 2)
+    scatter = by_kind["reduce-scatter", ("fsdp_y",)]
+    assert (scatter.payload, scatter.wire) == (whole, whole / 2)
+
+
+def test_replica_groups_are_read_in_every_notation():
+    def groups(text):
+        instruction = hlo.Instruction("x", "f32[]", "all-reduce", (), text, False)
+        return cost._groups(instruction, 8).tolist()
+
+    rows, columns = [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert groups("replica_groups={{0,1,2,3},{4,5,6,7}}") == rows
+    assert groups("replica_groups=[2,4]<=[8]") == rows
+    assert groups("replica_groups=[4,2]<=[2,4]T(1,0)") == columns
+    assert groups("replica_groups=mesh['a'=2,'b'=4] {'b'}") == rows
+    assert groups("replica_groups=mesh['a'=2,'b'=4] {'a'}") == columns
+    assert groups("replica_groups=mesh['a'=8] {'a':(1)2}") == columns
+    assert groups("source_target_pairs={{0,1},{1,0}}") == [[0, 1], [1, 0]]

@@ -1,0 +1,90 @@
+"""The train step as the TPU compiler makes it: what must not be in it."""
+
+import re
+
+import jax
+import pytest
+
+from configs import sft
+from saber_jax import sharding
+from saber_jax.aot import chips, cost, hlo, programs, report
+from saber_jax.train import setup
+from saber_jax.xla_flags import FLAGS
+
+
+@pytest.fixture(scope="module")
+def text_only():
+    """A small supervised config without media, as it would run on TPUs."""
+    config = sft.get_config("tiny")
+    config.data.batch_rows = 4
+    config.data.length = config.data.targets = 128
+    config.data.patches = config.data.chunks = 0
+    config.compute.update(dtype="bfloat16", kernel="splash", remat="layer", head_chunk=128)
+    return config
+
+
+@pytest.fixture(scope="module")
+def step(four_chips, text_only):
+    """(config, setup, compiled, module)"""
+    mesh = sharding.make_mesh(**text_only.mesh, devices=four_chips)
+    stage = setup.build(text_only, mesh)
+    compiled = stage.train_step().lower(stage.state, stage.batch).compile(compiler_options=FLAGS)
+    return text_only, stage, compiled, hlo.parse(compiled.as_text())
+
+
+def test_no_weight_or_moment_is_replicated_that_the_rules_shard(step):
+    _, stage, compiled, _ = step
+    (state, _), _ = compiled.input_shardings
+    for wanted, got in zip(jax.tree.leaves(stage.state), jax.tree.leaves(state), strict=True):
+        assert got.is_equivalent_to(wanted.sharding, wanted.ndim)
+    matrices = {n: leaf for n, leaf in stage.state.trainable.items() if "/w_" in n}
+    assert all(not leaf.sharding.is_fully_replicated for leaf in matrices.values())
+
+
+def test_layers_gather_weights_and_scatter_gradients_and_nothing_else(step):
+    """Per layer and ring: each weight gathered in both passes, each gradient scattered once."""
+    _, stage, _, module = step
+    costs = cost.analyze(module, dict(stage.mesh.shape), {})
+    in_layers = {k: t for k, t in costs.collectives.items() if k.in_layers}
+    matrices = [n for n in stage.state.trainable if re.match(r"text/blocks/\w+/w_", n)]
+    blocks = sum(2 * stage.state.trainable[name].size for name in matrices)
+    gathered = sum(t.wire for k, t in in_layers.items() if k.op == "all-gather")
+    scattered = sum(t.wire for k, t in in_layers.items() if k.op == "reduce-scatter")
+    # Over four devices, two rings of two: 1/4 + 1/2 of a weight arrives.
+    assert gathered <= 2 * blocks * 3 / 4 * 1.01
+    assert scattered <= blocks * 3 / 4 * 1.01
+    assert {k.op for k in in_layers} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    summed = sum(t.wire for k, t in in_layers.items() if k.op == "all-reduce")
+    assert summed < 0.1 * (gathered + scattered)
+
+
+def test_the_compiler_had_to_rematerialise_nothing(step):
+    *_, module = step
+    names = [name for c in module.computations.values() for name in c]
+    assert not [name for name in names if ".remat" in name]
+
+
+def test_memory_by_kind_is_what_the_shardings_say(step):
+    _, stage, compiled, _ = step
+    figures = report.figures(compiled, "train", stage, chips.parse_topology("v5e:2x2"), 0.0)
+    text = sum(leaf.size for leaf in stage.state.trainable.values())
+    assert figures["memory"]["weights"] == pytest.approx(4 * text / 4, rel=0.1)
+    assert figures["memory"]["optimizer"] == pytest.approx(8 * text / 4, rel=0.1)
+    assert programs.asked(stage).targets == 4 * 128
+    assert "bound by" in report.text(figures)
+
+
+def test_a_topology_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match=r"no topology 'v5e:3x3'.*\n.*v5e: 2x2 2x4 4x4"):
+        chips.parse_topology("v5e:3x3")
+    assert chips.parse_topology("2*v5e:16x16").count == 2
+
+
+def test_what_does_not_fit_is_told_with_settings_that_would_help(step):
+    config, stage, *_ = step
+    message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.25G of 15.75G hbm."
+    said = report.does_not_fit(message, config, stage, chips.parse_topology("v5e:2x2"))
+    assert said.startswith("does not fit: 4.5 GiB over the 15.75 GiB of a v5e device; try ")
+    assert "--config.compute.remat=layer_offload" in said
+    with pytest.raises(ValueError, match="refused the program: INTERNAL: Mosaic"):
+        report.does_not_fit("INTERNAL: Mosaic", config, stage, chips.parse_topology("v5e:2x2"))
