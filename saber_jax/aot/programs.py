@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from saber_jax import decoding, sharding
-from saber_jax.generate import INPUTS
 from saber_jax.train import flops
 from saber_jax.train.setup import Setup
 from saber_jax.train.step import flatten
 
 NAMES = ("train", "reference", "prefill", "decode")
+INPUTS = (
+    *("tokens", "segments", "branch", "media_index", "positions"),
+    *("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths"),
+)
 
 
 def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
@@ -29,25 +32,30 @@ def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
 
 
 def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
-    """Answers to prompts of the config's row size, a batch as in config.generation."""
-    rows = sharding.batch_rows(config.generation.batch_size, stage.mesh)
-    place, everywhere = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
+    """Answers to one prompt a row, of the config's row size, a batch as in config.generation."""
+    mesh = stage.mesh
+    rows = sharding.batch_rows(config.generation.batch_size, mesh)
+    groups = sharding.shards(sharding.BATCH_AXES, mesh)
+    place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def of(shape, dtype, where=everywhere):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     dtype = jnp.dtype(stage.compute.dtype)
     params = jax.tree.map(lambda p: of(p.shape, dtype, p.sharding), stage.state.params)
-    batch = {
-        key: of((rows, *stage.batch[key].shape[1:]), stage.batch[key].dtype, place)
-        for key in INPUTS
-    }
+    given = {key: stage.batch[key] for key in INPUTS}
+    batch = {key: of((rows, *leaf.shape[1:]), leaf.dtype, place) for key, leaf in given.items()}
+    for key in ("prompt_ends", "prompt_lengths"):
+        batch[key] = of((groups, rows // groups), jnp.int32, place)
+    cached = sharding.cache_sharding(stage.cfg.text.kv_heads, mesh)
     program = decoding.Program(
         cfg=stage.cfg,
         dtype=dtype,
         greedy=True,
+        prompt_slots=given["tokens"].shape[1],
         max_new_tokens=config.generation.max_new_tokens,
         max_frame_patches=stage.compute.frame_patches,
+        cache=cached,
     )
     pick = decoding.Pick(
         seed=of((), jnp.uint32),
@@ -62,10 +70,7 @@ def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lower
         return decoding.start.lower(*prompts, program=program)
     state, cache = jax.eval_shape(lambda *args: decoding.start(*args, program=program), *prompts)
     state = {k: of(v.shape, v.dtype, place if v.ndim else everywhere) for k, v in state.items()}
-    lanes = jax.sharding.NamedSharding(
-        stage.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
-    )
-    cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, lanes), cache)
+    cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, cached), cache)
     return decoding.proceed.lower(params, state, cache, of((), jnp.int32), pick, program=program)
 
 
