@@ -203,7 +203,14 @@ def test_again_brings_back_what_an_endpoint_in_trouble_lost(finished, drawn, tmp
     assert set(healthy.asked.values()) == {1}  # Only unanswered questions were asked.
 
 
-def test_a_killed_run_goes_on_and_asks_nothing_twice(drawn, tmp_path):
+def decoded(finished, tmp_path: Path) -> None:
+    """The stages that decode, as another run left them."""
+    for name in ("ingest", "segment", "measure", "filter"):
+        shutil.copytree(finished[0] / "out" / name, tmp_path / "out" / name)
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(finished, drawn, tmp_path):
+    decoded(finished, tmp_path)
     script = Misbehaving(["slow"])
     with chat_server(script) as server:
         path = config(tmp_path, drawn, server.url, **{"concurrency = 4": "concurrency = 1"})
@@ -282,7 +289,8 @@ def test_a_killed_beam_run_goes_on_from_its_finished_shards(drawn, tmp_path):
     assert len(stage(tmp_path, "measure").rows()) == CLIPS
 
 
-def test_a_run_stops_at_its_budget_and_a_larger_one_goes_on(drawn, tmp_path, capsys):
+def test_a_run_stops_at_its_budget_and_a_larger_one_goes_on(finished, drawn, tmp_path, capsys):
+    decoded(finished, tmp_path)
     script = Misbehaving(["none"])
     with chat_server(script) as server:
         small = {"retries = 2": "retries = 2, most_cost = 0.05"}
