@@ -9,7 +9,7 @@ from the same tasks and wordings, evidence before reasoning, and writes it down:
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from data_prep import storage
@@ -34,13 +34,22 @@ class InstructionSettings:
         return Mixture(self.tasks, wordings=self.wordings, seed=self.seed)
 
 
-def work(rows: list[Row], settings: InstructionSettings) -> Iterator[Outcome]:
-    """The stage, over all rows at once: each row with its `request`."""
+KEYS = ("clip_id",)
+
+
+def plan(rows: list[Row], settings: InstructionSettings) -> Callable[[Row], Outcome]:
+    """Draws a request for all rows; what it returns gives one row its `request`."""
     mixture = settings.mixture()
-    for row, drawn in zip(rows, mixture.draw(0, len(rows)), strict=True):
+    ids = sorted(row["clip_id"] for row in rows)
+    drawn = dict(zip(ids, mixture.draw(0, len(ids)).tolist(), strict=True))
+
+    def ask(row: Row) -> Outcome:
         # The test set asks for everything, in the usual words.
-        request = Request() if row["split"] == "test" else mixture.requests[drawn]
-        yield {**row, "request": dataclasses.asdict(request)}
+        test = row["split"] == "test"
+        request = Request() if test else mixture.requests[drawn[row["clip_id"]]]
+        return {**row, "request": dataclasses.asdict(request)}
+
+    return ask
 
 
 def conversation(row: Row) -> dict[str, Any]:

@@ -144,15 +144,16 @@ def _consistency(settings: Settings, stage: Stage, source: Stage) -> dict[str, A
 
 
 def _split(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
-    done = shards.run_whole(stage, source, functools.partial(split.work, settings=settings.split))
+    plan = functools.partial(split.plan, settings=settings.split)
+    done = shards.run_whole(stage, source, split.KEYS, plan)
     for what, count in split.summary(stage.rows()).items():
         print(f"  {count:8d}  {what}")
     return done
 
 
 def _instructions(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
-    work = functools.partial(instructions.work, settings=settings.instructions)
-    done = shards.run_whole(stage, source, work)
+    plan = functools.partial(instructions.plan, settings=settings.instructions)
+    done = shards.run_whole(stage, source, instructions.KEYS, plan)
     instructions.write(stage)
     return done
 

@@ -24,7 +24,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -100,9 +100,10 @@ class Stage:
     def dropped(self, shard: int) -> list[dict[str, Any]]:
         return storage.read_lines(self.path("dropped", shard))
 
-    def rows(self) -> list[Row]:
-        """The kept rows of all shards."""
-        return [row for shard in range(self.shards) for row in self.kept(shard)]
+    def rows(self) -> Iterator[Row]:
+        """The kept rows of all shards, one shard in memory at a time."""
+        for shard in range(self.shards):
+            yield from self.kept(shard)
 
     def fingerprint(self) -> str:
         """Changes with the settings of this stage and of every one before it."""
@@ -210,22 +211,23 @@ def run(
     return stage.summarise()
 
 
-def run_whole(stage: Stage, source: Stage, work: ShardWork) -> dict[str, Any]:
-    """For what needs all rows at once: `work` gets them in order, its outcomes go to their shards.
+def run_whole(
+    stage: Stage,
+    source: Stage,
+    keys: Sequence[str],
+    plan: Callable[[list[Row]], Callable[[Row], Outcome]],
+) -> dict[str, Any]:
+    """For what needs to know of all rows before it can decide about one.
 
-    Outcomes may come in any order; a row's shard is the one its clip_id came from.
+    `plan` gets every row, reduced to `keys` so that they fit in memory, and returns what decides
+    about each whole row.
     """
     stage.claim(source.fingerprint())
-    if not stage.missing():
-        return stage.summarise()
-    rows = [source.kept(shard) for shard in range(stage.shards)]
-    home = {row["clip_id"]: shard for shard, part in enumerate(rows) for row in part}
-    outcomes: list[list[Outcome]] = [[] for _ in rows]
-    for outcome in work([row for part in rows for row in part]):
-        row = outcome.row if isinstance(outcome, Dropped) else outcome
-        outcomes[home[row["clip_id"]]].append(outcome)
-    for shard, part in enumerate(rows):
-        stage.write(shard, part, outcomes[shard])
+    if todo := stage.missing():
+        decide = plan([{key: row[key] for key in keys} for row in source.rows()])
+        for shard in tqdm(todo, desc=stage.name, unit="shard"):
+            rows = source.kept(shard)
+            stage.write(shard, rows, map(decide, rows))
     return stage.summarise()
 
 

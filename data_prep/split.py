@@ -11,7 +11,7 @@ dropped as `reserved`, because training on it would be a leak.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from data_prep.shards import Dropped, Outcome, Row
@@ -74,24 +74,31 @@ def leaks(rows: Iterable[Row]) -> list[str]:
     return sorted(key for key, sides in where.items() if len(sides) == 2)
 
 
-def work(rows: list[Row], settings: SplitSettings) -> Iterator[Outcome]:
-    """The stage, over all rows at once."""
+KEYS = ("clip_id", "corpus", "video", "speaker", "language", "split", "relation")
+"""What the plan needs to know of a row."""
+
+
+def plan(rows: list[Row], settings: SplitSettings) -> Callable[[Row], Outcome]:
+    """Decides about all rows (of KEYS); what it returns places one whole row.
+
+    Raises RuntimeError should the split leak.
+    """
     group_of = groups(rows)
     members: dict[int, list[Row]] = collections.defaultdict(list)
     for row in rows:
         members[group_of[row["clip_id"]]].append(row)
-    reserved = _reserve(members, len(rows), settings)
-    chosen = _draw([row for group in reserved for row in members[group]], settings)
+    candidates = _reserve(members, len(rows), settings)
+    chosen = _draw([row for group in candidates for row in members[group]], settings)
     # Where one relation is rare the draw is small, and groups that gave nothing may go back.
     reserved = {group_of[clip_id] for clip_id in chosen}
-    done: list[Row] = []
-    for row in rows:
-        outcome = _placed(row, chosen, group_of[row["clip_id"]] in reserved, settings)
-        if not isinstance(outcome, Dropped):
-            done.append(outcome)
-        yield outcome
-    if found := leaks(done):
+
+    def place(row: Row) -> Outcome:
+        return _placed(row, chosen, group_of[row["clip_id"]] in reserved, settings)
+
+    placed = (place({**row, "provenance": []}) for row in rows)
+    if found := leaks(row for row in placed if not isinstance(row, Dropped)):
         raise RuntimeError(f"The split leaks: {found[:5]} are in test and in training.")
+    return place
 
 
 def _reserve(members: dict[int, list[Row]], total: int, settings: SplitSettings) -> set[int]:

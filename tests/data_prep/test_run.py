@@ -198,7 +198,7 @@ def test_again_brings_back_what_an_endpoint_in_trouble_lost(finished, drawn, tmp
         path = config(tmp_path, drawn, server.url)
         assert run.main(["--config", str(path), "--again", "annotate"]) == 0
     assert "annotate: 1 clips to be asked about again" in capsys.readouterr().out
-    kept = stage(tmp_path, "annotate").rows()
+    kept = list(stage(tmp_path, "annotate").rows())
     assert len(kept) == GOOD + 1
     assert set(healthy.asked.values()) == {1}  # Only unanswered questions were asked.
 
@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(finished, drawn, tmp_path):
     assert len(script.asked) == CLIPS
     # The question under way when the process died is the only one that may come twice.
     assert sum(script.asked.values()) <= CLIPS + 1
-    assert len(stage(tmp_path, "annotate").rows()) == CLIPS
+    assert len(list(stage(tmp_path, "annotate").rows())) == CLIPS
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_killed_beam_run_goes_on_from_its_finished_shards(drawn, tmp_path):
     assert 2 <= len(finished) < 8
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    assert len(stage(tmp_path, "measure").rows()) == CLIPS
+    assert len(list(stage(tmp_path, "measure").rows())) == CLIPS
 
 
 def test_a_run_stops_at_its_budget_and_a_larger_one_goes_on(finished, drawn, tmp_path, capsys):
