@@ -134,8 +134,28 @@ def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
 
 
-def decode_clip(path: str | Path, sampling: Sampling) -> Clip:
-    """Decodes one video file of any container and codec that FFmpeg reads.
+def decode_sound(path: str | Path, sampling: Sampling) -> Int16[np.ndarray, " n"]:
+    """The sound of an audio or video file, 16 kHz mono. Raises MediaError."""
+    path, tracks = Path(path), _Tracks()
+    try:
+        with _opened(path) as container:
+            if not container.streams.audio:
+                raise MediaError("no_audio", path.name)
+            resampler = av.AudioResampler(format="fltp")
+            for frame in container.decode(container.streams.audio[0]):
+                tracks.hear(frame, resampler)
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise MediaError("unreadable", f"{path.name}: {error}") from error
+    if not tracks.sound:
+        raise MediaError("no_audio", f"{path.name}: the audio track is empty")
+    audio = _resampled(np.concatenate(tracks.sound), tracks.sound_rate)
+    _check_length(path, len(audio) / media.SAMPLE_RATE, sampling)
+    return audio
+
+
+def decode_clip(path: str | Path, sampling: Sampling, *, sound: bool = True) -> Clip:
+    """Decodes one video file of any container and codec that FFmpeg reads; without `sound` its
+    frames alone.
 
     In mode "exact" the sound starts at the first frame: it is cut or led in by silence as the
     tracks' own times say. Raises MediaError.
@@ -144,8 +164,8 @@ def decode_clip(path: str | Path, sampling: Sampling) -> Clip:
     if path.stat().st_size == 0:
         raise MediaError("empty_file", path.name)
     try:
-        timeline = _timeline(path, sampling)
-        frames, audio = _content(path, timeline, sampling)
+        timeline = _timeline(path, sampling, sound)
+        frames, audio = _content(path, timeline, sampling, sound)
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise MediaError("unreadable", f"{path.name}: {error}") from error
     info = {
@@ -181,11 +201,11 @@ def _opened(path: Path) -> Iterator[InputContainer]:
         yield container
 
 
-def _check_header(path: Path, container: InputContainer, sampling: Sampling) -> None:
+def _check_header(path: Path, container: InputContainer, sampling: Sampling, sound: bool) -> None:
     """Refuses before any packet is read, so that a film of four hours costs nothing."""
     if not container.streams.video:
         raise MediaError("no_video", path.name)
-    if not container.streams.audio:
+    if sound and not container.streams.audio:
         raise MediaError("no_audio", path.name)
     if container.duration:
         _check_length(path, container.duration / av.time_base, sampling)
@@ -197,12 +217,12 @@ def _check_length(path: Path, seconds: float, sampling: Sampling) -> None:
         raise MediaError("too_long", detail)
 
 
-def _timeline(path: Path, sampling: Sampling) -> _Timeline:
+def _timeline(path: Path, sampling: Sampling, sound: bool) -> _Timeline:
     """Counts the frames from the packets: headers are often wrong, decoding twice is slow."""
     times: list[Fraction] = []
     end = Fraction(0)
     with _opened(path) as container:
-        _check_header(path, container, sampling)
+        _check_header(path, container, sampling, sound)
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         for packet in container.demux():
@@ -234,22 +254,23 @@ def _timeline(path: Path, sampling: Sampling) -> _Timeline:
 
 
 def _content(
-    path: Path, timeline: _Timeline, sampling: Sampling
+    path: Path, timeline: _Timeline, sampling: Sampling, sound: bool
 ) -> tuple[UInt8[np.ndarray, "T H W 3"], Int16[np.ndarray, " n"]]:
     indices = _indices(timeline.count, timeline, sampling)
-    tracks = _decoded(path, indices)
+    tracks = _decoded(path, indices, sound)
     if tracks.count != timeline.count:
         # Some packets give no frame (cut groups of pictures, hidden frames): sample what exists.
         if tracks.count < max(0.9 * timeline.count, media.TEMPORAL_PATCH):
             detail = f"{path.name}: only {tracks.count} of {timeline.count} frames decode"
             raise MediaError("unreadable", detail)
         indices = _indices(tracks.count, timeline, sampling)
-        tracks = _decoded(path, indices)
-    if not tracks.sound:
+        tracks = _decoded(path, indices, sound)
+    if sound and not tracks.sound:
         raise MediaError("no_audio", f"{path.name}: the audio track is empty")
     frames = np.stack([tracks.pictures[index] for index in indices.tolist()])
     height, width = sampling.frame_size(frames.shape[1], frames.shape[2], len(frames))
-    audio = _resampled(np.concatenate(tracks.sound), tracks.sound_rate)
+    none = np.zeros(0, np.float32)
+    audio = _resampled(np.concatenate([none, *tracks.sound]), tracks.sound_rate)
     if sampling.mode == "exact" and tracks.sound_start is not None:
         late = tracks.sound_start - timeline.start
         audio = _shifted(audio, round(late * media.SAMPLE_RATE))
@@ -280,22 +301,25 @@ class _Tracks:
     sound_rate: int = media.SAMPLE_RATE
     sound_start: Fraction | None = None
 
+    def hear(self, frame: av.AudioFrame, resampler: av.AudioResampler) -> None:
+        if self.sound_start is None and frame.pts is not None and frame.time_base:
+            self.sound_start = frame.pts * frame.time_base
+        self.sound_rate = frame.sample_rate
+        self.sound += [part.to_ndarray().mean(axis=0) for part in resampler.resample(frame)]
 
-def _decoded(path: Path, indices: Int[np.ndarray, " T"]) -> _Tracks:
-    """Decodes both tracks in one pass and keeps the pictures wanted."""
+
+def _decoded(path: Path, indices: Int[np.ndarray, " T"], sound: bool) -> _Tracks:
+    """Decodes in one pass and keeps the pictures wanted and, if wanted, the sound."""
     wanted = set(indices.tolist())
     tracks = _Tracks()
     size = None
     reformatter = VideoReformatter()
     resampler = av.AudioResampler(format="fltp")  # Rate and channels stay as they are.
     with _opened(path) as container:
-        streams = (container.streams.video[0], container.streams.audio[0])
+        streams = container.streams.video[:1] + container.streams.audio[: int(sound)]
         for frame in container.decode(*streams):
             if isinstance(frame, av.AudioFrame):
-                if tracks.sound_start is None and frame.pts is not None and frame.time_base:
-                    tracks.sound_start = frame.pts * frame.time_base
-                tracks.sound_rate = frame.sample_rate
-                tracks.sound += [p.to_ndarray().mean(axis=0) for p in resampler.resample(frame)]
+                tracks.hear(frame, resampler)
             elif isinstance(frame, av.VideoFrame):
                 if tracks.count in wanted:
                     # A stream may change its size midway; the first frame decides.
