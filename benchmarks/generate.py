@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,6 +75,7 @@ CONFIG = SaberConfig(
 class Letters:
     """A vocabulary without training: special tokens, then one id a character. Keeps ids as text."""
 
+    path = Path()  # It has no file.
     vocab_size = CONFIG.text.vocab
     _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
 
