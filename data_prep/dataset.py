@@ -39,7 +39,7 @@ class Records(tfds.core.GeneratorBasedBuilder):
             "language": text,
             "frames": text,
             "frames_shape": tfds.features.Tensor(shape=(3,), dtype=np.int32),
-            "seconds_per_grid": tfds.features.Tensor(shape=(), dtype=np.float32),
+            "seconds_per_grid": tfds.features.Tensor(shape=(), dtype=np.float64),
             "audio": text,
             "annotation": text,
             "labels": text,

@@ -127,7 +127,8 @@ def to_example(record: Record) -> dict[str, Any]:
         "language": record.language.encode(),
         "frames": np.ascontiguousarray(record.frames).tobytes(),
         "frames_shape": np.asarray(record.frames.shape[:3], np.int32),
-        "seconds_per_grid": np.float32(record.seconds_per_grid),
+        # Not float32: woven sound is cut at float64 times, see tmrope.woven.
+        "seconds_per_grid": np.float64(record.seconds_per_grid),
         "audio": np.asarray(record.audio, "<i2").tobytes(),
         "annotation": _json(record.annotation),
         "labels": _json(record.labels),
