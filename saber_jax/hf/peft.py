@@ -1,10 +1,11 @@
 """The adapters of a LoRA run as `peft` reads them: adapter_config.json, adapter_model.safetensors.
 
 Modules are named as transformers 4 and the files of every version name them; with transformers 5
-`peft` renames them as it loads.
+`peft` renames those of the text tower as it loads.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ WEIGHTS = "adapter_model.safetensors"
 def write(workdir: str | Path, out: Path) -> None:
     """Writes both files into `out`.
 
-    Raises ValueError if the run at `workdir` has no adapters, or some for a convolution, which
-    `peft` shapes in another way.
+    Raises ValueError if the run at `workdir` has no adapters, or trained anything but adapters of
+    the text tower: `peft` under transformers 5 finds no place for those of the others and goes on.
     """
     about = checkpoint.read_model_file(workdir)
     cfg = SaberConfig.from_dict(about["model"])
@@ -37,7 +38,7 @@ def write(workdir: str | Path, out: Path) -> None:
         name = "/".join((lora.ADAPTERS, *entry.path))
         if f"{name}/a" not in trained:
             continue
-        if len(entry.shape) != 2:
+        if entry.path[0] != "text":
             unfit.append(entry.name)
             continue
         module = entry.name.removesuffix(".weight")
@@ -48,8 +49,8 @@ def write(workdir: str | Path, out: Path) -> None:
         weights[f"{key}.lora_B.weight"] = b.reshape(cfg.lora.rank, -1).T
     if unfit:
         raise ValueError(
-            f"{workdir} trained more than adapters of linear layers: {unfit}. An adapter file "
-            "cannot hold that; export the merged model instead, without --peft."
+            f"{workdir} trained more than adapters of the text tower: {unfit}. An adapter file "
+            "cannot hold that safely; export the merged model instead, without --peft."
         )
     start = tensors.header({name: ("F32", array.shape) for name, array in weights.items()})
     tensors.write(out / WEIGHTS, start, (np.ascontiguousarray(a) for a in weights.values()))
@@ -62,11 +63,20 @@ def write(workdir: str | Path, out: Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        # In full: by their last parts alone, layers of other towers would be meant as well.
-        "target_modules": modules,
+        "target_modules": _pattern(modules),
     }
     (out / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _layer(entry: Entry):
     return ... if entry.layer is None else entry.layer
+
+
+def _pattern(modules: list[str]) -> str:
+    """Matches these modules of the text tower, in transformers 4 and 5 and inside the omni model.
+
+    By their last parts alone, layers of other towers would be meant as well.
+    """
+    kinds = sorted({re.sub(r"\.\d+\.", ".0.", m.removeprefix("model.")) for m in modules})
+    escaped = [re.escape(kind).replace(r"\.0\.", r"\.\d+\.") for kind in kinds]
+    return rf"(thinker\.)?(model\.)?(language_model\.)?({'|'.join(escaped)})"
