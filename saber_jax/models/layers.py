@@ -20,6 +20,7 @@ from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
 from saber_jax.models.remat import ATTENTION, INPUT, QKV, Remat, named, rematerialised
 from saber_jax.models.shards import whole
 
+QUERY_BLOCK = 512  # Longer causal rows are gone through in blocks of so many queries.
 MASKED = -1e30  # Finite: minus infinity makes a row that sees nothing NaN.
 
 
@@ -103,6 +104,16 @@ def attend(
         return kernels.packed(
             q, k, v, visible.query_segments, response=visible.response, kernel=kernel
         )
+    long = visible.causal and q.shape[1] == k.shape[1] and q.shape[1] > QUERY_BLOCK
+    return named((_blocks if long else _dense)(q, k, v, visible), ATTENTION)
+
+
+def _dense(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visible: Visibility,
+) -> Float[Array, "B T N H"]:
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -116,8 +127,51 @@ def attend(
     total = weights.sum(-1).reshape(batch, kv_heads, group * length, 1)
     weights = weights.reshape(batch, kv_heads, group * length, -1).astype(v.dtype)
     out = jnp.matmul(weights, values, preferred_element_type=jnp.float32) / total
-    out = named(out.astype(v.dtype), ATTENTION).reshape(batch, kv_heads, group, length, head_dim)
+    out = out.astype(v.dtype).reshape(batch, kv_heads, group, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _blocks(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L K H"],
+    v: Float[Array, "B L K H"],
+    visible: Visibility,
+) -> Float[Array, "B L N H"]:
+    """masks.packed_text a block of queries at a time, over the keys that any of them may see.
+
+    Neither what lies after a block nor, in the two response regions that may end a row, the other
+    region is ever multiplied. Blocks of 2 over a shared region of 4 and responses of 2:
+
+        keys      0 1 2 3 4 5 6 7
+        0, 1      x x
+        2, 3      x x x x
+        4, 5      x x x x x x
+        6, 7      x x x x     x x
+    """
+    length, response = q.shape[1], visible.response
+    shared = length - 2 * response
+    # Rows whose regions nobody named are whole, and only `branch` keeps their responses apart.
+    segments, branch = visible.query_segments, visible.query_branch
+    regions = [(0, shared), (shared, length - response), (length - response, length)]
+    out = []
+    for start, stop in regions if response else [(0, length)]:
+        for first in range(start, stop, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, stop)
+
+            def seen(x, start=start, last=last):
+                if start in (0, shared):
+                    return x[:, :last]
+                return jnp.concatenate([x[:, :shared], x[:, start:last]], axis=1)
+
+            block = Visibility(
+                query_segments=segments[:, first:last],
+                key_segments=seen(segments),
+                query_branch=None if branch is None else branch[:, first:last],
+                key_branch=None if branch is None else seen(branch),
+                causal=True,
+            )
+            out.append(_dense(q[:, first:last], seen(k), seen(v), block))
+    return jnp.concatenate(out, axis=1)
 
 
 def attend_cached(

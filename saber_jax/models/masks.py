@@ -17,7 +17,7 @@ class Visibility:
     """Query i sees key j iff all of these hold.
 
     - `query_segments[i] == key_segments[j]`, and they are not 0, the label of padding;
-    - with `causal`, j <= i;
+    - with `causal`, j <= i, where queries are the last of the keys;
     - with branches, `key_branch[j]` is 0 (shared by all branches) or equals `query_branch[i]`.
 
     A query that sees nothing (padding) gets a finite, meaningless row from `attend`.
@@ -35,7 +35,9 @@ class Visibility:
         query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
         mask = (query == key) & (key != 0)
         if self.causal:
-            slots = jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[2])[None, :]
+            # The last query stands where the last key does.
+            first = key.shape[2] - query.shape[1]
+            slots = first + jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[2])[None, :]
             mask &= slots[None]
         if self.query_branch is not None and self.key_branch is not None:
             shared = self.key_branch[:, None, :]

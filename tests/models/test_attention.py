@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saber_jax.models import layers
 from saber_jax.models.layers import attend, attend_nearby, scan_layers
 from saber_jax.models.masks import packed_text, same_segment
 
@@ -61,3 +62,31 @@ def test_a_query_that_sees_nothing_stays_finite():
 def test_an_unknown_remat_is_refused():
     with pytest.raises(ValueError, match=r"'layer', .* got 'all'"):
         scan_layers(lambda x, _: (x, None), jnp.zeros(1), jnp.zeros(2), remat="all")
+
+
+@pytest.mark.parametrize(("response", "named"), [(0, 0), (5, 5), (8, 0)])
+def test_causal_attention_in_blocks_equals_dense_attention(monkeypatch, response, named):
+    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
+    length = 14 + 2 * response
+    shared = np.array([1] * 6 + [2] * 5 + [0] * 3)
+    region = np.array([1] * 2 + [2] * 3 + [0] * 8)[:response]
+    segments = np.concatenate([shared, region, region[::-1] if response == 5 else region])[None]
+    branch = np.repeat([0, 1, 2], [14, response, response])[None]
+    q, k, v = (
+        random((1, length, 4, 4), 0),
+        random((1, length, 2, 4), 1),
+        random((1, length, 2, 4), 2),
+    )
+    visible = packed_text(segments, branch, response=named)
+    real = (segments > 0)[:, :, None, None]
+
+    def both(form):
+        def loss(q, k, v):
+            out = jnp.where(real, form(q, k, v, visible), 0)
+            return (out**2).sum(), out
+
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), True)(q, k, v)
+        return [out, *gradients]
+
+    for got, want in zip(both(layers._blocks), both(layers._dense), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
