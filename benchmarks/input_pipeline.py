@@ -1,0 +1,232 @@
+"""CPU-seconds a clip from storage to batch: ours, and Qwen2_5OmniProcessor in a torch DataLoader.
+
+    pip install --target TV --no-deps torchvision==0.28.0
+    PYTHONPATH=TV python -m benchmarks.input_pipeline [--quick]
+
+Both start from the same clips, sampled as the published SABER script does (110 to 120 tokens a
+frame pair), and end with a batch in memory:
+
+- ours: ArrayRecord -> tokens, positions, uint8 patches, log-mel -> packed rows;
+- processor, decoded: frames and sound that lie in memory -> the processor's tensors;
+- processor, files: the same, but decoding and resizing each video file first (by our decoder, which
+  gives the released preprocessing's pixels), as trainers do that keep no records.
+
+Processes count with their children. The processor needs torchvision, which nothing else here does;
+without it only our figure is printed and the exit code is 1. The last line reports the ratio to
+`processor, decoded`, the smaller of the two, and what share of a v5e-256's step 224 host cores
+would be busy: a step of 7B at 40% of 197 TFLOP/s on each chip, 8 FLOPs a parameter and token.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from benchmarks import lengths, result
+from data_prep import dataset
+from saber_jax.data import decode, pipeline, planning, sed
+from saber_jax.data.packing import Budget
+from saber_jax.data.records import FIELDS, Record, RecordSource
+from saber_jax.data.sources import Sources
+from saber_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+GOAL = 5.0
+WORDS = 45  # Of each section: an answer of about 500 tokens.
+HOST_CORES, CHIPS, PEAK, MFU = 224, 256, 197e12, 0.4
+PARAMETERS, STEP_FLOPS = 7.07e9, 8  # Forward, backward and a second forward.
+
+
+def write_video(path: Path, seconds: float, rng: np.random.Generator) -> None:
+    """640 x 360 at 25 frames a second: drifting smooth colours with some grain, and noise."""
+    small = rng.uniform(0, 255, (12, 20, 3))
+    base = np.kron(small, np.ones((34, 36, 1)))
+    grain = rng.normal(0, 4, (3, 360, 640, 1))
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt, video.bit_rate = 640, 360, "yuv420p", 2_000_000
+        sound = container.add_stream("aac", rate=16_000, layout="mono")
+        for number in range(round(25 * seconds)):
+            y, x = number % 48, (2 * number) % 80
+            picture = base[y : y + 360, x : x + 640] + grain[number % 3]
+            frame = av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8), "rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        samples = rng.normal(0, 0.1, round(16_000 * seconds)).astype(np.float32)
+        for start in range(0, len(samples), 1024):
+            piece = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], "fltp", "mono")
+            piece.sample_rate, piece.pts, piece.time_base = 16_000, start, Fraction(1, 16_000)
+            container.mux(sound.encode(piece))
+        container.mux(sound.encode())
+
+
+def vocabulary(folder: Path, texts: list[str]) -> Tokenizer:
+    texts = texts + [sed.prompt_text(language, True, True) for language in ("en", "zh")]
+    headings = [sed.heading(field) for field in FIELDS]
+    path = folder / "tokenizer.model"
+    train_sentencepiece(texts, path, vocab_size=768, symbols=headings)
+    return load_tokenizer(path)
+
+
+def record(path: Path, rng: np.random.Generator) -> Record:
+    clip = decode.decode_clip(path, lengths.RELEASE)
+    words = ("calm", "person", "speaks", "loudly", "in", "the", "quiet", "red", "room", "slowly")
+    annotation = {field: " ".join(rng.choice(words, WORDS)) for field in FIELDS}
+    return Record(
+        clip_id=path.stem,
+        language="en",
+        frames=clip.frames,
+        seconds_per_grid=clip.seconds_per_grid,
+        audio=clip.audio,
+        annotation=annotation,
+        labels={},
+        provenance={},
+    )
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Of this process and the children that end meanwhile."""
+
+    def spent() -> float:
+        kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        used = [resource.getrusage(kind) for kind in kinds]
+        return sum(u.ru_utime + u.ru_stime for u in used)
+
+    before = spent()
+    work()
+    return spent() - before
+
+
+def ours(folder: Path, tokenizer: Tokenizer) -> Callable[[], None]:
+    examples = pipeline.Examples(Sources([RecordSource(folder, "train")], [1.0]), tokenizer)
+    sizes = np.array([list(vars(examples.measure(i)[0][0]).values()) for i in range(len(examples))])
+    budget = Budget(length=4096, patches=9600, chunks=15, targets=2816, segments=6)
+    rows = planning.plan_rows(sizes, np.arange(len(sizes)), budget)
+
+    def work() -> None:
+        batches = pipeline.HostBatches(examples, rows, budget, 1, 0)
+        seen = sum(int(b["pair_valid"].sum()) for b in pipeline.stream(batches, threads=1))
+        assert seen == len(examples)
+
+    return work
+
+
+def processor_of(folder: Path, tokenizer: Tokenizer):
+    """Qwen2_5OmniProcessor with the released settings; ImportError without torchvision."""
+    import torch
+
+    if not hasattr(torch.ops, "torchvision") or not hasattr(torch.ops.torchvision, "nms"):
+        # The torchvision of PyPI is built for CUDA: beside a torch for CPUs its operators do not
+        # load, and importing it fails unless the two that it extends are at least declared.
+        global _library
+        _library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision  # noqa: F401
+    import transformers
+
+    from saber_jax.hf.tokenizer import write_tokenizer
+
+    opened = folder / "transformers"
+    opened.mkdir()
+    write_tokenizer(tokenizer, opened)
+    return transformers.Qwen2_5OmniProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        feature_extractor=transformers.WhisperFeatureExtractor(
+            feature_size=128, chunk_length=300, return_attention_mask=True
+        ),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(opened),
+    )
+
+
+def theirs(processor, records: list[Record], files: list[Path] | None) -> Callable[[], None]:
+    """A DataLoader that collates two clips at a time with the processor."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    def one(index: int):
+        if files is None:
+            return records[index].frames, records[index].audio
+        clip = decode.decode_clip(files[index], lengths.RELEASE)
+        return clip.frames, clip.audio
+
+    def collate(indices: list[int]):
+        clips = [one(index) for index in indices]
+        texts = [
+            sed.prompt_text("en", True, True) + sed.target_text(records[i].annotation)
+            for i in indices
+        ]
+        return processor(
+            text=texts,
+            videos=[torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()) for frames, _ in clips],
+            audio=[audio.astype(np.float32) / 32768 for _, audio in clips],
+            videos_kwargs={"do_resize": False},
+            padding=True,
+            return_tensors="pt",
+        )
+
+    def work() -> None:
+        loader = torch.utils.data.DataLoader(
+            range(len(records)), batch_size=2, collate_fn=collate, num_workers=0
+        )
+        assert sum(len(batch["input_ids"]) for batch in loader) == len(records)
+
+    return work
+
+
+def step_share(seconds_a_clip: float, clips_a_row: float, length: int = 4096) -> float:
+    """How much of a step 224 cores need to prepare it; rows cancel out."""
+    step = STEP_FLOPS * PARAMETERS * length / (CHIPS * PEAK * MFU)
+    return seconds_a_clip * clips_a_row / HOST_CORES / step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer clips, once")
+    count, repeats = (6, 1) if parser.parse_args().quick else (24, 3)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder, began = Path(name), time.perf_counter()
+        files = [folder / f"clip{i}.mp4" for i in range(count)]
+        for file, seconds in zip(files, lengths.seconds(count, rng), strict=True):
+            write_video(file, float(seconds), rng)
+        records = [record(file, rng) for file in files]
+        tokenizer = vocabulary(folder, [sed.target_text(r.annotation) for r in records])
+        dataset.write(folder, {"train": records}, lambda item: item)
+        print(f"{count} clips made in {time.perf_counter() - began:.0f} s")
+        work = {"ours": ours(folder, tokenizer)}
+        try:
+            processor = processor_of(folder, tokenizer)
+            work["processor, decoded"] = theirs(processor, records, None)
+            work["processor, files"] = theirs(processor, records, files)
+        except ImportError as error:
+            print(f"No processor to compare with ({error}); see the docstring.")
+        times = {}
+        for label, run in work.items():
+            run()  # Caches of filters and layouts are filled once a process.
+            times[label] = float(np.median([cpu_seconds(run) for _ in range(repeats)])) / count
+            print(f"{label:20s} {times[label] * 1e3:8.1f} ms of CPU a clip")
+    share = step_share(times["ours"], clips_a_row=3.1)
+    ratio = times.get("processor, decoded", 0.0) / times["ours"]
+    print(f"224 cores are busy for {share:.2%} of a v5e-256's step")
+    result.finish(
+        "input_pipeline",
+        value=round(ratio, 2),
+        unit="CPU-seconds a clip, processor on decoded frames / ours",
+        goal=GOAL,
+        ok=ratio >= GOAL,
+        device=result.device(),
+        cpu_ms_per_clip={label: round(seconds * 1e3, 2) for label, seconds in times.items()},
+        v5e_256_step_share=round(share, 5),
+    )
+
+
+if __name__ == "__main__":
+    main()
