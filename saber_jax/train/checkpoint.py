@@ -39,10 +39,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, *, every: int, frozen: bool = True):
-        self._frozen = frozen
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every, max_to_keep=2, enable_async_checkpointing=True
-        )
+        self._every, self._frozen = every, frozen
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             (Path(workdir) / "checkpoints").absolute(),
             options=options,
@@ -54,7 +52,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the interval asks for a checkpoint after `step` steps."""
-        return self._manager.should_save(step)
+        return step % self._every == 0
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves, if that step is not saved yet. `meta` is JSON: what must match for a resume."""

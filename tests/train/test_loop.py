@@ -1,0 +1,136 @@
+"""The loop: nothing broken is saved, a polite stop loses nothing, a trace covers its steps."""
+
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saber_jax import sharding
+from saber_jax.train import loop
+from saber_jax.train.checkpoint import Checkpoints
+from saber_jax.train.profile import Profile
+from saber_jax.train.progress import Console
+from saber_jax.train.step import TrainState
+
+STEPS = 6
+
+
+class Recorder:
+    """Stands for the metrics writer and for the meter."""
+
+    def __init__(self):
+        self.lines = []
+
+    def write(self, step, values):
+        self.lines.append((step, values["loss"]))
+
+    def count(self, batch):
+        return {}
+
+    def measure(self, counted, seconds):
+        return {}
+
+
+@jax.jit
+def add_batch(state, batch):
+    """A step whose weight is the sum of the batches so far, and its loss too."""
+    with jax.named_scope("addition"):
+        w = state.trainable["w"] + batch["x"]
+    finite = {"grad_norm": jnp.ones(()), "update_norm": jnp.ones(())}
+    return TrainState(state.step + 1, {"w": w}, {}, state.opt_state), {"loss": w[0]} | finite
+
+
+def zero():
+    everywhere = sharding.replicated(sharding.make_mesh(data=1, fsdp=-1, tensor=1))
+    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    w, moment = jax.device_put((jnp.zeros(4), jnp.zeros(4)), everywhere)
+    return TrainState(step, {"w": w}, {}, {"moment": moment})
+
+
+def go(folder, batches, *, window="", step=add_batch):
+    """Runs and returns (state, reported lines); checkpoints every second step."""
+    recorder = Recorder()
+    watch = loop.Watch(
+        writer=recorder,
+        console=Console(stage="sft", steps=STEPS, every=0),
+        meter=recorder,
+        profile=Profile(window, folder, steps=STEPS),
+    )
+    checkpoints = Checkpoints(folder, every=2)
+    state = zero() if checkpoints.latest() is None else checkpoints.restore(zero(), {})
+    begun = int(state.step)
+    try:
+        rest = iter([{"x": jnp.float32(x)} for x in batches][begun:])
+        after = loop.run(
+            state, step, rest, steps=STEPS, checkpoints=checkpoints, meta={}, watch=watch
+        )
+    finally:
+        checkpoints.close()
+    return after, recorder.lines
+
+
+@pytest.mark.parametrize("broken", [1, 3, 5])
+def test_what_is_not_finite_is_never_saved(tmp_path, broken):
+    batches = [np.nan if i == broken else 1.0 for i in range(STEPS)]
+    with pytest.raises(FloatingPointError, match=f"loss is nan at step {broken}"):
+        go(tmp_path, batches)
+    kept = Checkpoints(tmp_path, every=2)
+    assert kept.latest() == (broken - 1 if broken > 1 else None)
+    kept.close()
+    after, lines = go(tmp_path, [1.0] * STEPS)
+    assert after.trainable["w"][0] == STEPS
+    assert lines[0][0] == broken - 1
+
+
+def test_a_polite_stop_saves_the_step_it_is_at_and_the_next_run_goes_on(tmp_path):
+    def told_to_stop(state, batch):
+        if batch["x"] == 3.0:
+            signal.raise_signal(signal.SIGTERM)
+        return add_batch(state, batch)
+
+    batches = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    whole, lines = go(tmp_path / "whole", batches)
+    with pytest.raises(loop.Preempted, match="after step 3 of 6 and saved it"):
+        go(tmp_path / "stopped", batches, step=told_to_stop)
+    after, rest = go(tmp_path / "stopped", batches)
+    assert rest == lines[3:]
+    np.testing.assert_array_equal(after.trainable["w"], whole.trainable["w"])
+
+
+def test_a_trace_holds_its_steps_and_no_others(tmp_path):
+    go(tmp_path, [1.0] * STEPS, window="2:4")
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    events = [
+        dict(event.stats)
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    assert sorted({event["step_num"] for event in events}) == [2, 3]
+    assert (tmp_path / "profile" / "memory.prof").stat().st_size > 0
+
+
+@pytest.mark.parametrize("window", ["4:2", "3", "a:b", "2:7", "-1:2"])
+def test_a_window_that_is_no_window_of_the_run_is_refused(tmp_path, window):
+    with pytest.raises(ValueError, match=r"profile\.steps must be first:last"):
+        Profile(window, tmp_path, steps=STEPS)
+
+
+def test_the_console_says_the_mean_of_an_interval_in_one_line(capsys):
+    console = Console(stage="cadpo", steps=4, every=2)
+    for step in range(4):
+        values = {"loss": float(step), "rewards/margins": 0.5, "seconds": 2.0, "input_wait": 0.1}
+        values |= {f"padding/{name}": 0.25 for name in ("text", "patches", "chunks", "targets")}
+        values |= {"speed/tokens_per_second": 1234.0, "speed/examples_per_second": 2.0}
+        console.add(step, values | {"speed/mfu": 0.4})
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("cadpo 1/4  loss 0.000  margins 0.500  first step took 2.0 s")
+    assert rest == [
+        "cadpo 2/4  loss 1.000  margins 0.500  2.00 s/step  1,234 tokens/s  2.0 pairs/s  padding "
+        "text 25% patches 25% chunks 25% targets 25%  input wait 5%  MFU 40.0%  0:04 to go",
+        "cadpo 4/4  loss 2.500  margins 0.500  2.00 s/step  1,234 tokens/s  2.0 pairs/s  padding "
+        "text 25% patches 25% chunks 25% targets 25%  input wait 5%  MFU 40.0%  0:00 to go",
+    ]
