@@ -156,7 +156,7 @@ def test_when_one_process_vanishes_all_end_soon_and_the_restart_resumes(
 
 def test_an_error_in_one_process_ends_all(records, tmp_path):
     with running(
-        command("sft", records, tmp_path, (1, 8, 1), data__length=128),
+        command("sft", records, tmp_path, (1, 8, 1), data__length=96),
         tmp_path / "logs",
         count=2,
     ) as processes:

@@ -26,6 +26,9 @@ class Recorder:
     def write(self, step, values):
         self.lines.append((step, values["loss"]))
 
+    def weights(self, step, trainable):
+        pass
+
     def count(self, batch):
         return {}
 
