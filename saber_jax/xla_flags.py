@@ -4,7 +4,10 @@
     compiled = lowered.compile(compiler_options=FLAGS)       ahead of time, on any machine
 
 A libtpu that does not know a flag refuses to start, so tests/test_xla_flags.py has the pinned one
-compile with each of them.
+compile with all of them. What they did to a scanned FSDP step of four MLP layers (2048 x 8192,
+bfloat16) in libtpu 0.0.42.1: on v6e:8x8 a quarter of the all-gathers goes into matrix products and
+the compiler's estimate falls from 799 to 708 thousand cycles, for 56 MiB more; one alone does
+nothing. On v5e:16x16 they are the default already; on v5p:4x4x4 nothing changes.
 """
 
 # name -> value. What a flag does stands above it; they are libtpu's, not jax's, and change with it.
