@@ -1,8 +1,10 @@
 """Two processes: who holds which rows, who measures what, and how they end."""
 
+import dataclasses
 import json
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from saber_jax import distributed, sharding
 from saber_jax.data import pipeline
+from saber_jax.data.transforms import Size
 from tests.processes import running
 
 
@@ -31,13 +34,10 @@ class Numbers:
     def __len__(self):
         return 7
 
-    def every_request(self, index):
-        from types import SimpleNamespace as Some
-
+    def measure(self, index):
         self.read.append(index)
-        tokens = np.full(index + 1, index)
-        prompt = Some(tokens=tokens)
-        return [Some(prompt=prompt, responses=[Some(tokens=tokens)], patches=[], mel_lengths=[])]
+        size = Size(**{field.name: index + 1 for field in dataclasses.fields(Size)})
+        return [size], index, np.full(index + 1, index)
 
 
 def global_rows(mesh: jax.sharding.Mesh) -> tuple[list[int], list[int]]:
@@ -52,18 +52,16 @@ def global_rows(mesh: jax.sharding.Mesh) -> tuple[list[int], list[int]]:
 
 def worker(folder: str) -> None:
     """What each process does; devices 0 and 1 are the first one's, 2 and 3 the second one's."""
-    from pathlib import Path
-
     distributed.initialize(heartbeat_seconds=10)
     with distributed.failing_together():
         numbers = Numbers()
-        sizes, counts = pipeline.measure(numbers, Path(folder) / "sizes.npz")
+        measured = pipeline.measure(numbers, Path(folder) / "sizes.npz")
         result = {
             "interleaved": global_rows(mesh_of([[[0], [2]], [[1], [3]]])),
             "tensor across": global_rows(mesh_of([[[0, 2], [1, 3]]])),
             "read": numbers.read,
-            "text": sizes[0, :, 0].tolist(),
-            "counts": {int(k): int(v) for k, v in counts.items()},
+            "sizes": measured.sizes[0, :, 0].tolist(),
+            "counts": measured.token_counts.tolist(),
         }
         path = Path(folder) / f"result{jax.process_index()}.json"
         path.write_text(json.dumps(result))
@@ -98,8 +96,7 @@ def test_measuring_is_shared_and_its_result_is_everybodys(together):
     _, (first, second), _ = together
     assert (first["read"], second["read"]) == ([0, 2, 4, 6], [1, 3, 5])
     for result in (first, second):
-        assert result["text"] == [2, 4, 6, 8, 10, 12, 14]
-        assert result["counts"] == {str(i): i + 1 for i in range(7)}
+        assert result["sizes"] == result["counts"] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_an_exception_in_one_process_ends_both_with_a_failure(together):

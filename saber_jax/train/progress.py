@@ -85,7 +85,7 @@ class Console:
             print(f"{self._head(done)}  {_learning(values)}  {took}", flush=True)
             self._since.clear()
         elif done % self.every == 0 or done == self.steps:
-            mean = {k: sum(v[k] for v in self._since) / len(self._since) for k in values}
+            mean = _means(self._since)
             left = time.gmtime((self.steps - done) * mean["seconds"])
             eta = time.strftime("%-H:%M:%S" if left.tm_hour else "%-M:%S", left)
             print(
@@ -111,6 +111,15 @@ class Console:
         return "  ".join(
             [*parts, *([f"MFU {mean['speed/mfu']:.1%}"] if "speed/mfu" in mean else [])]
         )
+
+
+def _means(lines: list[Mapping[str, float]]) -> dict[str, float]:
+    """Of each name over the lines that have it: some metrics are not there at every step."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _learning(values: Mapping[str, float]) -> str:

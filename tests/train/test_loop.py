@@ -17,6 +17,19 @@ from saber_jax.train.step import TrainState
 STEPS = 6
 
 
+class Batches:
+    """Stands for GlobalBatches."""
+
+    def __init__(self, batches):
+        self._rest = iter(batches)
+
+    def __next__(self):
+        return {"x": jnp.float32(next(self._rest))}
+
+    def state(self):
+        return {}
+
+
 class Recorder:
     """Stands for the metrics writer and for the meter."""
 
@@ -41,8 +54,8 @@ def add_batch(state, batch):
     """A step whose weight is the sum of the batches so far, and its loss too."""
     with jax.named_scope("addition"):
         w = state.trainable["w"] + batch["x"]
-    finite = {"grad_norm": jnp.ones(()), "update_norm": jnp.ones(())}
-    return TrainState(state.step + 1, {"w": w}, {}, state.opt_state), {"loss": w[0]} | finite
+    rest = {"left_out": jnp.zeros(()), "grad_norm": jnp.ones(()), "update_norm": jnp.ones(())}
+    return TrainState(state.step + 1, {"w": w}, {}, state.opt_state), {"loss": w[0]} | rest
 
 
 def zero():
@@ -54,21 +67,18 @@ def zero():
 
 def go(folder, batches, *, window="", step=add_batch):
     """Runs and returns (state, reported lines); checkpoints every second step."""
+    checkpoints = Checkpoints(folder, every=2)
+    state = zero() if checkpoints.latest() is None else checkpoints.restore(zero(), {})
     recorder = Recorder()
     watch = loop.Watch(
         writer=recorder,
         console=Console(stage="sft", steps=STEPS, every=0),
         meter=recorder,
         profile=Profile(window, folder, steps=STEPS),
+        batches=Batches(batches[int(state.step) :]),
     )
-    checkpoints = Checkpoints(folder, every=2)
-    state = zero() if checkpoints.latest() is None else checkpoints.restore(zero(), {})
-    begun = int(state.step)
     try:
-        rest = iter([{"x": jnp.float32(x)} for x in batches][begun:])
-        after = loop.run(
-            state, step, rest, steps=STEPS, checkpoints=checkpoints, meta={}, watch=watch
-        )
+        after = loop.run(state, step, steps=STEPS, checkpoints=checkpoints, meta={}, watch=watch)
     finally:
         checkpoints.close()
     return after, recorder.lines
@@ -128,7 +138,8 @@ def test_the_console_says_the_mean_of_an_interval_in_one_line(capsys):
         values = {"loss": float(step), "rewards/margins": 0.5, "seconds": 2.0, "input_wait": 0.1}
         values |= {f"padding/{name}": 0.25 for name in ("text", "patches", "chunks", "targets")}
         values |= {"speed/tokens_per_second": 1234.0, "speed/examples_per_second": 2.0}
-        console.add(step, values | {"speed/mfu": 0.4})
+        sometimes = {"probe": 1.0} if step == 3 else {}
+        console.add(step, values | {"speed/mfu": 0.4} | sometimes)
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith("cadpo 1/4  loss 0.000  margins 0.500  first step took 2.0 s")
     assert rest == [
