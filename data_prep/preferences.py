@@ -7,6 +7,9 @@ Chosen is a record's own six-section target. Rejected is the model's answer with
 withheld, kept when it is well formed but concludes what the remaining modality alone suggests: the
 error of letting one modality dominate, made by the model itself and not invented.
 
+A pair's kappa, how strongly the modalities disagree, is the record's label; where it has none, 1 if
+the model concludes something else from the picture alone than from the sound alone, and 0 if not.
+
 OUT holds decisions.jsonl (every answer and what became of it, appended batch by batch, so a killed
 run goes on where it was), pairs.jsonl, summary.json, and manifest.json with the inputs.
 """
@@ -155,6 +158,30 @@ def mine(
     return done
 
 
+def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:
+    """kappa of clips that no label gives one: 1.0 where what is concluded without sound and what is
+    concluded without picture differ, 0.0 where they agree.
+
+    Clips that were not answered both ways, or concluded nothing in one of them, are left out.
+    """
+    concluded: dict[str, list[str]] = {}
+    for d in decisions:
+        if d["kappa"] is None and d["rejected_conclusion"] is not None:
+            concluded.setdefault(d["clip_id"], []).append(d["rejected_conclusion"])
+    both = {clip: found for clip, found in concluded.items() if len(found) == len(MODALITIES)}
+    return {clip: float(len(set(found)) > 1) for clip, found in both.items()}
+
+
+def pairs_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+    """Lines of pairs.jsonl: what was kept, with kappa from the labels or else `disagreements`."""
+    mined = disagreements(decisions)
+    kept = [{key: d[key] for key in PAIR_KEYS} for d in decisions if d["chosen"] is not None]
+    return [
+        pair | {"kappa": mined.get(pair["clip_id"]) if pair["kappa"] is None else pair["kappa"]}
+        for pair in kept
+    ]
+
+
 def summarise(decisions: Iterable[Decision]) -> dict[str, Any]:
     """Counts for summary.json."""
     decisions = list(decisions)
@@ -168,6 +195,7 @@ def summarise(decisions: Iterable[Decision]) -> dict[str, Any]:
         "pairs_by_conflict_type": dict(
             sorted(count(d["conflict_type"] or "unlabelled" for d in kept).items())
         ),
+        "mined_kappa": dict(sorted(count(map(str, disagreements(decisions).values())).items())),
         "pairs_by_language": dict(sorted(count(d["language"] for d in kept).items())),
     }
 
@@ -208,8 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    pairs = [{key: d[key] for key in PAIR_KEYS} for d in decisions if d["chosen"] is not None]
-    write_jsonl(journal.folder / "pairs.jsonl", pairs)
+    write_jsonl(journal.folder / "pairs.jsonl", pairs_of(decisions))
     summary = summarise(decisions)
     write_json(journal.folder / "summary.json", summary)
     return _verdict(summary, journal.folder)

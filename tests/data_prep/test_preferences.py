@@ -112,6 +112,27 @@ def test_mining_asks_twice_per_conflict_and_says_what_became_of_everything(tmp_p
     assert last["rejected"] == _answer("angry")
 
 
+def test_kappa_is_the_label_or_whether_the_two_unimodal_conclusions_differ():
+    def decided(clip, modality, emotion, kappa=None):
+        record = _record(clip, labels={} if kappa is None else {"kappa": str(kappa)})
+        return preferences.decision(record, modality, "kept_without_labels", _answer(emotion))
+
+    decisions = [
+        decided("torn", "audio", "happy"),
+        decided("torn", "video", "angry"),
+        decided("agreeing", "audio", "sad"),
+        decided("agreeing", "video", "sad"),
+        decided("labelled", "audio", "happy", 0.7),
+        decided("labelled", "video", "angry", 0.7),
+        decided("half", "audio", "happy"),
+        decided("half", "video", "nothing"),
+    ]
+    kappas = [(pair["clip_id"], pair["kappa"]) for pair in preferences.pairs_of(decisions)]
+    want = {"torn": 1.0, "agreeing": 0.0, "labelled": 0.7, "half": None}
+    assert kappas == [(clip, want[clip]) for clip in want for _ in range(2)]
+    assert preferences.summarise(decisions)["mined_kappa"] == {"0.0": 1, "1.0": 1}
+
+
 def test_a_killed_run_goes_on_and_leaves_the_same_file(tmp_path):
     whole = _mine(tmp_path / "whole", _Model())
     with pytest.raises(KeyboardInterrupt):
