@@ -1,7 +1,9 @@
 """Every term of the CA-DPO loss against a value computed by hand."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -203,3 +205,18 @@ def test_options_name_the_forward_passes_that_they_need():
     decoupled = Preference(invariance=0.1, text_prior=0.1)
     assert decoupled.policy_views == ("audio", "video")
     assert decoupled.reference_views == ("whole", "both")
+
+
+GOLDENS = json.loads(Path(__file__).with_name("trl_goldens.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDENS, ids=lambda c: f"{c['form']} {c['label_smoothing']}")
+def test_losses_equal_trls_own(case):
+    # The numbers of make_trl_goldens.py.
+    policy = {"whole": scores([-10.0, -7.0, -31.5], [-14.0, -3.0, -30.25])}
+    reference = {"whole": scores([-12.0, -6.0, -29.0], [-11.0, -5.0, -33.0])}
+    lengths = scores([4.0, 2.0, 9.0], [5.0, 3.0, 7.0])
+    pairs = dataclasses.replace(PAIRS, kappa=jnp.ones((1, 3)), lengths=lengths)
+    options = Preference(**{key: value for key, value in case.items() if key != "losses"})
+    got = cadpo_loss(policy, reference, pairs, options)[0][0]
+    np.testing.assert_allclose(got, case["losses"], rtol=1e-6, atol=1e-6)
