@@ -2,9 +2,10 @@
 
     python -m data_prep.build --clips DIR --annotations DIR --out OUT [--labels labels.jsonl]
 
-Leaves in OUT: records/ (read with saber_jax.data.records.RecordSource), tokenizer.model,
-refused.jsonl (every clip left out, and why) and build.json (settings and counts). Exit code 0 if
-every clip was kept, 1 if some were refused, 2 if nothing could be built.
+Leaves in OUT: saber/ (the records; read with saber_jax.data.records.RecordSource, or with
+tfds.data_source("saber", data_dir=OUT, split="train")), tokenizer.model, refused.jsonl (every clip
+left out, and why) and build.json (settings and counts). Exit code 0 if every clip was kept, 1 if
+some were refused, 2 if nothing could be built.
 A killed build continues where it was when started again; a finished one is left alone.
 """
 
@@ -82,7 +83,20 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", default="train", help="tokenizer file to copy, or 'train' (the default)"
     )
     parser.add_argument("--workers", type=whole, default=2, help="decoding processes")
+    parser.add_argument(
+        "--beam_pipeline_options",
+        type=_beam_options,
+        default=(),
+        metavar="NAME=VALUE,...",
+        help="lets Apache Beam write the records, as in runner=DataflowRunner,project=P; clips are "
+        "decoded here, and its workers must reach OUT.partial. The records are the same",
+    )
     return parser
+
+
+def _beam_options(text: str) -> tuple[str, ...]:
+    """NAME=VALUE,... as the command of tensorflow-datasets takes them."""
+    return tuple(f"--{option}" for option in text.split(",") if option)
 
 
 def build(arguments: argparse.Namespace) -> int:
@@ -249,7 +263,7 @@ def _write(
     by_split: dict[str, list[clips.Job]] = {}
     for job in jobs:
         by_split.setdefault(job.split, []).append(job)
-    splits = dataset.write(ready, by_split, clips.load_staged)
+    splits = dataset.write(ready, by_split, clips.load_staged, beam=arguments.beam_pipeline_options)
     targets = [sed.section_of_tokens(vocabulary, sed.target_text(job.annotation)) for job in jobs]
     lengths = sorted(len(ids) for ids, _ in targets)
     return {

@@ -1,6 +1,14 @@
-"""The SABER records as a tensorflow-datasets builder, written without TensorFlow."""
+"""`saber`, the SABER records as a tensorflow-datasets builder, written without TensorFlow.
+
+    tfds.data_source("saber", data_dir=OUT, split="train")
+
+reads what `write` left in OUT, as does saber_jax.data.records.RecordSource. Reading needs nothing
+of this module, and neither does it import Apache Beam unless Beam writes.
+"""
 
 import contextlib
+import functools
+import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,43 +23,39 @@ from saber_jax.data import records
 
 Load = Callable[[Any], records.Record]
 
+CHECKSUMS = "SHA256SUMS"
+"""Beside the shards; `sha256sum --check SHA256SUMS` there says whether a copy is whole."""
 
-class Records(tfds.core.GeneratorBasedBuilder):
+
+class Saber(tfds.core.GeneratorBasedBuilder):
     """SABER clips with six-section annotations: frames, sound, text and labels."""
 
-    name = "records"
     VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Frames, sound, six sections, labels; conversations of other tasks."}
     # Nothing is downloaded. Left to itself, the base class looks for a checksum file beside this
     # module and for that needs importlib_resources, which it does not install.
     url_infos = None
 
-    def __init__(self, *, splits: Mapping[str, Sequence[Any]], load: Load, **kwargs):
-        """`load` turns each item of a split into its record; the rest goes to the base class."""
-        self._splits, self._load = splits, load
+    def __init__(
+        self,
+        *,
+        splits: Mapping[str, Sequence[Any]] | None = None,
+        load: Load | None = None,
+        beam: bool = False,
+        **kwargs,
+    ):
+        """`load` turns each item of a split into its record; reading needs neither.
+
+        With `beam`, items and `load` are pickled and Beam's workers call `load`, wherever they are.
+        """
+        self._splits, self._load, self._beam = splits or {}, load, beam
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Tensor(shape=(), dtype=np.bytes_)
-        # Frames stay raw: ArrayRecord already compresses every record with zstd, losslessly and
-        # faster than zlib; a video codec would not give back the exact pixels.
-        features = {
-            "clip_id": text,
-            "language": text,
-            "frames": text,
-            "frames_shape": tfds.features.Tensor(shape=(3,), dtype=np.int32),
-            "seconds_per_grid": tfds.features.Tensor(shape=(), dtype=np.float64),
-            "audio": text,
-            "annotation": text,
-            "labels": text,
-            "provenance": text,
-            "audio_in_video": tfds.features.Tensor(shape=(), dtype=np.bool_),
-            "messages": text,
-            "answer": text,
-        }
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(features),
+            features=tfds.features.FeaturesDict(_features()),
         )
 
     def _split_generators(self, dl_manager):
@@ -59,22 +63,87 @@ class Records(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self._splits}
 
     def _generate_examples(self, split: str):
-        for item in tqdm(self._splits[split], desc=f"write {split}", unit="clip"):
-            record = self._load(item)
-            yield record.clip_id, records.to_example(record)
+        """Examples under their clip_id, whose hash decides their order, whoever writes them."""
+        # Not a method: Beam would pickle the builder, and all of its items, with every step.
+        encode = functools.partial(_encode, self._load)
+        items = self._splits[split]
+        if not self._beam:
+            return map(encode, tqdm(items, desc=f"write {split}", unit="clip"))
+        import apache_beam as beam  # Takes two seconds.
+
+        return beam.Create(list(items)) | beam.Reshuffle() | "load" >> beam.Map(encode)
 
 
-def write(directory: Path, splits: Mapping[str, Sequence[Any]], load: Load) -> dict[str, int]:
-    """Writes all splits to `directory`/records/1.0.0 and returns the clips of each.
+def _features() -> dict[str, tfds.features.FeatureConnector]:
+    def text(doc: str) -> tfds.features.FeatureConnector:
+        return tfds.features.Tensor(shape=(), dtype=np.bytes_, doc=doc)
+
+    def number(dtype: type, doc: str, shape: tuple[int, ...] = ()):
+        return tfds.features.Tensor(shape=shape, dtype=dtype, doc=doc)
+
+    # Frames stay raw: ArrayRecord already compresses every record with zstd, losslessly and
+    # faster than zlib; a video codec would not give back the exact pixels.
+    return {
+        "clip_id": text("Name of the clip, unique in its split; UTF-8, as all text here."),
+        "language": text("Of annotation and prompt: en or zh."),
+        "frames": text("RGB pixels, uint8, in the order of frames_shape and 3 channels."),
+        "frames_shape": number(
+            np.int32, "Frames (even, 1 for a picture, 0 for none), height, width.", (3,)
+        ),
+        "seconds_per_grid": number(np.float64, "Seconds between two pairs of frames."),
+        "audio": text("Samples at 16 kHz, mono, little-endian int16."),
+        "annotation": text(f"JSON object of text: {', '.join(records.FIELDS)}."),
+        "labels": text(f"JSON object of text, any of {', '.join(records.LABELS)}."),
+        "provenance": text("JSON object: the clip's file, its SHA-256, how it was sampled."),
+        "audio_in_video": number(np.bool_, "Whether the sound is woven into the video."),
+        "messages": text("JSON list of role and content, for tasks other than SABER's; else []."),
+        "answer": text("The answer to messages; empty without them."),
+    }
+
+
+def _encode(load: Load, item: Any) -> tuple[str, dict[str, Any]]:
+    record = load(item)
+    return record.clip_id, records.to_example(record)
+
+
+def write(
+    directory: Path,
+    splits: Mapping[str, Sequence[Any]],
+    load: Load,
+    *,
+    beam: Sequence[str] = (),
+) -> dict[str, int]:
+    """Writes all splits to `directory`/saber/1.0.0 and returns the clips of each.
 
     `load` turns one item of a split into its record, one at a time. Also leaves the outlines of all
-    records beside them, so that training starts at once.
+    records beside them, so that training starts at once, and the shards' checksums. `beam` are
+    Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any, Beam writes
+    the same records in the same order. `directory` must then be reachable from its workers.
     """
     tfds.disable_progress_bar()  # Its bars count splits and shards; ours count clips.
-    builder = Records(splits=splits, load=load, data_dir=directory, file_format="array_record")
+    builder = Saber(
+        splits=splits, load=load, beam=bool(beam), data_dir=directory, file_format="array_record"
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ... unknown size".
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_config=_download_config(beam))
     sources = {split: records.RecordSource(directory, split) for split in sorted(splits)}
     for source in sources.values():
         records.write_outlines(source, workers=os.cpu_count() or 1)
+    _write_checksums(Path(builder.data_dir))
     return {split: len(source) for split, source in sources.items()}
+
+
+def _download_config(beam: Sequence[str]) -> tfds.download.DownloadConfig:
+    if not beam:
+        return tfds.download.DownloadConfig()
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    return tfds.download.DownloadConfig(beam_options=PipelineOptions(list(beam)))
+
+
+def _write_checksums(directory: Path) -> None:
+    lines = []
+    for path in sorted(directory.glob("*.array_record*")):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    (directory / CHECKSUMS).write_text("".join(lines))

@@ -20,16 +20,29 @@ from saber_jax.data import chat
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tokenizer import Tokenizer
 
-EMOTIONS = ("happy", "sad", "angry", "neutral", "contempt", "sorrow", "unease")
-_CHINESE = ("开心", "悲伤", "愤怒", "平静", "轻蔑", "哀伤", "不安")
+_WORDS = {
+    "happy": "开心",
+    "sad": "悲伤",
+    "angry": "愤怒",
+    "neutral": "平静",
+    "contempt": "轻蔑",
+    "sorrow": "哀伤",
+    "unease": "不安",
+    "fear": "恐惧",
+    "disgust": "厌恶",
+    "surprise": "惊讶",
+    "worried": "担忧",
+}
+EMOTIONS = tuple(_WORDS)
+"""What an answer may conclude: SABER's seven, and what other corpora label besides."""
 _LEXICON = {
     "en": {word: word for word in EMOTIONS},
-    "zh": dict(zip(_CHINESE, EMOTIONS, strict=True)),
+    "zh": {word: emotion for emotion, word in _WORDS.items()},
 }
 _PATTERNS = {
     # (?![A-Za-z]) rather than \b: Chinese characters count as word characters.
     "en": re.compile(rf"(?<![A-Za-z])(?:{'|'.join(EMOTIONS)})(?![A-Za-z])", re.IGNORECASE),
-    "zh": re.compile("|".join(_CHINESE)),
+    "zh": re.compile("|".join(_WORDS.values())),
 }
 _PROMPTS = {
     "en": (

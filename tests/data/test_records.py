@@ -89,7 +89,7 @@ class Written:
     """A split on disk as TFDS describes it, with records served from memory."""
 
     def __init__(self, directory, names):
-        self.directory = directory / "records" / "1.0.0"
+        self.directory = directory / "saber" / "1.0.0"
         self.directory.mkdir(parents=True)
         half = len(names) // 2
         shards = [str(half), str(len(names) - half)]

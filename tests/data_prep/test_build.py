@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import build, clips
+from data_prep import build, clips, dataset
 from saber_jax.data import records, sed
 from saber_jax.data.decode import Sampling
 from saber_jax.data.tokenizer import load_tokenizer
@@ -107,6 +107,16 @@ def test_the_vocabulary_is_trained_on_targets_and_prompts(built):
     assert tokenizer.vocab_size == 768
     prompt = sed.prompt_text("en", True, True)
     assert len(tokenizer.encode(prompt)) < len(prompt) / 3
+
+
+def test_beam_writes_what_the_build_writes_without_it(built, tmp_path):
+    out = tmp_path / "beam"
+    inputs = built.arguments()
+    inputs[inputs.index("--out") + 1] = str(out)
+    options = "runner=DirectRunner,direct_running_mode=in_memory"
+    assert build.main([*inputs, "--beam_pipeline_options", options]) == 0
+    sums = [path / "saber/1.0.0" / dataset.CHECKSUMS for path in (built.out, out)]
+    assert sums[0].read_text() == sums[1].read_text()
 
 
 def test_a_second_run_does_nothing(built, capsys, monkeypatch):

@@ -10,6 +10,7 @@ pytest.importorskip("fsspec")
 from data_prep import corpora, ingest
 from data_prep.ingest import Source
 from data_prep.shards import Stage
+from saber_jax.data import sed
 
 
 def touch(root: Path, *names: str) -> None:
@@ -248,3 +249,7 @@ def test_a_wrong_label_names_its_line(tmp_path):
     write(tmp_path, "labels.jsonl", '{"clip_id": "a", "emotoin": "sad"}')
     with pytest.raises(ValueError, match="line 1 has unknown keys emotoin"):
         list(Source(folder=str(tmp_path)).rows())
+
+
+def test_an_answer_can_conclude_every_emotion_that_a_corpus_labels():
+    assert set(corpora.EMOTIONS.values()) <= set(sed.EMOTIONS)

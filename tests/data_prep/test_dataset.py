@@ -1,0 +1,59 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from data_prep import dataset
+from saber_jax.data import records
+from tests import synthetic
+
+SPLITS = {"train": range(12), "test": range(12, 15)}
+BEAM = ("--runner=DirectRunner", "--direct_running_mode=in_memory", "--direct_num_workers=1")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("local")
+    assert dataset.write(out, SPLITS, synthetic.record) == {"test": 3, "train": 12}
+    return out / "saber" / "1.0.0"
+
+
+def checked(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["sha256sum", "--check", "--quiet", dataset.CHECKSUMS]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_beam_writes_the_same_files_as_one_process(local, tmp_path):
+    items = {split: reversed(ids) for split, ids in SPLITS.items()}
+    dataset.write(tmp_path, {k: list(v) for k, v in items.items()}, synthetic.record, beam=BEAM)
+    ours = tmp_path / "saber" / "1.0.0"
+    assert (ours / dataset.CHECKSUMS).read_text() == (local / dataset.CHECKSUMS).read_text()
+    assert tfds.builder_from_directory(ours).info.splits["train"].num_examples == 12
+
+
+def test_tfds_reads_any_record_of_the_data_source(local):
+    source = tfds.data_source("saber", data_dir=local.parents[1], split="train")
+    assert len(source) == 12
+    expected = records.RecordSource(local, "train")
+    for index in (7, 0, 11):
+        assert source[index]["clip_id"].decode() == expected[index].clip_id
+        assert source[index]["audio"] == expected[index].audio.tobytes()
+
+
+def test_the_dataset_knows_its_version_and_what_its_features_mean(local):
+    info = dataset.Saber(data_dir=local.parents[1]).info
+    assert str(info.version) == max(info.release_notes)
+    assert all(feature.doc.desc for feature in info.features.values())
+    assert set(info.splits) == set(SPLITS)
+
+
+def test_a_damaged_copy_fails_its_checksums(local, tmp_path):
+    assert checked(local).returncode == 0
+    for file in local.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = next(tmp_path.glob("saber-train*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard.name}: FAILED" in checked(tmp_path).stdout
