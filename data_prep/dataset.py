@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -31,7 +31,9 @@ class Saber(tfds.core.GeneratorBasedBuilder):
     """SABER clips with six-section annotations: frames, sound, text and labels."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Frames, sound, six sections, labels; conversations of other tasks."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        "1.0.0": "Frames, sound, six sections, labels; conversations of other tasks."
+    }
     # Nothing is downloaded. Left to itself, the base class looks for a checksum file beside this
     # module and for that needs importlib_resources, which it does not install.
     url_infos = None
