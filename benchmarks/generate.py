@@ -32,8 +32,8 @@ from saber_jax.models.config import (
     AudioConfig,
     SaberConfig,
     TextConfig,
-    TokenIds,
     VisionConfig,
+    saber_config,
 )
 from saber_jax.models.vision import normalize
 
@@ -57,18 +57,7 @@ CONFIG = SaberConfig(
         depth=4, width=256, heads=4, mlp_dim=684, out_width=512, full_attention_layers=(1, 3)
     ),
     audio=AudioConfig(layers=4, width=256, heads=4, mlp_dim=1024, out_width=512),
-    tokens=TokenIds(
-        pad=1,
-        im_start=2,
-        eos=3,
-        audio=4,
-        audio_bos=5,
-        audio_eos=6,
-        vision_bos=7,
-        vision_eos=8,
-        image=10,
-        video=11,
-    ),
+    tokens=saber_config("tiny").tokens,
 )
 
 

@@ -37,10 +37,10 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
     c.data.batch_rows = 12 if tiny else 256
     c.data.length = 176 if tiny else 3072
-    c.data.response = 112 if tiny else 512
-    c.data.patches = 144 if tiny else 12_288
-    c.data.chunks = 1 if tiny else 16
-    c.data.targets = 224 if tiny else 1024
+    c.data.response = 112 if tiny else 1_152
+    c.data.patches = 144 if tiny else 7_680
+    c.data.chunks = 1 if tiny else 10
+    c.data.targets = 224 if tiny else 3_584
     c.data.segments = 1 if tiny else 8
 
     c.loss = loss()

@@ -55,11 +55,13 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.max_bad_fraction = 0.01
     c.data.batch_rows = 10 if tiny else 256  # Rows of an optimizer step, over all hosts.
     # The static shape of a row; examples are packed into it. `response` is for preference pairs.
+    # Which budgets suit other data: python -m saber_jax.data.budgets. Patches in multiples of 512
+    # let the attention kernel take its longest blocks.
     c.data.length = 352 if tiny else 4096
     c.data.response = 0
-    c.data.patches = 288 if tiny else 12_288
-    c.data.chunks = 2 if tiny else 16
-    c.data.targets = 256 if tiny else 1024
+    c.data.patches = 288 if tiny else 7_680
+    c.data.chunks = 2 if tiny else 10
+    c.data.targets = 256 if tiny else 2_816
     c.data.segments = 4 if tiny else 16
     # Share of examples with one modality hidden. A network that starts from nothing has never met
     # silence or a blank picture; a pretrained one has, and a unimodal prompt finds it prepared.

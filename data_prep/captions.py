@@ -152,12 +152,10 @@ MOST_SHOWN = 200
 
 def report(stage: Stage) -> None:
     """Writes disagreements.txt: the lowest scores first, annotation beside caption."""
-    checked = []
-    for shard in range(stage.shards):
-        rows = [*stage.kept(shard), *(item["row"] for item in stage.dropped(shard))]
-        for row in rows:
-            if check := row.get("checks", {}).get("caption"):
-                checked.append((min(check[field] for field in FIELDS), row, check))
+    checked = [
+        (min(check[field] for field in FIELDS), row, check)
+        for row, check in stage.checked("caption")
+    ]
     checked.sort(key=lambda entry: (entry[0], entry[1]["clip_id"]))
     lines = [f"{len(checked)} clips, lowest scores first; at most {MOST_SHOWN} shown.\n"]
     for worst, row, check in checked[:MOST_SHOWN]:

@@ -105,6 +105,13 @@ class Stage:
         for shard in range(self.shards):
             yield from self.kept(shard)
 
+    def checked(self, check: str) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Rows with what `checks` of them holds under that name, whether kept or dropped."""
+        for shard in range(self.shards):
+            for row in (*self.kept(shard), *(item["row"] for item in self.dropped(shard))):
+                if found := row.get("checks", {}).get(check):
+                    yield row, found
+
     def fingerprint(self) -> str:
         """Changes with the settings of this stage and of every one before it."""
         manifest = storage.read_json(self.file("manifest.json"))

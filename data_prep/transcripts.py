@@ -206,13 +206,11 @@ MOST_SHOWN = 200
 
 def report(stage: Stage) -> None:
     """Writes disagreements.txt: the worst first, reference over hypothesis."""
-    checked = []
-    for shard in range(stage.shards):
-        rows = [*stage.kept(shard), *(item["row"] for item in stage.dropped(shard))]
-        for row in rows:
-            check = row.get("checks", {}).get("transcript", {})
-            if check.get("errors"):
-                checked.append((check["rate"], row, check))
+    checked = [
+        (check["rate"], row, check)
+        for row, check in stage.checked("transcript")
+        if check.get("errors")
+    ]
     checked.sort(key=lambda entry: (-entry[0], entry[1]["clip_id"]))
     lines = [f"{len(checked)} clips with a difference, worst first; at most {MOST_SHOWN} shown.\n"]
     for rate, row, check in checked[:MOST_SHOWN]:

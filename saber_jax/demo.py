@@ -28,14 +28,6 @@ from saber_jax.train import checkpoint
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 LOOPBACK = "127.0.0.1"
-TITLES = {
-    "video_desc": "What is seen",
-    "facial_exp_desc": "Face",
-    "body_lang_desc": "Body",
-    "acoustic_feat": "Voice",
-    "speech_content": "Words",
-    "sentiment_analysis": "Reasoning",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +152,7 @@ def build(describer: Describer) -> Any:
             with gr.Column(scale=2, min_width=280):
                 conclusion = gr.Textbox(label="Conclusion", elem_id="conclusion", lines=1)
                 sections = [
-                    gr.Textbox(label=TITLES[field], elem_id=field, lines=1, max_lines=12)
+                    gr.Textbox(label=sed.TITLES[field], elem_id=field, lines=1, max_lines=12)
                     for field in FIELDS
                 ]
                 table = gr.Dataframe(

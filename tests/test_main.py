@@ -18,6 +18,7 @@ from saber_jax.models import saber
 from saber_jax.train import checkpoint, loop, setup
 from saber_jax.train.step import flatten, merge
 from tests import synthetic
+from tests.runs import load
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,22 @@ def metrics_of(root, stage):
 
 
 def params_of(root, stage):
-    return flatten(checkpoint.load_model(root / stage)[0])
+    return flatten(load(root / stage)[0])
+
+
+def train_until_killed(config, monkeypatch):
+    """Until the metrics of step 2 are written."""
+    write = loop.MetricsWriter.write
+
+    def dying(self, step, values):
+        write(self, step, values)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricsWriter, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main.train(config)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +89,8 @@ def whole(records, tmp_path_factory):
 def test_a_killed_run_goes_on_to_the_same_weights_and_metrics(
     records, whole, tmp_path, monkeypatch
 ):
-    write = loop.MetricsWriter.write
-
-    def dying(self, step, values):
-        write(self, step, values)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.MetricsWriter, "write", dying)
-    with pytest.raises(KeyboardInterrupt):
-        main.train(config_for(sft, records, tmp_path))
+    train_until_killed(config_for(sft, records, tmp_path), monkeypatch)
     assert not (tmp_path / "sft" / "summary.json").exists()
-    monkeypatch.undo()
 
     main.train(config_for(sft, records, tmp_path))
     assert metrics_of(tmp_path, "sft") == metrics_of(whole, "sft")
@@ -185,7 +191,7 @@ def test_adapters_learn_while_the_base_stays_bit_identical_and_is_not_saved_agai
     root, state = adapted
     losses = [line["loss"] for line in metrics_of(root, "sft")]
     assert losses[-1] < losses[0]
-    params, cfg, _ = checkpoint.load_model(root / "sft")
+    params, cfg = load(root / "sft")
     base = checkpoint.load_params(root / "sft/base", dataclasses.replace(cfg, lora=None))
     assert_equal(state.frozen, arrays(base))
     assert_equal(arrays(params), arrays(base) | arrays(merge(state.trainable)))
@@ -200,17 +206,7 @@ def test_adapters_learn_while_the_base_stays_bit_identical_and_is_not_saved_agai
 
 
 def test_a_lora_run_resumes_to_the_same_adapters(records, adapted, tmp_path, monkeypatch):
-    write = loop.MetricsWriter.write
-
-    def dying(self, step, values):
-        write(self, step, values)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.MetricsWriter, "write", dying)
-    with pytest.raises(KeyboardInterrupt):
-        main.train(lora_config(sft, records, tmp_path))
-    monkeypatch.undo()
+    train_until_killed(lora_config(sft, records, tmp_path), monkeypatch)
     main.train(lora_config(sft, records, tmp_path))
     assert metrics_of(tmp_path, "sft") == metrics_of(adapted[0], "sft")
     assert_equal(params_of(tmp_path, "sft"), params_of(adapted[0], "sft"))
@@ -225,8 +221,8 @@ def test_stage_2_adapts_what_stage_1_and_its_adapters_made_together(records, ada
     first, *_, last = metrics_of(root, "cadpo")
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert last["rewards/margins"] > 0
-    stage_1, cfg, _ = checkpoint.load_model(root / "sft")
-    stage_2, _, _ = checkpoint.load_model(root / "cadpo")
+    stage_1, cfg = load(root / "sft")
+    stage_2, _ = load(root / "cadpo")
     together = arrays(saber.merge_lora(stage_1, cfg))
     for name, leaf in arrays(saber.without_lora(stage_2)).items():
         np.testing.assert_allclose(leaf, together[name], atol=1e-6, err_msg=name)
@@ -234,10 +230,10 @@ def test_stage_2_adapts_what_stage_1_and_its_adapters_made_together(records, ada
 
 def test_adapters_are_refused_where_their_base_has_changed(records, adapted, tmp_path):
     root = shutil.copytree(adapted[0], tmp_path / "moved")
-    checkpoint.load_model(root / "sft")
-    cfg = checkpoint.load_model(root / "sft")[1]
+    load(root / "sft")
+    cfg = load(root / "sft")[1]
     base = checkpoint.load_params(root / "sft/base", dataclasses.replace(cfg, lora=None))
     shutil.rmtree(root / "sft/base")
     checkpoint.save_params(root / "sft/base", base, dataclasses.replace(cfg, lora=None))
     with pytest.raises(ValueError, match=r"adapters for step 0 of .*base, which now holds other"):
-        checkpoint.load_model(root / "sft")
+        load(root / "sft")

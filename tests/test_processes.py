@@ -9,10 +9,10 @@ import pytest
 
 from data_prep import dataset
 from saber_jax import distributed
-from saber_jax.train import checkpoint
 from saber_jax.train.step import flatten
 from tests import synthetic
 from tests.processes import running
+from tests.runs import load
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +84,8 @@ def assert_same_run(got, expected, stage):
         # Counts the signs of margins, which are all rounding at the first step.
         ours["rewards/accuracies"] = theirs["rewards/accuracies"] = 0.0
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
-    theirs = flatten(checkpoint.load_model(expected / stage)[0])
-    for name, leaf in flatten(checkpoint.load_model(got / stage)[0]).items():
+    theirs = flatten(load(expected / stage)[0])
+    for name, leaf in flatten(load(got / stage)[0]).items():
         np.testing.assert_allclose(leaf, theirs[name], atol=3e-4, err_msg=name)
 
 

@@ -2,7 +2,7 @@
 
     python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=v5e:16x16
     python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --json=F --hlo=DIR
-    python -m saber_jax.aot --compare configs/sft.py:7b configs/sft.py:7b_lora --topology=v5e:16x16
+    python -m saber_jax.aot --compare configs/sft.py:7b configs/cadpo.py:7b --topology=v5e:16x16
 
 Any setting can be changed as `--config.key=value`. Exits with 1 if the program does not fit.
 """

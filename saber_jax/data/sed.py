@@ -20,6 +20,16 @@ from saber_jax.data import chat
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tokenizer import Tokenizer
 
+TITLES = {
+    "video_desc": "What is seen",
+    "facial_exp_desc": "Face",
+    "body_lang_desc": "Body",
+    "acoustic_feat": "Voice",
+    "speech_content": "Words",
+    "sentiment_analysis": "Reasoning",
+}
+"""Of the sections, for people who look at answers."""
+
 _WORDS = {
     "happy": "开心",
     "sad": "悲伤",
@@ -57,14 +67,6 @@ _HEADING = re.compile(r"\[(" + "|".join(FIELDS) + r")\]")
 def heading(field: str) -> str:
     """Section heading, the same in every language so that answers can be parsed."""
     return f"[{field}]"
-
-
-def emotion_word(emotion: str, language: str) -> str:
-    """The word for a canonical emotion as it ends an annotation in `language`."""
-    words = {canonical: word for word, canonical in _LEXICON[_known(language)].items()}
-    if emotion not in words:
-        raise ValueError(f"Unknown emotion {emotion!r}; the known ones are {', '.join(EMOTIONS)}.")
-    return words[emotion]
 
 
 def target_text(annotation: Mapping[str, str], sections: Sequence[str] = FIELDS) -> str:

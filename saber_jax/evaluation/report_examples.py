@@ -20,15 +20,6 @@ KINDS = ("mp4", "webm")
 PAIRS_SHARE = 0.2
 """Of the room for media, what is kept for preference pairs."""
 
-FIELD_NAMES = {
-    "video_desc": "What is seen",
-    "facial_exp_desc": "Face",
-    "body_lang_desc": "Body",
-    "acoustic_feat": "Voice",
-    "speech_content": "Words",
-    "sentiment_analysis": "Reasoning",
-}
-
 
 def browser(
     results: Results, pairs: Sequence[Row], clips: Path | None, most_media: int
@@ -47,7 +38,7 @@ def browser(
     _embed(chosen, clips, for_pairs)
     return {
         "stages": list(results.stages.values()),
-        "fields": [FIELD_NAMES[field] for field in FIELDS],
+        "fields": [sed.TITLES[field] for field in FIELDS],
         "clips": sorted(shown, key=lambda e: e["id"]),
         "pairs": sorted(chosen, key=lambda p: (p["id"], p["withheld"])),
         "left_out": {"clips": len(examples) - len(shown), "pairs": len(pairs) - len(chosen)},

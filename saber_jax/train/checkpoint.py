@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from saber_jax.data.journal import write_json
-from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train.step import TrainState, flatten, merge
@@ -248,9 +248,3 @@ def _identity(step: Path) -> str:
     """Differs between any two saves, and stays when a checkpoint is copied."""
     # The manifest names data files by random numbers.
     return hashlib.sha256((step / "params" / "manifest.ocdbt").read_bytes()).hexdigest()[:16]
-
-
-def load_model(workdir: str | Path) -> tuple[dict, SaberConfig, Tokenizer]:
-    """Everything that generation, evaluation and export need from a finished run."""
-    cfg = SaberConfig.from_dict(read_model_file(workdir)["model"])
-    return load_params(workdir, cfg), cfg, load_tokenizer(workdir)

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from configs import sft
+from configs import cadpo, sft
 from saber_jax import sharding
 from saber_jax.aot import chips, cost, hlo, programs, report
 from saber_jax.train import setup
@@ -88,3 +88,13 @@ def test_what_does_not_fit_is_told_with_settings_that_would_help(step):
     assert "--config.compute.remat=layer_offload" in said
     with pytest.raises(ValueError, match="refused the program: INTERNAL: Mosaic"):
         report.does_not_fit("INTERNAL: Mosaic", config, stage, chips.parse_topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize("config", [sft.get_config("7b"), cadpo.get_config("7b")])
+def test_the_step_of_a_pod_lowers_with_long_blocks_of_attention(four_chips, config):
+    config.data.batch_rows = len(four_chips)
+    mesh = sharding.make_mesh(**config.mesh, devices=four_chips)
+    lowered = programs.lower("train", config, setup.build(config, mesh))
+    kernels = set(re.findall(r"splash_(\d+)x(\d+)", lowered.as_text(debug_info=True)))
+    # The text tower and the vision tower's full attention; windows and audio chunks are short.
+    assert len([kernel for kernel in kernels if int(kernel[1]) >= 384]) == 2

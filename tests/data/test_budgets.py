@@ -1,11 +1,15 @@
 """The command that chooses budgets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from benchmarks import lengths
+from configs import cadpo, sft
 from data_prep import dataset
-from saber_jax.data import budgets, sizing
+from saber_jax.data import budgets, planning, sizing
+from saber_jax.data.packing import Budget
 from tests import synthetic
 
 
@@ -22,6 +26,18 @@ def test_chosen_budgets_leave_little_empty_and_little_out(monkeypatch):
     assert max(choice.score for choice in tried) == best.score
     # Smaller media buffers than the longest clip asks for.
     assert best.budget.patches < sizes[:, 3].max() + 1000 and best.budget.chunks < 15
+
+
+@pytest.mark.parametrize(("config", "draw"), [(sft, lengths.supervised), (cadpo, lengths.pairs)])
+def test_the_released_sizes_have_budgets_that_suit_lengths_like_saber_s(config, draw):
+    data = config.get_config("7b").data
+    budget = Budget(**{field.name: data[field.name] for field in dataclasses.fields(Budget)})
+    sizes = draw(1500, lengths.RELEASE, np.random.default_rng(3))
+    selection = sizing.select(measured(sizes), budget)
+    assert 1 - len(selection.usable) / len(sizes) < data.max_bad_fraction
+    rows = planning.plan_rows(selection.sizes[0], selection.usable, budget)
+    filled = planning.fill(selection.sizes[0], rows, budget)
+    assert min(filled[name] for name in ("text", "patches", "chunks")) > 0.9
 
 
 def test_nothing_that_fits_is_one_clear_error():

@@ -92,18 +92,21 @@ def test_there_is_no_conclusion_without_the_reasoning_section():
     assert sed.conclusion("[video_desc] She is happy") is None
 
 
-@pytest.mark.parametrize("language", records.LANGUAGES)
-@pytest.mark.parametrize("emotion", sed.EMOTIONS)
-def test_every_emotion_has_a_word_that_is_read_back(language, emotion):
-    word = sed.emotion_word(emotion, language)
-    assert sed.conclusion(f"[sentiment_analysis] x {word}。", language) == emotion
+@pytest.mark.parametrize(
+    "words",
+    [
+        "happy sad angry neutral contempt sorrow unease fear disgust surprise worried",
+        "开心 悲伤 愤怒 平静 轻蔑 哀伤 不安 恐惧 厌恶 惊讶 担忧",
+    ],
+)
+def test_every_emotion_is_read_back(words):
+    found = [sed.conclusion(f"[sentiment_analysis] x {word}。") for word in words.split()]
+    assert found == list(sed.EMOTIONS)
 
 
-def test_unknown_languages_and_emotions_are_refused():
+def test_unknown_languages_are_refused():
     with pytest.raises(ValueError, match="'fr'"):
         sed.prompt("fr")
-    with pytest.raises(ValueError, match="'glee'"):
-        sed.emotion_word("glee", "en")
 
 
 @pytest.mark.parametrize("annotation", [ENGLISH, CHINESE])

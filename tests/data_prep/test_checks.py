@@ -98,7 +98,7 @@ def row(clip_id: str, **more) -> dict:
     return base | more
 
 
-def test_the_offline_recogniser_hears_a_drawn_clip(tmp_path):
+def test_the_offline_recogniser_hears_a_drawn_clip():
     from data_prep import corpus_voice
 
     speaker = corpus_voice.Speaker()
@@ -183,7 +183,7 @@ H264 = {"codecs": ("libx264", "aac"), "pixels": "yuv420p"}
 
 
 @pytest.mark.parametrize(("score", "kept"), [(5, True), (3, True), (2, False), ("5", None)])
-def test_a_contradicted_picture_is_dropped(tmp_path, monkeypatch, score, kept):
+def test_a_contradicted_picture_is_dropped(monkeypatch, score, kept):
     monkeypatch.setattr(captions.attach, "parts", lambda *_, **__: [{"type": "text", "text": "x"}])
 
     def script(request, _):
