@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_beam_options,
         default=(),
         metavar="NAME=VALUE,...",
-        help="lets Apache Beam write the records, as in runner=DataflowRunner,project=P; clips are "
-        "decoded here, and its workers must reach OUT.partial. The records are the same",
+        help="lets Apache Beam decode the clips and write the records, the same ones, as in "
+        "runner=DataflowRunner,project=P; its workers must reach --clips and OUT.partial",
     )
     return parser
 
@@ -117,7 +117,7 @@ def build(arguments: argparse.Namespace) -> int:
         videos, annotations, labels, split=arguments.split, staging=staging, sampling=sampling
     )
     _require_training_text(arguments, jobs)
-    kept, refused = _decode(jobs, arguments.workers)
+    kept, refused = _decode(jobs, arguments.workers, arguments.beam_pipeline_options)
     refusals = sorted([*refusals, *refused], key=lambda refusal: refusal.file)
     ready = partial / "ready"
     shutil.rmtree(ready, ignore_errors=True)
@@ -232,12 +232,16 @@ def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.J
         )
 
 
-def _decode(jobs: Sequence[clips.Job], workers: int) -> tuple[list[clips.Job], list[clips.Refusal]]:
+def _decode(
+    jobs: Sequence[clips.Job], workers: int, beam: Sequence[str]
+) -> tuple[list[clips.Job], list[clips.Refusal]]:
     """Decodes what is not staged yet; returns the usable jobs and the refused clips."""
     todo = [job for job in jobs if not job.staged.exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} clips were decoded by an earlier run.")
-    if workers > 1 and len(todo) >= 16:  # Starting processes costs about a second.
+    if beam:
+        results = clips.run_beam(todo, beam)
+    elif workers > 1 and len(todo) >= 16:  # Starting processes costs about a second.
         results = clips.run_jobs(todo, workers)
     else:
         results = ((job, clips.decode_job(job)) for job in todo)

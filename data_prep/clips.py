@@ -1,6 +1,7 @@
 """Finding clips with their annotations and labels, and decoding them one by one."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing.connection
@@ -8,7 +9,8 @@ import os
 import pickle
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -171,7 +173,8 @@ def decode_job(job: Job) -> Refusal | None:
     except OSError as error:
         return Refusal(file=job.path.name, reason="unreadable", detail=str(error))
     digest = hashlib.sha256(job.path.read_bytes()).hexdigest()
-    temporary = job.staged.with_suffix(f".{os.getpid()}")
+    # Not named by process: on a cluster, those of two machines can have the same number.
+    temporary = job.staged.with_suffix(f".{uuid.uuid4().hex}")
     with temporary.open("wb") as file:
         pickle.dump((clip, digest), file, protocol=pickle.HIGHEST_PROTOCOL)
     os.replace(temporary, job.staged)
@@ -221,6 +224,46 @@ def run_jobs(
         suspects, remaining = lost[: 2 * workers + 1], lost[2 * workers + 1 :]
         for job in suspects:
             yield job, _run_alone(job, work)
+
+
+def run_beam(
+    jobs: Sequence[Job], options: Sequence[str], work: Callable[[Job], Refusal | None] = decode_job
+) -> Iterator[tuple[Job, Refusal | None]]:
+    """As `run_jobs`, by the workers of Apache Beam under its own `options`.
+
+    They must reach the clips and the staging directory under the paths that they have here.
+    """
+    import apache_beam as beam  # Takes two seconds.
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    guarded = functools.partial(_run_guarded, work)
+    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+        _ = pipeline | beam.Create(list(jobs)) | beam.Reshuffle() | "decode" >> beam.Map(guarded)
+    for job in jobs:
+        yield job, Refusal(**json.loads(_note(job).read_bytes())) if _note(job).exists() else None
+
+
+def _note(job: Job) -> Path:
+    """What a Beam worker leaves in place of `staged` when it refuses a clip."""
+    return job.staged.with_suffix(".refused")
+
+
+def _run_guarded(work: Callable[[Job], Refusal | None], job: Job) -> None:
+    """Does a job in a process beside Beam's worker, which survives if the decoder crashes."""
+    try:
+        refusal = _submit(_beside(), work, job).result()
+    except BrokenProcessPool:  # By this job or by one of another thread.
+        _beside.cache_clear()
+        refusal = _run_alone(job, work)
+    if refusal:
+        _note(job).write_text(json.dumps(dataclasses.asdict(refusal)), encoding="utf-8")
+    else:
+        _note(job).unlink(missing_ok=True)
+
+
+@functools.cache
+def _beside() -> ProcessPoolExecutor:
+    return _pool(1)
 
 
 def _run_alone(job: Job, work: Callable[[Job], Refusal | None]) -> Refusal | None:

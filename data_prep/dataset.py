@@ -42,11 +42,11 @@ class Saber(tfds.core.GeneratorBasedBuilder):
         self,
         *,
         splits: Mapping[str, Sequence[Any]] | None = None,
-        load: Load | None = None,
+        load: Load = lambda record: record,
         beam: bool = False,
         **kwargs,
     ):
-        """`load` turns each item of a split into its record; reading needs neither.
+        """`load` turns each item of a split into its record; reading needs no splits.
 
         With `beam`, items and `load` are pickled and Beam's workers call `load`, wherever they are.
         """

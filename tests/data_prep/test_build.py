@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from saber_jax.data.tokenizer import load_tokenizer
 from tests.media_files import gray_frames, tone, write_clip
 
 ROOT = Path(__file__).parents[2]
+IN_MEMORY = "runner=DirectRunner,direct_running_mode=in_memory"
 PIXELS = ["--fps", "4", "--min_pixels", "7056", "--max_pixels", "7056"]
 
 
@@ -107,16 +109,6 @@ def test_the_vocabulary_is_trained_on_targets_and_prompts(built):
     assert tokenizer.vocab_size == 768
     prompt = sed.prompt_text("en", True, True)
     assert len(tokenizer.encode(prompt)) < len(prompt) / 3
-
-
-def test_beam_writes_what_the_build_writes_without_it(built, tmp_path):
-    out = tmp_path / "beam"
-    inputs = built.arguments()
-    inputs[inputs.index("--out") + 1] = str(out)
-    options = "runner=DirectRunner,direct_running_mode=in_memory"
-    assert build.main([*inputs, "--beam_pipeline_options", options]) == 0
-    sums = [path / "saber/1.0.0" / dataset.CHECKSUMS for path in (built.out, out)]
-    assert sums[0].read_text() == sums[1].read_text()
 
 
 def test_a_second_run_does_nothing(built, capsys, monkeypatch):
@@ -280,6 +272,38 @@ def test_a_killed_build_goes_on_where_it_was(corpus, capsys):
     assert not staging.parent.exists()
 
 
+def test_a_build_that_ends_while_writing_goes_on_with_what_was_decoded(corpus, monkeypatch, capsys):
+    for name in ("one.mkv", "two.mkv", "three.mkv"):
+        corpus.add(name)
+
+    def fail_at_two(job: clips.Job) -> records.Record:
+        if job.clip_id == "two":
+            raise OSError("no space left")
+        return clips.load_staged(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "clips", SimpleNamespace(**vars(clips)))
+        build.clips.load_staged = fail_at_two
+        assert corpus.build() == 2
+    assert not corpus.out.exists()
+    assert corpus.build() == 0
+    assert "3 of 3 clips were decoded by an earlier run" in capsys.readouterr().out
+    assert len(records.RecordSource(corpus.out, "train")) == 3
+
+
+def test_beam_builds_what_is_built_without_it(corpus):
+    corpus.add("one.mkv")
+    corpus.add("two.mkv", "zh")
+    corpus.add("mute.mkv", audio=None)
+    assert corpus.build() == 1
+    by_beam = corpus.arguments("--beam_pipeline_options", IN_MEMORY)
+    out = by_beam[by_beam.index("--out") + 1] = f"{corpus.out}_beam"
+    assert build.main(by_beam) == 1
+    for name in ("refused.jsonl", f"saber/1.0.0/{dataset.CHECKSUMS}"):
+        assert (Path(out) / name).read_text() == (corpus.out / name).read_text()
+    assert not Path(f"{out}.partial").exists()
+
+
 def test_two_builds_of_one_output_do_not_mix(corpus, capsys):
     corpus.add("one.mkv")
     with build._lock(corpus.out):
@@ -288,7 +312,7 @@ def test_two_builds_of_one_output_do_not_mix(corpus, capsys):
 
 
 def crash_on_bad(job: clips.Job) -> clips.Refusal | None:
-    if job.clip_id == "bad":
+    if Path(job.clip_id).name == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
     return None
 
@@ -299,6 +323,14 @@ def test_a_file_that_crashes_the_decoder_is_refused_alone():
     assert set(results) == {job.clip_id for job in jobs}
     assert results.pop("bad").detail == "the decoder crashed"
     assert set(results.values()) == {None}
+
+
+def test_a_beam_worker_survives_a_file_that_crashes_the_decoder(tmp_path):
+    options = build._beam_options(IN_MEMORY)
+    jobs = [job(str(tmp_path / name)) for name in ("good", "bad")]
+    found = {j.path.stem: why for j, why in clips.run_beam(jobs, options, crash_on_bad)}
+    assert found["bad"].detail == "the decoder crashed"
+    assert found["good"] is None
 
 
 def job(name: str) -> clips.Job:
