@@ -61,9 +61,10 @@ def initialize(*, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
     index, count = place()
     if count == 1:
         return
-    explicit = {"num_processes": count, "process_id": index} if os.environ.get(_EXPLICIT[0]) else {}
+    explicit = bool(os.environ.get(_EXPLICIT[0]))
     jax.distributed.initialize(
-        **explicit,
+        num_processes=count if explicit else None,
+        process_id=index if explicit else None,
         cluster_detection_method="deactivate" if explicit else None,
         initialization_timeout=JOIN_SECONDS,
         heartbeat_timeout_seconds=heartbeat_seconds,

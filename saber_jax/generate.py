@@ -139,8 +139,9 @@ class Generator:
         for state in self._run(examples, first, sampling, streaming=streaming):
             out, step = jax.device_get((state["out"], state["step"]))
             texts = [self._text(row[:step]) for row in out[: len(records)]]
-            for row, text in enumerate(texts if on_text else ()):
-                on_text(first + row, text)
+            if on_text is not None:
+                for row, text in enumerate(texts):
+                    on_text(first + row, text)
         return texts
 
     def _run(

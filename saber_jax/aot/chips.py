@@ -99,8 +99,7 @@ class Slices:
 def parse_topology(name: str) -> Slices:
     """Raises ValueError that lists what there is."""
     found = re.fullmatch(r"(?:(\d+)\*)?(\w+):([\dx]+)", name)
-    family = CHIPS.get(found[2]) if found else None
-    if family is None or found[3] not in family.shapes.split():
+    if found is None or found[2] not in CHIPS or found[3] not in CHIPS[found[2]].shapes.split():
         listing = "\n".join(f"  {key}: {chip.shapes}" for key, chip in CHIPS.items())
         raise ValueError(
             f"There is no topology {name!r}. It is FAMILY:SHAPE in chips, like v5e:16x16, or "

@@ -25,7 +25,7 @@ def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
     if name == "reference":
         if config.stage != "cadpo":
             raise ValueError(f"Only stage cadpo has references; this config's is {config.stage}.")
-        return stage.reference_step().lower(stage.state.params, stage.batch)
+        return stage.reference_step("whole").lower(stage.state.params, stage.batch)
     if name in ("prefill", "decode"):
         return _generation(name, config, stage)
     raise ValueError(f"There is no program {name!r}; there are {', '.join(NAMES)}.")

@@ -100,7 +100,7 @@ def _empty(rows: int, budget: Budget) -> dict[str, np.ndarray]:
         ),
         "segments": ("conflict", "ignored"),
     }
-    batch = {
+    batch: dict[str, np.ndarray] = {
         key: np.zeros((rows, getattr(budget, size)), np.int32)
         for size, keys in ints.items()
         for key in keys

@@ -26,7 +26,8 @@ LEAST_PAIRS = 2
 class Measured(Protocol):
     """What `measure` needs to know about examples; `pipeline.Examples` is that."""
 
-    requests: Sequence
+    @property
+    def requests(self) -> Sequence: ...
 
     def measure(self, index: int) -> tuple[list[Size], int, Int[np.ndarray, " n"]]:
         """Sizes under every request, frame pairs, all target tokens."""

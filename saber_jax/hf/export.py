@@ -122,8 +122,9 @@ def _make_portable(path: Path) -> None:
 def _job_like(params, cfg: SaberConfig, source: Source, name: str, tensor: tensors.Tensor):
     """Our bytes for a tensor of the thinker, the source's own for any other."""
     entry = entries(cfg).get(name.removeprefix(PREFIX))
-    ours = entry is not None and source.tensors.get(entry.name) is tensor
-    return functools.partial(_convert, params, entry, tensor.dtype) if ours else tensor.read_bytes
+    if entry is None or source.tensors.get(entry.name) is not tensor:
+        return tensor.read_bytes
+    return functools.partial(_convert, params, entry, tensor.dtype)
 
 
 def _check_source(params, cfg: SaberConfig, source: Source) -> None:

@@ -90,11 +90,14 @@ def test_what_does_not_fit_is_told_with_settings_that_would_help(step):
         report.does_not_fit("INTERNAL: Mosaic", config, stage, chips.parse_topology("v5e:2x2"))
 
 
-@pytest.mark.parametrize("config", [sft.get_config("7b"), cadpo.get_config("7b")])
-def test_the_step_of_a_pod_lowers_with_long_blocks_of_attention(four_chips, config):
+@pytest.mark.parametrize(
+    ("config", "program"), [(sft, "train"), (cadpo, "train"), (cadpo, "reference")]
+)
+def test_what_a_pod_runs_lowers_with_long_blocks_of_attention(four_chips, config, program):
+    config = config.get_config("7b")
     config.data.batch_rows = len(four_chips)
     mesh = sharding.make_mesh(**config.mesh, devices=four_chips)
-    lowered = programs.lower("train", config, setup.build(config, mesh))
+    lowered = programs.lower(program, config, setup.build(config, mesh))
     kernels = set(re.findall(r"splash_(\d+)x(\d+)", lowered.as_text(debug_info=True)))
     # The text tower and the vision tower's full attention; windows and audio chunks are short.
     assert len([kernel for kernel in kernels if int(kernel[1]) >= 384]) == 2
