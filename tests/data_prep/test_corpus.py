@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from data_prep import corpus, corpus_text, corpus_voice
+from data_prep import corpus, corpus_film, corpus_text, corpus_voice
 from data_prep.corpus_plan import EMOTIONS, Sizes, plan
 from data_prep.corpus_voice import MAX_SAMPLES, Speaker
 from saber_jax.data import sed
@@ -56,6 +56,18 @@ def test_two_builds_in_different_processes_are_identical(built, tmp_path):
     # One worker instead of two: every clip is rendered after other clips than before.
     assert build(tmp_path / "again", "--workers", "1").returncode == 0
     assert digests(tmp_path / "again") == digests(built)
+
+
+def test_equal_pictures_and_sound_give_equal_files(tmp_path):
+    out = tmp_path / "clip.mp4"
+    with Speaker() as speaker:
+        made = [corpus.render(clip, speaker) for clip in plan(Sizes(), seed=0)[:20]]
+    for frames, track in made:
+        written = set()
+        for _ in range(4):
+            corpus_film.write_mp4(out, frames, track)
+            written.add(out.read_bytes())
+        assert len(written) == 1
 
 
 def test_a_build_that_lost_clips_restores_them(built):
