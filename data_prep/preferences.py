@@ -1,7 +1,7 @@
 """Mines preference pairs: what the SED model concludes when it can only see, or only hear.
 
-    python -m data_prep.preferences --checkpoint runs/sft --records runs/records \
-        --split preference --out runs/pairs
+    python -m data_prep.preferences --checkpoint runs/tiny/sft --records runs/tiny/records \
+        --split preference --out runs/tiny/pairs
 
 Chosen is a record's own six-section target. Rejected is the model's answer with one modality
 withheld, kept when it is well formed but concludes what the remaining modality alone suggests: the

@@ -2,7 +2,7 @@
 
 Any clip, on the terminal:
 
-    python -m saber_jax.generate --checkpoint runs/cadpo --video clip.mp4 --language en
+    python -m saber_jax.generate --checkpoint runs/tiny/cadpo --video clip.mp4 --language en
 """
 
 import argparse

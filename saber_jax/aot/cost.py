@@ -123,11 +123,13 @@ def convolution_flops(instruction: hlo.Instruction, scope: hlo.Computation) -> f
     """Multiply-adds with elements that exist, twice; TPUs write matrix products as convolutions."""
     lhs, rhs = (scope[name].arrays[0].dims for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    lhs_labels, rhs_labels, out_labels = re.split(
+        "_|->", instruction.required(r"dim_labels=(\w+_\w+->\w+)")
+    )
     window = dict(
         part.split("=") for part in (instruction.attribute(r"window=\{([^}]*)\}") or "").split()
     )
-    spatial = sorted(label for label in labels[2] if label.isdigit())
+    spatial = sorted(label for label in rhs_labels if label.isdigit())
 
     def per_dimension(key: str, default: str) -> list[str]:
         return window[key].split("x") if key in window else [default] * len(spatial)
@@ -140,14 +142,14 @@ def convolution_flops(instruction: hlo.Instruction, scope: hlo.Computation) -> f
         *(per_dimension(key, "1") for key in ("lhs_dilate", "rhs_dilate")),
         strict=True,
     ):
-        taps, places = np.arange(int(size)), np.arange(out[labels[3].index(label)])
+        taps, places = np.arange(int(size)), np.arange(out[out_labels.index(label)])
         at = places[:, None] * int(stride) + taps[None] * int(rhs_dilate) - int(pad.split("_")[0])
-        extent = lhs[labels[1].index(label)] * int(lhs_dilate)
+        extent = lhs[lhs_labels.index(label)] * int(lhs_dilate)
         total *= int(((at >= 0) & (at < extent) & (at % int(lhs_dilate) == 0)).sum())
     groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
-    inputs = rhs[labels[2].index("i")]  # Already divided by feature groups.
-    batch = lhs[labels[1].index("b")] // groups
-    return 2.0 * total * inputs * out[labels[3].index("f")] * batch
+    inputs = rhs[rhs_labels.index("i")]  # Already divided by feature groups.
+    batch = lhs[lhs_labels.index("b")] // groups
+    return 2.0 * total * inputs * out[out_labels.index("f")] * batch
 
 
 def kernel_flops(run: hlo.Execution) -> float:
@@ -181,7 +183,7 @@ def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:
         inner = module.computations[instruction.called[0]]
         touched = [_touched(inner, index) for index in range(len(operands))]
     else:
-        touched = [None] * len(operands)
+        touched: list[float | None] = [None] * len(operands)
         if instruction.op == "dynamic-slice":
             touched[0] = _hbm(instruction)
         if instruction.op == "dynamic-update-slice":

@@ -56,6 +56,13 @@ class Instruction:
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
+    def required(self, pattern: str) -> str:
+        """Raises ValueError where there is no such attribute."""
+        found = self.attribute(pattern)
+        if found is None:
+            raise ValueError(f"{self.op} {self.name} has no {pattern!r} in {self.attributes!r}.")
+        return found
+
     @property
     def arrays(self) -> list[Array]:
         return arrays(self.shape)
@@ -236,7 +243,7 @@ def trip_count(module: Module, loop: Instruction, initial: Constants) -> int | N
     known = loop.attribute(r'known_trip_count"?:\{"?n"?:"(\d+)"')
     if known:
         return int(known)
-    condition = module.computations[loop.attribute(r"condition=%([\w.\-]+)")]
+    condition = module.computations[loop.required(r"condition=%([\w.\-]+)")]
     for compare, scope, name_of in _comparisons(module, condition):
         counts = all(scope[name].arrays[0].dtype in ("s32", "u32") for name in compare.operands)
         if not counts or compare.attribute(r"direction=(\w+)") != "LT":
@@ -273,11 +280,11 @@ def _comparisons(module: Module, condition: Computation):
 def _step(module: Module, loop: Instruction, condition: Computation, compare: Instruction) -> int:
     """What a loop adds to its counter in one turn; 1 unless the compiler unrolled it."""
     counter = condition.get(compare.operands[0])
-    body = module.computations[loop.attribute(r"body=%([\w.\-]+)")]
+    body = module.computations[loop.required(r"body=%([\w.\-]+)")]
     root = next(i for i in body.values() if i.root)
     if counter is None or counter.op != "get-tuple-element" or root.op != "tuple":
         return 1
-    index = int(counter.attribute(r"index=(\d+)"))
+    index = int(counter.required(r"index=(\d+)"))
     return _offset(body, root.operands[index], index) or 1
 
 
@@ -311,10 +318,10 @@ def _constant(computation: Computation, name: str, initial: Constants | None) ->
     if instruction.op == "get-tuple-element":
         source, index = (
             computation.get(instruction.operands[0]),
-            instruction.attribute(r"index=(\d+)"),
+            int(instruction.required(r"index=(\d+)")),
         )
         if source is not None and source.op == "tuple":
-            return _constant(computation, source.operands[int(index)], initial)
+            return _constant(computation, source.operands[index], initial)
         if source is not None and source.op == "parameter" and initial is not None:
-            return initial(int(index))
+            return initial(index)
     return None

@@ -28,7 +28,8 @@ SAMPLE = 3 * planning.WINDOW
 LEAST_MEDIA = 0.92
 MOST_LEFT_OUT = 0.008
 
-# Sizes are rounded up to these: kernels take blocks, the head a chunk of targets at a time.
+# Sizes are rounded up to these. Two responses make a multiple of the kernels' 128 slots; the head
+# takes a chunk of targets at a time.
 LENGTH_STEP, PATCH_STEP, TARGET_STEP = 64, 64, 256
 
 

@@ -239,7 +239,7 @@ class RecordSource:
         return [size_of(self.outline(index)) for index in range(len(self))]
 
     @functools.cached_property
-    def _positions(self) -> dict[str, int]:
+    def _positions(self) -> dict[str | None, int]:
         return {clip_id: index for index, clip_id in enumerate(self._clip_ids())}
 
     def _clip_ids(self) -> Iterator[str | None]:

@@ -1,7 +1,7 @@
 """Answers a benchmark's clips with a checkpoint and scores the answers.
 
-    python -m saber_jax.evaluation.run --benchmark saber_test --checkpoint runs/cadpo \
-        --data runs/records --split test --out runs/cadpo_scores
+    python -m saber_jax.evaluation.run --benchmark saber_test --checkpoint runs/tiny/cadpo \
+        --data runs/tiny/records --split test --out runs/tiny/cadpo_scores
     python -m saber_jax.evaluation.run --benchmark emobench_m --predictions results/ --out scores
 
 OUT holds predictions.jsonl (appended batch by batch, so a killed run goes on where it was),
