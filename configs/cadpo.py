@@ -50,6 +50,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.compute.head_chunk = 224 if tiny else 256
     c.optimizer.peak_lr = 5e-5 if tiny else 5e-7
+    c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
     return c

@@ -88,6 +88,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.peak_lr = 2e-3 if tiny else 1e-5
+    # Steps in which only the vocabulary learns; for a network that starts from nothing.
+    c.optimizer.vocabulary_steps = 50 if tiny else 0
     c.optimizer.warmup_steps = 50
     c.optimizer.final_fraction = 0.05
     c.optimizer.b1 = 0.9

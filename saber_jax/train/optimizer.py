@@ -1,8 +1,17 @@
-"""AdamW with warm-up and cosine decay, over the trainable parameters only."""
+"""AdamW with warm-up and cosine decay, over the trainable parameters only.
+
+Vocabulary first: a network that starts from nothing spends its first steps on which words are
+frequent. That gradient is the same for every example, and Adam's steps make of it one large constant
+direction in every matrix it reaches, under which what the towers see of a clip drowns: of the drawn
+faces nothing was learnt in 550 steps. If for a while only the embeddings, the final norm and the
+output projection learn, they take the frequencies and the fixed phrases upon themselves, and what
+is left to explain when the rest joins in is what tells the clips apart.
+"""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -11,9 +20,14 @@ from saber_jax import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """`peak_lr` falls by cosine to `final_fraction` of itself over the run's steps."""
+    """`peak_lr` falls by cosine to `final_fraction` of itself over the run's steps.
+
+    For the first `vocabulary_steps` of them only `VOCABULARY` learns, at `peak_lr`; everything else
+    begins its warm-up after that.
+    """
 
     peak_lr: float
+    vocabulary_steps: int
     warmup_steps: int
     final_fraction: float
     b1: float
@@ -22,14 +36,29 @@ class OptimizerConfig:
     clip_norm: float
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(
+VOCABULARY = ("text/embed", "text/norm", "text/lm_head")
+
+
+def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
+    """Learning rates of the "vocabulary" and of the "rest"."""
+    first = min(config.vocabulary_steps, steps)
+    remaining = max(steps - first, 2)
+    rest = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.peak_lr,
-        warmup_steps=min(config.warmup_steps, max(steps - 1, 1)),
-        decay_steps=max(steps, 2),
+        warmup_steps=min(config.warmup_steps, remaining - 1),
+        decay_steps=remaining,
         end_value=config.peak_lr * config.final_fraction,
     )
+    if not first:
+        return {"vocabulary": rest, "rest": rest}
+    decay = optax.cosine_decay_schedule(config.peak_lr, remaining, config.final_fraction)
+    return {
+        "vocabulary": optax.join_schedules(
+            [optax.constant_schedule(config.peak_lr), decay], [first]
+        ),
+        "rest": optax.join_schedules([optax.constant_schedule(0.0), rest], [first]),
+    }
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -45,14 +74,27 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=decays,
-        ),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        _learning_rates(schedules(config, steps)),
     )
+
+
+def _learning_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransformation:
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        now = {group: rate(state.count) for group, rate in rates.items()}
+        scaled = {
+            name: -now["vocabulary" if name in VOCABULARY else "rest"] * leaf
+            for name, leaf in updates.items()
+        }
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def optimizer_shardings(
