@@ -30,7 +30,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     root = c.get_ref("root")
     c.workdir = root + "/sft"
     c.seed = 0
-    c.steps = 550 if tiny else 4_000
+    c.steps = 500 if tiny else 4_000
 
     # Where the weights come from: a checkpoint directory, or "" for random ones.
     c.init = ConfigDict({"checkpoint": "" if tiny else root + "/init"})

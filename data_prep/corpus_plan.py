@@ -68,7 +68,7 @@ class Sizes:
     train: int = 1100
     preference: int = 500
     test: int = 240
-    train_inconsistent: float = 0.45  # Fraction of the train split.
+    train_inconsistent: float = 0.25  # Fraction of the train split.
 
     def __post_init__(self):
         if min(self.train, self.preference, self.test) < 1:

@@ -1,11 +1,11 @@
 """AdamW with warm-up and cosine decay, over the trainable parameters only.
 
 Vocabulary first: a network that starts from nothing spends its first steps on which words are
-frequent. That gradient is the same for every example, and Adam's steps make of it one large constant
-direction in every matrix it reaches, under which what the towers see of a clip drowns: of the drawn
-faces nothing was learnt in 550 steps. If for a while only the embeddings, the final norm and the
-output projection learn, they take the frequencies and the fixed phrases upon themselves, and what
-is left to explain when the rest joins in is what tells the clips apart.
+frequent. That gradient is the same for every example, and Adam's steps make of it one large
+constant direction in every matrix it reaches, under which what the towers see of a clip drowns: of
+the drawn faces nothing was learnt in 550 steps. If for a while only the embeddings, the final norm
+and the output projection learn, they take the frequencies and the fixed phrases upon themselves,
+and what is left to explain when the rest joins in is what tells the clips apart.
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ def inconsistent(clips: list[Clip]) -> list[Clip]:
 def test_default_sizes_are_the_promised_ones(clips):
     assert Counter(clip.split for clip in clips) == {"train": 1100, "preference": 500, "test": 240}
     conflicts = Counter(clip.split for clip in inconsistent(clips))
-    assert conflicts == {"train": 495, "preference": 500, "test": 120}
+    assert conflicts == {"train": 275, "preference": 500, "test": 120}
 
 
 def test_every_single_modality_leaves_three_equally_likely_emotions():
