@@ -51,7 +51,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.metrics_every = 20 if tiny else 50  # Steps between measurements that cost three forwards.
 
     c.compute.head_chunk = 224 if tiny else 256
-    c.optimizer.peak_lr = 5e-5 if tiny else 5e-7
+    c.optimizer.peak_lr = 3e-5 if tiny else 5e-7
     c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
