@@ -3,9 +3,10 @@
     launch/tpu_run.sh configs/sft.py:tiny     the embedded corpus, on whatever is here
     launch/tpu_run.sh configs/sft.py:7b       Qwen2.5-Omni-7B's thinker, on a TPU pod
 
-`tiny` learns from nothing on two CPU cores: 550 steps in 6 to 8 minutes, to a loss of about 0.07
-nats a token (unigram entropy 4.8) and 95% right conclusions on held-out clips whose modalities
-agree. It gets there by voice; colours it reads from step 250 on, faces hardly at all by the end.
+`tiny` learns from nothing on two CPU cores: 500 steps in 5 minutes, to a loss of about 0.05 nats a
+token (unigram entropy 4.8), 99% right conclusions on held-out clips whose modalities agree and 79%
+where they don't (n = 120 each). Voices it reads from step 90 on, colours from 200, faces from 350.
+Without optimizer.vocabulary_steps it never reads the faces.
 
 `3b` and `7b` start from a HuggingFace directory: set config.init.checkpoint to what `python -m
 saber_jax.hf.load` wrote, and config.data.path to what `python -m data_prep.build` wrote.
