@@ -121,6 +121,7 @@ def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
     config = config_for(cadpo, records, whole)
     config.data.pairs = str(whole / "pairs.jsonl")
     config.data.response = 64
+    config.loss.sft = config.loss.anchor = 0.0  # The paper's form, which starts at log 2.
     main.train(config)
     first, *_, last = metrics_of(whole, "cadpo")
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
@@ -175,6 +176,7 @@ def lora_config(module, records, root, **changes):
     config = config_for(module, records, root, **changes)
     config.lora.rank = 4
     config.optimizer.peak_lr, config.optimizer.warmup_steps = 2e-2, 1
+    config.optimizer.vocabulary_steps = 0  # Adapters are none of the vocabulary.
     return config
 
 
