@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app
 from ml_collections import ConfigDict
@@ -29,12 +31,14 @@ from launch import hardware, turns
 from saber_jax import distributed
 from saber_jax.data.journal import write_json
 from saber_jax.distributed import PREEMPTED
+from saber_jax.identity import identity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """`after` are the steps whose results this one reads; `leaves` is what to look at when done;
-    `together` is a step that all hosts run at once."""
+    `together` is a step that all hosts run at once. `does` is what a done step must have done to
+    be done now too, where that is not the command."""
 
     name: str
     says: str
@@ -42,12 +46,14 @@ class Step:
     leaves: str
     after: tuple[str, ...] = ()
     together: bool = False
+    does: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:
     """The whole chain of config `name`, the steps of the config it starts from included.
 
-    `settings` are the `--config.key=value` that were typed; they belong to the stage named.
+    `settings` are the `--config.key=value` that were typed; they belong to the stage named, but for
+    the seed, which is everybody's.
     """
     root, data = Path(config.root), Path(config.data.path)
     own_records = data != root / "records"
@@ -57,7 +63,11 @@ def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step
         return [*chain, _train(config, name, settings, after)]
     inherited = (f"--config.root={root}", *([f"--config.data.path={data}"] if own_records else []))
     start = sft.get_config(config.model)
-    start.root = config.root
+    start.root, start.seed = config.root, config.seed
+    if own_records:
+        start.data.path = config.data.path
+    if config.seed:
+        inherited += (f"--config.seed={config.seed}",)
     return [
         *chain,
         _train(start, f"configs/sft.py:{config.model}", inherited, after),
@@ -83,6 +93,7 @@ def _train(
         leaves=config.workdir,
         after=after,
         together=True,
+        does=identity(config),
     )
 
 
@@ -92,7 +103,10 @@ def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
         Step(
             name="corpus",
             says="the embedded corpus saber_mini: drawn faces, synthetic voices, known conflicts",
-            command=("python", "-m", "data_prep.corpus", "--out", str(corpus)),
+            command=(
+                *("python", "-m", "data_prep.corpus", "--out", str(corpus)),
+                *("--seed", str(config.seed)),
+            ),
             leaves=str(corpus),
         ),
         Step(
@@ -178,9 +192,8 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
     began, ran = time.perf_counter(), 0
     stamps: dict[str, str] = {}
     for number, step in enumerate(chain, start=1):
-        stamp = hashlib.sha256(
-            json.dumps([step.command, [stamps.get(name) for name in step.after]]).encode()
-        ).hexdigest()[:16]
+        done = [step.does or step.command, [stamps.get(name) for name in step.after]]
+        stamp = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
         stamps[step.name] = stamp
         title = f"[{number}/{len(chain)}] {step.name}"
         if _stamped(root, step, stamp):

@@ -18,6 +18,7 @@ from configs.command_line import CONFIG, parse_flags
 from saber_jax import distributed, sharding
 from saber_jax.data.journal import fingerprint, write_json
 from saber_jax.data.pairs import Pair, read_pairs
+from saber_jax.identity import identity
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
@@ -26,12 +27,6 @@ from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.preference import Preference
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Meter
-
-# A run's fingerprint leaves these out: they change where or how often, not what is computed.
-NOT_PART_OF_THE_RUN = (
-    *("root", "workdir", "mesh", "checkpoint_every", "generation", "reference"),
-    *("log_every", "metrics_every", "profile", "heartbeat_seconds", "wandb"),
-)
 
 
 def train(config: ConfigDict) -> None:
@@ -185,27 +180,17 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             f"{path.name} in it. Put config.root on a file system that all hosts share "
             "(docs/performance.md, `Disks`)."
         )
-    ours, theirs = _flat(ours), _flat(json.loads(path.read_text()))
+    ours, theirs = identity(ours), identity(json.loads(path.read_text()))
     changed = [
         f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted(theirs | ours)
-        if key.split(".")[0] not in NOT_PART_OF_THE_RUN and theirs.get(key) != ours.get(key)
+        if theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise ValueError(
             f"{workdir} belongs to a run with another config ({'; '.join(changed)}). Choose "
             "another directory with --config.workdir=DIR, or delete it to start again."
         )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    """{"data": {"path": x}} -> {"data.path": x}"""
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def finish(workdir: Path, summary: dict) -> None:

@@ -1,9 +1,11 @@
 """The chain runs what is missing, in order, and says how to go on."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import cadpo
 from launch import chain
@@ -45,6 +47,32 @@ def test_a_changed_step_is_run_again_with_everything_that_stands_on_it(tmp_path)
     chain.run([step("a", appending(log, "a")), *rest], tmp_path)
     chain.run([step("a", appending(log, "A")), *rest], tmp_path)
     assert log.read_text().split() == ["a", "b", "c", "A", "b"]
+
+
+def training(config: ConfigDict, *settings: str) -> chain.Step:
+    links = chain.steps(config, "configs/cadpo.py:tiny", settings)
+    step = next(link for link in links if link.name == "cadpo")
+    return dataclasses.replace(step, command=("python", "-c", "print('trained')"), after=())
+
+
+def test_an_edited_config_is_another_run_and_a_chattier_one_is_not(tmp_path, capfd):
+    chain.run([training(cadpo.get_config("tiny"))], tmp_path)
+    chatty = cadpo.get_config("tiny")
+    chatty.log_every = 1
+    chain.run([training(chatty, "--config.log_every=1")], tmp_path)
+    assert capfd.readouterr().out.count("trained\n") == 1
+    edited = cadpo.get_config("tiny")
+    edited.optimizer.peak_lr = 1e-3
+    chain.run([training(edited)], tmp_path)
+    assert "trained\n" in capfd.readouterr().out
+
+
+def test_a_seed_is_the_whole_chain_s():
+    config = cadpo.get_config("tiny")
+    config.seed = 7
+    links = {s.name: s for s in chain.steps(config, "configs/cadpo.py:tiny", ("--config.seed=7",))}
+    assert links["corpus"].command[-2:] == ("--seed", "7")
+    assert "--config.seed=7" in links["sft"].command and links["sft"].does["seed"] == 7
 
 
 def test_the_tiny_chain_goes_from_clips_to_the_report():
