@@ -64,6 +64,9 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.chunks = 2 if tiny else 10
     c.data.targets = 256 if tiny else 2_816
     c.data.segments = 4 if tiny else 16
+    # Most patches of one frame pair: attention looks no further. Clips with larger frames are left
+    # out; python -m data_prep.build --max_pixels bounds them, to 196 pixels a patch.
+    c.data.frame_patches = 36 if tiny else 640
     # Share of examples with one modality hidden. A network that starts from nothing has never met
     # silence or a blank picture; a pretrained one has, and a unimodal prompt finds it prepared.
     c.data.withhold = 0.2 if tiny else 0.0
@@ -85,7 +88,6 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
     c.compute.kernel = "xla" if tiny else "splash"  # Attention: "xla" anywhere, "splash" on TPUs.
     c.compute.head_chunk = 256  # Targets whose logits exist at one time.
-    c.compute.frame_patches = 36 if tiny else 640  # Most patches of one frame pair.
 
     c.optimizer = ConfigDict()
     c.optimizer.peak_lr = 2e-3 if tiny else 1e-5

@@ -88,6 +88,9 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
     responses = {_up(answer * k, LENGTH_STEP) for k in (0.98, 1.02, 1.06) if answer}
     patches = {_up(mean["patches"] / rows * k, PATCH_STEP) for k in (0.98, 1.01, 1.035, 1.06)}
     need = mean["chunks"] / rows
+    largest = measured.sizes[..., planning.FIELDS.index("patches")].max(0) // np.maximum(
+        measured.frame_pairs, 1
+    )
     chunks = range(max(1, int(need * 0.98)), int(np.ceil(need / LEAST_MEDIA)) + 1)
     for response, n_v, n_a in itertools.product(
         sorted(responses) or [0], sorted(patches), chunks if need else [0]
@@ -99,6 +102,7 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
             chunks=n_a,
             targets=length + 2 * response,
             segments=64,
+            frame_patches=int(largest.max()),
         )
 
 

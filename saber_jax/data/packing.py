@@ -31,7 +31,11 @@ _SIZE_FIELDS = tuple(field.name for field in dataclasses.fields(Size))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The static shape of one row. `response` is 0 for supervised rows; drawn at the top."""
+    """The static shape of one row. `response` is 0 for supervised rows; drawn at the top.
+
+    `frame_patches` is a promise, not a size: no frame pair of the row has more patches, so that
+    attention inside frames may be local. None promises nothing.
+    """
 
     length: int
     patches: int
@@ -39,6 +43,7 @@ class Budget:
     targets: int
     segments: int
     response: int = 0
+    frame_patches: int | None = None
 
     @property
     def slots(self) -> int:

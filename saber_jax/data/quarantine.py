@@ -75,5 +75,6 @@ class Quarantine:
                 f"share config.data.max_bad_fraction={self._limit} allows; the first is "
                 f"{first.clip_id} in {first.file}: {REASONS[first.reason]} ({first.detail}). All "
                 f"are in {self._path}. Repair or rebuild those records, raise the budgets in "
-                "config.data, or raise the share."
+                "config.data (python -m saber_jax.data.budgets prints some that suit), or raise "
+                "the share."
             )

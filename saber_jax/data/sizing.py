@@ -123,11 +123,12 @@ def _measure_share(examples: Measured, indices: Sequence[int]) -> Measurements:
 class Selection:
     """Which examples take part in a run with one budget, and in which size.
 
-    `frame_pairs` is what a clip keeps of its frames; `usable` are the examples that are neither bad
-    nor too large, even so.
+    `frame_pairs` is what a clip keeps of its frames, `frame_patches` the patches of one pair of
+    them; `usable` are the examples that are neither bad nor too large, even so.
     """
 
     sizes: Int[np.ndarray, "K N D"]
+    frame_patches: Int[np.ndarray, " N"]
     frame_pairs: Int[np.ndarray, " N"]
     usable: Int[np.ndarray, " M"]
     thinned: Int[np.ndarray, " T"]
@@ -135,17 +136,21 @@ class Selection:
     def left_out(self, budget: Budget, examples: Measured) -> list[Entry]:
         """The rest, named."""
         rest = np.setdiff1d(np.arange(self.sizes.shape[1]), self.usable)
-        return [_entry(int(index), self.sizes[:, index], budget, examples) for index in rest]
+        return [
+            _entry(i, self.sizes[:, i], self.frame_patches[i], budget, examples)
+            for i in map(int, rest)
+        ]
 
 
 def select(measured: Measurements, budget: Budget) -> Selection:
     """Thins the frames of clips that a row cannot hold; sound and text are never cut."""
     sizes, pairs = measured.sizes.astype(np.int64), measured.frame_pairs
     text, patches = sizes[..., FIELDS.index("text")], sizes[..., FIELDS.index("patches")]
-    a_pair = np.maximum(patches[0], 1) // np.maximum(pairs, 1)  # Patches of a frame pair.
+    frame_patches = patches.max(0) // np.maximum(pairs, 1)
+    a_pair = np.maximum(frame_patches, 1)
     units = np.maximum(a_pair // 4, 1)
     excess = np.maximum(
-        -(-(patches.max(0) - budget.patches) // np.maximum(a_pair, 1)),
+        -(-(patches.max(0) - budget.patches) // a_pair),
         -(-(text.max(0) - budget.length) // units),
     ).clip(0)
     fewer = (excess > 0) & (pairs - excess >= LEAST_PAIRS)
@@ -153,12 +158,24 @@ def select(measured: Measurements, budget: Budget) -> Selection:
     text -= drop * units
     patches -= drop * a_pair
     good = (sizes >= 0).all((0, 2)) & np.all([fits(asked, budget) for asked in sizes], 0)
+    if budget.frame_patches is not None:
+        good &= frame_patches <= budget.frame_patches
     return Selection(
-        sizes, (pairs - drop).astype(np.int32), np.flatnonzero(good), np.flatnonzero(fewer & good)
+        sizes,
+        frame_patches,
+        (pairs - drop).astype(np.int32),
+        np.flatnonzero(good),
+        np.flatnonzero(fewer & good),
     )
 
 
-def _entry(index: int, sizes: Int[np.ndarray, "K D"], budget: Budget, examples: Measured) -> Entry:
+def _entry(
+    index: int,
+    sizes: Int[np.ndarray, "K D"],
+    frame_patches: int,
+    budget: Budget,
+    examples: Measured,
+) -> Entry:
     if (sizes == BAD).all():
         try:
             examples.measure(index)
@@ -171,4 +188,6 @@ def _entry(index: int, sizes: Int[np.ndarray, "K D"], budget: Budget, examples: 
         for name, size, limit in zip(FIELDS, sizes.max(0), budget.limits, strict=True)
         if size > limit
     ]
+    if budget.frame_patches is not None and frame_patches > budget.frame_patches:
+        over.append(f"frame_patches {frame_patches} > {budget.frame_patches}")
     return examples.entry(index, "too_large", ", ".join(over))

@@ -122,8 +122,8 @@ def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
             f"{mesh.shape['tensor']}: a TPU kernel is written for one device, and tensor "
             "parallelism is left to XLA. Set tensor to 1, or the kernel to 'xla'."
         )
-    response = config.data.response
-    return Compute(**config.compute, response=response, mesh=mesh if by_hand else None)
+    promised = {"response": config.data.response, "frame_patches": config.data.frame_patches}
+    return Compute(**config.compute, **promised, mesh=mesh if by_hand else None)
 
 
 def budget(config: ConfigDict) -> Budget:

@@ -1,5 +1,6 @@
 """What fits, what is thinned, what is left out and how it is named."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -54,6 +55,17 @@ def test_what_is_left_out_is_named_with_file_index_and_reason(selected):
     assert "chunks 5 > 3" in loud.detail and loud.file.endswith("[4]")
     assert (unreadable.index, unreadable.reason) == (6, "bad_record")
     assert "bad block" in unreadable.detail
+
+
+def test_a_frame_larger_than_attention_reaches_is_left_out_by_name(tokenizer):
+    examples = examples_of(tokenizer, Uneven(3))
+    measured = sizing.measure(examples, 3, range(3))
+    assert list(sizing.select(measured, BUDGET).frame_patches) == [36, 36, 36]
+    narrow = dataclasses.replace(BUDGET, frame_patches=35)
+    selection = sizing.select(measured, narrow)
+    assert not len(selection.usable)
+    assert selection.left_out(narrow, examples)[0].detail == "frame_patches 36 > 35"
+    assert len(sizing.select(measured, dataclasses.replace(BUDGET, frame_patches=36)).usable) == 3
 
 
 def test_shares_of_several_processes_add_up_to_the_whole(selected):
