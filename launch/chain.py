@@ -5,6 +5,9 @@ type; it is printed before it runs. A step that ended well leaves ROOT/done/STEP
 its command and the steps it stands on, so the same call starts, goes on after a kill, and finds in
 seconds that all is done.
 
+What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your own, the steps
+that would make them are left out.
+
 On a pod every host runs this. Training is the work of all of them at once, everything else the
 first host's, while the others wait for its stamp (turns.py).
 """
@@ -20,7 +23,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app
 from ml_collections import ConfigDict
@@ -32,6 +35,8 @@ from saber_jax import distributed
 from saber_jax.data.journal import write_json
 from saber_jax.distributed import PREEMPTED
 from saber_jax.identity import identity
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,20 +66,12 @@ def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step
     after = ("records",) if chain else ()
     if config.stage == "sft":
         return [*chain, _train(config, name, settings, after)]
-    inherited = (f"--config.root={root}", *([f"--config.data.path={data}"] if own_records else []))
-    start = sft.get_config(config.model)
-    start.root, start.seed = config.root, config.seed
-    if own_records:
-        start.data.path = config.data.path
-    if config.seed:
-        inherited += (f"--config.seed={config.seed}",)
-    return [
-        *chain,
-        _train(start, f"configs/sft.py:{config.model}", inherited, after),
-        _pairs(config, data),
-        _train(config, name, settings, ("sft", "pairs")),
-        *_results(config, root, data),
-    ]
+    if Path(config.init.checkpoint) == root / "sft":
+        chain.append(_stage_1(config, own_records, after))
+    if Path(config.data.pairs) == root / "pairs":
+        chain.append(_pairs(config, data))
+    stage_2 = _train(config, name, settings, ("sft", "pairs"))
+    return [*chain, stage_2, *_results(config, root, data)]
 
 
 STAGES = {
@@ -95,6 +92,19 @@ def _train(
         together=True,
         does=identity(config),
     )
+
+
+def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> Step:
+    """What stage 2 starts from, by the config that suits it."""
+    start = sft.get_config(config.model)
+    start.root, start.seed = config.root, config.seed
+    inherited = [f"--config.root={config.root}"]
+    if own_records:
+        start.data.path = config.data.path
+        inherited.append(f"--config.data.path={config.data.path}")
+    if config.seed:
+        inherited.append(f"--config.seed={config.seed}")
+    return _train(start, f"configs/sft.py:{config.model}", tuple(inherited), after)
 
 
 def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
@@ -163,15 +173,18 @@ def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
         leaves=str(root / "hf"),
         after=("cadpo",),
     )
-    clips = ("--corpus", str(root / "corpus")) if config.embedded else ()
+    corpus = root / "corpus"
+    made_here = ("--corpus", str(corpus)) if config.embedded and data == root / "records" else ()
+    mined = Path(config.data.pairs) == root / "pairs"
     report = Step(
         name="report",
         says="one page of what was learnt",
         command=(
             *("python", "-m", "saber_jax.evaluation.report", "--out", str(root / "report.html")),
-            *("--sft", stages["sft"], "--cadpo", stages["cadpo"], "--pairs", config.data.pairs),
+            *("--sft", stages["sft"], "--cadpo", stages["cadpo"]),
             *("--sft_scores", str(root / "eval/sft"), "--cadpo_scores", str(root / "eval/cadpo")),
-            *clips,
+            *(("--pairs", config.data.pairs) if mined else ()),
+            *made_here,
         ),
         leaves=str(root / "report.html"),
         after=("evaluate_sft", "evaluate_cadpo"),
@@ -189,6 +202,8 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
 
     `place` is (index, count) of this host.
     """
+    if place[1] > 1:
+        _meet(root, place)
     began, ran = time.perf_counter(), 0
     stamps: dict[str, str] = {}
     for number, step in enumerate(chain, start=1):
@@ -234,15 +249,19 @@ def _work(step: Step, title: str, place: tuple[int, int]) -> None:
     status = _run([sys.executable, *step.command[1:]], environ)
     if status == 0:
         return
-    if status == PREEMPTED:
-        print(f"{title}: stopped as asked. The same command goes on from here.", file=sys.stderr)
-    else:
-        print(
-            f"{title}: failed with status {status} (see above). When that is mended, the same "
-            "command goes on from here.",
-            file=sys.stderr,
-        )
+    if status in (PREEMPTED, TERMINATED):
+        _stop(title)
+    print(
+        f"{title}: failed with status {status} (see above). When that is mended, the same command "
+        "goes on from here.",
+        file=sys.stderr,
+    )
     sys.exit(status)
+
+
+def _stop(where: str) -> NoReturn:
+    print(f"{where}: stopped as asked. The same command goes on from here.", file=sys.stderr)
+    sys.exit(PREEMPTED)
 
 
 def _run(command: list[str], environ: dict[str, str]) -> int:
@@ -260,12 +279,25 @@ def _run(command: list[str], environ: dict[str, str]) -> int:
     return status if status >= 0 else 128 - status
 
 
+def _meet(root: Path, place: tuple[int, int]) -> None:
+    """Before hours of work: do all hosts run, and see each other on one disk?"""
+    index, count = place
+    print(f"host {index} of {count}: meeting the others in {root}/done", flush=True)
+    if absent := turns.meet(root / "done", index, count):
+        who = f"host {', '.join(map(str, absent))} of {count}"
+        sys.exit(
+            f"launch/tpu_run.sh: host {index} did not meet {who} in {root} within "
+            f"{turns.MEETING_SECONDS} s. Either the command was not started there, or {root} is not "
+            "on a disk that all hosts share (docs/performance.md, `Disks`)."
+        )
+
+
 def _wait(root: Path, step: Step, stamp: str, title: str) -> None:
     print(f"{title}: waiting for the first host", flush=True)
     if not turns.wait(lambda: _stamped(root, step, stamp), root / "done" / "first_host"):
         sys.exit(
-            f"{title}: the first host failed or is gone, or {root} is not on a disk that all hosts "
-            "share (docs/performance.md, `Disks`). See the first host's output."
+            f"{title}: the first host failed, or has not been heard of for "
+            f"{turns.PATIENCE_SECONDS} s. See its output."
         )
 
 
@@ -296,6 +328,7 @@ def main(argv: list[str]) -> None:
             "with gcsfuse and give the mounted path (docs/performance.md, `Disks`)."
         )
     refuse_hopeless(config)
+    signal.signal(signal.SIGTERM, lambda *_: _stop("launch/tpu_run.sh"))
     name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
     settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))
     run(steps(config, name, settings), Path(config.root), distributed.place())

@@ -1,7 +1,7 @@
 """How the hosts of a pod take turns in a chain: one works, the others wait, nobody waits for ever.
 
 The work directory is on a disk that all hosts share; until training starts it is all they share.
-The first host shows signs of life in a file there while it works. The others wait for its result,
+They begin by meeting there, so that a disk which is not shared shows at once. The first host shows signs of life in a file there while it works. The others wait for its result,
 and give up when the file says that it failed, or stops changing.
 """
 
@@ -9,11 +9,14 @@ import contextlib
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BEAT_SECONDS = 10
 PATIENCE_SECONDS = 300
+# Hosts need not start at once: machines boot, images are pulled, environments are made.
+MEETING_SECONDS = 600
 
 # A host that works alone must not wait for the rest of its pod: these make its TPUs a slice of
 # their own (https://cloud.google.com/tpu/docs/run-in-container and jax's "Running multiple JAX
@@ -33,6 +36,43 @@ def alone(environ: dict[str, str], chips: int) -> dict[str, str]:
     if chips:
         kept |= ALONE | {"TPU_CHIPS_PER_PROCESS_BOUNDS": CHIP_BOUNDS[chips]}
     return kept
+
+
+def meet(
+    folder: Path,
+    index: int,
+    count: int,
+    *,
+    patience: float = MEETING_SECONDS,
+    every: float = 1.0,
+) -> list[int]:
+    """Returns when hosts 0 .. `count` - 1 have seen each other in `folder`; else, after `patience`
+    seconds, the numbers of those that this one misses.
+
+    The first host calls out a word that nobody used before and the others repeat it, so what an
+    earlier start left there means nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    call, deadline = folder / "meeting", time.monotonic() + patience
+    if index == 0:
+        word, missing = uuid.uuid4().hex, set(range(1, count))
+        _write(call, word)
+        while missing := {i for i in missing if _read(folder / f"meeting_{i}") != word}:
+            if time.monotonic() > deadline:
+                return sorted(missing)
+            time.sleep(every)
+        _write(call, f"{word} met")
+        return []
+    repeated: set[str] = set()
+    while time.monotonic() < deadline:
+        word, _, met = _read(call).partition(" ")
+        if met and word in repeated:
+            return []
+        if word and not met and word not in repeated:
+            _write(folder / f"meeting_{index}", word)
+            repeated.add(word)
+        time.sleep(every)
+    return [0]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,9 @@ from ml_collections import ConfigDict
 
 from configs import cadpo
 from launch import chain
+from saber_jax.distributed import PREEMPTED
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def step(name: str, code: str, after: tuple[str, ...] = ()) -> chain.Step:
@@ -92,8 +99,36 @@ def test_records_of_ones_own_replace_the_embedded_corpus():
     assert "--config.data.path=/data/mine" in links["sft"].command
 
 
+def test_a_start_and_pairs_of_ones_own_are_not_made(tmp_path):
+    config = cadpo.get_config("tiny")
+    config.init.checkpoint, config.data.pairs = "/elsewhere/sft", "/elsewhere/pairs.jsonl"
+    links = {s.name: s for s in chain.steps(config, "configs/cadpo.py:tiny", ())}
+    assert "sft" not in links and "pairs" not in links
+    assert "/elsewhere/sft" in links["evaluate_sft"].command
+    assert "--pairs" not in links["report"].command
+
+
 def test_every_path_follows_the_root():
     config = cadpo.get_config("tiny")
     config.root = "/elsewhere"
     paths = json.dumps([s.command for s in chain.steps(config, "configs/cadpo.py:tiny", ())])
     assert "runs/tiny" not in paths and "/elsewhere/cadpo" in paths
+
+
+def test_a_chain_that_is_told_to_stop_says_so_and_ends_as_a_preempted_run_does(tmp_path):
+    going = tmp_path / "going"
+    code = f"import pathlib, time; pathlib.Path({str(going)!r}).touch(); time.sleep(60)"
+    program = textwrap.dedent(f"""
+        from pathlib import Path
+        from launch import chain
+        link = chain.Step(name="a", says="", command=("python", "-c", {code!r}), leaves="")
+        chain.run([link], Path({str(tmp_path)!r}))
+    """)
+    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not going.exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    running.terminate()
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == PREEMPTED and b"stopped as asked" in said

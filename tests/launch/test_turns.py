@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -65,3 +66,28 @@ def test_a_host_that_works_alone_has_its_own_chips_and_joins_nobody():
     assert alone["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "2,2,1"
     joined = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     assert turns.alone(joined, chips=0) == {}
+
+
+def meeting(folders, patience):
+    """What each host misses; host i looks into the i-th folder."""
+    with ThreadPoolExecutor(len(folders)) as hosts:
+        return list(
+            hosts.map(
+                lambda i: turns.meet(folders[i], i, len(folders), patience=patience, every=0.01),
+                range(len(folders)),
+            )
+        )
+
+
+def test_hosts_on_one_disk_meet_whatever_an_earlier_start_left(tmp_path):
+    assert meeting([tmp_path] * 3, 10) == [[], [], []]
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert meeting([tmp_path] * 3, 10) == [[], [], []]
+    assert all((tmp_path / name).read_text() != text for name, text in left.items())
+
+
+def test_a_host_that_is_late_or_on_another_disk_is_missed_by_number(tmp_path):
+    meeting([tmp_path / "shared"] * 3, 10)  # Stale words must not count.
+    folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "own"]
+    assert meeting(folders, 0.3) == [[2], [0], [0]]
+    assert turns.meet(tmp_path / "shared", 1, 2, patience=0.1, every=0.01) == [0]
