@@ -16,6 +16,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """For absl.app.run(flags_parser=...): exits with one line instead of a traceback."""
     try:
         _check_file(argv)
+        _check_buckets(argv)
         return flags.FLAGS(argv)
     except AttributeError as error:
         got = re.findall(r"\w+", str(error))[0]
@@ -39,3 +40,13 @@ def _check_file(argv: list[str]) -> None:
             raise ValueError(
                 f"There is no config {file!r}; did you mean {near[0]!r}? There are {known}."
             )
+
+
+def _check_buckets(argv: list[str]) -> None:
+    # A path would be made of it: a folder called "gs:" here.
+    if found := [argument for argument in argv if "gs://" in argument]:
+        raise ValueError(
+            f"{found[0]}: a bucket is read and written as a folder. launch/tpu_run.sh mounts it; "
+            "for other commands mount it with gcsfuse and give that path (docs/performance.md, "
+            "`Disks`)."
+        )

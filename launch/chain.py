@@ -5,8 +5,8 @@ type; it is printed before it runs. A step that ended well leaves ROOT/done/STEP
 its command and the steps it stands on, so the same call starts, goes on after a kill, and finds in
 seconds that all is done.
 
-What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your own, the steps
-that would make them are left out.
+What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your own, the
+steps that would make them are left out.
 
 On a pod every host runs this. Training is the work of all of them at once, everything else the
 first host's, while the others wait for its stamp (turns.py).
@@ -287,8 +287,8 @@ def _meet(root: Path, place: tuple[int, int]) -> None:
         who = f"host {', '.join(map(str, absent))} of {count}"
         sys.exit(
             f"launch/tpu_run.sh: host {index} did not meet {who} in {root} within "
-            f"{turns.MEETING_SECONDS} s. Either the command was not started there, or {root} is not "
-            "on a disk that all hosts share (docs/performance.md, `Disks`)."
+            f"{turns.MEETING_SECONDS} s. Either the command was not started there, or {root} is "
+            "not on a disk that all hosts share (docs/performance.md, `Disks`)."
         )
 
 
@@ -322,11 +322,6 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     if len(argv) > 1:
         sys.exit(f"launch/tpu_run.sh: unexpected {argv[1:]}; settings look like --config.seed=1")
-    if config.root.startswith("gs://"):
-        sys.exit(
-            f"launch/tpu_run.sh: config.root={config.root} is a bucket; mount it on every host "
-            "with gcsfuse and give the mounted path (docs/performance.md, `Disks`)."
-        )
     refuse_hopeless(config)
     signal.signal(signal.SIGTERM, lambda *_: _stop("launch/tpu_run.sh"))
     name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))

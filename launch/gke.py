@@ -87,6 +87,11 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 def render(environ: Mapping[str, str], arguments: list[str]) -> str:
     """The YAML to apply: `arguments` are a config and its settings."""
+    if buckets := [argument for argument in arguments if "gs://" in argument]:
+        sys.exit(
+            f"launch/tpu_run.sh: {buckets[0]}: pods see a bucket through their volume. Make CLAIM "
+            "a claim on it (Cloud Storage FUSE), and give paths under /runs."
+        )
     if not any(argument.startswith("--config.root=") for argument in arguments):
         variant = arguments[0].partition(":")[2] or "7b"
         arguments = [*arguments, f"--config.root=/runs/{variant}"]

@@ -7,6 +7,7 @@
 #   launch/setup.sh --test   and what the tests need
 #   launch/setup.sh --demo   and what the demo page needs
 #   launch/setup.sh --aot    and the TPU compiler, which needs no TPU
+#   launch/setup.sh --tpu    and jax for TPUs, where none shows yet: in an image
 #   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
 #
 # Bring your own environment: SABER_PYTHON=/path/to/python is used as it is, nothing is installed and
@@ -25,15 +26,17 @@ fi
 
 venv=${SABER_VENV:-.venv}
 layers=(requirements.txt)
+image_for_tpus=
 for flag in "$@"; do
   case "$flag" in
     --prep) layers+=(requirements-prep.txt) ;;
     --test) layers+=(requirements-test.txt) ;;
     --demo) layers+=(requirements-demo.txt) ;;
     --aot) layers+=(requirements-tpu.txt) ;;
+    --tpu) image_for_tpus=yes ;;
     --torch) layers+=(requirements-torch.txt) ;;
     *) echo "launch/setup.sh: unknown flag $flag;" \
-            "it knows --prep, --test, --demo, --aot and --torch." >&2
+            "it knows --prep, --test, --demo, --aot, --tpu and --torch." >&2
        exit 2 ;;
   esac
 done
@@ -79,7 +82,7 @@ add_jax() {
     echo "$pin" > "$stamp"
   fi
 }
-if has_tpu; then
+if [[ $image_for_tpus ]] || has_tpu; then
   add_jax tpu
 elif has_nvidia; then
   add_jax cuda12

@@ -5,6 +5,7 @@
 #   launch/tpu_run.sh configs/sft.py:7b --config.data.path=DIR   stage 1 on your records
 #
 # On this machine, be it a TPU VM, a GPU or a CPU: as above. Hosts of one TPU pod find each other.
+# A bucket in a setting, --config.root=gs://BUCKET/PATH, is mounted with gcsfuse (launch/buckets.sh).
 #
 # From a laptop, on all workers of a TPU VM or of a queued resource (launch/remote.py):
 #   TPU_NAME=my-pod ZONE=us-west4-a PROJECT=my-project launch/tpu_run.sh configs/cadpo.py:7b
@@ -19,6 +20,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/hardware.sh
 source launch/hardware.sh
+# shellcheck source=launch/buckets.sh
+source launch/buckets.sh
 
 if [[ $# -lt 1 || ( "$1" == -* && "$1" != --stop ) ]]; then
   echo "usage: launch/tpu_run.sh configs/NAME.py:VARIANT [--config.key=value ...]," \
@@ -36,6 +39,11 @@ elif [[ "$1" == --stop ]]; then
 fi
 
 config=$1; shift
+for argument in "$@"; do
+  argument=$(with_buckets "$argument")
+  shift
+  set -- "$@" "$argument"
+done
 python=$(launch/setup.sh)
 # What was compiled once is not compiled again after a restart.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilation_cache}

@@ -68,6 +68,23 @@ elif verb == "logs":
     print("the first host speaks")
 """
 
+# Mounts a bucket as far as anybody here can see: the folder is there, `mountpoint` knows it.
+GCSFUSE = """
+import os, pathlib, sys
+
+bucket, folder = sys.argv[-2:]
+if bucket == "locked":
+    sys.exit("Error: 403 Forbidden")
+with open(pathlib.Path(os.environ["STANDIN_FOLDER"]) / "mounted", "a") as mounted:
+    mounted.write(folder + "\\n")
+"""
+MOUNTPOINT = """
+import os, pathlib, sys
+
+mounted = pathlib.Path(os.environ["STANDIN_FOLDER"]) / "mounted"
+sys.exit(not mounted.exists() or sys.argv[-1] not in mounted.read_text().splitlines())
+"""
+
 # Stands where the project's interpreter would: `-m launch.chain ...` ends as HOME/ends_with says.
 PYTHON = """
 import os, pathlib, signal, sys, time

@@ -98,6 +98,12 @@ def test_a_failed_jobset_is_a_failure(cluster):
     assert cluster.run(*RUN, **WHERE).returncode == 1
 
 
+def test_a_bucket_in_a_setting_is_refused_because_pods_see_it_through_their_volume(cluster):
+    done = cluster.run(RUN[0], RUN[1], "--config.root=gs://runs/7b", **WHERE)
+    assert done.returncode == 1 and "Make CLAIM a claim on it" in done.stderr
+    assert not cluster.calls("kubectl")
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -1,5 +1,6 @@
 """The shell scripts: what they find on a machine, and what they install for it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,27 @@ def test_neither_googles_network_card_nor_a_driver_without_gpu_is_an_accelerator
     plug(machine, "0", "0x1ae0\n", "0x0042\n")
     machine.add("nvidia-smi", "import sys; print('No devices were found'); sys.exit(6)")
     assert installed(machine) == ["requirements.txt"]
+
+
+def test_the_image_for_tpus_is_made_by_the_setup_script_from_files_that_are_there(machine):
+    lines = (standins.ROOT / "launch/Dockerfile").read_text().splitlines()
+    instructions = [line.split() for line in lines if line and line[0] != "#"]
+    assert [name for name, *_ in instructions] == [
+        *("FROM", "WORKDIR", "COPY", "COPY", "RUN", "ENV", "COPY")
+    ]
+    copies, (run,) = (
+        [words for name, *words in instructions if name == wanted] for wanted in ("COPY", "RUN")
+    )
+    image = machine.folder / "image"
+    for *sources, target in copies[:2]:
+        (image / target).mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copy(standins.ROOT / source, image / target)
+    venv = machine.folder / "venv"
+    environ = machine.environ(SABER_VENV=str(venv), SABER_PYTHON="")
+    subprocess.run(run, cwd=image, env=environ, check=True)
+    installs = [call[-1] for call in machine.calls("venv_python", "-m", "pip", "install")]
+    assert installs == ["requirements.txt", f"jax[tpu]=={jax_pin()}"]
 
 
 def test_shell_scripts_pass_shellcheck():

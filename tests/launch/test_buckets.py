@@ -1,0 +1,67 @@
+"""Settings that name buckets: mounted once, and handed on as folders."""
+
+import pytest
+
+from tests.launch import standins
+
+RUN = ("launch/tpu_run.sh", "configs/sft.py:7b")
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A machine with gcsfuse, and an interpreter that stands in for ours."""
+    made = standins.Standins(tmp_path)
+    made.add("gcsfuse", standins.GCSFUSE)
+    made.add("mountpoint", standins.MOUNTPOINT)
+    made.python = str(made.add("project_python", standins.PYTHON))
+    return made
+
+
+def launch(host, *settings):
+    where = {"SABER_PYTHON": host.python, "SABER_BUCKETS": str(host.folder / "my buckets")}
+    return host.run(*RUN, *settings, HOME=str(host.folder), **where)
+
+
+def test_every_bucket_is_mounted_once_and_its_settings_become_paths(host):
+    settings = (
+        "--config.root=gs://runs-7b/first try",
+        "--config.data.path=gs://runs/records",
+        "--config.data.mixture=('gs://runs/a:train:1', 'gs://runs-7b/b:train:2')",
+        "--config.seed=1",
+    )
+    for _ in range(2):
+        done = launch(host, *settings)
+        assert done.returncode == 0, done.stderr
+    mounted = host.folder / "my buckets"
+    (_, chain) = host.calls("project_python", "-m", "launch.chain")
+    assert chain[3:] == [
+        "--config=configs/sft.py:7b",
+        f"--config.root={mounted}/runs-7b/first try",
+        f"--config.data.path={mounted}/runs/records",
+        f"--config.data.mixture=('{mounted}/runs/a:train:1', '{mounted}/runs-7b/b:train:2')",
+        "--config.seed=1",
+    ]
+    flags = ["--implicit-dirs", "--rename-dir-limit=1000000", "--metadata-cache-ttl-secs=0"]
+    assert host.calls("gcsfuse") == [
+        ["gcsfuse", *flags, bucket, f"{mounted}/{bucket}"] for bucket in ("runs-7b", "runs")
+    ]
+    assert (mounted / "runs-7b").is_dir()
+
+
+def test_without_buckets_nothing_is_mounted(host):
+    assert launch(host, "--config.root=/disk/7b").returncode == 0
+    assert not host.calls("gcsfuse")
+
+
+def test_a_bucket_that_cannot_be_mounted_ends_the_run(host):
+    done = launch(host, "--config.root=gs://locked/7b")
+    assert done.returncode == 1
+    assert "403 Forbidden" in done.stderr and "gs://locked could not be mounted" in done.stderr
+    assert not host.calls("project_python", "-m", "launch.chain")
+
+
+def test_a_missing_gcsfuse_is_said_with_what_to_do(host):
+    (host.folder / "bin" / "gcsfuse").unlink()
+    done = launch(host, "--config.root=gs://runs/7b")
+    assert done.returncode == 1
+    assert "gs://runs is mounted by gcsfuse, which is not here. Install it" in done.stderr
