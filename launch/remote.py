@@ -88,8 +88,8 @@ class Pod:
         return [self._node(name, self.describe("tpu-vm", name)) for name in names]
 
     def _node(self, name: str, machine: dict[str, Any] | None) -> Node:
-        state = (machine or {}).get("state", "missing")
-        if state != "READY":
+        if machine is None or machine.get("state") != "READY":
+            state = machine.get("state", "in no known state") if machine else "missing"
             sys.exit(f"launch/tpu_run.sh: TPU VM {name} is {state}, not READY.")
         return Node(name, len(machine["networkEndpoints"]))
 

@@ -146,7 +146,7 @@ def with_references(config: ConfigDict, params: dict, inputs: Inputs, stage: set
     # The reference numbers the pairs that can be used, and nothing else does.
     keys, number = [pairs[i].key for i in usable], {int(i): n for n, i in enumerate(usable)}
     caches = []
-    for view in stage.preference.reference_views:
+    for view in Preference(**config.loss).reference_views:
         cache = reference.Cache(Path(config.reference), view, source)
         reference.complete(
             cache,

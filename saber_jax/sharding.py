@@ -6,10 +6,14 @@ parallelism and (data=1, fsdp=8, tensor=1) is ZeRO-3, both under the one table b
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Device: TypeAlias = Any
+"""jax.Device, which type checkers take for a variable."""
 
 # FSDP has one mesh axis per axis of the torus that the chips form. A gradient scattered along one
 # ring at a time is a reduce-scatter; along all of them at once it is a full all-reduce.
@@ -39,7 +43,7 @@ AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    *, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+    *, data: int, fsdp: int, tensor: int, devices: Sequence[Device] | None = None
 ) -> Mesh:
     """A mesh over `devices`, by default all there are; one size may be -1 and takes what is left.
 
@@ -65,7 +69,7 @@ def make_mesh(
     return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
 
 
-def _place(device: jax.Device) -> tuple[int, ...]:
+def _place(device: Device) -> tuple[int, ...]:
     """Slices one after another, each in the order of its torus; other devices as they are numbered.
 
     So the leading mesh axis is the one that leaves a slice.
@@ -74,7 +78,7 @@ def _place(device: jax.Device) -> tuple[int, ...]:
     return (getattr(device, "slice_index", 0), *coords, device.id)
 
 
-def _torus(devices: Sequence[jax.Device]) -> tuple[int, int, int]:
+def _torus(devices: Sequence[Device]) -> tuple[int, int, int]:
     """Extent of one slice along z, y and x; devices without a torus lie along x."""
     if not hasattr(devices[0], "coords"):
         return 1, 1, len(devices)

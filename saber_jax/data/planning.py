@@ -252,7 +252,7 @@ class Plan:
         other.__setstate__(self.__getstate__() | {"_planned": [], "_next": position})
         return other
 
-    def rows_of(self, indices: Sequence[int]) -> list[list[int]]:
+    def rows_of(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
         """Rows that hold each of these examples once."""
         return plan_rows(self.sizes, np.asarray(indices, np.int64), self.budget)
 

@@ -98,6 +98,8 @@ def run(
                 # Seen before it is saved: a restart trusts the last checkpoint.
                 watch.report(*pending)
                 pending = None
+                # A resumed run keeps the metrics up to its checkpoint, so they come first.
+                watch.writer.sync()
                 checkpoints.save(state, meta | {"step": done, "data": watch.batches.state()})
                 watch.writer.weights(done, state.trainable)
             if stop and done < steps:

@@ -49,6 +49,13 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def sync(self) -> None:
+        """Returns when metrics.jsonl is on its disk, as far as it is written. A bucket's mount
+        stores an open file only now."""
+        if self._active:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def text(self, step: int, name: str, text: str) -> None:
         """TensorBoard shows text as Markdown; indented it stays as it is."""
         if self._active:

@@ -36,6 +36,9 @@ class Recorder:
     def __init__(self):
         self.lines = []
 
+    def sync(self):
+        pass
+
     def write(self, step, values):
         self.lines.append((step, values["loss"]))
 
@@ -110,6 +113,14 @@ def test_a_polite_stop_saves_the_step_it_is_at_and_the_next_run_goes_on(tmp_path
     after, rest = go(tmp_path / "stopped", batches)
     assert rest == lines[3:]
     np.testing.assert_array_equal(after.trainable["w"], whole.trainable["w"])
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_stands_on_them(tmp_path, monkeypatch):
+    happened = []
+    monkeypatch.setattr(Recorder, "sync", lambda self: happened.append(len(self.lines)))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, meta: happened.append("saved"))
+    go(tmp_path, [1.0] * STEPS)
+    assert happened == [2, "saved", 4, "saved", 6, "saved"]
 
 
 def test_a_trace_holds_its_steps_and_no_others(tmp_path):
