@@ -1,14 +1,17 @@
 """Training by several processes: the same numbers, one checkpoint, and a common end."""
 
 import json
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from data_prep import dataset
 from saber_jax import distributed
+from saber_jax.data.records import RecordSource, write_outlines
 from saber_jax.train.step import flatten
 from tests import synthetic
 from tests.processes import running
@@ -33,6 +36,22 @@ def records(tmp_path_factory, tokenizer):
         for i in range(16):
             pair = {"chosen": "[video_desc] calm red room", "rejected": f"[video_desc] {i} quiet"}
             file.write(json.dumps({"clip_id": f"clip{i}", **pair}) + "\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def torn(records, tmp_path_factory):
+    """The same, but the storage of record 5 lost its end after everybody had seen its size."""
+    out = tmp_path_factory.mktemp("torn")
+    shutil.copytree(records, out, dirs_exist_ok=True)
+    source = RecordSource(out, "train")
+    write_outlines(source)
+    [file] = source.directory.glob("*-train.array_record-*")
+    stored = ArrayRecordReader(str(file)).read_all()
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for index, data in enumerate(stored):
+        writer.write(data[: len(data) // 2] if index == 5 else data)
+    writer.close()
     return out
 
 
@@ -74,9 +93,22 @@ def start(stage, records, root, *, count, **more):
     )
 
 
-def train(stage, records, root, *, count):
-    with start(stage, records, root, count=count) as processes:
+def train(stage, records, root, *, count, **more):
+    with start(stage, records, root, count=count, **more) as processes:
         assert processes.wait(PATIENCE) == [0] * count, processes.text()
+
+
+def preempt(records, root, *, count, after, **more):
+    """Tells a run to stop once `after` steps are logged; returns what its first process said."""
+    log = root / "sft" / "metrics.jsonl"
+    with start("sft", records, root, count=count, **more) as processes:
+        processes.wait_until(
+            lambda: log.exists() and log.read_text().count("\n") >= after, PATIENCE
+        )
+        processes.members[-1].send_signal(signal.SIGTERM)
+        statuses = processes.wait(60)
+        assert statuses == [distributed.PREEMPTED] * count, processes.text()
+        return processes.logs[0].read_text()
 
 
 def metrics_of(root, stage):
@@ -90,8 +122,9 @@ def metrics_of(root, stage):
 def assert_same_run(got, expected, stage):
     """Same numbers but for the order of floating-point sums."""
     for ours, theirs in zip(metrics_of(got, stage), metrics_of(expected, stage), strict=True):
-        # Counts the signs of margins, which are all rounding at the first step.
-        ours["rewards/accuracies"] = theirs["rewards/accuracies"] = 0.0
+        # These count the signs of margins, which are all rounding at the first steps.
+        for name in [name for name in theirs if "accuracies" in name]:
+            ours[name] = theirs[name] = 0.0
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
     theirs = flatten(load(expected / stage)[0])
     for name, leaf in flatten(load(got / stage)[0]).items():
@@ -118,13 +151,9 @@ def test_both_stages_equal_the_single_process_run(records, alone, tmp_path, coun
 def test_a_preempted_run_saves_and_goes_on_with_other_processes_and_another_mesh(
     records, alone, tmp_path, first, second
 ):
-    log = tmp_path / "sft" / "metrics.jsonl"
-    with start("sft", records, tmp_path, count=first) as processes:
-        processes.wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2, PATIENCE)
-        processes.members[-1].send_signal(signal.SIGTERM)
-        statuses = processes.wait(60)
-        assert statuses == [distributed.PREEMPTED] * first, processes.text()
-        assert "and saved it. The same command goes on" in processes.logs[0].read_text()
+    assert "and saved it. The same command goes on" in preempt(
+        records, tmp_path, count=first, after=2
+    )
     done = len(metrics_of(tmp_path, "sft"))
     assert done < 8
     assert max(int(p.name) for p in (tmp_path / "sft/checkpoints").iterdir()) == done
@@ -156,3 +185,26 @@ def test_an_error_in_one_process_ends_all(records, tmp_path):
         statuses = processes.wait(PATIENCE)
         assert all(statuses), processes.text()
         assert "larger than a row" in processes.logs[0].read_text()
+
+
+def quarantined(root):
+    lines = (root / "sft/quarantine.jsonl").read_text().splitlines()
+    return [(entry["index"], entry["reason"]) for entry in map(json.loads, lines)]
+
+
+def test_hosts_agree_on_a_torn_record_and_leave_it_out_after_a_resume_too(torn, tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    most = {"data__max_bad_fraction": 0.1}
+    train("sft", torn, alone, count=1, **most)
+    preempt(torn, shared, count=2, after=3, **most)
+    assert quarantined(shared) == [(5, "bad_record")]
+    train("sft", torn, shared, count=2, **most)
+    assert quarantined(alone) == quarantined(shared)
+    assert sum(step["left_out"] for step in metrics_of(shared, "sft")) >= 4  # Once an epoch.
+    assert_same_run(shared, alone, "sft")
+
+
+def test_more_torn_records_than_allowed_end_every_process(torn, tmp_path):
+    with start("sft", torn, tmp_path, count=2, data__max_bad_fraction=0.01) as processes:
+        assert all(processes.wait(PATIENCE)), processes.text()
+        assert "1 of 16 examples cannot be used" in processes.logs[0].read_text()
