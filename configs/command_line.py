@@ -18,12 +18,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         _check_file(argv)
         _check_buckets(argv)
         return flags.FLAGS(argv)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:  # Of a setting, and of a group of settings.
         got = re.findall(r"\w+", str(error))[0]
         near = re.findall(r'Did you mean "(\w+)"', str(error))
         hint = f"; did you mean {near[0]!r}?" if near else "."
         sys.exit(f"There is no setting {got!r}{hint} Settings and what they do: configs/*.py")
-    except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
+    except (flags.Error, OSError, ValueError, TypeError) as error:
         # ml_collections wraps the config's own error into its traceback.
         sys.exit(re.split(r"\b[A-Z]\w*Error: ", str(error).strip())[-1])
 

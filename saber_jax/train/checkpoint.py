@@ -12,6 +12,7 @@ loads WORKDIR gets base and adapters together and need not know.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -30,6 +31,11 @@ from saber_jax.models.config import SaberConfig
 from saber_jax.train.step import TrainState, flatten, merge
 
 MODEL_FILE = "model.json"
+
+# Items that a CheckpointManager wrote have no metadata file of their own, and need none.
+logging.getLogger("absl").addFilter(
+    lambda record: not record.getMessage().startswith("Metadata file does not exist")
+)
 
 
 class Checkpoints:
