@@ -184,7 +184,7 @@ def test_an_error_in_one_process_ends_all(records, tmp_path):
     with start("sft", records, tmp_path, count=2, data__length=96) as processes:
         statuses = processes.wait(PATIENCE)
         assert all(statuses), processes.text()
-        assert "larger than a row" in processes.logs[0].read_text()
+        assert "a row cannot hold the example" in processes.logs[0].read_text()
 
 
 def quarantined(root):
