@@ -15,6 +15,7 @@ from saber_jax.models.remat import BY_MEMORY
 from saber_jax.train.setup import Setup
 
 HEADROOM = 0.10  # Of the memory, for what a program is not alone with: input buffers, fragments.
+LEAST_SHOWN = 0.01  # Of all that is sent; --json has every collective.
 
 
 def figures(
@@ -94,43 +95,45 @@ def text(figures: Mapping[str, Any]) -> str:
         f"{figures['program']} on {figures['topology']}, {figures['devices']} devices: "
         f"compiled in {figures['compile_seconds']:.0f} s. All figures are of one device.",
         "",
-        f"memory, GiB           peak {m['peak'] / GIB:.2f} of {m['limit'] / GIB:.2f}, "
+        f"memory, GiB           peak {_figure(m['peak'] / GIB)} of {m['limit'] / GIB:.2f}, "
         f"{m['headroom']:.0%} free",
         *(
-            f"  {name:<20}{m[name] / GIB:8.2f}"
+            f"  {name:<20}{_figure(m[name] / GIB):>8}"
             for name in (*("weights", "optimizer", "batch"), "temporaries")
         ),
-        f"    {'activations kept':<18}{m['activations'] / GIB:8.2f}",
-        f"    {'gradients, stacked':<18}{m['gradients'] / GIB:8.2f}",
-        *([f"  {'on the host':<20}{m['host'] / GIB:8.2f}"] if m["host"] else []),
+        f"    {'activations kept':<18}{_figure(m['activations'] / GIB):>8}",
+        f"    {'gradients, stacked':<18}{_figure(m['gradients'] / GIB):>8}",
+        *([f"  {'on the host':<20}{_figure(m['host'] / GIB):>8}"] if m["host"] else []),
         "",
         "operations, TFLOP     matrix products   attention kernels"
         + ("   asked for" if "model_flops" in figures else ""),
     ]
     for tower in sorted(f["matmul"].keys() | f["kernel"].keys()):
         lines.append(
-            f"  {tower:<20}{f['matmul'].get(tower, 0) / 1e12:15.2f}"
-            f"{f['kernel'].get(tower, 0) / 1e12:20.2f}"
+            f"  {tower:<20}{_figure(f['matmul'].get(tower, 0) / 1e12):>15}"
+            f"{_figure(f['kernel'].get(tower, 0) / 1e12):>20}"
         )
-    lines.append(f"  computed twice      {f['recomputed'] / 1e12:15.2f}")
+    lines.append(f"  computed twice      {_figure(f['recomputed'] / 1e12):>15}")
     if "model_flops" in figures:
         model = sum(figures["model_flops"].values())
-        towers = ", ".join(f"{k} {v / 1e12:.1f}" for k, v in figures["model_flops"].items())
+        towers = ", ".join(f"{k} {_figure(v / 1e12)}" for k, v in figures["model_flops"].items())
         lines += [
-            f"  model FLOPs of full rows {model / 1e12:.1f} ({towers}; vocabulary in text): "
+            f"  model FLOPs of full rows {_figure(model / 1e12)} ({towers}; vocabulary in text): "
             f"compiled / model {figures['compiled_over_model']:.3f}",
-            f"  {figures['flops_per_token'] / 1e9:.1f} GFLOP a text slot, "
-            f"{figures['flops_per_target'] / 1e9:.1f} GFLOP a target token",
+            f"  {_figure(figures['flops_per_token'] / 1e9)} GFLOP a text slot, "
+            f"{_figure(figures['flops_per_target'] / 1e9)} GFLOP a target token",
         ]
     lines += ["", "collectives, GB sent  axes                 times  in layers  beside computation"]
+    sent = sum(entry["wire"] for entry in figures["collectives"])
     for entry in figures["collectives"]:
-        if entry["wire"] >= 1e6:
+        if entry["wire"] >= LEAST_SHOWN * sent:
             lines.append(
-                f"  {entry['op']:<18}{entry['wire'] / 1e9:7.2f}   {'+'.join(entry['axes']):<18}"
+                f"  {entry['op']:<18}{_figure(entry['wire'] / 1e9):>7}   "
+                f"{'+'.join(entry['axes']):<18}"
                 f"{entry['count']:7.0f}  {'yes' if entry['in_layers'] else 'no':<9}  "
                 f"{'yes' if entry['hidden'] else 'no, it blocks'}"
             )
-    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in r["seconds"].items())
+    seconds = ", ".join(f"{name} {_figure(value)} s" for name, value in r["seconds"].items())
     lines += [
         "",
         f"lower bounds          {seconds}: bound by {r['bound']}",
@@ -138,7 +141,7 @@ def text(figures: Mapping[str, Any]) -> str:
         "",
         "largest buffers, GiB",
         *(
-            f"  {size / GIB:6.2f}  {shape:<28} {_short(scope)}"
+            f"  {_figure(size / GIB):>8}  {shape:<28} {_short(scope)}"
             for size, shape, scope in figures["largest_buffers"]
         ),
     ]
@@ -148,6 +151,11 @@ def text(figures: Mapping[str, Any]) -> str:
             f"fits with {m['headroom']:.0%} to spare, less than the {HEADROOM:.0%} advised",
         ]
     return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    """Two decimals, or two digits of what is too small for that."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _short(scope: str) -> str:
