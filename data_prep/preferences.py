@@ -11,11 +11,13 @@ A pair's kappa, how strongly the modalities disagree, is the record's label; whe
 the model concludes something else from the picture alone than from the sound alone, and 0 if not.
 
 OUT holds decisions.jsonl (every answer and what became of it, appended batch by batch, so a killed
-run goes on where it was), pairs.jsonl, summary.json, and manifest.json with the inputs.
+run goes on where it was), pairs.jsonl, summary.json, and manifest.json with the inputs. Several
+hosts each ask for a --share; the same command without it then joins them.
 """
 
 import argparse
 import collections
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,9 +36,11 @@ from saber_jax.data.journal import (
 )
 from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
+from saber_jax.evaluation import shares
 from saber_jax.generate import load_generator, model_fingerprint
 
 FEWEST_PAIRS = 8
+NAME = "decisions.jsonl"
 
 # The label that says what the modality still present suggests.
 SEEN: dict[Modality, str] = {"audio": "face", "video": "voice"}
@@ -121,21 +125,20 @@ def mine(
     journal: Journal,
     *,
     batch_size: int,
+    share: shares.Share | None = None,
 ) -> list[Decision]:
     """Decides about every record and modality, going on from what `journal` holds.
 
     First come the decisions that need no answer, then the others in batches. `respond` answers
-    batch after batch.
+    batch after batch. A `share` is some of those batches; where all shares are there, nothing is
+    asked for.
     """
-    jobs: list[tuple[int, Modality]] = []
-    quick: list[Decision] = []
-    for index in range(len(records)):
-        record = records[index]
-        for withheld in MODALITIES:
-            if why := settled(record, withheld):
-                quick.append(decision(record, withheld, why, None))
-            else:
-                jobs.append((index, withheld))
+    quick, jobs = _divided(records)
+    if share:
+        quick, jobs = [], [jobs[i] for i in share.indices(len(jobs), batch_size)]
+    elif (rows := shares.joined(journal.folder, len(jobs), batch_size, name=NAME)) is not None:
+        write_jsonl(journal.path, quick + rows)
+        return quick + rows
     plan = batches(len(jobs), batch_size, first=len(quick))
     done = journal.resume([len(quick), *(stop for _, stop in plan)])
     if len(done) < len(quick):
@@ -156,6 +159,20 @@ def mine(
             done += new
             bar.update(len(new))
     return done
+
+
+def _divided(records: Sequence[Record]) -> tuple[list[Decision], list[tuple[int, Modality]]]:
+    """The decisions that need no answer, and what to ask: (index of a record, what is withheld)."""
+    quick: list[Decision] = []
+    jobs: list[tuple[int, Modality]] = []
+    for index in range(len(records)):
+        record = records[index]
+        for withheld in MODALITIES:
+            if why := settled(record, withheld):
+                quick.append(decision(record, withheld, why, None))
+            else:
+                jobs.append((index, withheld))
+    return quick, jobs
 
 
 def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:
@@ -222,17 +239,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             "batch_size": flags.batch_size,
             "max_new_tokens": flags.max_new_tokens,
         }
-        journal = Journal(flags.out, "decisions.jsonl", inputs)
+        folder = flags.share.folder(flags.out) if flags.share else flags.out
+        journal = Journal(folder, NAME, inputs)
         if (journal.folder / "summary.json").exists():
             return _verdict(read_json(journal.folder / "summary.json"), journal.folder)
-        print(f"mining pairs from {len(source)} records of split {flags.split} into {flags.out}")
-        generator = load_generator(
-            flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size
-        )
+        print(f"mining pairs from {len(source)} records of split {flags.split} into {folder}")
         sizes = source.sizes[: flags.limit]
-        generator.reserve(sizes)
-        records = _First(source, len(sizes))
-        decisions = mine(records, generator.respond_batches, journal, batch_size=flags.batch_size)
+        decisions = mine(
+            _First(source, len(sizes)),
+            functools.partial(_respond, flags, sizes),
+            journal,
+            batch_size=flags.batch_size,
+            share=flags.share,
+        )
+        if flags.share:
+            print(f"share {flags.share.number} of {flags.share.count} is done: {len(decisions)}")
+            return 0
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -240,6 +262,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = summarise(decisions)
     write_json(journal.folder / "summary.json", summary)
     return _verdict(summary, journal.folder)
+
+
+def _respond(
+    flags: argparse.Namespace, sizes: Any, batches: Iterator[list[Record]]
+) -> Iterator[list[str]]:
+    """Answers of the checkpoint, which is loaded when the first one is asked for."""
+    generator = load_generator(
+        flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size
+    )
+    generator.reserve(sizes)
+    yield from generator.respond_batches(batches)
 
 
 class _First:
@@ -280,10 +313,16 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--limit", type=int, help="only the first records of the split")
+    parser.add_argument("--share", metavar="I/N", help="ask for this part alone")
     flags = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    if flags.share:
+        try:
+            flags.share = shares.Share.parse(flags.share)
+        except ValueError as error:
+            parser.error(f"--share: {error}")
     return flags
 
 

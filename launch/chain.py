@@ -8,8 +8,9 @@ seconds that all is done.
 What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your own, the
 steps that would make them are left out.
 
-On a pod every host runs this. Training is the work of all of them at once, everything else the
-first host's, while the others wait for its stamp (turns.py).
+On a pod every host runs this. Training is the work of all of them at once; of mining and evaluation
+each does a share, and the first host joins them; everything else is the first host's, while the
+others wait for its stamp (turns.py).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,8 +43,9 @@ TERMINATED = 128 + signal.SIGTERM
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """`after` are the steps whose results this one reads; `leaves` is what to look at when done;
-    `together` is a step that all hosts run at once. `does` is what a done step must have done to
-    be done now too, where that is not the command."""
+    `together` is a step that all hosts run at once. Before `command`, several hosts each run
+    `share`, if there is one, with --share I/N. `does` is what a done step must have done to be done
+    now too, where that is not the command."""
 
     name: str
     says: str
@@ -51,6 +53,7 @@ class Step:
     leaves: str
     after: tuple[str, ...] = ()
     together: bool = False
+    share: tuple[str, ...] = ()
     does: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -134,14 +137,16 @@ def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
 
 
 def _pairs(config: ConfigDict, data: Path) -> Step:
+    command = (
+        *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
+        *("--records", str(data), "--split", config.data.split),
+        *("--out", config.data.pairs, *_generation(config)),
+    )
     return Step(
         name="pairs",
         says="preference pairs: what the SED model says with one modality withheld",
-        command=(
-            *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
-            *("--records", str(data), "--split", config.data.split),
-            *("--out", config.data.pairs, *_generation(config)),
-        ),
+        command=command,
+        share=command,
         leaves=config.data.pairs,
         after=("sft",),
     )
@@ -149,20 +154,23 @@ def _pairs(config: ConfigDict, data: Path) -> Step:
 
 def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
     stages = {"sft": config.init.checkpoint, "cadpo": config.workdir}
-    evaluations = [
-        Step(
-            name=f"evaluate_{stage}",
-            says=f"held-out clips, consistent and not, and what each modality gives, {stage} model",
-            command=(
-                *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
-                *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
-                *("--out", str(root / "eval" / stage), "--probes", *_generation(config)),
-            ),
-            leaves=str(root / "eval" / stage / "scores.json"),
-            after=(stage,),
+    evaluations = []
+    for stage, checkpoint in stages.items():
+        answer = (
+            *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
+            *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
+            *("--out", str(root / "eval" / stage), *_generation(config)),
         )
-        for stage, checkpoint in stages.items()
-    ]
+        evaluations.append(
+            Step(
+                name=f"evaluate_{stage}",
+                says=f"held-out clips, consistent and not, and each modality's part, {stage} model",
+                command=(*answer, "--probes"),
+                share=answer,
+                leaves=str(root / "eval" / stage / "scores.json"),
+                after=(stage,),
+            )
+        )
     export = Step(
         name="export",
         says="the CA-DPO model as a HuggingFace directory",
@@ -211,20 +219,12 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
         stamp = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
         stamps[step.name] = stamp
         title = f"[{number}/{len(chain)}] {step.name}"
-        if _stamped(root, step, stamp):
+        if _stamped(root, step.name, stamp):
             print(f"{title}: done, see {step.leaves}", flush=True)
             continue
         clock = time.perf_counter()
-        if place[0] == 0:
-            with turns.beacon(root / "done" / "first_host"):
-                _work(step, title, place)
-                seconds = round(time.perf_counter() - clock, 1)
-                made = {"stamp": stamp, "command": step.command, "seconds": seconds}
-                write_json(_done(root, step), made)
-        else:
-            if step.together:
-                _work(step, title, place)
-            _wait(root, step, stamp, title)
+        with turns.beacon(_sign(root, place[0])):
+            _do(step, stamp, title, root, place)
         seconds, ran = time.perf_counter() - clock, ran + 1
         print(f"{title}: took {seconds:.0f} s, left {step.leaves}", flush=True)
     total = time.perf_counter() - began
@@ -232,13 +232,45 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
     print(f"\nAll {len(chain)} steps are done ({what}). Look at {chain[-1].leaves}", flush=True)
 
 
-def _done(root: Path, step: Step) -> Path:
-    return root / "done" / f"{step.name}.json"
+def _do(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) -> None:
+    """This host's part of a step; returns when the whole of it is done."""
+    index, count = place
+    if step.share and count > 1:
+        _do_share(step, stamp, title, root, place)
+    if index == 0 or step.together:
+        clock = time.perf_counter()
+        _work(step, title, place)
+    if index == 0:
+        _put_stamp(root, step.name, stamp, step.command, time.perf_counter() - clock)
+    else:
+        _wait(root, step.name, stamp, title, host=0)
 
 
-def _stamped(root: Path, step: Step, stamp: str) -> bool:
-    path = _done(root, step)
+def _do_share(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) -> None:
+    """Returns when this host's share is done; on the first host, when all are."""
+    index, count = place
+    names = [f"{step.name}.share{number}of{count}" for number in range(1, count + 1)]
+    if not _stamped(root, names[index], stamp):
+        clock = time.perf_counter()
+        share = (*step.share, "--share", f"{index + 1}/{count}")
+        _work(dataclasses.replace(step, command=share), title, place)
+        _put_stamp(root, names[index], stamp, share, time.perf_counter() - clock)
+    for host in range(1, count) if index == 0 else ():
+        _wait(root, names[host], stamp, title, host)
+
+
+def _sign(root: Path, host: int) -> Path:
+    return root / "done" / f"host_{host}"
+
+
+def _stamped(root: Path, name: str, stamp: str) -> bool:
+    path = root / "done" / f"{name}.json"
     return path.exists() and json.loads(path.read_text())["stamp"] == stamp
+
+
+def _put_stamp(root: Path, name: str, stamp: str, command: Sequence[str], seconds: float) -> None:
+    made = {"stamp": stamp, "command": command, "seconds": round(seconds, 1)}
+    write_json(root / "done" / f"{name}.json", made)
 
 
 def _work(step: Step, title: str, place: tuple[int, int]) -> None:
@@ -292,11 +324,11 @@ def _meet(root: Path, place: tuple[int, int]) -> None:
         )
 
 
-def _wait(root: Path, step: Step, stamp: str, title: str) -> None:
-    print(f"{title}: waiting for the first host", flush=True)
-    if not turns.wait(lambda: _stamped(root, step, stamp), root / "done" / "first_host"):
+def _wait(root: Path, name: str, stamp: str, title: str, host: int) -> None:
+    print(f"{title}: waiting for host {host}", flush=True)
+    if not turns.wait(lambda: _stamped(root, name, stamp), _sign(root, host)):
         sys.exit(
-            f"{title}: the first host failed, or has not been heard of for "
+            f"{title}: host {host} failed, or has not been heard of for "
             f"{turns.PATIENCE_SECONDS} s. See its output."
         )
 

@@ -1,9 +1,9 @@
-"""How the hosts of a pod take turns in a chain: one works, the others wait, nobody waits for ever.
+"""How the hosts of a pod take turns in a chain: some work, others wait, and nobody waits for ever.
 
 The work directory is on a disk that all hosts share; until training starts it is all they share.
-They begin by meeting there, so that a disk which is not shared shows before any work is done. The
-first host shows signs of life in a file there while it works. The others wait for its result, and
-give up when the file says that it failed, or stops changing.
+They begin by meeting there, so that a disk which is not shared shows before any work is done. Each
+shows signs of life in a file there. Who waits for a host's result gives up when that file says that
+the host failed, or stops changing.
 """
 
 import contextlib

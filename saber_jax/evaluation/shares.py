@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saber_jax.data.journal import batches, read_jsonl
 from saber_jax.data.records import Record, RecordSource
@@ -64,22 +65,28 @@ class _Chosen(Sequence[Record]):
         return self._records[self._indices[index]]
 
 
-def joined(out: Path, total: int, batch_size: int) -> list[Row] | None:
-    """All rows in order, if `out` holds shares. Raises ValueError naming those not finished."""
+def joined(
+    out: Path, total: int, batch_size: int, *, name: str = "predictions.jsonl"
+) -> list[dict[str, Any]] | None:
+    """All lines in order, if `out` holds shares; of the first number of hosts that finished theirs.
+
+    Raises ValueError naming those not finished.
+    """
     counts = {int(p.name.split("-of-")[1]) for p in (out / "shares").glob("*-of-*")}
-    if not counts:
-        return None
-    if len(counts) > 1:
-        raise ValueError(f"{out}/shares mixes shares of {sorted(counts)}; keep one kind.")
-    rows: dict[int, Row] = {}
     unfinished = []
-    for number in range(1, (count := counts.pop()) + 1):
-        share = Share(number, count)
-        indices, path = share.indices(total, batch_size), share.folder(out) / "predictions.jsonl"
-        found = read_jsonl(path) if path.exists() else []
-        if len(found) < len(indices):
-            unfinished.append(f"{number}/{count} ({len(found)} of {len(indices)} clips)")
-        rows |= dict(zip(indices, found, strict=False))
+    for count in sorted(counts):
+        rows: dict[int, dict[str, Any]] = {}
+        lacking = []
+        for number in range(1, count + 1):
+            share = Share(number, count)
+            indices, path = share.indices(total, batch_size), share.folder(out) / name
+            found = read_jsonl(path) if path.exists() else []
+            if len(found) < len(indices):
+                lacking.append(f"{number}/{count} ({len(found)} of {len(indices)} clips)")
+            rows |= dict(zip(indices, found, strict=False))
+        if not lacking:
+            return [rows[i] for i in range(total)]
+        unfinished += lacking
     if unfinished:
         raise ValueError(f"Not all shares are finished: {', '.join(unfinished)}. Run them first.")
-    return [rows[i] for i in range(total)]
+    return None

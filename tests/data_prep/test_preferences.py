@@ -195,6 +195,24 @@ def test_another_checkpoint_in_the_same_folder_is_refused(command, capsys):
     assert "checkpoint: '1', now '2'" in capsys.readouterr().err
 
 
+def test_shares_of_several_hosts_join_into_the_run_of_one(tmp_path, command, monkeypatch, capsys):
+    settings, out = ("--batch_size", "3"), tmp_path / "out"
+    assert command(*settings) == 0
+    whole = {name: (out / name).read_bytes() for name in ("decisions.jsonl", "pairs.jsonl")}
+    out.rename(tmp_path / "whole")
+    # Two hosts began, and were started again as three.
+    assert command(*settings, "--share", "1/2") == 0
+    for share in ("3/3", "1/3"):
+        assert command(*settings, "--share", share) == 0
+    assert not (out / "pairs.jsonl").exists()
+    assert command(*settings) == 1
+    assert "2/2 (0 of 3 clips), 2/3 (0 of 3 clips)" in capsys.readouterr().err
+    assert command(*settings, "--share", "2/3") == 0
+    monkeypatch.setattr(preferences, "load_generator", lambda *_, **__: pytest.fail("asked again"))
+    assert command(*settings) == 0
+    assert {name: (out / name).read_bytes() for name in whole} == whole
+
+
 def test_too_few_pairs_fail_with_advice(command, capsys):
     assert command("--limit", "2") == 1
     assert "4 pairs are too few" in capsys.readouterr().err

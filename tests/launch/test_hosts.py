@@ -45,7 +45,7 @@ def test_the_first_host_makes_corpus_and_records_and_both_train_on_them(stage_1)
     root, (first, second) = stage_1
     assert commands(first) == ["data_prep.corpus", "data_prep.build", "saber_jax.main"]
     assert commands(second) == ["saber_jax.main"]
-    assert "records: waiting for the first host" in second
+    assert "records: waiting for host 0" in second
     assert len((root / "sft/metrics.jsonl").read_text().splitlines()) == 4
     assert (root / "sft/checkpoints/4").exists()
     # One voice for both, and it counts the devices of both.
@@ -67,10 +67,12 @@ def test_stage_2_goes_on_from_there_to_the_exported_model_and_the_report(
         "--config.generation.max_new_tokens=2",
     )
     config, made = "configs/cadpo.py:tiny", tmp_path / "run"
-    _, second = run(compiled, tmp_path / "logs", config, made, *settings)
-    assert commands(second) == ["saber_jax.main"]
+    first, second = run(compiled, tmp_path / "logs", config, made, *settings)
+    assert commands(second) == ["saber_jax.main", *2 * ["saber_jax.evaluation.run"]]
+    assert "--share 2/2" in second and "--share 1/2" in first and "--probes" not in second
     steps = ["cadpo", "evaluate_sft", "evaluate_cadpo", "export", "report"]
-    assert sorted(p.stem for p in (made / "done").glob("*.json")) == sorted(steps)
+    shares = [f"{step}.share{n}of2" for step in steps[1:3] for n in (1, 2)]
+    assert sorted(p.stem for p in (made / "done").glob("*.json")) == sorted(steps + shares)
     assert json.loads((made / "cadpo/summary.json").read_text())["steps"] == 4
     assert (made / "hf/config.json").exists() and list((made / "hf").glob("*.safetensors"))
     assert (made / "report.html").stat().st_size > 0
