@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from saber_jax.data import sed
+from saber_jax.data import sed, shares
 from saber_jax.data.journal import (
     Journal,
     batches,
@@ -36,7 +36,6 @@ from saber_jax.data.journal import (
 )
 from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
-from saber_jax.evaluation import shares
 from saber_jax.generate import load_generator, model_fingerprint
 
 FEWEST_PAIRS = 8
@@ -136,7 +135,7 @@ def mine(
     quick, jobs = _divided(records)
     if share:
         quick, jobs = [], [jobs[i] for i in share.indices(len(jobs), batch_size)]
-    elif (rows := shares.joined(journal.folder, len(jobs), batch_size, name=NAME)) is not None:
+    elif (rows := shares.joined(journal.folder, NAME, len(jobs), batch_size)) is not None:
         write_jsonl(journal.path, quick + rows)
         return quick + rows
     plan = batches(len(jobs), batch_size, first=len(quick))

@@ -28,6 +28,28 @@ class Material:
     records: Sequence[Record] | RecordSource
     row: Callable[[int, Record | None, str], Row]
 
+    def part(self, indices: Sequence[int]) -> "Material":
+        """These of its clips."""
+
+        def row(i: int, record: Record | None, answer: str) -> Row:
+            return self.row(indices[i], record, answer)
+
+        return Material(records=_Chosen(self.records, indices), row=row)
+
+
+class _Chosen(Sequence[Record]):
+    """Some records of many, still read one at a time."""
+
+    def __init__(self, records: Sequence[Record] | RecordSource, indices: Sequence[int]):
+        self._records, self._indices = records, indices
+        self.sizes = getattr(records, "sizes", ())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[self._indices[index]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipFile:

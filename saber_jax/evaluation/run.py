@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saber_jax.data import shares
 from saber_jax.data.journal import Journal, read_jsonl, write_json, write_jsonl
 from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
-from saber_jax.evaluation import probes, shares
+from saber_jax.evaluation import probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import Material, Row, predict
@@ -38,7 +39,7 @@ class Answering:
         journal = Journal(folder, "predictions.jsonl", inputs)
         if journal.path.exists() and len(rows := read_jsonl(journal.path)) == len(material.records):
             return rows
-        rows = shares.joined(folder, len(material.records), batch_size)
+        rows = shares.joined(folder, journal.path.name, len(material.records), batch_size)
         if rows is not None:
             write_jsonl(journal.path, rows)
             return rows
@@ -101,7 +102,7 @@ def _answered(
     material = benchmark.material(flags.data, flags.split, settings)
     answering = Answering(flags)
     if flags.share:
-        part = flags.share.of(material, flags.batch_size)
+        part = material.part(flags.share.indices(len(material.records), flags.batch_size))
         return answering.answer(part, flags.share.folder(flags.out), inputs), {}
     rows = answering.answer(material, flags.out, inputs)
     donors = probes.donors(rows) if flags.probes else []
@@ -164,7 +165,7 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help="score these instead of a checkpoint")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--probes", action="store_true", help="saber_test: also mute, blank, swap")
-    parser.add_argument("--share", metavar="I/N", help="answer this part alone, see shares.py")
+    parser.add_argument("--share", metavar="I/N", help="answer this part alone, see data/shares.py")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     key = f"; the key is read from {KEY_VARIABLE}"

@@ -206,7 +206,7 @@ def test_shares_of_several_hosts_join_into_the_run_of_one(tmp_path, command, mon
         assert command(*settings, "--share", share) == 0
     assert not (out / "pairs.jsonl").exists()
     assert command(*settings) == 1
-    assert "2/2 (0 of 3 clips), 2/3 (0 of 3 clips)" in capsys.readouterr().err
+    assert "2/2 (0 of 3 answers), 2/3 (0 of 3 answers)" in capsys.readouterr().err
     assert command(*settings, "--share", "2/3") == 0
     monkeypatch.setattr(preferences, "load_generator", lambda *_, **__: pytest.fail("asked again"))
     assert command(*settings) == 0

@@ -117,7 +117,7 @@ def test_shares_of_several_hosts_join_into_the_run_of_one(tmp_path, data, model,
     assert _run(tmp_path / "shared", data, "--share", "2/2") == 0
     assert not (tmp_path / "shared/scores.json").exists()
     assert _run(tmp_path / "shared", data) == 1
-    assert "1/2 (0 of 3 clips)" in capsys.readouterr().err
+    assert "1/2 (0 of 3 answers)" in capsys.readouterr().err
     model.asked.clear()
     assert _run(tmp_path / "shared", data, "--share", "1/2") == 0
     assert len(model.asked) == 3

@@ -1,20 +1,18 @@
-"""A benchmark answered by several hosts, each by itself: batch b belongs to share b mod N.
+"""Answers asked for by several hosts, each by itself: batch b belongs to share b mod N.
 
-    ... evaluation.run --share 1/4 --out OUT     on the first of four hosts, and so on
-    ... evaluation.run --out OUT                 anywhere, when all are done: joins and scores
+    COMMAND --share 1/4 --out OUT     on the first of four hosts, and so on
+    COMMAND --out OUT                 anywhere, when all are done: joins them
 
-Batches keep their composition, so the joined predictions are those of a single host.
+COMMAND is saber_jax.evaluation.run or data_prep.preferences. Batches keep their composition, so
+what is joined is what a single host would have left.
 """
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from saber_jax.data.journal import batches, read_jsonl
-from saber_jax.data.records import Record, RecordSource
-from saber_jax.evaluation.predict import Material, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,38 +35,14 @@ class Share:
         return out / "shares" / f"{self.number}-of-{self.count}"
 
     def indices(self, total: int, batch_size: int) -> list[int]:
-        """The clips of this share."""
+        """Which of `total` answers are this share's."""
         mine = batches(total, batch_size)[self.number - 1 :: self.count]
         return [i for start, stop in mine for i in range(start, stop)]
 
-    def of(self, material: Material, batch_size: int) -> Material:
-        """What this share has to answer."""
-        indices = self.indices(len(material.records), batch_size)
 
-        def row(i: int, record: Record | None, answer: str) -> Row:
-            return material.row(indices[i], record, answer)
-
-        return Material(records=_Chosen(material.records, indices), row=row)
-
-
-class _Chosen(Sequence[Record]):
-    """Some records of many, still read one at a time."""
-
-    def __init__(self, records: Sequence[Record] | RecordSource, indices: Sequence[int]):
-        self._records, self._indices = records, indices
-        self.sizes = getattr(records, "sizes", ())
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._records[self._indices[index]]
-
-
-def joined(
-    out: Path, total: int, batch_size: int, *, name: str = "predictions.jsonl"
-) -> list[dict[str, Any]] | None:
-    """All lines in order, if `out` holds shares; of the first number of hosts that finished theirs.
+def joined(out: Path, name: str, total: int, batch_size: int) -> list[dict[str, Any]] | None:
+    """All lines of the file `name` in order, if `out` holds shares; those of the first number of
+    hosts that finished theirs.
 
     Raises ValueError naming those not finished.
     """
@@ -82,7 +56,7 @@ def joined(
             indices, path = share.indices(total, batch_size), share.folder(out) / name
             found = read_jsonl(path) if path.exists() else []
             if len(found) < len(indices):
-                lacking.append(f"{number}/{count} ({len(found)} of {len(indices)} clips)")
+                lacking.append(f"{number}/{count} ({len(found)} of {len(indices)} answers)")
             rows |= dict(zip(indices, found, strict=False))
         if not lacking:
             return [rows[i] for i in range(total)]
