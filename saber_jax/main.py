@@ -18,6 +18,7 @@ from configs.command_line import CONFIG, parse_flags
 from saber_jax import distributed, sharding
 from saber_jax.data.journal import fingerprint, write_json
 from saber_jax.data.pairs import Pair, read_pairs
+from saber_jax.data.pipeline import GlobalBatches
 from saber_jax.identity import identity
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
@@ -63,13 +64,7 @@ def train(config: ConfigDict) -> None:
     batches = inputs.batches(
         config, mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
     )
-    watch = loop.Watch(
-        writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
-        console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
-        meter=Meter(stage),
-        profile=Profile(config.profile.steps, workdir, steps=config.steps),
-        batches=batches,
-    )
+    watch = watched(config, stage, batches, workdir, first)
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
     try:
@@ -96,6 +91,19 @@ def train(config: ConfigDict) -> None:
     }
     finish(workdir, summary)
     say(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
+
+
+def watched(
+    config: ConfigDict, stage: setup.Setup, batches: GlobalBatches, workdir: Path, first: int
+) -> loop.Watch:
+    """Who looks on from step `first`: files, console, meter, profiler."""
+    return loop.Watch(
+        writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
+        console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
+        meter=Meter(stage),
+        profile=Profile(config.profile.steps, workdir, steps=config.steps),
+        batches=batches,
+    )
 
 
 def describe(

@@ -15,9 +15,21 @@ FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_le
 
 
 class Processes:
-    """`count` processes of the same command, with `devices` virtual devices in sum."""
+    """`count` processes of the same command, with `devices` virtual devices in sum.
 
-    def __init__(self, command: list[str], logs: Path, *, count: int, devices: int = 8, **env: str):
+    The last one's command also has what is `odd`.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        logs: Path,
+        *,
+        count: int,
+        devices: int = 8,
+        odd: tuple[str, ...] = (),
+        **env: str,
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -40,7 +52,7 @@ class Processes:
             with log.open("w") as out:
                 self.members.append(
                     subprocess.Popen(
-                        [sys.executable, *command],
+                        [sys.executable, *command, *(odd if index == count - 1 else ())],
                         cwd=ROOT,
                         env=os.environ | settings | env,
                         stdout=out,

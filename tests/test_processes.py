@@ -82,12 +82,13 @@ def command(stage, records, root, mesh, **more):
     return ["-m", "saber_jax.main", f"--config=configs/{stage}.py:tiny", *flags]
 
 
-def start(stage, records, root, *, count, **more):
+def start(stage, records, root, *, count, odd=(), **more):
     """`count` processes of that run, which compile what no run before them compiled."""
     return running(
         command(stage, records, root, MESHES[count], **more),
         root / "logs",
         count=count,
+        odd=odd,
         JAX_COMPILATION_CACHE_DIR=str(records / "compiled"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
@@ -181,10 +182,13 @@ def test_when_one_process_vanishes_all_end_soon_and_the_restart_resumes(
 
 
 def test_an_error_in_one_process_ends_all(records, tmp_path):
-    with start("sft", records, tmp_path, count=2, data__length=96) as processes:
-        statuses = processes.wait(PATIENCE)
-        assert all(statuses), processes.text()
-        assert "a row cannot hold the example" in processes.logs[0].read_text()
+    heartbeat, odd = 10, ("--config.data.length=96",)
+    with start(
+        "sft", records, tmp_path, count=2, odd=odd, heartbeat_seconds=heartbeat
+    ) as processes:
+        assert processes.members[1].wait(PATIENCE) == 1
+        assert processes.members[0].wait(4 * heartbeat) != 0, processes.text()
+        assert "larger than a row" in processes.logs[1].read_text()
 
 
 def quarantined(root):

@@ -19,6 +19,11 @@ from tests import synthetic
 PAIRS = Budget(length=512, response=96, patches=144, chunks=3, targets=256, segments=2)
 
 
+def test_mfu_is_a_share_of_all_devices_peak_and_unknown_where_the_peak_is():
+    assert flops.mfu(8 * 197e12, 2.0, 8, "TPU v5 lite") == pytest.approx(0.5)
+    assert flops.mfu(1e12, 2.0, 8, "cpu") is None
+
+
 @pytest.fixture(scope="module")
 def pair_batch(tokenizer):
     texts = ("[video_desc] calm person", "[video_desc] red room in the quiet")
