@@ -115,6 +115,40 @@ def test_every_path_follows_the_root():
     assert "runs/tiny" not in paths and "/elsewhere/cadpo" in paths
 
 
+HOST = """
+import json, sys
+from pathlib import Path
+from launch import chain
+links, root, index = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+chain.run([chain.Step(**link) for link in links], root, (index, 2))
+"""
+
+
+def test_two_hosts_do_their_shares_which_the_first_one_joins(tmp_path):
+    log = tmp_path / "log"
+    share = f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1] + ' ')"
+    links = [
+        dataclasses.asdict(step("a", appending(log, "a"))),
+        dataclasses.asdict(step("b", appending(log, "joined")))
+        | {"share": ("python", "-c", share)},
+    ]
+    for again in (False, True):
+        hosts = [
+            subprocess.Popen(
+                [sys.executable, "-c", HOST, json.dumps(links), str(tmp_path), str(index)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        said = [host.communicate(timeout=120)[0] for host in hosts]
+        assert [host.returncode for host in hosts] == [0, 0]
+        first, *shares, last = log.read_text().split()
+        assert (first, sorted(shares), last) == ("a", ["1/2", "2/2"], "joined")
+        assert ["nothing left to do" in text for text in said] == [again, again]
+
+
 def test_a_chain_that_is_told_to_stop_says_so_and_ends_as_a_preempted_run_does(tmp_path):
     going = tmp_path / "going"
     code = f"import pathlib, time; pathlib.Path({str(going)!r}).touch(); time.sleep(60)"
