@@ -64,9 +64,7 @@ def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
             raise ValueError(
                 f"{path}:{number} lacks {', '.join(missing)}; give --data with the clips."
             )
-    names = sorted(
-        {row["labels"][key] for row in rows for key in ("emotion",) if key in row["labels"]}
-    )
+    names = _emotions(row["labels"] for row in rows)
     for row in rows:
         row.setdefault("conclusion", saber_test.conclusion(row["response"], names))
     return rows

@@ -4,7 +4,7 @@ A score is {"n", "value", "interval"}: how many items it is over, its value, and
 and 97.5 of the values of resampled items. Value and interval are None when there is nothing to
 count. Equal inputs give equal intervals: every call draws from the same seed.
 
-Axis letters: n items   R resamples   K classes.
+Axis letters: n, m items   R resamples   K classes.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,18 @@ def mean_gap(agreeing: np.ndarray, differing: np.ndarray) -> Score:
     rng = _rng()
     lost = means(agreeing, rng) - means(differing, rng)
     return {"value": float(agreeing.mean() - differing.mean()), "interval": interval(lost)}
+
+
+def ratio_gap(agreeing: Int[np.ndarray, "n 2"], differing: Int[np.ndarray, "m 2"]) -> Score:
+    """`mean_gap` for sums over sums; the columns are numerators and denominators."""
+    if not agreeing[:, 1].sum() or not differing[:, 1].sum():
+        return {"value": None, "interval": None}
+    rng = _rng()
+    groups = (agreeing, differing)
+    first, second = (part[:, 0].sum() / part[:, 1].sum() for part in groups)
+    drawn = [sums(part, rng).T for part in groups]
+    lost = np.subtract(*(over / np.maximum(under, 1) for over, under in drawn))
+    return {"value": float(first - second), "interval": interval(lost)}
 
 
 def paired_gain(before: Bool[np.ndarray, "n"], after: Bool[np.ndarray, "n"]) -> Score:

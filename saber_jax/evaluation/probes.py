@@ -91,5 +91,5 @@ def _scores(rows: Sequence[Row]) -> dict[str, Any]:
         "accuracy": bootstrap.mean(saber_test.correct(rows)),
         "consistent": bootstrap.mean(saber_test.correct(agreeing)),
         "inconsistent": bootstrap.mean(saber_test.correct(differing)),
-        "dominance": bootstrap.mean(saber_test.follows(differing, "face", "voice")),
+        "dominance": bootstrap.mean(saber_test.follows(differing, *saber_test.MODALITIES)),
     }

@@ -63,8 +63,8 @@ def tags(labels: dict[str, str], answers: Sequence[Row]) -> list[str]:
         names = {(True, True): "right in all", (False, False): "wrong in all"}
         names |= {(False, True): "corrected", (True, False): "lost"}
         found = [names[right[0], right[-1]]]
-    for label in ("face", "voice"):
-        if any(row["conclusion"] == labels.get(label, "") != labels["emotion"] for row in answers):
+    for label in saber_test.MODALITIES:
+        if any(saber_test.misled(row["conclusion"], labels, label) for row in answers):
             found.append(f"follows the {label}")
     if any(row["conclusion"] is None for row in answers):
         found.append("names no emotion")
@@ -97,11 +97,7 @@ def _answer(answer: Row, labels: dict[str, str]) -> dict[str, Any]:
     return {
         "word": word,
         "right": word == labels["emotion"],
-        "follows": [
-            label
-            for label in ("face", "voice")
-            if word is not None and word == labels.get(label) != labels["emotion"]
-        ],
+        "follows": [m for m in saber_test.MODALITIES if saber_test.misled(word, labels, m)],
         # None: the heading is not there; "" is an empty section.
         "sections": [
             sections[field] if sed.heading(field) in answer["response"] else None

@@ -68,27 +68,25 @@ class Results:
 def summary(results: Results) -> list[Line]:
     """The main table."""
     agrees = _agrees(results)
-
-    def hits(*labels: str) -> Callable[[Sequence[Row]], np.ndarray]:
-        return lambda rows: saber_test.follows(rows, *labels)
-
     lines = []
     for split, which in (("consistent", agrees), ("inconsistent", ~agrees)):
-        gain = results.gain(hits("emotion"), which)
+        gain = results.gain(saber_test.correct, which)
         lines.append(_line(results, f"Accuracy, {split} clips", (split, "accuracy"), 1, gain))
-    lines.append(_line(results, "Gap between the two", ("gap", "accuracy"), -1))
-    dominance = {
-        "Unimodal dominance, inconsistent clips": ("dominance", ("face", "voice")),
-        "… following the face": ("follows_face", ("face",)),
-        "… following the voice": ("follows_voice", ("voice",)),
-    }
-    for name, (key, labels) in dominance.items():
-        gain = results.gain(hits(*labels), ~agrees)
+    lines.append(_line(results, "… gap between the two", ("gap", "accuracy"), -1))
+    whose = {"dominance": saber_test.MODALITIES}
+    whose |= {f"follows_{modality}": (modality,) for modality in saber_test.MODALITIES}
+    for key, modalities in whose.items():
+        name = "Unimodal dominance, inconsistent clips"
+        if len(modalities) == 1:
+            name = f"… following the {modalities[0]}"
+        gain = results.gain(lambda rows, m=modalities: saber_test.follows(rows, *m), ~agrees)
         lines.append(_line(results, name, ("inconsistent", key), -1, gain))
-    errors = {"word_error_rate": "Word error rate", "character_error_rate": "Character error rate"}
-    for key, name in errors.items():
+    for key in saber_test.SPEECH:
+        name = key.replace("_", " ").capitalize()
         for split in saber_test.SPLITS:
             lines.append(_line(results, f"{name}, {split} clips", (split, key), -1))
+        # More errors on inconsistent clips make this gap negative.
+        lines.append(_line(results, "… gap between the two", ("gap", key), 1))
     return [line for line in lines if any(v and v["value"] is not None for v in line["values"])]
 
 

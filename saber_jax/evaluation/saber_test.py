@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from saber_jax.data import sed, speech
 from saber_jax.data.records import FIELDS
@@ -24,6 +24,9 @@ Ratings = Sequence[Mapping[str, float | None]]
 
 SPLITS = {"consistent": True, "inconsistent": False}
 SPEECH = {"word_error_rate": "en", "character_error_rate": "zh"}
+MODALITIES = ("face", "voice", "words")
+VALENCE = {"positive": ("happy",), "negative": ("sad", "angry"), "neutral": ("neutral",)}
+"""What words suggest of which a corpus gives the valence alone: its plain emotions of that sign."""
 
 
 def score(predictions: Sequence[Prediction], ratings: Ratings | None = None) -> dict[str, Any]:
@@ -42,11 +45,7 @@ def score(predictions: Sequence[Prediction], ratings: Ratings | None = None) -> 
         which = agrees == wanted
         scores[name] = _split(_those(predictions, which), ratings and _those(ratings, which))
     differing = _those(predictions, ~agrees)
-    scores["inconsistent"] |= {
-        "dominance": bootstrap.mean(follows(differing, "face", "voice")),
-        "follows_face": bootstrap.mean(follows(differing, "face")),
-        "follows_voice": bootstrap.mean(follows(differing, "voice")),
-    }
+    scores["inconsistent"] |= dominance(differing)
     scores["gap"] = _gap(predictions, ratings, agrees)
     types = sorted({conflict_type(p) for p in differing})
     scores["conflict_types"] = {
@@ -91,15 +90,35 @@ def conflict_type(prediction: Prediction) -> str:
 
 
 def correct(predictions: Sequence[Prediction]) -> Bool[np.ndarray, "n"]:
-    return follows(predictions, "emotion")
+    return np.array([p["conclusion"] == p["labels"]["emotion"] for p in predictions], bool)
 
 
-def follows(predictions: Sequence[Prediction], *labels: str) -> Bool[np.ndarray, "n"]:
-    """Whether each conclusion equals one of these labels of its clip."""
+def follows(predictions: Sequence[Prediction], *modalities: str) -> Bool[np.ndarray, "n"]:
+    """Whether each conclusion is wrong, and what one of these modalities suggests by itself."""
     return np.array(
-        [p["conclusion"] in [p["labels"].get(label, "") for label in labels] for p in predictions],
+        [
+            any(misled(p["conclusion"], p["labels"], modality) for modality in modalities)
+            for p in predictions
+        ],
         bool,
     )
+
+
+def misled(conclusion: str | None, labels: Mapping[str, str], modality: str) -> bool:
+    """Whether a conclusion is wrong and follows `modality`, one of MODALITIES."""
+    suggested = labels.get(modality, "")
+    return conclusion != labels["emotion"] and conclusion in VALENCE.get(suggested, (suggested,))
+
+
+def dominance(differing: Sequence[Prediction]) -> dict[str, Any]:
+    """How often one modality decides where they disagree: any of them, and each that is known.
+
+    Two modalities may suggest the same, so the single shares may add up to more than the whole.
+    """
+    known = [m for m in MODALITIES if any(p["labels"].get(m) for p in differing)]
+    return {"dominance": bootstrap.mean(follows(differing, *MODALITIES))} | {
+        f"follows_{modality}": bootstrap.mean(follows(differing, modality)) for modality in known
+    }
 
 
 def confusion(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -116,7 +135,7 @@ def confusion(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def _split(predictions: Sequence[Prediction], ratings: Ratings | None) -> dict[str, Any]:
     scores: dict[str, Any] = {"accuracy": bootstrap.mean(correct(predictions))}
     for name, language in SPEECH.items():
-        edits, units = _speech(predictions, language)
+        edits, units = _speech(predictions, language).T
         scores[name] = bootstrap.ratio(edits, units) | {"units": int(units.sum())}
     if ratings is not None:
         scores["judge"] = {field: bootstrap.mean(_rated(ratings, field)) for field in FIELDS}
@@ -127,9 +146,11 @@ def _split(predictions: Sequence[Prediction], ratings: Ratings | None) -> dict[s
 def _gap(
     predictions: Sequence[Prediction], ratings: Ratings | None, agrees: Bool[np.ndarray, "n"]
 ) -> dict[str, Any]:
-    """What each score loses where modalities disagree; error rates are not compared."""
+    """Every score of both splits, consistent minus inconsistent."""
     groups = [_those(predictions, agrees), _those(predictions, ~agrees)]
     gaps: dict[str, Any] = {"accuracy": bootstrap.mean_gap(*map(correct, groups))}
+    for name, language in SPEECH.items():
+        gaps[name] = bootstrap.ratio_gap(*(_speech(group, language) for group in groups))
     if ratings is not None:
         rated = [_those(ratings, agrees), _those(ratings, ~agrees)]
         gaps["judge"] = {
@@ -154,15 +175,14 @@ def _mean_rating(ratings: Ratings) -> np.ndarray:
     return np.array([np.mean(row) for row in rows if len(row) == len(FIELDS)], float)
 
 
-def _speech(predictions: Sequence[Prediction], language: str) -> tuple[np.ndarray, np.ndarray]:
+def _speech(predictions: Sequence[Prediction], language: str) -> Int[np.ndarray, "n 2"]:
     """(edits, units) of every clip of a language that has speech."""
     counts = []
     for p in predictions:
         if p["language"] == language:
             said = sed.parse_response(p["response"])["speech_content"]
             counts.append(speech.errors(p["annotation"]["speech_content"], said, language))
-    spoken = np.array([c for c in counts if c[1]], int).reshape(-1, 2)
-    return spoken[:, 0], spoken[:, 1]
+    return np.array([c for c in counts if c[1]], int).reshape(-1, 2)
 
 
 def _check(predictions: Sequence[Prediction]) -> None:

@@ -26,6 +26,21 @@ def test_a_ratio_weighs_items_by_their_size():
     assert score["interval"] == [0.0, 0.5]
 
 
+def test_the_gap_of_two_ratios_is_resampled_on_both_sides():
+    rng = np.random.default_rng(1)
+    units = rng.integers(3, 12, 200)
+    groups = [np.stack([rng.binomial(units, rate), units], axis=1) for rate in (0.2, 0.5)]
+    gap = bootstrap.ratio_gap(*groups)
+    rates = [part[:, 0].sum() / part[:, 1].sum() for part in groups]
+    assert gap["value"] == pytest.approx(rates[0] - rates[1])
+    # Normal approximation: the standard error of a ratio from its residuals.
+    errors = [
+        np.std(g[:, 0] - r * g[:, 1]) / g[:, 1].mean() for g, r in zip(groups, rates, strict=True)
+    ]
+    width = 1.96 * np.hypot(*errors) / 200**0.5
+    assert gap["interval"] == pytest.approx([gap["value"] - width, gap["value"] + width], abs=4e-3)
+
+
 def test_a_statistic_of_a_confusion_matrix_is_resampled_like_its_items():
     hits = np.arange(300) % 3 > 0
     counts = np.array([[hits.sum(), (~hits).sum()], [0, 0]])
@@ -43,4 +58,6 @@ def test_nothing_to_count_is_no_value():
     nothing = np.array([], bool)
     assert bootstrap.mean(nothing) == bootstrap.ratio(nothing, nothing) == empty
     assert bootstrap.of_groups(np.zeros((0, 0), int), lambda c: c) == empty
-    assert bootstrap.mean_gap(nothing, np.array([True])) == {"value": None, "interval": None}
+    none, pairs = {"value": None, "interval": None}, np.array([[1, 2]])
+    assert bootstrap.mean_gap(nothing, np.array([True])) == none
+    assert bootstrap.ratio_gap(pairs[:0], pairs) == bootstrap.ratio_gap(pairs, pairs[:0]) == none

@@ -51,6 +51,35 @@ def test_accuracies_dominance_and_gap_are_the_hand_counted_ones():
     assert scores["conflict_types"]["sarcasm"]["value"] == 0.0
 
 
+def test_a_right_conclusion_is_not_led_by_the_modality_that_suggests_it_too():
+    clips = [_prediction("sad", "sad", "happy", said, kind="leakage") for said in ("sad", "happy")]
+    inconsistent = saber_test.score(clips)["inconsistent"]
+    assert inconsistent["accuracy"]["value"] == 1 / 2
+    assert (inconsistent["dominance"]["value"], inconsistent["follows_face"]["value"]) == (0.5, 0.0)
+    assert inconsistent["follows_voice"]["value"] == 1 / 2
+    assert "follows_words" not in inconsistent  # Nobody says what they suggest.
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "led"),
+    [
+        ("positive", "happy", True),
+        ("negative", "sad", True),
+        ("negative", "angry", True),
+        ("neutral", "neutral", True),
+        ("fear", "fear", True),
+        ("negative", "happy", False),
+        ("negative", "contempt", False),  # That is right.
+    ],
+)
+def test_words_mislead_by_their_emotion_or_by_their_valence(words, said, led):
+    clip = _prediction("contempt", "neutral", "disgust", said, kind="sarcasm")
+    clip |= {"conclusion": said, "labels": clip["labels"] | {"words": words}}
+    scores = saber_test.score([clip])["inconsistent"]
+    assert scores["follows_words"]["value"] == led
+    assert scores["dominance"]["value"] == (led or said == "neutral")
+
+
 def test_an_unparsable_answer_is_counted_and_wrong_not_dropped():
     broken = AGREEING[0] | {"response": "happy happy", "conclusion": None}
     scores = saber_test.score([*AGREEING[:1], broken])
@@ -67,7 +96,9 @@ def test_an_empty_section_is_not_a_missing_one():
 def test_only_consistent_clips_leave_the_other_rates_empty():
     scores = saber_test.score(AGREEING)
     assert scores["inconsistent"]["accuracy"] == {"n": 0, "value": None, "interval": None}
-    assert scores["gap"] == {"accuracy": {"value": None, "interval": None}}
+    nothing = {"value": None, "interval": None}
+    rates = ("accuracy", "word_error_rate", "character_error_rate")
+    assert scores["gap"] == dict.fromkeys(rates, nothing)
 
 
 def test_word_errors_are_counted_by_split_and_only_where_there_is_speech():
@@ -84,6 +115,8 @@ def test_word_errors_are_counted_by_split_and_only_where_there_is_speech():
     assert scores["consistent"]["word_error_rate"]["n"] == 1
     assert scores["inconsistent"]["word_error_rate"]["value"] == 0.0
     assert scores["consistent"]["character_error_rate"]["value"] is None
+    assert scores["gap"]["word_error_rate"] == {"value": 0.5, "interval": [0.5, 0.5]}
+    assert scores["gap"]["character_error_rate"]["value"] is None
 
 
 def test_character_errors_are_summed_over_chinese_clips():
