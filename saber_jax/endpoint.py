@@ -11,10 +11,13 @@ so a run that was killed asks nothing twice.
 import collections
 import concurrent.futures
 import dataclasses
+import email.utils
 import hashlib
 import itertools
 import json
 import os
+import random
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +43,11 @@ REASONS = {
     "not_found": "the endpoint knows no such address or model",
     "budget_spent": "the tokens or the money allowed for this run are spent",
 }
+PASSING = (408, 409, 429)
+"""HTTP statuses below 500 after which the same question may be asked again."""
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.5, 8.0, 120.0
+"""Seconds before a first retry, before any, and what an endpoint may ask for."""
+
 # Asking something else would fail the same way, so a run stops instead of failing item by item.
 FATAL = ("unreachable", "unauthorised", "not_found", "budget_spent")
 
@@ -118,9 +126,9 @@ class Endpoint:
     ):
         """At most `concurrency` questions are under way at a time, however many threads ask.
         `timeout` is in seconds per attempt; a retry waits twice as long as the one before it, up
-        to 8 s, or what the endpoint's Retry-After says. With `most_tokens` or `most_cost`, no
-        question is begun once that much was used; `prices` are per million prompt and completion
-        tokens.
+        to 8 s, or what the endpoint's Retry-After says, up to two minutes. `requests_per_minute`
+        counts retries too. With `most_tokens` or `most_cost`, no question is begun once that much
+        was used; `prices` are per million prompt and completion tokens.
         """
         if concurrency < 1 or retries < 0 or timeout <= 0:
             raise ValueError(
@@ -138,7 +146,7 @@ class Endpoint:
         self._next_start = 0.0
         self._key = os.environ.get(KEY_VARIABLE, "")
         self._client = openai.OpenAI(
-            base_url=url, api_key=self._key or "none", max_retries=retries, timeout=timeout
+            base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout
         )
 
     @property
@@ -198,39 +206,32 @@ class Endpoint:
 
     def _complete(self, request: Request) -> Reply:
         for attempt in itertools.count():
-            self._wait_for_turn()
             try:
-                messages: Any = list(request.messages)
-                raw = self._client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=messages, **request.settings
-                )
-                self._count(asked=1, retries=raw.retries_taken + (attempt > 0))
-                return self._reply(raw.text)
-            except (openai.OpenAIError, httpx2.HTTPError) as error:
-                reason, detail = _explain(error)
-                # No chain: the library's own errors may quote the key.
-                raise EndpointError(reason, self._without_key(detail)) from None
-            except EndpointError:
-                # The library retries what the network or the server admits; this one looked fine.
-                if attempt >= self._retries:
-                    raise
+                self._wait_for_turn()
+                return self._attempt(request)
+            except _Failed as failed:
+                pause = failed.retry_after
+                if pause is None:
+                    pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.0)
+                if not failed.passing or attempt >= self._retries or pause > LONGEST_RETRY_AFTER:
+                    # No chain: the library's own errors may quote the key.
+                    raise EndpointError(failed.reason, self._without_key(failed.detail)) from None
+            self._count(retries=1)
+            time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _reply(self, body: str) -> Reply:
+    def _attempt(self, request: Request) -> Reply:
+        """One request. Raises _Failed."""
+        messages: Any = list(request.messages)
         try:
-            completion = json.loads(body)
-            choice, used = completion["choices"][0], completion.get("usage") or {}
-            reply = Reply(
-                text=choice["message"].get("content") or "",
-                finish_reason=choice.get("finish_reason") or "unknown",
-                model=completion.get("model") or self.model,
-                prompt_tokens=int(used.get("prompt_tokens") or 0),
-                completion_tokens=int(used.get("completion_tokens") or 0),
+            raw = self._client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, **request.settings
             )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            detail = self._without_key(f"{error}, in {body[:200]!r}")
-            raise EndpointError("malformed", detail) from None
-        self._count(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
+            reply = _reply(raw.text, self.model)
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
+            raise _failure(error) from None
+        tokens = {"prompt_tokens": reply.prompt_tokens}
+        self._count(asked=1, completion_tokens=reply.completion_tokens, **tokens)
         return reply
 
     def _wait_for_turn(self) -> None:
@@ -271,16 +272,61 @@ class Endpoint:
         return text.replace(self._key, "<key>") if self._key else text
 
 
-def _explain(error: Exception) -> tuple[str, str]:
-    """(reason, detail) of what the client library raised after its last retry."""
+@dataclasses.dataclass
+class _Failed(Exception):
+    """An attempt without an answer. `passing` failures may be over at the next one, after
+    `retry_after` seconds where the endpoint names them."""
+
+    reason: str
+    detail: str
+    passing: bool = True
+    retry_after: float | None = None
+
+
+def _reply(body: str, model: str) -> Reply:
+    """What a chat completion says; `model` where it does not. Raises _Failed."""
+    try:
+        completion = json.loads(body)
+        choice, used = completion["choices"][0], completion.get("usage") or {}
+        return Reply(
+            text=choice["message"].get("content") or "",
+            finish_reason=choice.get("finish_reason") or "unknown",
+            model=completion.get("model") or model,
+            prompt_tokens=int(used.get("prompt_tokens") or 0),
+            completion_tokens=int(used.get("completion_tokens") or 0),
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _Failed("malformed", f"{error}, in {body[:200]!r}") from None
+
+
+def _failure(error: openai.OpenAIError | httpx2.HTTPError) -> _Failed:
+    """What an error of the client library means."""
     if isinstance(error, openai.APITimeoutError):
-        return "timeout", "the last attempt timed out"
+        return _Failed("timeout", "the last attempt timed out")
     if isinstance(error, openai.APIConnectionError):
         refused = isinstance(error.__cause__, httpx2.ConnectError)
-        return ("unreachable" if refused else "disconnected"), str(error.__cause__ or error)
+        return _Failed("unreachable" if refused else "disconnected", str(error.__cause__ or error))
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         named = {401: "unauthorised", 403: "unauthorised", 404: "not_found", 429: "rate_limited"}
-        other = "server_error" if status >= 500 else "rejected"
-        return named.get(status, other), f"HTTP {status}, {error.message[:300]}"
-    return "disconnected", str(error)
+        return _Failed(
+            named.get(status, "server_error" if status >= 500 else "rejected"),
+            f"HTTP {status}, {error.message[:300]}",
+            passing=status in PASSING or status >= 500,
+            retry_after=_retry_after(error.response.headers),
+        )
+    return _Failed("disconnected", str(error))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that Retry-After-Ms names, or Retry-After, which may also be a date."""
+    after = headers.get("retry-after", "")
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        if re.fullmatch(r"[\d.]+", after.strip()):
+            return float(after)
+        date = email.utils.parsedate_to_datetime(after)
+        return max(0.0, date.timestamp() - time.time())
+    except ValueError:  # Neither is there.
+        return None

@@ -1,4 +1,5 @@
 import concurrent.futures
+import email.utils
 import json
 import time
 
@@ -45,7 +46,8 @@ def test_the_request_carries_model_messages_and_settings_and_the_tokens_are_coun
     ],
     ids=["429", "500", "503", "half a JSON", "wrong keys", "a list"],
 )
-def test_trouble_that_passes_is_outlasted(trouble):
+def test_trouble_that_passes_is_outlasted(trouble, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
     with chat_server(lambda _, number: trouble if number < 2 else Answer(text="5")) as server:
         client = Endpoint(url=server.url, model="judge", retries=3)
         assert client.ask(QUESTION).text == "5"
@@ -197,6 +199,46 @@ def test_questions_are_spread_over_the_minute():
         clock = time.monotonic()
         list(client.ask_all(_questions(4)))
         assert time.monotonic() - clock >= 0.3
+
+
+def test_retries_are_requests_too_and_wait_for_their_minute():
+    def script(_, number):
+        arrived.append(time.monotonic())
+        return Answer(status=429, body="{}", headers=(NOW,)) if number < 3 else Answer(text="5")
+
+    arrived = []
+    with chat_server(script) as server:
+        client = Endpoint(url=server.url, model="judge", requests_per_minute=600, retries=3)
+        assert client.ask(QUESTION).text == "5"
+    # 0.1 s apart, though the endpoint asks for a millisecond; the first may have come late.
+    assert arrived[-1] - arrived[0] >= 0.25
+    assert client.usage.retries == 3
+
+
+def test_a_pause_doubles_unless_the_endpoint_names_one(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
+    later = email.utils.formatdate(time.time() + 30)
+    script = [
+        *[Answer(status=503, body="")] * 6,
+        Answer(status=429, body="", headers=(("Retry-After", "7"),)),
+        Answer(status=429, body="", headers=(("Retry-After", later),)),
+        Answer(text="5"),
+    ]
+    with chat_server(lambda _, number: script[number]) as server:
+        Endpoint(url=server.url, model="judge", retries=8).ask(QUESTION)
+    waited = [pause for pause in pauses if pause]
+    for pause, longest in zip(waited, [0.5, 1.0, 2.0, 4.0, 8.0, 8.0], strict=False):
+        assert 0.75 * longest <= pause <= longest
+    assert waited[6] == 7.0
+    assert waited[7] == pytest.approx(30, abs=2.0)
+
+
+def test_an_endpoint_that_asks_for_a_long_wait_is_not_waited_for():
+    busy = Answer(status=429, body="{}", headers=(("Retry-After", "3600"),))
+    with chat_server(lambda *_: busy) as server, pytest.raises(EndpointError, match="too often"):
+        Endpoint(url=server.url, model="judge").ask(QUESTION)
+    assert len(server.requests) == 1
 
 
 def test_impossible_settings_are_refused():
