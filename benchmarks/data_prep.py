@@ -29,7 +29,7 @@ import av
 import numpy as np
 
 from benchmarks.result import device, finish
-from data_prep import annotate, clips, corpus, filters, measure, transcripts
+from data_prep import annotate, clips, corpus, ears, filters, measure, transcripts
 from data_prep.answers import EndpointSettings
 from data_prep.corpus_plan import Sizes
 from saber_jax.data import media
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(files: list[Path], repetitions: int, goal: float) -> None:
     """Prints a line per stage and the result."""
-    transcripts.recognise(np.zeros(media.SAMPLE_RATE, np.int16))  # Loads the models.
+    ears.recognise(np.zeros(media.SAMPLE_RATE, np.int16), "en")  # Loads the models.
     measure.measure(files[0])
     stages = {
         "decode (peer)": _cpu(lambda: [_decode(f) for f in files], repetitions),
@@ -112,7 +112,7 @@ def _decode(file: Path) -> int:
 
 
 def _recognise(file: Path) -> str:
-    return transcripts.recognise(transcripts.sound(str(file)))
+    return ears.recognise(transcripts.sound(str(file)), "en")
 
 
 def _annotate(files: list[Path], repetitions: int) -> float:

