@@ -11,70 +11,22 @@ is yielded all the same, and `ingest` counts it as missing.
     meld         train_sent_emo.csv ..., **/dia0_utt0.mp4 below a folder for each split
     msp_improv   Evaluation.txt, session1/S01A/P/MSP-IMPROV-S01A-F01-P-FM01.avi
     ch_sims_v2   meta.csv, Raw/aqgy3_0001/00000.mp4
-    mer          video/NAME.mp4, a label table (name, discrete), subtitle_chieng.csv
+    mer          NAME.mp4 below any folder, label tables (name, discrete), subtitle_chieng.csv
     memor        anno.json, data.json, *_id.txt, **/CLIP.mp4
-    meiju        {Training,Validation}/NAME.mp4 with tables {Training,Validation}_*.csv
-    multidialog  *metadata*.jsonl, **/NAME.mp4
+    meiju        Training/NAME.mp4, Training_files.txt, Training_transcription.csv; Validation*
+    multidialog  metadata.jsonl, train/CONV/CONV_0k.mp4, test_freq/...
 
-Emotions are renamed to one word each (EMOTIONS); what a corpus calls otherwise keeps its name.
+Each reader names public code that reads the same files, against which it was checked.
+
+Emotions are renamed to one word each (corpora_rows.EMOTIONS); others keep their name.
 """
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
-
-EMOTIONS = {
-    **dict.fromkeys(("angry", "anger", "ang", "a", "annoyance"), "angry"),
-    **dict.fromkeys(("happy", "happiness", "joy", "hap", "h", "serenity"), "happy"),
-    **dict.fromkeys(("sad", "sadness", "s"), "sad"),
-    **dict.fromkeys(("neutral", "neu", "n", "calm"), "neutral"),
-    **dict.fromkeys(("fear", "fearful", "fea", "f"), "fear"),
-    **dict.fromkeys(("disgust", "disgusted", "dis", "d"), "disgust"),
-    **dict.fromkeys(("surprise", "surprised", "sur"), "surprise"),
-    **dict.fromkeys(("contempt",), "contempt"),
-    **dict.fromkeys(("worried", "worry"), "worried"),
-}
-_VIDEO = (".mp4", ".mkv", ".avi", ".flv", ".webm", ".mov")
-
-
-def row(
-    path: Path,
-    *,
-    clip_id: str,
-    corpus: str,
-    video: str,
-    speaker: str = "",
-    language: str = "",
-    split: str = "",
-    transcript: str = "",
-    labels: Mapping[str, str] | None = None,
-    **more: Any,
-) -> Row:
-    """A row as `ingest` yields it. Several people in a clip are one `speaker` joined by "+"."""
-    return {
-        "clip_id": clip_id,
-        "file": str(path),
-        "corpus": corpus,
-        "video": video,
-        "speaker": speaker,
-        "language": language,
-        "split": split,
-        "transcript": transcript,
-        "labels": {key: value for key, value in (labels or {}).items() if value},
-        **more,
-    }
-
-
-def emotion(word: str) -> str:
-    """The one word for an emotion; "" for nothing."""
-    word = word.strip().lower()
-    return EMOTIONS.get(word, word)
-
+from data_prep.corpora_rows import Row, emotion, find, read_table, row, videos_in
 
 _CREMA_D = {
     "IEO": "It's eleven o'clock.",
@@ -93,9 +45,14 @@ _CREMA_D = {
 
 
 def crema_d(root: Path) -> Iterator[Row]:
-    """Face and voice labels are what the crowd saw without sound and heard without picture."""
-    votes = {line["FileName"]: line for line in _table(root / "processedResults/summaryTable.csv")}
-    for path in _videos(root, "VideoFlash"):
+    """Face and voice labels are what the crowd saw without sound and heard without picture.
+
+    The layout is that of github.com/CheyneyComputerScience/CREMA-D.
+    """
+    votes = {
+        line["FileName"]: line for line in read_table(root / "processedResults/summaryTable.csv")
+    }
+    for path in videos_in(root, "VideoFlash"):
         actor, sentence, intended, _ = path.stem.split("_")
         vote = votes.get(path.stem, {})
         seen = {
@@ -125,8 +82,11 @@ _STATEMENTS = ("Kids are talking by the door.", "Dogs are sitting by the door.")
 
 
 def ravdess(root: Path) -> Iterator[Row]:
-    """Only files with picture and sound (modality 01); of video-only files there is a twin."""
-    for path in _videos(root):
+    """Only files with picture and sound (modality 01); of video-only files there is a twin.
+
+    The seven numbers of a name are explained at zenodo.org/records/1188976.
+    """
+    for path in videos_in(root):
         parts = path.stem.split("-")
         if len(parts) != 7 or parts[0] != "01":
             continue
@@ -143,7 +103,10 @@ def ravdess(root: Path) -> Iterator[Row]:
 
 
 def mead(root: Path) -> Iterator[Row]:
-    """Seven cameras filmed one take; the front one is used. Its sound is a file of its own."""
+    """Seven cameras filmed one take; the front one is used. Its sound is a file of its own.
+
+    The layout is that of github.com/uniBruce/Mead.
+    """
     for path in sorted(root.glob("*/video/front/*/level_*/*.mp4")):
         speaker, _, _, felt, level, _ = path.relative_to(root).parts
         take = f"{speaker}-{felt}-{level}-{path.stem}"
@@ -160,6 +123,7 @@ def mead(root: Path) -> Iterator[Row]:
 
 
 def meld(root: Path) -> Iterator[Row]:
+    """Tables and folders are those of github.com/declare-lab/MELD and its raw archive."""
     for split, table, folder in [
         ("train", "train_sent_emo.csv", "train_splits"),
         ("valid", "dev_sent_emo.csv", "dev_splits_complete"),
@@ -167,7 +131,7 @@ def meld(root: Path) -> Iterator[Row]:
     ]:
         # The raw archive nests train/train_splits; others unpack it flat.
         places = sorted(path for path in root.rglob(folder) if path.is_dir())
-        for line in _table(_found(root, table)):
+        for line in read_table(find(root, table)):
             name = f"dia{line['Dialogue_ID']}_utt{line['Utterance_ID']}"
             yield row(
                 (places[0] if places else root / folder) / f"{name}.mp4",
@@ -188,11 +152,14 @@ _AGREED = {"A": "angry", "H": "happy", "S": "sad", "N": "neutral"}  # O other, X
 
 
 def msp_improv(root: Path) -> Iterator[Row]:
-    """The evaluation file writes UTD-IMPROV where the files are called MSP-IMPROV."""
-    found = _found(root, "Evaluation.txt")
+    """The evaluation file writes UTD-IMPROV where the files are called MSP-IMPROV.
+
+    Its lines are those that github.com/Strong-AI-Lab/emotion parses.
+    """
+    found = find(root, "Evaluation.txt")
     text = found.read_text(encoding="utf-8", errors="replace") if found else ""
     votes = dict(_IMPROV.findall(text))
-    for path in _videos(root):
+    for path in videos_in(root):
         name = path.stem.removeprefix("MSP-IMPROV-")
         sentence, speaker, kind, turn = name.split("-")
         yield row(
@@ -212,15 +179,22 @@ _SIMS_SPLITS = {"train": "train", "valid": "valid", "test": "test"}
 
 
 def ch_sims_v2(root: Path) -> Iterator[Row]:
-    """Sentiment from -1 to 1 for the whole clip and for each modality alone, as `valence`."""
-    for line in _table(_found(root, "meta.csv", "label.csv")):
+    """Sentiment from -1 to 1 for the whole clip and for each modality alone, as `valence`.
+
+    Its parts (s) and (u), with labels and without, have a table each. The folders are those that
+    github.com/thuiar/MMSA reads; columns as its users describe them.
+    """
+    tables = sorted(root.rglob("meta.csv")) or sorted(root.rglob("label.csv"))
+    for folder, line in (
+        (path.parent / "Raw", line) for path in tables for line in read_table(path)
+    ):
         video, number = line["video_id"], line["clip_id"]
-        folder = root / "Raw" / video
         # Some copies of the table lost the zeros in front.
-        found = [path for path in _videos(folder) if path.stem.lstrip("0") == number.lstrip("0")]
+        files = videos_in(folder / video)
+        found = [path for path in files if path.stem.lstrip("0") == number.lstrip("0")]
         parts = {"fused": "label", "words": "label_T", "voice": "label_A", "face": "label_V"}
         yield row(
-            found[0] if found else folder / f"{number}.mp4",
+            found[0] if found else folder / video / f"{number}.mp4",
             clip_id=f"ch_sims_v2-{video}-{number}",
             corpus="ch_sims_v2",
             video=video,
@@ -231,31 +205,44 @@ def ch_sims_v2(root: Path) -> Iterator[Row]:
         )
 
 
+_MER_TEST = ("test", "semi")
+"""Begin or end the names of tables with labels of published test sets."""
+
+
 def mer(root: Path) -> Iterator[Row]:
-    """MER2023 to MER2025: one folder of videos, several tables keyed by `name`."""
-    labels, words = {}, {}
+    """MER2023 to MER2025: several tables keyed by `name`, videos in one folder or in several.
+
+    The tables are those that github.com/zeroQiaoba/MERTools reads: label-disdim.csv and
+    semi-label.csv (2024), track1_train_disdim.csv and track1_test_dis.csv (2025), ...
+    """
+    labels, words, splits = {}, {}, {}
     for table in sorted(root.glob("*.csv")):
-        for line in _table(table):
+        for line in read_table(table):
             if line.get("discrete"):
                 labels[line["name"]] = emotion(line["discrete"])
+                test = any(part in table.stem for part in _MER_TEST)
+                splits[line["name"]] = "test" if test else splits.get(line["name"], "train")
             if said := line.get("chinese") or line.get("sentence"):
                 words[line["name"]] = said
-    for path in _videos(root, "video"):
+    for path in videos_in(root, "video"):
         yield row(
             path,
             clip_id=f"mer-{path.stem}",
             corpus="mer",
             video=path.stem.rsplit("_", 1)[0],  # samplenew3_00000004 is cut from samplenew3.
             language="zh",
-            split="train" if path.stem in labels else "",
+            split=splits.get(path.stem, ""),
             transcript=words.get(path.stem, ""),
             labels={"emotion": labels.get(path.stem, "")},
         )
 
 
 def memor(root: Path) -> Iterator[Row]:
-    """Several people of a clip may feel differently; then it gets no label."""
-    found = _found(root, "anno.json")
+    """Several people of a clip may feel differently; then it gets no label.
+
+    The files are those of the authors' baseline (its MEmoRDataset): ids are line numbers of anno.
+    """
+    found = find(root, "anno.json")
     if found is None:
         return
     annotations = json.loads(found.read_text(encoding="utf-8"))["primary"]
@@ -268,7 +255,7 @@ def memor(root: Path) -> Iterator[Row]:
     felt: dict[str, set[str]] = {}
     for annotation in annotations:
         felt.setdefault(annotation["clip"], set()).add(emotion(annotation["emotion"]))
-    videos = {path.stem: path for path in _videos(root)}
+    videos = {path.stem: path for path in videos_in(root)}
     for clip, emotions in sorted(felt.items()):
         people = sorted(set(scenes.get(clip, {}).get("on_character", [])))
         yield row(
@@ -284,43 +271,64 @@ def memor(root: Path) -> Iterator[Row]:
 
 
 def meiju(root: Path) -> Iterator[Row]:
-    """Folders Training and Validation; tables of the same beginning hold sentence and emotion."""
-    for split, name in [("train", "Training"), ("valid", "Validation")]:
-        known: dict[str, dict[str, str]] = {}
-        for table in sorted(root.rglob(f"{name}_*.csv")):
-            for line in _table(table):
-                known.setdefault(line.get("name") or line.get("filename", ""), {}).update(line)
-        mandarin = "mandarin" in str(root).lower()
-        for path in sorted(p for folder in root.rglob(name) for p in _videos(folder)):
-            line = known.get(path.stem, {})
+    """Lines of Training_files.txt are "NAME.mp4 EMOTION INTENT"; NoAnnotation has no labels.
+
+    Both are read like this by github.com/AI-S2-Lab/MEIJU2025-baseline. Languages are folders.
+    """
+    for split, name in [("train", "Training"), ("valid", "Validation"), ("", "NoAnnotation")]:
+        felt, words = {}, {}
+        for table in sorted(root.rglob(f"{name}_files.txt")):
+            for line in table.read_text(encoding="utf-8").splitlines():
+                file, label, _intent = line.split()
+                felt[table.parent, Path(file).stem] = emotion(label)
+        for table in sorted(root.rglob(f"{name}_transcription.csv")):
+            words |= {(table.parent, line["name"]): line["sentence"] for line in read_table(table)}
+        folders = sorted(path for path in root.rglob(name) if path.is_dir())
+        for path in (video for folder in folders for video in videos_in(folder)):
+            key = (path.parent.parent, path.stem)
+            mandarin = any("mandarin" in part.lower() for part in path.parts)
+            language = "zh" if mandarin else "en"
             yield row(
                 path,
-                clip_id=f"meiju-{split}-{path.stem}",
+                clip_id=f"meiju-{language}-{split or 'unlabelled'}-{path.stem}",
                 corpus="meiju",
                 video=path.stem.rsplit("_", 1)[0],
-                language="zh" if mandarin else "en",
+                language=language,
                 split=split,
-                transcript=line.get("sentence", ""),
-                labels={"emotion": emotion(line.get("emotion") or line.get("emo", ""))},
+                transcript=words.get(key, ""),
+                labels={"emotion": felt.get(key, "")},
             )
 
 
+_ACTOR = re.compile(r"(.+_\d+)([a-z])")
+"""CONV_UTTERANCE and the letter of who speaks."""
+
+
 def multidialog(root: Path) -> Iterator[Row]:
-    """One line of metadata an utterance; a dialogue's two speakers stay together by its id."""
-    videos = {path.stem: path for path in _videos(root)}
+    """One line of metadata an utterance: conv_id, utterance_id, from, value, emotion.
+
+    Files are CONV/CONV_3c.mp4 for utterance 3, said by actor c, below a folder for each split:
+    names and metadata as in huggingface.co/datasets/IVLLab/MultiDialog, which has the sound.
+    """
+    videos = {}
+    for path in videos_in(root):
+        if match := _ACTOR.fullmatch(path.stem):
+            videos[match[1]] = (path, match[2])
     for table in sorted(root.rglob("*metadata*.jsonl")):
-        split = next((name for name in ("train", "valid", "test") if name in str(table)), "")
         for text in table.read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
-            name = Path(line.get("file_name") or line["audpath"]).stem
+            name = f"{line['conv_id']}_{line['utterance_id']}"
+            path, actor = videos.get(name, (root / line["conv_id"] / f"{name}.mp4", ""))
+            where = "/".join((*table.relative_to(root).parts, *path.relative_to(root).parts))
+            split = re.search(r"train|valid|test", where)
             yield row(
-                videos.get(name, root / f"{name}.mp4"),
+                path,
                 clip_id=f"multidialog-{name}",
                 corpus="multidialog",
-                video=str(line["conv_id"]),
-                speaker=f"multidialog-{line['speaker_id']}" if line.get("speaker_id") else "",
+                video=line["conv_id"],
+                speaker=f"multidialog-{actor}" if actor else "",
                 language="en",
-                split=split,
+                split=split[0] if split else "",
                 transcript=line.get("value", ""),
                 labels={"emotion": emotion(line.get("emotion", ""))},
             )
@@ -341,26 +349,3 @@ CORPORA: dict[str, Callable[[Path], Iterator[Row]]] = {
         multidialog,
     )
 }
-
-
-def _videos(root: Path, folder: str = "") -> list[Path]:
-    below = root / folder
-    found = below.rglob("*") if below.is_dir() else root.rglob("*")
-    return sorted(path for path in found if path.suffix.lower() in _VIDEO)
-
-
-def _found(root: Path, *names: str) -> Path | None:
-    """The first file of one of the names, at any depth."""
-    for name in names:
-        if found := sorted(root.rglob(name)):
-            return found[0]
-    return None
-
-
-def _table(path: Path | None) -> list[dict[str, str]]:
-    """A CSV with a header line; no file, no lines."""
-    if path is None or not path.exists():
-        return []
-    # utf-8-sig: several of these tables begin with a byte order mark.
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        return [{k: v or "" for k, v in line.items() if k} for line in csv.DictReader(file)]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import clips, corpora, storage
+from data_prep import clips, corpora, corpora_rows, storage
 from data_prep.shards import Dropped, Outcome, Row, Stage
 from saber_jax.data.records import LABELS, LANGUAGES
 
@@ -101,7 +101,7 @@ def _folder(root: Path) -> Iterator[Row]:
     for path in clips.find_files(root, clips.EXTENSIONS, "videos"):
         relative = path.relative_to(root).with_suffix("")
         known = labels.get(path.stem, {})
-        yield corpora.row(
+        yield corpora_rows.row(
             path,
             clip_id=re.sub(r"[^\w.-]+", "_", str(relative)),
             corpus="",

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fsspec")
 
-from data_prep import corpora, ingest
+from data_prep import corpora, corpora_rows, ingest
 from data_prep.ingest import Source
 from data_prep.shards import Stage
 from saber_jax.data import sed
@@ -170,35 +170,77 @@ def test_memor_labels_a_clip_only_if_all_its_people_feel_alike(tmp_path):
     assert found["memor-b"]["speaker"] == "memor-penny+memor-sheldon"
 
 
-def test_meiju_reads_both_splits_and_the_language_from_its_folder(tmp_path):
-    root = tmp_path / "MEIJU25_Mandarin"
-    touch(root, "Annotation/Training/ep1_1.mp4", "Annotation/Validation/ep2_3.mp4")
-    write(root, "Annotation/Training_transcription.csv", "name,sentence", "ep1_1,你好。")
-    write(root, "Annotation/Training_label.csv", "name,emotion,intent", "ep1_1,happy,neutral")
-    found = rows("meiju", root)
-    row = found["meiju-train-ep1_1"]
-    assert (row["language"], row["transcript"], row["labels"]) == (
-        "zh",
-        "你好。",
-        {"emotion": "happy"},
-    )
-    assert found["meiju-valid-ep2_3"]["split"] == "valid"
+def test_mer_keeps_the_labels_of_test_sets_out_of_training(tmp_path):
+    touch(tmp_path, "video-labeled/sample_1.mp4", "video-unlabeled/sample_2.mp4")
+    write(tmp_path, "label-disdim.csv", "name,discrete,valence", "sample_1,happy,2.5")
+    write(tmp_path, "semi-label.csv", "name,discrete", "sample_2,sad")
+    write(tmp_path, "track1_test_dis.csv", "name,discrete", "sample_3,sad")
+    touch(tmp_path, "video-unlabeled/sample_3.mp4", "video-unlabeled/sample_4.mp4")
+    splits = {name: row["split"] for name, row in rows("mer", tmp_path).items()}
+    assert splits == {
+        "mer-sample_1": "train",
+        "mer-sample_2": "test",
+        "mer-sample_3": "test",
+        "mer-sample_4": "",
+    }
 
 
-def test_multidialog_lines_find_their_videos_by_name(tmp_path):
+def test_ch_sims_parts_with_and_without_labels_lie_side_by_side(tmp_path):
+    header = "video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode"
+    touch(tmp_path, "CH-SIMS v2(s)/Raw/aqgy3_0001/00000.mp4")
+    touch(tmp_path, "CH-SIMS v2(u)/Raw/aqgy1_0001/00000.mp4")
+    write(tmp_path, "CH-SIMS v2(s)/meta.csv", header, "aqgy3_0001,0,好。,0.2,0,0,0.4,Positive,test")
+    write(tmp_path, "CH-SIMS v2(u)/meta.csv", header, "aqgy1_0001,0,不。,,,,,,")
+    labelled, unlabelled = rows("ch_sims_v2", tmp_path).values()
+    assert labelled["file"].endswith("CH-SIMS v2(s)/Raw/aqgy3_0001/00000.mp4")
+    assert labelled["split"] == "test" and labelled["valence"]["face"] == 0.4
+    assert unlabelled["file"].endswith("CH-SIMS v2(u)/Raw/aqgy1_0001/00000.mp4")
+    assert (unlabelled["split"], unlabelled["valence"]) == ("", {})
+
+
+def test_meiju_reads_labels_words_and_the_language_of_each_folder(tmp_path):
+    track = tmp_path / "Track1"
+    touch(track, "Mandarin/Annotation/Training/ep1_1.mp4", "Mandarin/NoAnnotation/ep3_7.mp4")
+    touch(track, "English/Annotation/Training/ep1_1.mp4")
+    touch(track, "English/Annotation/Validation/ep2_3.mp4")
+    words = ("name,sentence", "ep1_1,你好。")
+    write(track, "Mandarin/Annotation/Training_transcription.csv", *words)
+    write(track, "Mandarin/Annotation/Training_files.txt", "ep1_1.mp4 happy neutral")
+    write(track, "English/Annotation/Training_files.txt", "ep1_1.mp4 anger questioning")
+    found = rows("meiju", tmp_path)
+    assert set(found) == {
+        "meiju-zh-train-ep1_1",
+        "meiju-en-train-ep1_1",
+        "meiju-en-valid-ep2_3",
+        "meiju-zh-unlabelled-ep3_7",
+    }
+    row = found["meiju-zh-train-ep1_1"]
+    assert (row["language"], row["transcript"], row["split"]) == ("zh", "你好。", "train")
+    assert row["labels"] == {"emotion": "happy"}
+    assert found["meiju-en-train-ep1_1"]["labels"] == {"emotion": "angry"}
+    assert found["meiju-en-valid-ep2_3"]["split"] == "valid"
+    assert found["meiju-zh-unlabelled-ep3_7"]["labels"] == {}
+
+
+def test_multidialog_lines_find_their_videos_actors_and_splits_by_name(tmp_path):
     line = {
         "conv_id": "t_0b1",
         "utterance_id": 0,
         "from": "gpt",
-        "audpath": "t_0b1/t_0b1_0k.wav",
         "value": "Hi there.",
-        "emotion": "Happy",
+        "emotion": "Surprising",
     }
-    write(tmp_path, "metadata/train/train_metadata_0000.jsonl", json.dumps(line))
-    touch(tmp_path, "t_0b1/t_0b1_0k.mp4")
-    [row] = rows("multidialog", tmp_path).values()
-    assert row["file"] == str(tmp_path / "t_0b1/t_0b1_0k.mp4")
-    assert (row["video"], row["split"], row["labels"]) == ("t_0b1", "train", {"emotion": "happy"})
+    other = line | {"conv_id": "t_7", "utterance_id": 12, "emotion": "Neutral"}
+    lost = line | {"utterance_id": 1}
+    write(tmp_path, "metadata.jsonl", *map(json.dumps, (line, other, lost)))
+    touch(tmp_path, "train/t_0b1/t_0b1_0k.mp4", "test_rare/t_7/t_7_12c.mp4")
+    found = rows("multidialog", tmp_path)
+    row = found["multidialog-t_0b1_0"]
+    assert row["file"] == str(tmp_path / "train/t_0b1/t_0b1_0k.mp4")
+    assert (row["video"], row["speaker"], row["split"]) == ("t_0b1", "multidialog-k", "train")
+    assert (row["labels"], row["transcript"]) == ({"emotion": "surprise"}, "Hi there.")
+    assert found["multidialog-t_7_12"]["split"] == "test"
+    assert found["multidialog-t_0b1_1"]["file"].endswith("t_0b1/t_0b1_1.mp4")  # Not there.
 
 
 def stage(out: Path) -> Stage:
@@ -252,4 +294,4 @@ def test_a_wrong_label_names_its_line(tmp_path):
 
 
 def test_an_answer_can_conclude_every_emotion_that_a_corpus_labels():
-    assert set(corpora.EMOTIONS.values()) <= set(sed.EMOTIONS)
+    assert set(corpora_rows.EMOTIONS.values()) <= set(sed.EMOTIONS)
