@@ -105,7 +105,7 @@ def ravdess(root: Path) -> Iterator[Row]:
 def mead(root: Path) -> Iterator[Row]:
     """Seven cameras filmed one take; the front one is used. Its sound is a file of its own.
 
-    The layout is that of github.com/uniBruce/Mead.
+    The layout is the one that github.com/radekd91/inferno reads; some takes have no sound there.
     """
     for path in sorted(root.glob("*/video/front/*/level_*/*.mp4")):
         speaker, _, _, felt, level, _ = path.relative_to(root).parts

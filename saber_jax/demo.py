@@ -52,10 +52,13 @@ class Describer:
         settings = dict(settings or {})
         most = min(settings.get("max_seconds", limits.clip_seconds), limits.clip_seconds)
         self._settings = settings | {"max_seconds": most}
+        self._stops: dict[str, threading.Event] = {}
 
-    def describe(self, path: str, language: str, *, sound: bool, picture: bool) -> Iterator[str]:
-        """The answer so far, again and again. Raises MediaError, or TimeoutError with a time limit
-        that ran out."""
+    def describe(
+        self, path: str, language: str, *, sound: bool, picture: bool, visitor: str = ""
+    ) -> Iterator[str]:
+        """The answer so far, again and again. Raises MediaError, TimeoutError with a time limit
+        that ran out, or Stopped."""
         size = Path(path).stat().st_size
         if size > self._limits.megabytes << 20:
             detail = f"{size / 2**20:.0f} MB, allowed are {self._limits.megabytes} MB"
@@ -65,11 +68,16 @@ class Describer:
             record = withhold(record, "audio")
         if not picture:
             record = withhold(record, "video")
-        yield from self._stream(record)
+        yield from self._stream(record, visitor)
 
-    def _stream(self, record: Record) -> Iterator[str]:
+    def stop(self, visitor: str = "") -> None:
+        """Ends the answer under way for this visitor: the model says no further token."""
+        if stopped := self._stops.get(visitor):
+            stopped.set()
+
+    def _stream(self, record: Record, visitor: str) -> Iterator[str]:
         texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        stopped = threading.Event()
+        stopped = self._stops[visitor] = threading.Event()
 
         def hear(_: int, text: str) -> None:
             if stopped.is_set():
@@ -80,8 +88,6 @@ class Describer:
             try:
                 texts.put(self._generator.respond([record], on_text=hear)[0])
                 texts.put(None)
-            except Stopped:
-                pass
             except Exception as error:  # Whatever it is, it belongs to whoever waits.
                 texts.put(error)
 
@@ -100,6 +106,8 @@ class Describer:
             ) from None
         finally:
             stopped.set()
+            if self._stops.get(visitor) is stopped:
+                del self._stops[visitor]
 
 
 def build(describer: Describer) -> Any:
@@ -111,14 +119,24 @@ def build(describer: Describer) -> Any:
         named |= {(False, True): "picture alone", (False, False): "neither"}
         return named[sound, picture]
 
-    def run(path: str | None, language: str, sound: bool, picture: bool, history: list[list[str]]):
+    def run(
+        path: str | None,
+        language: str,
+        sound: bool,
+        picture: bool,
+        history: list[list[str]],
+        request: gr.Request,
+    ):
         if not path:
             gr.Info("Drop a clip first.")
             yield [gr.skip()] * (len(FIELDS) + 3)
             return
         text = ""
         try:
-            answers = describer.describe(path, language, sound=sound, picture=picture)
+            visitor = request.session_hash or ""
+            answers = describer.describe(
+                path, language, sound=sound, picture=picture, visitor=visitor
+            )
             for text in answers:
                 sections = sed.parse_response(text)
                 yield [
@@ -127,12 +145,19 @@ def build(describer: Describer) -> Any:
                     gr.skip(),
                     gr.skip(),
                 ]
+        except Stopped:
+            return
         except (decode.MediaError, TimeoutError) as error:
             raise gr.Error(str(error)) from None
         concluded = sed.conclusion(text) or "no emotion named"
         history = [*history, [senses(sound, picture), concluded]]
         sections = sed.parse_response(text)
         yield [concluded, *(sections[field] for field in FIELDS), history, history]
+
+    def halt(request: gr.Request) -> str:
+        # Gradio only stops listening to `run`; the model must be told.
+        describer.stop(request.session_hash or "")
+        return "stopped"
 
     with gr.Blocks(title="SABER-LLM", analytics_enabled=False) as page:
         gr.Markdown(
@@ -171,6 +196,7 @@ def build(describer: Describer) -> Any:
             trigger_mode="always_last",
             api_visibility="private",
         )
+        stop.click(halt, None, conclusion, queue=False, api_visibility="private")
         stop.click(None, cancels=[started], api_visibility="private")
         clip.change(lambda: ([], []), None, [history, table], api_visibility="private")
     # One answer at a time; those who wait beyond eight are told so.

@@ -4,6 +4,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -25,6 +26,8 @@ class _Model:
 
     def __init__(self):
         self.records = []
+        self.told = ""
+        self.finished = 0
         self.wait = None
 
     def respond(self, records, *, on_text):
@@ -36,9 +39,11 @@ class _Model:
         texts["sentiment_analysis"] = f"So {emotion.get((heard, seen), 'neutral')}."
         answer = sed.target_text(texts)
         for end in range(20, len(answer), 20):
-            on_text(0, answer[:end])
+            self.told = answer[:end]
+            on_text(0, self.told)
             if self.wait:
                 self.wait()
+        self.finished += 1
         return [answer]
 
 
@@ -103,6 +108,28 @@ def test_an_answer_that_takes_too_long_is_given_up(clip):
     never.set()
 
 
+def test_stopping_ends_the_answer_of_one_visitor_alone(model, clip):
+    describer = demo.Describer(model, None, demo.Limits())
+    anna, ben = (
+        describer.describe(str(clip), "en", sound=True, picture=True, visitor=visitor)
+        for visitor in ("anna", "ben")
+    )
+    steps = threading.Semaphore(2)
+    model.wait = lambda: steps.acquire(timeout=30)
+    try:
+        next(anna), next(ben)
+        describer.stop("anna")
+        describer.stop("nobody")
+        model.wait = None
+        steps.release(1000)
+        with pytest.raises(demo.Stopped):
+            list(anna)
+        assert sed.conclusion(list(ben)[-1]) == "contempt"
+    finally:
+        model.wait = None
+        steps.release(1000)
+
+
 def _status(url, body=None):
     headers = {"Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
@@ -141,6 +168,44 @@ def test_a_clip_is_dropped_described_and_asked_again_without_sound(browser, addr
         said = page.locator("#history").inner_text()
         assert "sound and picture" in said and "picture alone" in said
     assert not model.records[-1].audio.any()
+
+
+@chromium.needed
+def test_sections_fill_one_after_the_other_and_stop_ends_it(browser, address, model, clip):
+    """The model says its next 20 characters only when it may."""
+    asks, steps = threading.Semaphore(0), threading.Semaphore(0)
+    model.wait = lambda: (asks.release(), steps.acquire(timeout=30))
+    finished, model.told = model.finished, ""
+    try:
+        with chromium.opened(browser, address) as page:
+            page.set_input_files("#clip input[type=file]", str(clip))
+            page.wait_for_selector("#clip video")
+            page.click("#ask")
+            for field in FIELDS[:3]:
+                while asks.acquire(timeout=30) and f"{field} <b>" not in model.told:
+                    steps.release()
+                asks.release()
+                page.wait_for_function(_shows(field, f"{field} <b>"))
+                assert page.locator(f"#{FIELDS[-1]} textarea").input_value() == ""
+            page.wait_for_function(_conclusion_is("…"))
+            page.click("#stop")
+            page.wait_for_function(_conclusion_is("stopped"))
+            said = len(model.told)
+            model.wait = None
+            steps.release(1000)
+            time.sleep(0.3)
+            # It comes to the next token, and no further.
+            assert len(model.told) <= said + 20 and model.finished == finished
+            page.click("#ask")
+            page.wait_for_function(_conclusion_is("contempt"))
+            assert model.finished == finished + 1
+    finally:
+        model.wait = None
+        steps.release(1000)
+
+
+def _shows(field, text):
+    return f"document.querySelector('#{field} textarea').value.startsWith({text!r})"
 
 
 def _conclusion_is(word):
