@@ -27,6 +27,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 from benchmarks.result import device, finish
 from data_prep import annotate, clips, corpus, ears, filters, measure, transcripts
@@ -219,7 +220,7 @@ def _enlarge(file: Path, target: Path) -> None:
         for index in range(int(SECONDS * FPS)):
             frame = frames[index * 10 // FPS % len(frames)]
             frame.pts, frame.time_base = index, Fraction(1, FPS)
-            frame.pict_type = av.video.frame.PictureType.NONE
+            frame.pict_type = PictureType.NONE
             out.mux(video.encode(frame))
         out.mux(video.encode())
         for low in range(0, len(sound), 1024):

@@ -33,6 +33,8 @@ import av
 import cv2
 import imagehash
 import numpy as np
+from av.filter import Graph
+from cv2.data import haarcascades
 from jaxtyping import Float, Int16, UInt8
 from PIL import Image
 
@@ -227,8 +229,8 @@ def _sound_hash(sound: Int16[np.ndarray, " n"]) -> str:
     return str(imagehash.phash(Image.fromarray(picture)))
 
 
-def filters(source, chain: list[tuple[str, str]]) -> av.filter.Graph:
-    graph = av.filter.Graph()
+def filters(source, chain: list[tuple[str, str]]) -> Graph:
+    graph = Graph()
     nodes = [source(graph), *(graph.add(*[part for part in node if part]) for node in chain)]
     for before, after in itertools.pairwise(nodes):
         before.link_to(after)
@@ -236,7 +238,7 @@ def filters(source, chain: list[tuple[str, str]]) -> av.filter.Graph:
     return graph
 
 
-def pulled(graph: av.filter.Graph) -> Iterator[Any]:
+def pulled(graph: Graph) -> Iterator[Any]:
     while True:
         try:
             yield graph.pull()
@@ -262,7 +264,7 @@ Box = tuple[int, int, int, int]
 @functools.cache
 def _cascade() -> cv2.CascadeClassifier:
     cv2.setNumThreads(1)
-    return cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    return cv2.CascadeClassifier(haarcascades + "haarcascade_frontalface_alt2.xml")
 
 
 def faces(picture: UInt8[np.ndarray, "H W"], smallest: float) -> list[Box]:

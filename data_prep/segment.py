@@ -17,6 +17,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 from data_prep import measure, storage
 from data_prep.shards import Dropped, Outcome, Row
@@ -190,7 +191,7 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
             picture = frame.reformat(video.width, video.height, "yuv420p")
             picture.pts = round((frame.time - span[0]) * 90_000)
             picture.time_base = Fraction(1, 90_000)
-            picture.pict_type = av.video.frame.PictureType.NONE
+            picture.pict_type = PictureType.NONE
             out.mux(video.encode(picture))
         out.mux(video.encode())
         if audio is None:

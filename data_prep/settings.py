@@ -116,7 +116,7 @@ def _made(kind: type, given: Any, where: str) -> Any:
 
 def _value(hint: Any, value: Any, name: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _made(hint, value, f"{name}.")
     if origin is tuple:
         if not isinstance(value, list):

@@ -208,7 +208,7 @@ def run(
     """
     stage.claim(source.fingerprint())
     todo = stage.missing()
-    job = _ShardJob(stage, source, work)
+    job = ShardJob(stage, source, work)
     if todo:
         print(f"{stage.name}: {len(todo)} of {stage.shards} shards to do", flush=True)
     if workers.processes > 1 or workers.beam:
@@ -239,7 +239,7 @@ def run_whole(
 
 
 @dataclasses.dataclass(frozen=True)
-class _ShardJob:
+class ShardJob:
     """Picklable, so that it can go to Beam's workers."""
 
     stage: Stage
@@ -252,7 +252,7 @@ class _ShardJob:
         return shard
 
 
-def _run_here(job: _ShardJob, todo: Sequence[int], at_once: int) -> None:
+def _run_here(job: ShardJob, todo: Sequence[int], at_once: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
         futures = [threads.submit(job, shard) for shard in todo]
         try:
@@ -265,21 +265,14 @@ def _run_here(job: _ShardJob, todo: Sequence[int], at_once: int) -> None:
             raise
 
 
-def _run_beam(job: _ShardJob, todo: Sequence[int], workers: Workers) -> None:
+def _run_beam(job: ShardJob, todo: Sequence[int], workers: Workers) -> None:
     if not todo:
         return
-    # Takes two seconds to import, which the other stages do without.
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
     finished = threading.Event()
     watch = threading.Thread(target=_watch, args=(job.stage, len(todo), finished), daemon=True)
     watch.start()
     try:
-        with beam.Pipeline(options=PipelineOptions(workers.options())) as pipeline:
-            shards = pipeline | "shards" >> beam.Create(list(todo))
-            _ = shards | beam.Reshuffle() | job.stage.name >> beam.Map(job)
+        pipeline(job, todo, workers).run().wait_until_finish()
     finally:
         finished.set()
         watch.join()
@@ -287,6 +280,19 @@ def _run_beam(job: _ShardJob, todo: Sequence[int], workers: Workers) -> None:
         raise RuntimeError(
             f"{job.stage.name}: Beam ended without {len(left)} shards; run it again to do them."
         )
+
+
+def pipeline(job: ShardJob, todo: Sequence[int], workers: Workers) -> Any:
+    """A beam.Pipeline that does the shards `todo`, built and not yet run."""
+    # Takes two seconds to import, which the other stages do without.
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    made = beam.Pipeline(options=PipelineOptions(workers.options()))
+    shards = made | "shards" >> beam.Create(list(todo))
+    _ = shards | beam.Reshuffle() | job.stage.name >> beam.Map(job)
+    return made
 
 
 def _watch(stage: Stage, todo: int, finished: threading.Event) -> None:

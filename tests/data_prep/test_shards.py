@@ -1,14 +1,20 @@
 """Stages, shards, and what is left when work is interrupted."""
 
+import functools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fsspec")
 
-from data_prep import shards, storage
+from data_prep import measure, shards, storage
 from data_prep.shards import Dropped, Outcome, Row, Stage, Workers
+from tests import media_files
 
 SHARDS = 4
 
@@ -139,6 +145,64 @@ def test_beam_does_the_missing_shards_in_several_processes(tmp_path):
     assert str(os.getpid()) not in worked.values()
 
 
-def test_options_for_a_cluster_reach_beam_as_they_are():
-    options = ("--runner=FlinkRunner", "--flink_master=host:8081")
+CLUSTERS = {
+    "DataflowRunner": (
+        "--project=saber-jax",
+        "--region=europe-west4",
+        "--temp_location=gs://saber-bucket/temp",
+        "--staging_location=gs://saber-bucket/staging",
+    ),
+    "FlinkRunner": ("--flink_master=host:8081", "--environment_config=saber-jax:prep"),
+    "SparkRunner": ("--spark_master_url=spark://host:7077",),
+}
+
+
+@pytest.mark.parametrize("runner", CLUSTERS)
+def test_a_pipeline_for_a_cluster_is_built_with_its_options(tmp_path, runner):
+    """Built and not run: there is no cluster here."""
+    options = (f"--runner={runner}", *CLUSTERS[runner])
     assert Workers(processes=8, beam=options).options() == list(options)
+    source = make_source(tmp_path)
+    job = shards.ShardJob(make_stage("even", tmp_path), source, drop_odd)
+    made = shards.pipeline(job, [0, 1], Workers(beam=options))
+    assert type(made.runner).__name__ == runner
+    names = [t.unique_name for t in made.to_runner_api().components.transforms.values()]
+    assert "even" in names and any("Reshuffle" in name for name in names)
+
+
+def test_what_a_cluster_is_sent_runs_in_a_process_that_has_seen_nothing_of_it(tmp_path):
+    """The pipeline's portable form, which every runner but the direct one gets, carries it all."""
+    source = make_source(tmp_path, count=0)
+    film = media_files.write_clip(
+        tmp_path / "a.mp4",
+        frames=np.asarray(media_files.gray_frames(12)),
+        audio=media_files.tone(1.0),
+        codecs=("libx264", "aac"),
+        pixels="yuv420p",
+    )
+    for shard, file in enumerate([film, tmp_path / "lost.mp4"]):
+        row = {"clip_id": file.stem, "file": str(file), "provenance": []}
+        source.write(shard, [row], [row])
+    stage = Stage(
+        name="measure", out=str(tmp_path), shards=SHARDS, settings={}, reasons=measure.REASONS
+    )
+    stage.claim(source.fingerprint())
+    work = functools.partial(measure.work, settings=measure.MeasureSettings())
+    job = shards.ShardJob(stage, source, work)
+    options = ("--runner=FlinkRunner", *CLUSTERS["FlinkRunner"])
+    made = shards.pipeline(job, range(SHARDS), Workers(beam=options))
+    (tmp_path / "pipeline.pb").write_bytes(made.to_runner_api().SerializeToString())
+    runs = f"""
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners import DirectRunner
+proto = beam_runner_api_pb2.Pipeline()
+proto.ParseFromString(open({str(tmp_path / "pipeline.pb")!r}, "rb").read())
+runner = DirectRunner()
+beam.Pipeline.from_runner_api(proto, runner, PipelineOptions()).run().wait_until_finish()
+"""
+    subprocess.run([sys.executable, "-c", runs], check=True, cwd=Path(__file__).parents[2])
+    assert stage.summarise()["reasons"] == {"unreadable": 1}
+    [row] = stage.rows()
+    assert row["clip_id"] == "a" and row["measures"]["seconds"] == pytest.approx(1.0, abs=0.1)
