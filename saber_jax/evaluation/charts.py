@@ -92,7 +92,7 @@ def _span(values: Sequence[float]) -> Point:
 
 
 def _number(value: float) -> str:
-    return f"{value:g}"
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> str:

@@ -100,7 +100,9 @@ def render(inputs: Inputs) -> str:
         stages=stages,
         runs=runs,
         scores=results.scores,
+        cards=report_tables.cards(results),
         summary=report_tables.summary(results),
+        missing=report_tables.missing(results),
         outcomes=report_tables.outcomes(results),
         conflict_types=report_tables.conflict_types(results),
         judged=report_tables.judged(results),
@@ -155,26 +157,32 @@ def _charts(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         reference = None
         if stage == "sft" and (entropy := run["summary"].get("unigram_entropy")):
             reference = charts.Reference(value=entropy, label=f"unigram entropy {entropy:.3f}")
+        shown = []
         for title, belongs in CURVES.items():
-            if chosen := [name for name in names if belongs(name)]:
-                line = reference if title == "loss" else None
-                drawn.append(_chart(run["metrics"], chosen, f"{STAGES[stage]}: {title}", line))
+            chosen = [name for name in names if belongs(name)]
+            curves = {name: _curve(run["metrics"], name) for name in chosen}
+            # A breakdown with one part may repeat the whole.
+            if not curves or list(curves.values()) in shown:
+                continue
+            shown.append(list(curves.values()))
+            line = reference if title == "loss" else None
+            drawn.append(_chart(curves, f"{STAGES[stage]}: {title}", line))
     return drawn
 
 
+def _curve(metrics: Sequence[dict[str, Any]], name: str) -> list[charts.Point]:
+    return [(row["step"], row[name]) for row in metrics if name in row]
+
+
 def _chart(
-    metrics: Sequence[dict[str, Any]],
-    names: list[str],
-    title: str,
-    reference: charts.Reference | None,
+    curves: Mapping[str, Sequence[charts.Point]], title: str, reference: charts.Reference | None
 ) -> dict[str, Any]:
-    curves = {name: [(row["step"], row[name]) for row in metrics if name in row] for name in names}
     svg = charts.line_chart(curves, x_label="step", y_label=title, reference=reference)
     legend = [
         {
-            "name": name.split("/")[-1],
-            "first": f"{points[0][1]:.3f}",
-            "last": f"{points[-1][1]:.3f}",
+            "name": name.split("/")[-1].replace("_", " "),
+            "first": report_tables.plain(points[0][1], 3),
+            "last": report_tables.plain(points[-1][1], 3),
         }
         for name, points in curves.items()
     ]

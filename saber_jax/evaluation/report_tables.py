@@ -69,7 +69,7 @@ def summary(results: Results) -> list[Line]:
     """The main table."""
     agrees = _agrees(results)
     lines = []
-    for split, which in (("consistent", agrees), ("inconsistent", ~agrees)):
+    for split, which in _splits(agrees):
         gain = results.gain(saber_test.correct, which)
         lines.append(_line(results, f"Accuracy, {split} clips", (split, "accuracy"), 1, gain))
     lines.append(_line(results, "… gap between the two", ("gap", "accuracy"), -1))
@@ -88,6 +88,41 @@ def summary(results: Results) -> list[Line]:
         # More errors on inconsistent clips make this gap negative.
         lines.append(_line(results, "… gap between the two", ("gap", key), 1))
     return [line for line in lines if any(v and v["value"] is not None for v in line["values"])]
+
+
+def cards(results: Results) -> list[Line]:
+    """What the page opens with, one card each: accuracy where modalities agree and where not, and
+    dominance."""
+    agrees = _agrees(results)
+    agreement, conflict = (which for _, which in _splits(agrees))
+    led = results.gain(lambda rows: saber_test.follows(rows, *saber_test.MODALITIES), conflict)
+    return [
+        _line(results, title, path, better, gain)
+        for title, path, better, gain in [
+            (
+                "Right where the modalities agree",
+                ("consistent", "accuracy"),
+                1,
+                results.gain(saber_test.correct, agreement),
+            ),
+            (
+                "Right where they conflict",
+                ("inconsistent", "accuracy"),
+                1,
+                results.gain(saber_test.correct, conflict),
+            ),
+            ("Misled by a single modality", ("inconsistent", "dominance"), -1, led),
+        ]
+    ]
+
+
+def missing(results: Results) -> dict[str, list[str]]:
+    """What could not be scored -> the stages that lack it."""
+    lacking: dict[str, list[str]] = {}
+    for stage, name in results.stages.items():
+        for line in results.scores[stage].get("missing", []):
+            lacking.setdefault(line, []).append(name)
+    return lacking
 
 
 def conflict_types(results: Results) -> list[Line]:
@@ -126,7 +161,7 @@ def outcomes(results: Results) -> list[dict[str, Any]]:
             "lost": int((first & ~last & which).sum()),
             "never": int((~first & ~last & which).sum()),
         }
-        for split, which in (("consistent", agrees), ("inconsistent", ~agrees))
+        for split, which in _splits(agrees)
     ]
 
 
@@ -187,13 +222,15 @@ def percent(value: float | None) -> str:
 
 
 def points(value: float | None) -> str:
-    """A difference of fractions in percentage points, always with its sign."""
-    return "–" if value is None else _signed(f"{100 * value:+.1f}")
+    """A difference of fractions in percentage points; what rounds to zero has no sign."""
+    if value is None or not round(100 * value, 1):
+        return "–" if value is None else "0.0"
+    return _signed(f"{100 * value:+.1f}")
 
 
-def plain(value: float | None) -> str:
-    """4.1667 -> "4.17"."""
-    return "–" if value is None else _signed(f"{value:.2f}")
+def plain(value: float | None, places: int = 2) -> str:
+    """4.1667 -> "4.17"; what rounds to zero has no sign."""
+    return "–" if value is None else _signed(f"{round(value, places) + 0.0:.{places}f}")
 
 
 def _line(
@@ -214,6 +251,10 @@ def _line(
 
 def _agrees(results: Results) -> Bool[np.ndarray, "n"]:
     return np.array([saber_test.is_consistent(row["labels"]) for row in results.clips], bool)
+
+
+def _splits(agrees: Bool[np.ndarray, "n"]) -> list[tuple[str, Bool[np.ndarray, "n"]]]:
+    return [("consistent", agrees), ("inconsistent", ~agrees)]
 
 
 def _signed(number: str) -> str:

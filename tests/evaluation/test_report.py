@@ -30,9 +30,21 @@ def _examples(page):
 def test_the_page_holds_every_number_of_the_files(workdir):
     page = _page(workdir)
     # Accuracy on 5 conflicts 40 -> 80 %, on 3 agreements 66.7 -> 66.7 %, dominance 60 -> 20 %.
-    for shown in ("40.0 → 80.0 %", "66.7 → 66.7 %", "26.7 → −13.3 %", "60.0 → 20.0 %"):
-        assert shown in page
-    for shown in (">+40.0", ">−40.0", "417 pairs from 1913", ">1496<", ">205<", ">212<"):
+    cards = page.split('class="grid hero"')[1].split("</section>")[0]
+    bars = re.findall(r"<b>([\d.]+)</b>", cards)
+    assert bars == ["66.7", "66.7", "40.0", "80.0", "60.0", "20.0"]
+    for shown in ("0.0 points", "+40.0 points", "−40.0 points"):
+        assert shown in cards
+    for shown in (
+        ">+40.0",
+        ">−40.0",
+        "26.7 <small>",
+        "−13.3 <small>",
+        "417 pairs from 1913",
+        ">1496<",
+        ">205<",
+        ">212<",
+    ):
         assert shown in page
     for shown in ("1,508,672", ">77<", "4.2500", "0.6931", "31337", "0.00213"):
         assert shown in page
@@ -50,6 +62,32 @@ def test_the_page_holds_every_number_of_the_files(workdir):
         assert re.search("".join(cells), page)
 
 
+def test_a_change_has_a_colour_only_if_its_interval_leaves_out_zero(workdir):
+    page = _page(workdir)
+    # One clip of three won and one lost; of five conflicts two won and one lost.
+    assert re.search(r'<td class="number">\+?0\.0 <small>\[−', page)
+    wins = [row | {"response": CADPO[0]["response"], "conclusion": "contempt"} for row in SED[:5]]
+    write_jsonl(workdir / "eval/sft/predictions.jsonl", _misled(SED))
+    write_jsonl(workdir / "eval/cadpo/predictions.jsonl", wins + SED[5:])
+    page = _page(workdir)
+    assert re.search(r'<td class="number good">\+100\.0 <small>', page)
+
+
+def _misled(rows):
+    """All of the clips that conflict conclude what the face suggests."""
+    return [row | {"conclusion": "happy"} for row in rows[:5]] + rows[5:]
+
+
+def test_a_breakdown_that_repeats_the_whole_is_left_out(workdir):
+    path = workdir / "cadpo/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    by_split = "CA-DPO: share of pairs with a positive margin, by split"
+    for share, shown in ((1.0, False), (0.5, True)):
+        name = "accuracies/inconsistent"
+        write_jsonl(path, [row | {name: share * row["rewards/accuracies"]} for row in rows])
+        assert (by_split in _page(workdir)) == shown
+
+
 def test_probes_and_judge_are_shown_where_they_were_asked_for(workdir):
     page = _page(workdir)
     assert "picture blanked" in page
@@ -61,7 +99,7 @@ def test_probes_and_judge_are_shown_where_they_were_asked_for(workdir):
         write_json(workdir / "eval" / stage / "scores.json", scores | {"missing": ["a judge"]})
     page = _page(workdir)
     assert "picture blanked" not in page
-    assert "Missing for SED: a judge." in page
+    assert "Missing for SED and CA-DPO: a judge." in page
 
 
 def test_the_same_inputs_give_the_same_bytes(workdir):
@@ -195,6 +233,8 @@ def test_a_missing_file_is_named(workdir, capsys):
 def test_numbers_that_do_not_exist_are_dashes():
     assert report_tables.percent(None) == report_tables.points(None) == "–"
     assert report_tables.points(-0.05) == "−5.0"
+    assert report_tables.points(-0.0001) == "0.0"
+    assert report_tables.plain(-0.0001, 3) == "0.000"
 
 
 def test_ticks_are_round_and_enclose_the_data():

@@ -81,9 +81,11 @@ const film = (item) => item.video
   ? element("video", { controls: true, preload: "metadata", playsInline: true, src: item.video, "aria-label": `clip ${item.id}` })
   : element("p", { className: "soft" }, "This clip is not embedded in the page.");
 
+const tones = { corrected: "good", lost: "bad" };
+
 const views = {
   clips: {
-    line: (item) => [item.id, item.tags.join(", ")],
+    line: (item) => [item.id, `${item.type}: ${item.tags.join(", ")}`, tones[item.tags[0]]],
     filters: { type: (item) => [item.type], outcome: (item) => item.tags, language: (item) => [item.language] },
     show: (item) => [
       element("div", { className: "clip" }, film(item),
@@ -127,9 +129,9 @@ function filter() {
   shown = data[view].filter((item) => wanted.every(([value, values]) => values(item).includes(value)));
   find("count").textContent = `${shown.length} of ${data[view].length}`;
   find("list").replaceChildren(...shown.map((item, i) => {
-    const [title, note] = views[view].line(item);
+    const [title, note, tone] = views[view].line(item);
     return element("li", { role: "option", id: `item-${i}`, onclick: () => select(i) },
-      title, element("small", {}, note));
+      title, element("small", { className: tone || "" }, note));
   }));
   select(0);
 }
@@ -185,3 +187,7 @@ for (const node of document.querySelectorAll("[role=tab]")) {
 for (const node of document.querySelectorAll(".filters select")) node.onchange = filter;
 find("differences").onchange = (event) => find("example").classList.toggle("plain", !event.target.checked);
 tab("clips");
+// Open on a clip that training changed, if there is one, in the page's own language.
+const corrected = shown.filter((item) => item.tags[0] === "corrected");
+const own = corrected.find((item) => item.language === document.documentElement.lang);
+select(shown.indexOf(own || corrected[0]));
