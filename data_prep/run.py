@@ -146,8 +146,11 @@ def _consistency(settings: Settings, stage: Stage, source: Stage) -> dict[str, A
 def _split(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
     plan = functools.partial(split.plan, settings=settings.split)
     done = shards.run_whole(stage, source, split.KEYS, plan)
-    for what, count in split.summary(stage.rows()).items():
+    counts = split.summary(stage.rows())
+    for what, count in counts.items():
         print(f"  {count:8d}  {what}")
+    if sentence := split.shortfall(counts, settings.split):
+        print(sentence)
     return done
 
 
@@ -272,7 +275,12 @@ def _verdict(summaries: Sequence[dict[str, Any]]) -> int:
                 f"--again {name}",
                 file=sys.stderr,
             )
-    return 3 if any(troubled.values()) else 0
+    if any(troubled.values()):
+        return 3
+    if emptied := [summary["stage"] for summary in summaries if not summary["kept"]]:
+        print(f"error: no clip is left after {emptied[0]}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -176,3 +176,15 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
         f"{row['split']} {row['relation']} {row['language']}" for row in rows
     )
     return dict(sorted(counts.items()))
+
+
+def shortfall(counts: dict[str, int], settings: SplitSettings) -> str | None:
+    """A sentence if the test set of a `summary` is smaller than was asked for."""
+    drawn = sum(count for what, count in counts.items() if what.startswith("test "))
+    if drawn >= settings.test:
+        return None
+    return (
+        f"The test set has {drawn} of the {settings.test} clips asked for: it takes as many "
+        "inconsistent as consistent ones in each language, from people and videos that training "
+        "does without."
+    )

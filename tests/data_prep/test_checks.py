@@ -370,3 +370,9 @@ def test_the_split_depends_on_seed_and_clips_alone_and_not_on_their_order():
         if not isinstance(o, Dropped)
     }
     assert forward == back
+
+
+def test_a_test_set_that_is_smaller_than_asked_for_is_named():
+    counts = {"test consistent en": 3, "test inconsistent en": 3, "train consistent en": 90}
+    assert split.shortfall(counts, SplitSettings(test=6)) is None
+    assert "6 of the 8 clips" in (split.shortfall(counts, SplitSettings(test=8)) or "")

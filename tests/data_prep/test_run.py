@@ -187,7 +187,12 @@ def test_conversations_ask_for_parts_and_answer_evidence_first(finished):
     for line in lines:
         roles = [message["role"] for message in line["messages"]]
         assert roles == ["system", "user", "assistant"]
-        assert line["messages"][1]["content"].startswith("<video><audio>")
+        asked, answer = (message["content"] for message in line["messages"][1:])
+        assert asked.startswith("<video><audio>") and answer.startswith("[")
+        # A tag for each file, as ms-swift wants it, and files that are there.
+        for kind in ("video", "audio"):
+            assert asked.count(f"<{kind}>") == len(line[f"{kind}s"]) == 1
+            assert Path(line[f"{kind}s"][0]).is_file()
 
 
 def test_again_brings_back_what_an_endpoint_in_trouble_lost(finished, drawn, tmp_path, capsys):
@@ -207,6 +212,13 @@ def decoded(finished, tmp_path: Path) -> None:
     """The stages that decode, as another run left them."""
     for name in ("ingest", "segment", "measure", "filter"):
         shutil.copytree(finished[0] / "out" / name, tmp_path / "out" / name)
+
+
+def test_a_run_that_leaves_no_clip_is_an_error(finished, drawn, tmp_path, capsys):
+    decoded(finished, tmp_path)
+    with chat_server(Misbehaving(["refusal"])) as server:
+        assert run.main(["--config", str(config(tmp_path, drawn, server.url))]) == 1
+    assert "no clip is left after annotate" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(finished, drawn, tmp_path):
