@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ from saber_jax.train import checkpoint
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 LOOPBACK = "127.0.0.1"
+SENSES = {
+    (True, True): "sound and picture",
+    (True, False): "sound alone",
+    (False, True): "picture alone",
+    (False, False): "neither",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,16 +116,11 @@ class Describer:
                 del self._stops[visitor]
 
 
-def build(describer: Describer) -> Any:
-    """The page, as gradio.Blocks."""
+def _handlers(describer: Describer) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What the page's buttons do: (ask, stop)."""
     import gradio as gr
 
-    def senses(sound: bool, picture: bool) -> str:
-        named = {(True, True): "sound and picture", (True, False): "sound alone"}
-        named |= {(False, True): "picture alone", (False, False): "neither"}
-        return named[sound, picture]
-
-    def run(
+    def ask(
         path: str | None,
         language: str,
         sound: bool,
@@ -131,34 +132,34 @@ def build(describer: Describer) -> Any:
             gr.Info("Drop a clip first.")
             yield [gr.skip()] * (len(FIELDS) + 3)
             return
-        text = ""
+        text, visitor = "", request.session_hash or ""
+        senses = {"sound": sound, "picture": picture}
         try:
-            visitor = request.session_hash or ""
-            answers = describer.describe(
-                path, language, sound=sound, picture=picture, visitor=visitor
-            )
-            for text in answers:
+            for text in describer.describe(path, language, visitor=visitor, **senses):
                 sections = sed.parse_response(text)
-                yield [
-                    "…",
-                    *(sections[field] for field in FIELDS),
-                    gr.skip(),
-                    gr.skip(),
-                ]
+                yield ["…", *(sections[field] for field in FIELDS), gr.skip(), gr.skip()]
         except Stopped:
             return
         except (decode.MediaError, TimeoutError) as error:
             raise gr.Error(str(error)) from None
         concluded = sed.conclusion(text) or "no emotion named"
-        history = [*history, [senses(sound, picture), concluded]]
+        history = [*history, [SENSES[sound, picture], concluded]]
         sections = sed.parse_response(text)
         yield [concluded, *(sections[field] for field in FIELDS), history, history]
 
-    def halt(request: gr.Request) -> str:
-        # Gradio only stops listening to `run`; the model must be told.
+    def stop(request: gr.Request) -> str:
+        # Gradio only stops listening to `ask`; the model must be told.
         describer.stop(request.session_hash or "")
         return "stopped"
 
+    return ask, stop
+
+
+def build(describer: Describer) -> Any:
+    """The page, as gradio.Blocks."""
+    import gradio as gr
+
+    run, halt = _handlers(describer)
     with gr.Blocks(title="SABER-LLM", analytics_enabled=False) as page:
         gr.Markdown(
             "# SABER-LLM\nDrop a clip. The model states what it sees, what it hears, and only then "
