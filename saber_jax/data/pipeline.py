@@ -214,8 +214,11 @@ def local_rows(rows: int, place: NamedSharding) -> list[int]:
     The sharding says, and nothing simpler does: on a torus a host's devices need not be neighbours
     along the batch, and hosts that share a tensor axis hold the same rows.
     """
-    slices = place.addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (part,) in slices for row in range(*part.indices(rows))})
+    held: set[int] = set()
+    for index in place.addressable_devices_indices_map((rows,)).values():
+        assert index is not None, "a NamedSharding names the part of every device"
+        held.update(range(*index[0].indices(rows)))
+    return sorted(held)
 
 
 class HostBatches:
@@ -373,7 +376,8 @@ def to_global(
     position = {row: i for i, row in enumerate(local)}
 
     def distribute(value: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "a NamedSharding names the part of every device"
             start, stop, _ = index[0].indices(rows)
             return value[position[start] : position[stop - 1] + 1]
 

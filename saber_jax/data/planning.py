@@ -64,7 +64,7 @@ def plan_rows(
 
 def fits(sizes: Int[np.ndarray, "N D"], budget: Budget) -> Bool[np.ndarray, " N"]:
     """Which examples a row of their own would hold."""
-    return (sizes <= budget.limits).all(1)
+    return np.all(sizes <= budget.limits, axis=1)
 
 
 def _windows(order: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " m"]]:
