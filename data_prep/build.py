@@ -5,7 +5,7 @@
 Leaves in OUT: saber/ (the records; read with saber_jax.data.records.RecordSource, or with
 tfds.data_source("saber", data_dir=OUT, split="train")), tokenizer.model, refused.jsonl (every clip
 left out, and why) and build.json (settings and counts). Exit code 0 if every clip was kept, 1 if
-some were refused, 2 if nothing could be built.
+some were refused, 2 if nothing could be built, 3 if the build failed on the way, here or in Beam.
 A killed build continues where it was when started again; a finished one is left alone.
 """
 
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except Exception:  # Left to Python, its exit code would say that some clips were refused.
+        traceback.print_exc()
+        return 3
 
 
 def _parser() -> argparse.ArgumentParser:

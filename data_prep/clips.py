@@ -1,8 +1,10 @@
 """Finding clips with their annotations and labels, and decoding them one by one."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing.connection
 import os
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any, TypeVar
 
 from saber_jax.data import decode, records
 
@@ -26,6 +29,8 @@ REASONS = {
     "duplicate_id": "another file has the same name",
 }
 """Why a clip can be refused; the key goes into refused.jsonl."""
+
+Task = TypeVar("Task", bound=Callable[[], Any])
 
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]+")
@@ -226,6 +231,50 @@ def run_jobs(
             yield job, _run_alone(job, work)
 
 
+def run_ahead(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Any]]:
+    """Calls tasks in `workers` processes; yields each, in order, with what it returned, or with the
+    MediaError or OSError that it raised.
+
+    At most four results per process wait in memory. A task that crashes the decoder has a
+    MediaError; those that were in the pool with it are called again, alone.
+    """
+    if workers == 1:
+        yield from ((task, _called(task)) for task in tasks)
+        return
+    waiting: collections.deque[tuple[Task, Future]] = collections.deque()
+    tasks, pool = iter(tasks), _pool(workers)
+    try:
+        while True:
+            for task in itertools.islice(tasks, 4 * workers - len(waiting)):
+                waiting.append((task, _submit(pool, _called, task)))
+            if not waiting:
+                return
+            task, future = waiting.popleft()
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool, result = _pool(workers), _called_alone(task)
+            yield task, result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _called(task: Callable[[], Any]) -> Any:
+    try:
+        return task()
+    except (decode.MediaError, OSError) as error:
+        return error
+
+
+def _called_alone(task: Callable[[], Any]) -> Any:
+    with _pool(1) as pool:
+        try:
+            return _submit(pool, _called, task).result()
+        except BrokenProcessPool:
+            return decode.MediaError("unreadable", "the decoder crashed")
+
+
 def run_beam(
     jobs: Sequence[Job], options: Sequence[str], work: Callable[[Job], Refusal | None] = decode_job
 ) -> Iterator[tuple[Job, Refusal | None]]:
@@ -293,7 +342,7 @@ def _die_with_parent() -> None:
         threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
-def _submit(pool: ProcessPoolExecutor, work: Callable, job: Job) -> Future:
+def _submit(pool: ProcessPoolExecutor, work: Callable, job: Any) -> Future:
     try:
         return pool.submit(work, job)
     except BrokenProcessPool as error:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ class Saber(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self,
         *,
-        splits: Mapping[str, Sequence[Any]] | None = None,
+        splits: Mapping[str, Iterable[Any]] | None = None,
         load: Load = lambda record: record,
         beam: bool = False,
         **kwargs,
@@ -110,17 +110,17 @@ def _encode(load: Load, item: Any) -> tuple[str, dict[str, Any]]:
 
 def write(
     directory: Path,
-    splits: Mapping[str, Sequence[Any]],
+    splits: Mapping[str, Iterable[Any]],
     load: Load,
     *,
     beam: Sequence[str] = (),
 ) -> dict[str, int]:
     """Writes all splits to `directory`/saber/1.0.0 and returns the clips of each.
 
-    `load` turns one item of a split into its record, one at a time. Also leaves the outlines of all
-    records beside them, so that training starts at once, and the shards' checksums. `beam` are
-    Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any, Beam writes
-    the same records in the same order. `directory` must then be reachable from its workers.
+    Items are taken once, and `load` turns one at a time into its record. Also leaves the outlines
+    of all records beside them, so that training starts at once, and the shards' checksums. `beam`
+    are Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any, Beam
+    writes the same records in the same order. `directory` must then be reachable from its workers.
     """
     tfds.disable_progress_bar()  # Its bars count splits and shards; ours count clips.
     builder = Saber(

@@ -12,194 +12,35 @@ Leaves in OUT what `python -m data_prep.build` leaves (records, tokenizer), refu
 pairs.jsonl if the file holds pairs. A record holds one picture or video and one sound; a row that
 needs more is refused by name, as is one whose rejected answer was given to other media. A video's
 own sound is heard where the row names the file in its audios. Of several assistant turns the last
-is what is learnt, the others are context.
+is what is learnt, the others are context. Rows with a "split" of their own, as the instructions
+stage of data_prep.run writes them, are imported for --split alone.
 
-Exit code 0 if every row was kept, 1 if some were refused, 2 if nothing could be imported.
+Rows are read, decoded and written one after another, so a file may hold more than memory does.
+Exit code 0 if every row was kept, 1 if some were refused, 2 if nothing could be imported, 3 if the
+import failed on the way.
 """
 
 import argparse
 import dataclasses
-import hashlib
+import itertools
 import json
-import re
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 
 from data_prep import clips, dataset
+from data_prep.conversations import FORMATS, Row, RowError, read_rows
 from saber_jax.data import decode, records, tokenizer
 from saber_jax.data.journal import write_jsonl
 
-TAGS = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
-KINDS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-Turns = list[dict[str, str]]
-
-
-class RowError(ValueError):
-    """A row that cannot become a record."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A conversation up to its answer, in one form whatever it came from."""
-
-    messages: Turns
-    answer: str
-    rejected: str | None
-    media: dict[str, list[str]]
-
-    @property
-    def clip_id(self) -> str:
-        """The same for rows that ask the same about the same media, which share a record."""
-        key = json.dumps([self.messages, self.media], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def from_ms_swift(row: dict[str, Any]) -> Row:
-    """https://swift.readthedocs.io, custom datasets."""
-    media = _media(row)
-    prompt, answer = _split(_turns(row.get("messages"), "role", "content", "messages"))
-    rejected = row.get("rejected_response")
-    if isinstance(rejected, list):
-        rejected = _split([*prompt, *_turns(rejected, "role", "content", "rejected_response")])[1]
-    if row.get("rejected_messages"):
-        turns = _turns(row["rejected_messages"], "role", "content", "rejected_messages")
-        other, rejected = _split(turns)
-        if other != prompt:
-            raise RowError("rejected_messages asks something else than messages")
-        for key, paths in media.items():
-            if row.get(f"rejected_{key}", paths) != paths:
-                raise RowError(f"rejected_{key} are other files than {key}; a pair has one clip")
-    return _row(prompt, answer, rejected, media)
-
-
-def from_trl(row: dict[str, Any]) -> Row:
-    """https://huggingface.co/docs/trl/dataset_formats; the prompt may be part of both answers."""
-    sides = {key: _trl_turns(row.get(key), key) for key in ("chosen", "rejected")}
-    if row.get("prompt"):
-        prompt = _trl_turns(row["prompt"], "prompt", role="user")
-        sides = {key: [*prompt, *turns] for key, turns in sides.items()}
-    (prompt, answer), (other, rejected) = (_split(turns) for turns in sides.values())
-    if other != prompt:
-        raise RowError("chosen and rejected begin with different conversations")
-    return _row(prompt, answer, rejected, _media(row))
-
-
-def from_llama_factory(row: dict[str, Any]) -> Row:
-    """https://github.com/hiyouga/LLaMA-Factory, data/README: sharegpt, `ranking` or not."""
-    turns = _turns(row.get("conversations"), "from", "value", "conversations")
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    rejected = None
-    if "chosen" in row:
-        chosen, rejected = (
-            _turns([row.get(key)], "from", "value", key)[0]["content"]
-            for key in ("chosen", "rejected")
-        )
-        turns.append({"role": "assistant", "content": chosen})
-    prompt, answer = _split(turns)
-    return _row(prompt, answer, rejected, _media(row))
-
-
-FORMATS: dict[str, Callable[[dict[str, Any]], Row]] = {
-    "ms-swift": from_ms_swift,
-    "trl": from_trl,
-    "llama-factory": from_llama_factory,
-}
-
-
-def _media(row: dict[str, Any]) -> dict[str, list[str]]:
-    media = {key: row.get(key) or [] for key in TAGS}
-    media = {key: [paths] if isinstance(paths, str) else paths for key, paths in media.items()}
-    for key, paths in media.items():
-        if not all(isinstance(path, str) for path in paths):
-            raise RowError(f"{key} must be paths of files")
-    return media
-
-
-def _turns(value: Any, role: str, content: str, where: str) -> Turns:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise RowError(f"{where} must be a list of turns with {role!r} and {content!r}")
-    turns = []
-    for turn in value:
-        if not isinstance(turn.get(content), str) or not isinstance(turn.get(role), str):
-            raise RowError(f"a turn of {where} lacks {role!r} or {content!r} as text")
-        turns.append({"role": ROLES.get(turn[role], turn[role]), "content": turn[content]})
-    return turns
-
-
-def _trl_turns(value: Any, where: str, role: str = "assistant") -> Turns:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise RowError(f"{where} must be a text or a list of messages")
-    return _turns([_flattened(turn) for turn in value], "role", "content", where)
-
-
-def _flattened(turn: Any) -> Any:
-    """[{"type": "image"}, {"type": "text", "text": "q"}] -> "<image>q"."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
-        return turn
-    parts = [
-        part.get("text", "") if part.get("type") == "text" else KINDS.get(part.get("type"), "")
-        for part in turn["content"]
-    ]
-    return turn | {"content": "".join(parts)}
-
-
-def _split(turns: Turns) -> tuple[Turns, str]:
-    """(everything before, the last answer)."""
-    if not turns or turns[-1]["role"] != "assistant":
-        raise RowError("the conversation does not end with an answer")
-    if unknown := {turn["role"] for turn in turns} - {"system", "user", "assistant"}:
-        raise RowError(f"unknown roles {', '.join(sorted(unknown))}")
-    return turns[:-1], turns[-1]["content"]
-
-
-def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]]) -> Row:
-    """Checks, and puts the tags that are missing before the first question, pictures first."""
-    if rejected is not None and not isinstance(rejected, str):
-        raise RowError("the rejected answer must be text")
-    if rejected == answer:
-        raise RowError("chosen and rejected are the same text")
-    pictures = len(media["images"]) + len(media["videos"])
-    if pictures > 1 or len(media["audios"]) > 1:
-        sounds = len(media["audios"])
-        raise RowError(f"{pictures} pictures or videos and {sounds} sounds; a record has one each")
-    asked = next((turn for turn in prompt if turn["role"] == "user"), None)
-    if asked is None:
-        raise RowError("nobody asks anything")
-    text = "".join(turn["content"] for turn in prompt)
-    missing = ""
-    for key, tag in TAGS.items():
-        named = len(re.findall(tag, text))
-        if named > len(media[key]):
-            raise RowError(f"{named} times {tag}, but {len(media[key])} {key}")
-        missing += tag * (len(media[key]) - named)
-    prompt = [
-        turn | {"content": missing + turn["content"]} if turn is asked else turn for turn in prompt
-    ]
-    return Row(messages=prompt, answer=answer, rejected=rejected, media=media)
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of a JSON list or of JSON lines; a broken line is its ValueError."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        yield from enumerate(json.loads(text), start=1)
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, error
+SHOWN_REFUSALS = 20
 
 
 def to_record(row: Row, folder: Path, sampling: decode.Sampling) -> records.Record:
@@ -230,46 +71,133 @@ def to_record(row: Row, folder: Path, sampling: decode.Sampling) -> records.Reco
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Task:
+    """A row of the input on its way to a record. `new` is False if an earlier row has it."""
+
+    number: int
+    row: Row
+    new: bool
+    folder: Path
+    sampling: decode.Sampling
+
+    def __call__(self) -> records.Record | None:
+        return to_record(self.row, self.folder, self.sampling) if self.new else None
+
+
+class _Import:
+    """The records of the input, decoded as they are asked for; pairs go to a file meanwhile.
+
+    Of a row that was dealt with there remain its clip_id and a number, or why it was refused.
+    """
+
+    def __init__(self, flags: argparse.Namespace, pairs: IO[str]):
+        self._flags, self._pairs_file = flags, pairs
+        self._answers: dict[str, int] = {}  # Hash of the answer that each record has.
+        self._failed: dict[str, Exception] = {}
+        self.rows = self.made = self.pairs = 0
+        self.refused: list[tuple[int, Exception]] = []
+        self.of_other_splits: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[records.Record]:
+        for task, result in clips.run_ahead(self._tasks(), self._flags.workers):
+            if isinstance(result, Exception):
+                self._failed[task.row.clip_id] = result
+            elif result is not None:
+                self._answers[task.row.clip_id] = hash(task.row.answer)
+                self.made += 1
+                yield result
+            self._settle(task)
+
+    def _tasks(self) -> Iterator[_Task]:
+        folder = self._flags.media or self._flags.input.parent
+        met: set[str] = set()
+        for number, value in read_rows(self._flags.input):
+            self.rows += 1
+            try:
+                if not isinstance(value, dict):
+                    raise RowError(f"not a JSON object: {value}")
+                if (split := value.get("split", self._flags.split)) != self._flags.split:
+                    self.of_other_splits[str(split)] += 1
+                    continue
+                row = FORMATS[self._flags.format](value)
+            except RowError as error:
+                self.refused.append((number, error))
+                continue
+            new, sampling = row.clip_id not in met, self._flags.sampling
+            met.add(row.clip_id)
+            yield _Task(number=number, row=row, new=new, folder=folder, sampling=sampling)
+
+    def _settle(self, task: _Task) -> None:
+        """Refuses the row of a task, or keeps its pair. Its record is made, or never will be."""
+        row = task.row
+        if row.clip_id in self._failed:
+            self.refused.append((task.number, self._failed[row.clip_id]))
+        elif row.rejected is not None:
+            pair = {"clip_id": row.clip_id, "chosen": row.answer, "rejected": row.rejected}
+            self._pairs_file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+            self.pairs += 1
+        elif self._answers[row.clip_id] != hash(row.answer):
+            detail = "another row asks the same about the same media, with another answer"
+            self.refused.append((task.number, RowError(detail)))
+
+    def refusals(self) -> list[dict[str, str]]:
+        """The lines of refused.jsonl, in the input's order."""
+        return [
+            {
+                "file": f"{self._flags.input.name}:{number}",
+                "reason": type(error).__name__,
+                "detail": str(error),
+            }
+            for number, error in sorted(self.refused, key=lambda entry: entry[0])
+        ]
+
+
 def run(flags: argparse.Namespace) -> int:
     """Imports; returns the exit code. Raises ValueError or OSError if nothing can be imported."""
     if flags.out.exists() and any(flags.out.iterdir()):
         raise ValueError(f"{flags.out} is not empty; choose another --out.")
-    made: dict[str, records.Record] = {}
-    pairs, refused, rows = [], [], list(read_rows(flags.input))
-    for number, value in rows:
-        try:
-            if not isinstance(value, dict):
-                raise RowError(f"not a JSON object: {value}")
-            row = FORMATS[flags.format](value)
-            if row.clip_id not in made:
-                made[row.clip_id] = to_record(
-                    row, flags.media or flags.input.parent, flags.sampling
-                )
-            elif row.rejected is None and made[row.clip_id].answer != row.answer:
-                raise RowError(
-                    "another row asks the same about the same media, with another answer"
-                )
-        except (RowError, decode.MediaError, OSError) as error:
-            where = f"{flags.input.name}:{number}"
-            refused.append({"file": where, "reason": type(error).__name__, "detail": str(error)})
-            continue
-        if row.rejected is not None:
-            pair = {"clip_id": row.clip_id, "chosen": row.answer, "rejected": row.rejected}
-            pairs.append(pair)
-    if not made:
-        detail = f" The first: {refused[0]['file']}: {refused[0]['detail']}." if refused else ""
-        raise ValueError(f"None of the {len(rows)} rows of {flags.input} could be used.{detail}")
-    flags.out.mkdir(parents=True, exist_ok=True)
-    dataset.write(flags.out, {flags.split: list(made.values())}, lambda record: record)
-    shutil.copyfile(flags.tokenizer, flags.out / f"tokenizer{flags.tokenizer.suffix}")
-    write_jsonl(flags.out / "refused.jsonl", refused)
-    if pairs:
-        write_jsonl(flags.out / "pairs.jsonl", pairs)
-    counts = f"{len(made)} records, {len(pairs)} pairs, {len(refused)} refused"
-    print(f"{len(rows)} rows: {counts} in {flags.out}")
-    for entry in refused[:20]:
+    partial = flags.out.with_name(f"{flags.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        result = _import(flags, partial)
+        if flags.out.exists():
+            flags.out.rmdir()  # Known to be empty.
+        os.rename(partial, flags.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    others = "".join(f", {n} of split {name}" for name, n in result.of_other_splits.items())
+    counts = f"{result.made} records, {result.pairs} pairs, {len(result.refused)} refused{others}"
+    print(f"{result.rows} rows: {counts} in {flags.out}")
+    for entry in result.refusals()[:SHOWN_REFUSALS]:
         print(f"  {entry['file']}: {entry['detail']}")
-    return 1 if refused else 0
+    return 1 if result.refused else 0
+
+
+def _import(flags: argparse.Namespace, out: Path) -> _Import:
+    pairs = out / "pairs.jsonl"
+    with pairs.open("w", encoding="utf-8") as file:
+        result = _Import(flags, file)
+        made = iter(result)
+        first = next(made, None)  # A split of no records cannot be written.
+        if first is None:
+            raise ValueError(_nothing(result, flags))
+        dataset.write(out, {flags.split: itertools.chain([first], made)}, lambda record: record)
+    if not result.pairs:
+        pairs.unlink()
+    shutil.copyfile(flags.tokenizer, out / f"tokenizer{flags.tokenizer.suffix}")
+    write_jsonl(out / "refused.jsonl", result.refusals())
+    return result
+
+
+def _nothing(result: _Import, flags: argparse.Namespace) -> str:
+    text = f"None of the {result.rows} rows of {flags.input} could be used."
+    if result.of_other_splits:
+        text += f" They are of split {', '.join(result.of_other_splits)}; choose with --split."
+    if refused := result.refusals():
+        text += f" The first: {refused[0]['file']}: {refused[0]['detail']}."
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,8 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--media", type=Path, help="what paths are relative to; default: --input's")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or .model")
-    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--split", default="train", help="of rows that name none; those of others are passed over"
+    )
     parser.add_argument("--mode", choices=decode.MODES, default="exact")
+    parser.add_argument("--workers", type=int, default=1, help="decoding processes")
     flags = parser.parse_args(argv)
     flags.sampling = decode.Sampling() if flags.mode == "exact" else decode.release_sampling()
     try:
@@ -294,6 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"data_prep.importers: {error}", file=sys.stderr)
         return 2
+    except Exception:  # Left to Python, its exit code would say that some rows were refused.
+        traceback.print_exc()
+        return 3
 
 
 if __name__ == "__main__":

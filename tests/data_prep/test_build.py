@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -308,6 +309,20 @@ def test_beam_builds_what_is_built_without_it(corpus):
     assert not Path(f"{out}.partial").exists()
 
 
+def lost(job: clips.Job) -> records.Record:
+    raise RuntimeError(f"the disk under {job.clip_id} is gone")
+
+
+def test_a_build_that_fails_in_beam_does_not_look_like_one_that_refused(
+    corpus, capsys, monkeypatch
+):
+    corpus.add("one.mkv")
+    monkeypatch.setattr(clips, "load_staged", lost)
+    assert build.main(corpus.arguments("--beam_pipeline_options", IN_MEMORY)) == 3
+    assert "the disk under one is gone" in capsys.readouterr().err
+    assert not corpus.out.exists()
+
+
 def test_two_builds_of_one_output_do_not_mix(corpus, capsys):
     corpus.add("one.mkv")
     with build._lock(corpus.out):
@@ -327,6 +342,35 @@ def test_a_file_that_crashes_the_decoder_is_refused_alone():
     assert set(results) == {job.clip_id for job in jobs}
     assert results.pop("bad").detail == "the decoder crashed"
     assert set(results.values()) == {None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Gives its number, late if even, or kills the process that it runs in."""
+
+    number: int
+    crashes: bool = False
+
+    def __call__(self) -> int:
+        if self.crashes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05 if self.number % 2 == 0 else 0)
+        return self.number
+
+
+def test_what_runs_ahead_keeps_its_order_and_a_crash_to_itself():
+    taken = []
+
+    def tasks():
+        for number in range(24):
+            taken.append(number)
+            yield Task(number, crashes=number == 3)
+
+    for number, (task, result) in enumerate(clips.run_ahead(tasks(), 2)):
+        assert task.number == number and len(taken) <= number + 8
+        want = "the file cannot be decoded: the decoder crashed" if task.crashes else str(number)
+        assert str(result) == want
+    assert len(taken) == 24
 
 
 def test_a_beam_worker_survives_a_file_that_crashes_the_decoder(tmp_path):

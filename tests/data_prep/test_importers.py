@@ -1,14 +1,16 @@
 """Other trainers' files become records and pairs, with real media."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
 
-from data_prep import importers
-from saber_jax.data import chat
+from data_prep import importers, instructions
+from saber_jax.data import chat, sed
 from saber_jax.data.pairs import read_pairs
-from saber_jax.data.records import RecordSource
+from saber_jax.data.records import RecordSource, to_example
 from saber_jax.data.transforms import encode_record
 from tests import media_files
 
@@ -92,9 +94,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def imported(folder, tokenizer, out, kind, rows, name="rows.jsonl"):
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--format", kind, "--input", str(folder / name), "--out", str(out)]
+def imported(folder, tokenizer, out, kind, rows, *more):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--format", kind, "--input", str(file), "--out", str(out), *more]
     return importers.main([*flags, "--tokenizer", str(tokenizer.path)])
 
 
@@ -126,6 +129,88 @@ def test_a_json_list_reads_as_lines_do(folder, tokenizer, tmp_path):
     flags = ["--format", kind, "--input", str(folder / "list.json"), "--out", str(tmp_path / "o")]
     assert importers.main([*flags, "--tokenizer", str(tokenizer.path)]) == 1  # <video> without one.
     assert len(RecordSource(tmp_path / "o", "train")) == 1
+
+
+@pytest.mark.parametrize("text", ["[1, {}", "[1 2]", "[1,,2]", "[x]"])
+def test_a_broken_list_is_an_error_and_leaves_nothing(folder, tokenizer, tmp_path, text):
+    (folder / "list.json").write_text(text)
+    flags = ["--format", "trl", "--input", str(folder / "list.json"), "--out", str(tmp_path / "o")]
+    assert importers.main([*flags, "--tokenizer", str(tokenizer.path)]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_conversations_of_our_own_instructions_stage_round_trip(folder, tokenizer, tmp_path):
+    annotation = {
+        "video_desc": "calm person",
+        "facial_exp_desc": "quiet",
+        "body_lang_desc": "slowly",
+        "audio_desc": {"speech_content": "in the room", "acoustic_feat": "loudly"},
+        "sentiment_analysis": "calm",
+    }
+    rows = [
+        {
+            "clip_id": f"clip{i}",
+            "split": "test" if i == 3 else "train",
+            "language": "en",
+            "file": "a.mkv",
+            "annotation": annotation,
+        }
+        for i in range(4)
+    ]
+    settings = instructions.InstructionSettings(tasks={"visual": 1.0}, wordings=4)
+    lines = list(map(instructions.conversation, map(instructions.plan(rows, settings), rows)))
+    asked = {line["messages"][1]["content"] for line in lines[:3]}
+    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", lines) == 0
+    stored = list(RecordSource(tmp_path / "o", "train"))
+    assert {record.messages[1]["content"] for record in stored} == asked and len(asked) > 1
+    for record in stored:
+        system, _ = sed.prompt("en")
+        assert record.messages[0] == {"role": "system", "content": system}
+        assert record.answer == lines[0]["messages"][2]["content"]
+        example = encode_record(record, tokenizer)
+        assert {1, 2, 3} <= set(example.responses[0].sections.tolist())
+        assert len(example.mel_lengths) == 1 and len(example.patches)
+    # The fourth is of the test split.
+    assert imported(folder, tokenizer, tmp_path / "t", "ms-swift", lines, "--split", "test") == 0
+    assert len(RecordSource(tmp_path / "t", "test")) == 1
+
+
+def questions(count: int) -> list[dict]:
+    """Rows about one sound, each another record."""
+    return [
+        {
+            "messages": [{**ASK, "content": f"<audio>Number {i}?"}, {**SAY, "content": f"{i}"}],
+            "audios": ["a.wav"],
+        }
+        for i in range(count)
+    ]
+
+
+def test_several_processes_import_what_one_does(folder, tokenizer, tmp_path):
+    rows = [*questions(5), {**questions(1)[0], "audios": ["nowhere.wav"]}, *questions(2)]
+    for out, workers in (("one", "1"), ("two", "2")):
+        assert imported(folder, tokenizer, tmp_path / out, "ms-swift", rows, "--workers", workers)
+    one, two = (RecordSource(tmp_path / out, "train") for out in ("one", "two"))
+    assert len(one) == 5
+    assert list(map(str, map(to_example, one))) == list(map(str, map(to_example, two)))
+    refused = [(tmp_path / out / "refused.jsonl").read_text() for out in ("one", "two")]
+    assert refused[0] == refused[1] and "rows.jsonl:6" in refused[0]
+
+
+def test_few_records_are_in_memory_however_long_the_file(folder, tokenizer, tmp_path, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    decoded = importers.to_record
+
+    def watched(*arguments):
+        gc.collect(0)
+        most.append(len(alive))
+        record = decoded(*arguments)
+        alive.add(record)
+        return record
+
+    monkeypatch.setattr(importers, "to_record", watched)
+    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", questions(30)) == 0
+    assert len(most) == len(RecordSource(tmp_path / "o", "train")) == 30 and max(most) <= 3
 
 
 def test_rows_that_ask_the_same_share_a_record(folder, tokenizer, tmp_path):
