@@ -1,7 +1,7 @@
 """Stage 2, CA-DPO: prefer answers that weigh all modalities, where the modalities conflict.
 
-    launch/tpu_run.sh configs/cadpo.py:tiny   everything, from an empty machine to an exported model
-    launch/tpu_run.sh configs/cadpo.py:7b     on a TPU pod, from what configs/sft.py:7b leaves
+    launch/tpu_run.sh configs/cadpo.py:tiny         all of it, from nothing to an exported model
+    launch/tpu_run.sh configs/cadpo.py:7b-v5e-256   on 256 TPU v5e, from what stage 1 leaves
 
 `tiny` takes 80 steps in a minute: reward accuracy reaches 1.0, accuracy on held-out conflicting
 clips rises from 79% to 85% (n = 120) and stays at 99% where the modalities agree. It adds two terms
@@ -14,7 +14,7 @@ it: launch/tpu_run.sh makes whatever of that is missing.
 
 from ml_collections import ConfigDict
 
-from configs import sft
+from configs import pods, sft
 
 
 def get_config(variant: str = "7b") -> ConfigDict:
@@ -55,6 +55,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
+    pods.fit(c)
     return c
 
 

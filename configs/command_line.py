@@ -34,8 +34,8 @@ def _check_file(argv: list[str]) -> None:
             continue
         file = argument.removeprefix("--config=").split(":")[0]
         if not Path(file).exists():
-            known = sorted(str(path) for path in Path("configs").glob("*.py"))
-            known.remove("configs/command_line.py")
+            files = sorted(Path("configs").glob("*.py"))
+            known = [str(path) for path in files if "def get_config" in path.read_text("utf-8")]
             near = difflib.get_close_matches(file, known, n=1, cutoff=0.0)
             raise ValueError(
                 f"There is no config {file!r}; did you mean {near[0]!r}? There are {known}."

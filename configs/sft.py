@@ -1,22 +1,24 @@
 """Stage 1, SED: supervised fine-tuning on visual evidence, acoustic evidence, then the reasoning.
 
-    launch/tpu_run.sh configs/sft.py:tiny     the embedded corpus, on whatever is here
-    launch/tpu_run.sh configs/sft.py:7b       Qwen2.5-Omni-7B's thinker, on a TPU pod
+    launch/tpu_run.sh configs/sft.py:tiny         the embedded corpus, on whatever is here
+    launch/tpu_run.sh configs/sft.py:7b-v5e-256   Qwen2.5-Omni-7B's thinker, on 256 TPU v5e
 
 `tiny` learns from nothing on two CPU cores: 500 steps in 5 minutes, to a loss of about 0.05 nats a
 token (unigram entropy 4.8), 99% right conclusions on held-out clips whose modalities agree and 79%
 where they don't (n = 120 each). Voices it reads from step 90 on, colours from 200, faces from 350.
 Without optimizer.vocabulary_steps it never reads the faces.
 
-`3b` and `7b` start from a HuggingFace directory: set config.init.checkpoint to what `python -m
-saber_jax.hf.load` wrote, and config.data.path to what `python -m data_prep.build` wrote.
+`3b` and `7b` say what is computed, and configs/pods.py how on a given pod: `7b-v5e-256`,
+`7b-lora-v5e-16`, ... They start from a HuggingFace directory: set config.init.checkpoint to what
+`python -m saber_jax.hf.load` wrote, and config.data.path to what `python -m data_prep.build` wrote.
 """
 
 from ml_collections import ConfigDict
 
+from configs import pods
 from saber_jax.data.records import FIELDS
 
-VARIANTS = ("tiny", "3b", "7b")
+VARIANTS = ("tiny", "3b", "7b", *pods.RECIPES)
 
 
 def get_config(variant: str = "7b") -> ConfigDict:
@@ -25,9 +27,11 @@ def get_config(variant: str = "7b") -> ConfigDict:
     tiny = variant == "tiny"
     c = ConfigDict()
     c.stage = "sft"
-    c.model = variant
+    c.variant = variant
+    c.model = variant.split("-")[0]
+    c.topology = ""  # TPUs that it is made for, if it is for certain ones.
     # Everything a chain leaves lies under here; the other paths follow it.
-    c.root = f"runs/{variant}"
+    c.root = "runs/" + (f"{c.model}-lora" if "-lora-" in variant else c.model)
     root = c.get_ref("root")
     c.workdir = root + "/sft"
     c.seed = 0
@@ -88,6 +92,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
     c.compute.kernel = "xla" if tiny else "splash"  # Attention: "xla" anywhere, "splash" on TPUs.
     c.compute.head_chunk = 256  # Targets whose logits exist at one time.
+    # Keep a number per target and vocabulary entry, so that logits need not be computed twice.
+    c.compute.head_keep = False
 
     c.optimizer = ConfigDict()
     c.optimizer.peak_lr = 2e-3 if tiny else 1e-5
@@ -113,4 +119,5 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.embedded = tiny
     c.sampling = ("--fps", "4", "--min_pixels", "7056", "--max_pixels", "7056") if tiny else ()
     c.generation = ConfigDict({"batch_size": 60, "max_new_tokens": 128 if tiny else 1024})
+    pods.fit(c)
     return c

@@ -99,7 +99,7 @@ def _train(
 
 def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> Step:
     """What stage 2 starts from, by the config that suits it."""
-    start = sft.get_config(config.model)
+    start = sft.get_config(config.variant)
     start.root, start.seed = config.root, config.seed
     inherited = [f"--config.root={config.root}"]
     if own_records:
@@ -107,7 +107,7 @@ def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> S
         inherited.append(f"--config.data.path={config.data.path}")
     if config.seed:
         inherited.append(f"--config.seed={config.seed}")
-    return _train(start, f"configs/sft.py:{config.model}", tuple(inherited), after)
+    return _train(start, f"configs/sft.py:{config.variant}", tuple(inherited), after)
 
 
 def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:

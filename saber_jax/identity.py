@@ -1,8 +1,8 @@
 """What makes a training run the run it is: the settings that decide what is computed.
 
 Two calls with equal identity may share a work directory, and what the first one finished the second
-one need not repeat. Where a run lies, how it is spread over machines, what it logs and how often it
-saves are not part of it.
+one need not repeat. Where a run lies, how it is spread over machines, what it keeps and what it
+computes twice, what it logs and how often it saves are not part of it.
 """
 
 import json
@@ -11,15 +11,20 @@ from typing import Any
 from ml_collections import ConfigDict
 
 APART = (
-    *("root", "workdir", "mesh", "checkpoint_every", "generation", "reference"),
-    *("log_every", "metrics_every", "profile", "heartbeat_seconds", "wandb"),
+    *("variant", "topology", "mesh", "root", "workdir", "reference", "generation"),
+    *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
+    *("checkpoint_every", "log_every", "metrics_every", "profile", "heartbeat_seconds", "wandb"),
 )
 
 
 def identity(config: ConfigDict | dict) -> dict[str, Any]:
     """Setting -> value, keys like "data.length"; `config` or what json made of one."""
     tree = json.loads(config.to_json()) if isinstance(config, ConfigDict) else config
-    return _flat({key: value for key, value in tree.items() if key not in APART})
+    return {name: value for name, value in _flat(tree).items() if not _apart(name)}
+
+
+def _apart(name: str) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in APART)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

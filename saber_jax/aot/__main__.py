@@ -1,10 +1,11 @@
 """Compiles what a config runs for a TPU topology, without a TPU, and says what it costs.
 
-    python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=v5e:16x16
-    python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --json=F --hlo=DIR
-    python -m saber_jax.aot --compare configs/sft.py:7b configs/cadpo.py:7b --topology=v5e:16x16
+    python -m saber_jax.aot --config=configs/cadpo.py:7b-v5e-256 [--program=decode] [--json=F]
+    python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --hlo=DIR
+    python -m saber_jax.aot --compare configs/sft.py:7b-v5e-256 configs/cadpo.py:7b-v5e-256
 
-Any setting can be changed as `--config.key=value`. Exits with 1 if the program does not fit.
+Without --topology it is the one that the config is made for (configs/pods.py). Any setting can be
+changed as `--config.key=value`. Exits with 1 if the program does not fit.
 """
 
 import json
@@ -26,7 +27,7 @@ from saber_jax.aot import chips, programs, report
 from saber_jax.train import setup
 from saber_jax.xla_flags import FLAGS
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE", required=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE")
 PROGRAM = flags.DEFINE_enum("program", "train", programs.NAMES, "which of the config's programs")
 JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
 HLO = flags.DEFINE_string("hlo", None, "also write the compiled module's text to this directory")
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
     config = CONFIG.value
     try:
-        slices = chips.parse_topology(TOPOLOGY.value)
+        slices = chips.parse_topology(TOPOLOGY.value or config.topology)
         mesh = sharding.make_mesh(**config.mesh, devices=slices.devices())
         stage = setup.build(config, mesh)
         lowered = programs.lower(PROGRAM.value, config, stage)
@@ -64,7 +65,7 @@ def compare(arguments: list[str]) -> None:
     at = arguments.index("--compare")
     names, rest = arguments[at + 1 : at + 3], arguments[:at] + arguments[at + 3 :]
     if len(names) < 2 or any(name.startswith("-") for name in names):
-        sys.exit("saber_jax.aot: --compare takes two configs, like configs/sft.py:7b")
+        sys.exit("saber_jax.aot: --compare takes two configs, like configs/sft.py:7b-v5e-256")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(names):

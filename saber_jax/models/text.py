@@ -27,7 +27,7 @@ from saber_jax.models.layers import (
 )
 from saber_jax.models.masks import Visibility, cached_text
 from saber_jax.models.positions import Rotary, rotate, text_rotary
-from saber_jax.models.remat import MLP, Remat, named
+from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
 
 
 class Cache(TypedDict):
@@ -77,8 +77,8 @@ class GatedMlp(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate = named(project("BLD,DF->BLF", x, self.w_gate), MLP)
-        up = named(project("BLD,DF->BLF", x, self.w_up), MLP)
+        gate = named(project("BLD,DF->BLF", x, self.w_gate), GATE)
+        up = named(project("BLD,DF->BLF", x, self.w_up), UP)
         return project("BLF,FD->BLD", jax.nn.silu(gate) * up, self.w_down)
 
 
@@ -104,6 +104,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
             x = x + self.attn.out(attend(q, k, v, visible, kernel))
+        x = named(x, MLP_INPUT)
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm, eps))
         return x, (k, v)

@@ -32,7 +32,7 @@ from saber_jax.models.layers import (
 )
 from saber_jax.models.masks import same_segment
 from saber_jax.models.positions import Rotary, rotate, vision_rotary
-from saber_jax.models.remat import MLP, Remat, named
+from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
 
 # Red, green, blue of the CLIP training images, which the released tower was trained with.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -78,8 +78,8 @@ class Mlp(nnx.Module):
         self.b_down = constant(0.0, (d,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        gate = named(project("BPD,DF->BPF", x, self.w_gate, self.b_gate), MLP)
-        up = named(project("BPD,DF->BPF", x, self.w_up, self.b_up), MLP)
+        gate = named(project("BPD,DF->BPF", x, self.w_gate, self.b_gate), GATE)
+        up = named(project("BPD,DF->BPF", x, self.w_up, self.b_up), UP)
         return project("BPF,FD->BPD", jax.nn.silu(gate) * up, self.w_down, self.b_down)
 
 
@@ -100,7 +100,7 @@ class Block(nnx.Module):
         *,
         eps: float,
     ) -> Float[Array, "B P D"]:
-        x = x + self.attn(rms_norm(x, self.attn_norm, eps), rotary, look)
+        x = named(x + self.attn(rms_norm(x, self.attn_norm, eps), rotary, look), MLP_INPUT)
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
 
 

@@ -23,7 +23,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.remat import Remat
-from saber_jax.train import losses
+from saber_jax.train import head, losses
 from saber_jax.train.losses import Tally, of_pair, tally_of
 from saber_jax.train.preference import Pairs, Preference, Scores, cadpo_loss
 
@@ -41,16 +41,18 @@ class Compute:
     """How a forward pass is computed, whatever the loss.
 
     A step adds up the gradients of `microbatches` equal parts of the batch, one after another.
-    `head_chunk` targets at a time go through the vocabulary projection, so that logits of a whole
-    row never exist; `frame_patches` bounds the patches of one frame pair, which is what lets the
-    vision tower's attention stay local; `response` is the budget's. With a `mesh`, rows and weights
-    are spread over it by hand, see models/shards.py; without one XLA partitions everything.
+    `head_chunk` targets at a time go through the vocabulary projection, and with `head_keep` the
+    backward pass does not compute it again, see head.py; `frame_patches` bounds the patches of one
+    frame pair, which is what lets the vision tower's attention stay local; `response` is the
+    budget's. With a `mesh`, rows and weights are spread over it by hand, see models/shards.py;
+    without one XLA partitions everything.
     """
 
     dtype: str
     remat: Remat
     head_chunk: int
     frame_patches: int
+    head_keep: bool = False
     kernel: Kernel = "xla"
     response: int = 0
     microbatches: int = 1
@@ -61,32 +63,26 @@ def target_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Float[Array, "B T"]:
     """log pi(target | everything its slot sees), float32; 0 for padding targets."""
-    return _targets(params, batch, cfg, compute, _log_prob)
+    measure = functools.partial(head.log_probs, keep=compute.head_keep)
+    return _targets(params, batch, cfg, compute, measure)
 
 
 def target_entropies(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`target_log_probs`, and the entropy of the distribution that each target is drawn from."""
-    both = _targets(
-        params, batch, cfg, compute, lambda *x: jnp.stack([_log_prob(*x), _entropy(*x)], -1)
-    )
-    return both[..., 0], both[..., 1]
 
+    def both(logits, tokens):
+        return jnp.stack([head.log_prob(logits, tokens), head.entropy(logits)], axis=-1)
 
-def _log_prob(logits: Float[Array, "B C V"], tokens) -> Float[Array, "B C"]:
-    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _entropy(logits: Float[Array, "B C V"], _) -> Float[Array, "B C"]:
-    return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits) * logits).sum(-1)
+    values = _targets(params, batch, cfg, compute, functools.partial(head.over_chunks, both))
+    return values[..., 0], values[..., 1]
 
 
 def _targets(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, measure: Callable
 ) -> Array:
-    """`measure(logits, tokens)` of every target, a chunk at a time; 0 for padding targets."""
+    """`measure(hidden, projection, tokens, chunk=...)` of every target; 0 for padding targets."""
     rows = functools.partial(_row_targets, cfg=cfg, compute=compute, measure=measure)
     if compute.mesh is None:
         return rows(params, batch)
@@ -102,7 +98,10 @@ def _targets(
 def _row_targets(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, measure: Callable
 ) -> Array:
-    dtype = jnp.dtype(compute.dtype)
+    dtype, chunk = jnp.dtype(compute.dtype), compute.head_chunk
+    targets = batch["target_tokens"].shape[1]
+    if targets % chunk:
+        raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
     hidden = saber.hidden(
         params,
         batch,
@@ -116,26 +115,9 @@ def _row_targets(
     )
     source = batch["target_source"][..., None]
     hidden = jnp.take_along_axis(hidden, source, axis=1, mode="clip")
-    rows, targets = batch["target_tokens"].shape
-    chunk = compute.head_chunk
-    if targets % chunk:
-        raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
-
-    @jax.checkpoint
-    def measure_chunk(_, xs):
-        hidden, tokens = xs
-        logits = jnp.einsum("BCD,DV->BCV", hidden, head, preferred_element_type=jnp.float32)
-        return None, measure(logits, tokens)
-
-    def split(x):
-        return jnp.moveaxis(x.reshape(rows, targets // chunk, chunk, *x.shape[2:]), 1, 0)
-
     with jax.named_scope("head"):
-        head = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
-        xs = (split(hidden), split(batch["target_tokens"]))
-        _, values = jax.lax.scan(measure_chunk, None, xs)
-        values = jnp.moveaxis(values, 0, 1)
-        values = values.reshape(rows, targets, *values.shape[3:])
+        projection = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
+        values = measure(hidden, projection, batch["target_tokens"], chunk=chunk)
     real = batch["target_weights"] > 0
     return jnp.where(real.reshape(*real.shape, *[1] * (values.ndim - 2)), values, 0.0)
 

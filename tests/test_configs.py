@@ -1,0 +1,42 @@
+"""The configs: what a recipe for a pod may say, and what it may not."""
+
+from pathlib import Path
+
+import pytest
+
+from configs import cadpo, pods, sft
+from launch import chain
+from saber_jax.identity import identity
+
+
+@pytest.mark.parametrize("stage", [sft, cadpo])
+@pytest.mark.parametrize("variant", pods.RECIPES)
+def test_a_recipe_says_where_and_how_and_never_what_is_computed(stage, variant):
+    recipe, plain = stage.get_config(variant), stage.get_config(variant.split("-")[0])
+    assert recipe.topology and recipe.data.batch_rows == 256
+    if recipe.lora.rank:
+        assert recipe.root != plain.root
+        plain.lora.rank, plain.init.checkpoint = recipe.lora.rank, recipe.init.checkpoint
+        plain.data.path = recipe.data.path
+        if stage is cadpo:
+            plain.data.pairs = recipe.data.pairs
+    assert identity(recipe) == identity(plain)
+
+
+def test_stage_2_of_a_recipe_starts_from_its_stage_1():
+    config = cadpo.get_config("7b-lora-v5e-16")
+    first, *links = chain.steps(config, "configs/cadpo.py:7b-lora-v5e-16", ())
+    assert first.name == "sft" and "--config=configs/sft.py:7b-lora-v5e-16" in first.command
+    assert config.init.checkpoint == "runs/7b-lora/sft"
+    assert {link.name for link in links} >= {"pairs", "cadpo", "export"}
+
+
+@pytest.mark.parametrize("stage", [sft, cadpo])
+def test_a_variant_that_is_none_is_refused_with_those_that_are(stage):
+    with pytest.raises(ValueError, match=r"no variant '7b-v4-8'; choose from .*7b-v5e-256"):
+        stage.get_config("7b-v4-8")
+
+
+def test_every_recipe_stands_in_the_table_of_what_the_compiler_says():
+    table = Path("docs/aot_table.md").read_text(encoding="utf-8")
+    assert not [variant for variant in pods.RECIPES if f"`{variant}`" not in table]

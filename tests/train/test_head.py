@@ -1,0 +1,88 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saber_jax.train import head
+
+ROWS, TARGETS, CHUNK, WIDTH, VOCABULARY = 2, 24, 8, 32, 96
+
+
+def drawn(dtype):
+    """(hidden, projection, tokens, weights); one target in three is all but certain."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(ROWS, TARGETS, WIDTH))
+    projection = rng.normal(size=(WIDTH, VOCABULARY)) / WIDTH**0.5
+    tokens = rng.integers(0, VOCABULARY, (ROWS, TARGETS))
+    hidden[:, ::3] = 17 * projection.T[tokens[:, ::3]]
+    weights = rng.normal(size=(ROWS, TARGETS))
+    return jnp.asarray(hidden, dtype), jnp.asarray(projection, dtype), tokens, weights
+
+
+def gradients(hidden, projection, tokens, weights, **options):
+    def loss(hidden, projection):
+        values = head.log_probs(hidden, projection, tokens, chunk=CHUNK, **options)
+        return (values * weights).sum(), values
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, projection)
+
+
+def exact(hidden, projection, tokens, weights):
+    def loss(hidden, projection):
+        values = jax.nn.log_softmax(hidden @ projection)
+        values = jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
+        return (values * weights).sum(), values
+
+    with jax.default_matmul_precision("highest"):
+        wide = (x.astype(jnp.float32) for x in (hidden, projection))
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(*wide)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_chunks_and_what_is_kept_change_no_value_and_no_gradient(keep):
+    inputs = drawn(jnp.float32)
+    got, values = gradients(*inputs, keep=keep)
+    want, expected = exact(*inputs)
+    np.testing.assert_allclose(values, expected, atol=2e-5)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_kept_slopes_of_targets_that_are_all_but_certain_survive_bfloat16():
+    """1 - p of these would round to 0."""
+    inputs = drawn(jnp.bfloat16)
+    (want, _), expected = exact(*inputs)
+    sure = (expected > -(2.0**-9)) & (expected < -1e-5)
+    assert sure.sum() >= 4
+    (got, _), _ = gradients(*inputs, keep=True)
+    error = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1)
+    assert (error / jnp.linalg.norm(want, axis=-1))[sure].max() < 0.01
+
+
+def test_what_is_kept_saves_the_second_projection():
+    """Products as wide as the vocabulary: 2 T D V each, of which the chunked form makes four."""
+    inputs = drawn(jnp.float32)
+
+    def products(keep):
+        jaxpr = jax.make_jaxpr(functools.partial(gradients, keep=keep))(*inputs)
+        return count(jaxpr.jaxpr)
+
+    one = ROWS * TARGETS * WIDTH * VOCABULARY
+    assert products(False) == 4 * one
+    assert products(True) == 3 * one
+
+
+def count(jaxpr) -> int:
+    """Multiplications in the matrix products of a jaxpr, loops as often as they turn."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = np.prod([shape[axis] for axis in contracted])
+            total += int(inner * np.prod(equation.outvars[0].aval.shape))
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += count(inner) * equation.params.get("length", 1)
+    return total
