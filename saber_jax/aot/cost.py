@@ -181,34 +181,79 @@ def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:
     operands = [scope[name] for name in instruction.operands if name in scope]
     if instruction.op == "fusion":
         inner = module.computations[instruction.called[0]]
-        touched = [_touched(inner, index) for index in range(len(operands))]
-    else:
-        touched: list[float | None] = [None] * len(operands)
-        if instruction.op == "dynamic-slice":
-            touched[0] = _hbm(instruction)
-        if instruction.op == "dynamic-update-slice":
-            return 2.0 * _hbm(operands[1])
-    updates = sum(part is not None and part < 0 for part in touched)
-    read = sum(
-        _hbm(operand) if part is None else min(abs(part), _hbm(operand))
-        for operand, part in zip(operands, touched, strict=True)
-    )
-    written = 0.0 if updates else _hbm(instruction)
-    return read + written
+        if "AsyncCollectiveStart" not in _root(inner).attributes:
+            read = sum(
+                min(_read(module, inner, _parameter(inner, index)), _hbm(operand))
+                for index, operand in enumerate(operands)
+            )
+            return read + _written(module, inner, instruction.arrays)
+    if instruction.op == "dynamic-update-slice":
+        return 2.0 * _hbm(operands[1])
+    if instruction.op == "dynamic-slice":
+        return 2.0 * _hbm(instruction)
+    return sum(map(_hbm, operands)) + _hbm(instruction)
 
 
-def _touched(inner: hlo.Computation, index: int) -> float | None:
-    """Bytes of a fusion's operand that it touches, None for all; negative where it updates them."""
-    name = next(
-        (i.name for i in inner.values() if i.op == "parameter" and i.operands[0] == str(index)),
-        None,
-    )
-    users = [i for i in inner.values() if name in i.operands and i.op != "parameter"]
-    if users and all(i.op == "dynamic-slice" and i.operands[0] == name for i in users):
-        return float(sum(a.bytes for i in users for a in i.arrays))
-    if len(users) == 1 and users[0].op == "dynamic-update-slice" and users[0].operands[0] == name:
-        return -float(sum(a.bytes for a in inner[users[0].operands[1]].arrays))
-    return None
+def _read(module: hlo.Module, inner: hlo.Computation, name: str | None) -> float:
+    """Bytes that a fusion reads of what is called `name` inside of it; infinite for all of it.
+
+    Buffers of a collective that it carries along are not its own to read.
+    """
+    total = 0.0
+    for user in inner.values():
+        if user.op == "parameter" or name not in user.operands:
+            continue
+        first = user.operands[0] == name
+        if user.op == "fusion":
+            called = module.computations[user.called[0]]
+            parts = [i for i, operand in enumerate(user.operands) if operand == name]
+            total += sum(_read(module, called, _parameter(called, i)) for i in parts)
+        elif user.op == "dynamic-slice" and first:
+            total += sum(array.bytes for array in user.arrays)
+        elif user.op in ("bitcast", "reshape"):
+            total += _read(module, inner, user.name)
+        elif not (_carried(user) or user.op == "tuple" or (_updates(user) and first)):
+            return math.inf
+    return total
+
+
+def _written(module: hlo.Module, inner: hlo.Computation, made: list[hlo.Array]) -> float:
+    """Bytes that a fusion writes of the arrays it makes: of one that it updates, the update."""
+    root, total = _root(inner), 0.0
+    for name, array in zip(
+        root.operands if root.op == "tuple" else (root.name,), made, strict=False
+    ):
+        result = inner[name]
+        while result.op in ("bitcast", "reshape"):
+            result = inner[result.operands[0]]
+        if array.space or result.op == "parameter" or _carried(result):
+            continue
+        if result.op == "fusion":
+            total += _written(module, module.computations[result.called[0]], [array])
+        elif _updates(result):
+            total += sum(part.bytes for part in inner[result.operands[1]].arrays)
+        else:
+            total += array.bytes
+    return total
+
+
+def _carried(part: hlo.Instruction) -> bool:
+    """Whether it is a piece of a collective that began in an earlier fusion."""
+    return part.op in COLLECTIVES or "AsyncCollective" in part.attributes
+
+
+def _updates(part: hlo.Instruction) -> bool:
+    return part.op == "dynamic-update-slice"
+
+
+def _root(computation: hlo.Computation) -> hlo.Instruction:
+    return next(part for part in computation.values() if part.root)
+
+
+def _parameter(inner: hlo.Computation, index: int) -> str | None:
+    """Name of a fusion's operand inside of it."""
+    named = (i.name for i in inner.values() if i.op == "parameter" and i.operands[0] == str(index))
+    return next(named, None)
 
 
 def _hbm(instruction: hlo.Instruction) -> float:

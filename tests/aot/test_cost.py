@@ -41,6 +41,20 @@ def test_a_scanned_layer_counts_as_often_as_it_runs(mesh):
     assert got.kernel == {} and got.recomputed == 0
 
 
+def test_a_loop_reads_of_stacked_arrays_what_it_takes_of_them(mesh):
+    """What a layer of 32 MiB hands on stays on the chip, and so does part of one of 64 MiB."""
+    got = analyze(scanned, of(mesh, (4096, 4096)), of(mesh, (5, 4096, 4096)))
+    assert got.hbm_bytes == pytest.approx(5 * 2 * 4096**2, rel=0.01)
+
+    def filled(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x), jnp.cos(x)), x, length=50)[1]
+
+    # A fiftieth of the result at a time, and the carry as far as it is not on the chip.
+    one = 4 * 4096**2
+    got = analyze(filled, of(mesh, (4096, 4096), jnp.float32))
+    assert 50 * one <= got.hbm_bytes <= 50 * 3 * one
+
+
 def test_what_a_backward_pass_computes_again_is_told_apart(mesh):
     def loss(weights, x):
         layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w @ w), None))
