@@ -178,6 +178,8 @@ def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:
     instruction, scope = run.instruction, run.computation
     if instruction.op in _FREE or instruction.op.endswith(("-done", "-start", "-update")):
         return 0.0
+    if "AllocateBuffer" in instruction.attributes:
+        return 0.0
     operands = [scope[name] for name in instruction.operands if name in scope]
     if instruction.op == "fusion":
         inner = module.computations[instruction.called[0]]
