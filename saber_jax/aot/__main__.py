@@ -66,6 +66,8 @@ def compare(arguments: list[str]) -> None:
     names, rest = arguments[at + 1 : at + 3], arguments[:at] + arguments[at + 3 :]
     if len(names) < 2 or any(name.startswith("-") for name in names):
         sys.exit("saber_jax.aot: --compare takes two configs, like configs/sft.py:7b-v5e-256")
+    if any(argument.startswith(("--json", "--hlo")) for argument in rest):
+        sys.exit("saber_jax.aot: --compare prints; write --json and --hlo of one config at a time")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(names):
