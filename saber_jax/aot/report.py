@@ -164,21 +164,16 @@ def _short(scope: str) -> str:
     return "/".join(kept[-4:])
 
 
-def does_not_fit(error: str, config: ConfigDict, stage: Setup, slices: Slices) -> str:
-    """What the compiler's refusal means, and which settings would help.
-
-    Raises ValueError for any other error of the compiler.
-    """
+def refusal(error: str, config: ConfigDict, stage: Setup, slices: Slices) -> str:
+    """What the compiler's error means and, where memory is short, which settings would help."""
     limit = slices.chip.hbm
     needed = [_bytes(*found) for found in re.findall(r"([\d.]+)([KMGT]?)(?:iB)?\b", error)]
     needed = [size for size in needed if size > limit]
     if "RESOURCE_EXHAUSTED" not in error or not needed:
-        raise ValueError(f"The TPU compiler refused the program: {error}")
-    over = min(needed) - limit
-    tries = suggestions(config, stage)
+        return f"the TPU compiler refused the program: {error}"
     return (
-        f"does not fit: {over / GIB:.1f} GiB over the {limit / GIB:.2f} GiB of a {slices.family} "
-        f"device; try {'; or '.join(tries)}"
+        f"does not fit: {(min(needed) - limit) / GIB:.1f} GiB over the {limit / GIB:.2f} GiB of a "
+        f"{slices.family} device; try {'; or '.join(suggestions(config, stage))}"
     )
 
 
@@ -188,17 +183,19 @@ def _bytes(number: str, unit: str) -> float:
 
 def suggestions(config: ConfigDict, stage: Setup) -> list[str]:
     """Settings that lower memory, those that cost least first."""
-    tries = []
-    if config.compute.head_chunk > 128:
-        tries.append(f"--config.compute.head_chunk={config.compute.head_chunk // 2}")
-    lower = BY_MEMORY[: BY_MEMORY.index(config.compute.remat)]
+    tries, compute = [], config.compute
+    rows = config.data.batch_rows // stage.mesh.size // compute.microbatches
+    if rows > 1:
+        parts = 2 * compute.microbatches
+        tries.append(f"--config.compute.microbatches={parts} ({rows} rows a device at a time now)")
+    if compute.head_keep:
+        tries.append("--config.compute.head_keep=False")
+    elif compute.head_chunk > 128:
+        tries.append(f"--config.compute.head_chunk={compute.head_chunk // 2}")
+    lower = BY_MEMORY[: BY_MEMORY.index(compute.remat)]
     if lower:
         tries.append(f"--config.compute.remat={lower[-1]}")
-    rows = config.data.batch_rows // stage.mesh.size
-    if rows > 1:
-        half = config.data.batch_rows // 2
-        tries.append(f"--config.data.batch_rows={half} ({rows} rows a device now)")
-    if config.compute.kernel == "xla":
+    if compute.kernel == "xla":
         tries.append("--config.compute.kernel=splash")
     if memory.per_device(stage.state.opt_state) > memory.per_device(stage.state.frozen):
         tries.append("--config.lora.rank=64")
