@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from saber_jax.data import sed
 from saber_jax.data.records import FIELDS
 from saber_jax.evaluation import bootstrap, saber_test
 from saber_jax.evaluation import probes as probing
@@ -143,7 +144,7 @@ def judged(results: Results) -> list[Line]:
         splits = [results.values(part, "judge", field) for part in (*saber_test.SPLITS, "gap")]
         if any(value for split in splits for value in split):
             values = [score for stage in zip(*splits, strict=True) for score in stage]
-            lines.append({"name": field, "values": values})
+            lines.append({"name": sed.TITLES.get(field, field), "values": values})
     return lines
 
 
@@ -210,7 +211,7 @@ def flat(scores: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
             else:
                 lines += flat(value, f"{prefix}{key}, ")
         elif isinstance(value, list):
-            lines += [{"name": name, "note": str(item)} for item in value]
+            lines += [{"name": name, "note": "; ".join(map(str, value))}] if value else []
         elif isinstance(value, int | float | str):
             lines.append({"name": name, "note": str(value)})
     return lines
