@@ -83,12 +83,18 @@ def ingest(stage: Stage, sources: Iterable[Source]) -> dict[str, Any]:
             outcome: Outcome = source.found_by_workers(row)
             if first != row["file"]:
                 outcome = Dropped(row=row, reason="duplicate_id", detail=first)
-            elif not Path(row["file"]).is_file():
-                outcome = Dropped(row=row, reason="missing", detail=row["file"])
+            elif lost := _lost(row):
+                outcome = Dropped(row=row, reason="missing", detail=lost)
             outcomes[shard].append(outcome)
     for shard in range(stage.shards):
         stage.write(shard, parts[shard], outcomes[shard])
     return stage.summarise()
+
+
+def _lost(row: Row) -> str | None:
+    """A file that a corpus lists and nobody has: the clip, or its sound in a file of its own."""
+    files = (row[key] for key in ("file", "sound") if key in row)
+    return next((file for file in files if not Path(file).is_file()), None)
 
 
 def shard_of(row: Row, shards: int) -> int:

@@ -257,6 +257,16 @@ def test_a_file_that_a_table_lists_and_the_folder_lacks_is_counted(tmp_path):
     assert summary["reasons"] == {"missing": 1}
 
 
+def test_a_take_without_its_sound_is_missing_too(tmp_path):
+    touch(tmp_path / "mead", "M003/video/front/sad/level_1/001.mp4")
+    target = stage(tmp_path / "out")
+    summary = ingest.ingest(target, [Source(folder=str(tmp_path / "mead"), corpus="mead")])
+    assert (summary["kept"], summary["reasons"]) == (0, {"missing": 1})
+    assert target.dropped(next(s for s in range(3) if target.dropped(s)))[0]["detail"].endswith(
+        "m4a"
+    )
+
+
 def test_a_folder_takes_labels_and_refuses_a_second_clip_of_one_name(tmp_path):
     touch(tmp_path / "v", "a b.mp4", "a_b.mp4", "deep/c.mkv")
     label = {"clip_id": "c", "speaker": "ann", "language": "zh", "emotion": "sad", "video": "film"}
