@@ -50,13 +50,16 @@ class Inputs:
     def summary(self, steps: int, batch_rows: int) -> dict[str, Any]:
         """What summary.json says of the data, after `steps` steps."""
         epochs = self.plan.position(steps * batch_rows).epoch
-        drawn = [self.draw.counts(epoch) for epoch in range(epochs + 1)]
+        begun = self.plan.begun(steps * batch_rows) % len(self.examples)
+        drawn = np.bincount(self.examples.source_of()[begun], minlength=len(self.draw.names))
+        for epoch in range(epochs):
+            drawn += [*self.draw.counts(epoch).values()]
         return {
             "examples": len(self.examples),
             "examples_thinned": self.thinned,
             "examples_left_out": len(self.quarantine),
             "epochs_finished": epochs,
-            "drawn": {name: sum(counts[name] for counts in drawn) for name in self.draw.names},
+            "drawn": dict(zip(self.draw.names, drawn.tolist(), strict=True)),
             "fill": self.plan.fill(),
             "unigram_entropy": pipeline.unigram_entropy(self.measured.token_counts),
         }

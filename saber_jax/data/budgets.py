@@ -4,9 +4,10 @@
 
 `--length` is how much text a row holds: everything, or of pairs what both answers share. The other
 budgets follow from what the examples have per text slot. Among budgets that media fill to 92% and
-that leave out at most 0.8% of the examples, the one whose text slots are fullest wins. A budget
-that holds the longest clip of a data set would be two thirds empty most of the time: longer clips
-keep fewer frames, and those with more sound than a row are left out and named.
+that leave out at most 0.8% of the examples, the one whose text slots are fullest wins, a little
+less full if attention then runs in longer blocks. A budget that holds the longest clip of a data
+set would be two thirds empty most of the time: longer clips keep fewer frames, and those with more
+sound than a row are left out and named.
 """
 
 import argparse
@@ -32,6 +33,10 @@ MOST_LEFT_OUT = 0.008
 # takes a chunk of targets at a time.
 LENGTH_STEP, PATCH_STEP, TARGET_STEP = 64, 64, 256
 
+# A TPU's attention goes through a row in the longest blocks up to 512 that divide it, see
+# models/kernels.py. Blocks of 512 patches and of 512 slots are each worth so much of the text.
+LANES, LONGEST_BLOCK, WORTH = 128, 512, 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -49,7 +54,9 @@ class Choice:
     @property
     def score(self) -> tuple[bool, float]:
         good = self.media >= LEAST_MEDIA and self.left_out <= MOST_LEFT_OUT
-        return good, self.fill["text"] if good else self.media - 10 * self.left_out
+        blocks = _block(self.budget.patches) + _block(self.budget.slots)
+        value = self.fill["text"] + WORTH * blocks / LONGEST_BLOCK
+        return good, value if good else self.media - 10 * self.left_out
 
     def flags(self) -> str:
         return " ".join(f"--config.data.{k}={v}" for k, v in vars(self.budget).items())
@@ -86,7 +93,14 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
     rows = mean["text"] / length  # That one example fills.
     answer = max(mean["chosen"], mean["rejected"]) / rows
     responses = {_up(answer * k, LENGTH_STEP) for k in (0.98, 1.02, 1.06) if answer}
-    patches = {_up(mean["patches"] / rows * k, PATCH_STEP) for k in (0.98, 1.01, 1.035, 1.06)}
+    responses |= {
+        response
+        for response in _around(answer, LENGTH_STEP)
+        if (length + 2 * response) % LONGEST_BLOCK == 0
+    }
+    shown = mean["patches"] / rows
+    patches = {_up(shown * k, PATCH_STEP) for k in (0.98, 1.01, 1.035, 1.06)}
+    patches |= {*_around(shown, LONGEST_BLOCK)}
     need = mean["chunks"] / rows
     largest = measured.sizes[..., planning.FIELDS.index("patches")].max(0) // np.maximum(
         measured.frame_pairs, 1
@@ -108,6 +122,16 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
 
 def _up(value: float, step: int) -> int:
     return int(np.ceil(value / step)) * step
+
+
+def _around(need: float, step: int) -> range:
+    """Multiples of `step` that are as good as `need`, if any: none if that is small."""
+    return range(_up(need * 0.98, step), int(need * 1.06) + 1, step) if need else range(0)
+
+
+def _block(length: int) -> int:
+    padded = _up(length, LANES)
+    return max(b for b in range(LANES, LONGEST_BLOCK + 1, LANES) if padded % b == 0)
 
 
 def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:

@@ -246,6 +246,12 @@ class Plan:
         """Where a plan of the same arguments can be `entered` to give row `index` at once."""
         return self._window_of(index)[0]
 
+    def begun(self, row: int) -> Int[np.ndarray, " n"]:
+        """Examples in those rows before `row` that are of its epoch."""
+        at, rows = self._window_of(row)
+        before = [*self._windows(at.epoch)[: at.window], *rows[: row - at.row]]
+        return np.concatenate([np.zeros(0, np.int64), *before]).astype(np.int64)
+
     def entered(self, position: Position) -> "Plan":
         """The same plan from `position` on; rows before it are out of reach."""
         other = Plan.__new__(Plan)
@@ -279,8 +285,7 @@ class Plan:
 
     def _plan_next(self) -> None:
         at = self._next
-        rng = np.random.default_rng([self._seed, at.epoch])
-        windows = _windows(rng.permutation(self._drawn(at.epoch)))
+        windows = self._windows(at.epoch)
         rows = plan_rows(self.sizes, windows[at.window], self.budget)
         # Rows come out hardest first; a batch should not be all long clips.
         shuffle = np.random.default_rng([self._seed, at.epoch, at.window]).permutation(len(rows))
@@ -291,6 +296,10 @@ class Plan:
             epoch=at.epoch + last,
             window=0 if last else at.window + 1,
         )
+
+    def _windows(self, epoch: int) -> list[Int[np.ndarray, " m"]]:
+        rng = np.random.default_rng([self._seed, epoch])
+        return _windows(rng.permutation(self._drawn(epoch)))
 
     def _drawn(self, epoch: int) -> Int[np.ndarray, " N"]:
         """The example of every record in this epoch, numbered as `Examples` does."""

@@ -10,6 +10,7 @@ from configs import cadpo, sft
 from data_prep import dataset
 from saber_jax.data import budgets, planning, sizing
 from saber_jax.data.packing import Budget
+from saber_jax.models import kernels
 from tests import synthetic
 
 
@@ -26,6 +27,22 @@ def test_chosen_budgets_leave_little_empty_and_little_out(monkeypatch):
     assert max(choice.score for choice in tried) == best.score
     # Smaller media buffers than the longest clip asks for.
     assert best.budget.patches < sizes[:, 3].max() + 1000 and best.budget.chunks < 15
+
+
+def test_large_budgets_suit_the_kernels_and_small_ones_are_cut_fine(monkeypatch):
+    monkeypatch.setattr(budgets, "SAMPLE", 1500)
+    sizes = lengths.supervised(1500, lengths.RELEASE, np.random.default_rng(3))
+    best, _ = budgets.choose(measured(sizes), 4096)
+    assert best.budget.patches % 512 == 0 and best.budget.patches > 4096
+    # The same, an eighth as large: 512 patches more or less would be half a row.
+    best, tried = budgets.choose(measured(-(-sizes // 8)), 512)
+    assert len({choice.budget.patches for choice in tried}) > 1
+    assert best.budget.patches % 512 and best.budget.patches < 1200
+
+
+def test_blocks_are_those_of_the_kernel():
+    for length in (64, 128, 7680, 7744, 6528):
+        assert budgets._block(length) == kernels._block(-(-length // 128) * 128)
 
 
 @pytest.mark.parametrize(("config", "draw"), [(sft, lengths.supervised), (cadpo, lengths.pairs)])

@@ -92,6 +92,19 @@ def test_every_epoch_of_many_windows_visits_every_example_once(small_windows):
         assert sorted(itertools.islice(stream, examples)) == list(range(examples))
 
 
+def test_the_examples_of_a_begun_epoch_are_those_of_its_rows_so_far(small_windows):
+    examples = 260
+    plan, seen, epoch = plan_of(examples), [], 0
+    for row in range(390):
+        at = plan.position(row)
+        if at.epoch > epoch:
+            assert sorted(seen) == list(range(examples))
+            seen, epoch = [], at.epoch
+        assert sorted(plan.begun(row)) == sorted(seen)
+        seen += plan.row(row)
+    assert epoch > 1
+
+
 def test_a_plan_pickled_to_a_worker_gives_the_same_rows_in_any_order():
     plan = plan_of(300)
     copy = pickle.loads(pickle.dumps(plan))
