@@ -170,7 +170,7 @@ def cadpo_loss(
     terms = {"preference": preference(rho, policy, reference, pairs, options)}
     loss = conflict_weight(pairs.kappa, options.conflict_power) * terms["preference"]
     if options.sft:
-        terms["sft"] = pairs.chosen_nll / jnp.maximum(pairs.lengths.chosen, 1)
+        terms["sft"] = likelihood(pairs.chosen_nll, pairs.lengths.chosen)
         loss += options.sft * terms["sft"]
     if options.anchor:
         terms["anchor"] = anchor(rho.chosen, options.beta)
@@ -250,14 +250,31 @@ def conflict_weight(kappa: Float[Array, "B P"], power: float) -> Float[Array, "B
     return kappa**power if power else jnp.ones_like(kappa)
 
 
+def likelihood(
+    chosen_nll: Float[Array, "B P"], chosen_lengths: Float[Array, "B P"]
+) -> Float[Array, "B P"]:
+    """-log pi_theta(y_w|c) / |y_w|, RPO's likelihood of the chosen response per token
+    (https://arxiv.org/abs/2404.19733, https://arxiv.org/abs/2405.16436).
+
+    A mean over each response's tokens and then over pairs. TRL's `rpo_alpha` takes one mean over
+    the tokens of all pairs of a microbatch, in which long responses count for more; of a single
+    pair both are the same.
+    """
+    return chosen_nll / jnp.maximum(chosen_lengths, 1)
+
+
 def conditional(
     rho_chosen: Float[Array, "B P"], rho_without: Float[Array, "B P"], beta: float
 ) -> Float[Array, "B P"]:
     """-log sigmoid(beta (rho(y_w|c) - rho(y_w|c~m))): y_w has to need the modality m.
 
-    mDPO's conditional term (https://arxiv.org/abs/2406.11839); once per modality it is
-    OmniDPO's (https://arxiv.org/abs/2509.00723), and only for the modality that an example is
-    about, here the one that the rejected response ignored, AVEm-DPO's (arXiv 2602.07054).
+    mDPO's conditional term (https://arxiv.org/abs/2406.11839, after its official code); once per
+    modality it is OmniDPO's (https://arxiv.org/abs/2509.00723), and only for the modality that an
+    example is about, here the one that the rejected response ignored, AVEm-DPO's
+    (https://arxiv.org/abs/2602.07054).
+
+    Only mDPO's was read from its authors. OmniDPO's is from the paper's abstract, which gives no
+    weights, and AVEm-DPO's from a third party's notes on the paper.
     """
     return -jax.nn.log_sigmoid(beta * (rho_chosen - rho_without))
 
@@ -283,6 +300,9 @@ def decoupling(
     should. For a CA-DPO pair the first is the modality that the rejected response followed, the
     second the one that it ignored. A pair that names neither gets 0. `text_prior` (MoD-DPO++ and
     AVEm-DPO) subtracts what the reference says of the two responses with both withheld.
+
+    The formulas of both papers are those of third parties, a re-implementation (MoD-DPO) and notes
+    (AVEm-DPO); the papers' own equations were not seen. Check them before you compare numbers.
     """
     here = policy["whole"].difference
     without = {m: jax.lax.stop_gradient(policy[m].difference) for m in MODALITIES}

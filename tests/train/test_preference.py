@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from saber_jax.data.transforms import IGNORED
-from saber_jax.train.preference import Pairs, Preference, Scores, cadpo_loss
+from saber_jax.data.withhold import VIEWS
+from saber_jax.train import objectives
+from saber_jax.train.preference import Form, Pairs, Preference, Scores, cadpo_loss
 
 AUDIO, VIDEO = IGNORED.index("audio"), IGNORED.index("video")
 
@@ -184,18 +187,34 @@ CHANGES = {
     "invariance": 0.1,
     "sensitivity": 0.1,
     "text_prior": 0.1,
+    "conditional_ignored_only": True,
 }
 
 
+# What an option needs beside it.
+NEEDS = {"conditional_ignored_only": {"conditional_audio": 0.1, "conditional_video": 0.1}}
+
+
+@pytest.mark.parametrize("form", get_args(Form))
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_number_changes_the_loss(name):
-    assert np.abs(loss(**{name: CHANGES[name]}) - loss()).max() > 1e-4
+def test_in_every_form_an_option_changes_the_loss_or_is_an_error(form, name):
+    without = {"form": form} | NEEDS.get(name, {})
+    if form == "robust":
+        without["label_smoothing"] = 0.2
+    try:
+        Preference(**without | {name: CHANGES[name]})
+    except ValueError as error:
+        assert f"config.loss.{name}={CHANGES[name]} would have no effect" in str(error)
+    else:
+        assert np.abs(loss(**without | {name: CHANGES[name]}) - loss(**without)).max() > 1e-4
 
 
 def test_no_option_is_forgotten_here():
-    # The others change what goes in, or have a test of their own above.
-    others = {"form", "length_alpha", "conditional_ignored_only"}
-    assert {field.name for field in dataclasses.fields(Preference)} == set(CHANGES) | others
+    # length_alpha changes what goes in: see the test from the log-probs of tokens.
+    names = {field.name for field in dataclasses.fields(Preference)}
+    assert names == set(CHANGES) | {"form", "length_alpha"}
+    for form in get_args(Form):
+        assert any(c["form"] == form and "length_alpha" in c for c in GOLDENS["of_tokens"])
 
 
 def test_options_name_the_forward_passes_that_they_need():
@@ -210,13 +229,44 @@ def test_options_name_the_forward_passes_that_they_need():
 GOLDENS = json.loads(Path(__file__).with_name("trl_goldens.json").read_text())
 
 
-@pytest.mark.parametrize("case", GOLDENS, ids=lambda c: f"{c['form']} {c['label_smoothing']}")
+def options_of(case):
+    return Preference(**{k: v for k, v in case.items() if k not in ("loss", "losses")})
+
+
+def name_of(case):
+    return " ".join(f"{key}={value}" for key, value in case.items() if "loss" not in key)
+
+
+@pytest.mark.parametrize("case", GOLDENS["of_sums"], ids=name_of)
 def test_losses_equal_trls_own(case):
     # The numbers of make_trl_goldens.py.
     policy = {"whole": scores([-10.0, -7.0, -31.5], [-14.0, -3.0, -30.25])}
     reference = {"whole": scores([-12.0, -6.0, -29.0], [-11.0, -5.0, -33.0])}
     lengths = scores([4.0, 2.0, 9.0], [5.0, 3.0, 7.0])
     pairs = dataclasses.replace(PAIRS, kappa=jnp.ones((1, 3)), lengths=lengths)
-    options = Preference(**{key: value for key, value in case.items() if key != "losses"})
-    got = cadpo_loss(policy, reference, pairs, options)[0][0]
+    got = cadpo_loss(policy, reference, pairs, options_of(case))[0][0]
     np.testing.assert_allclose(got, case["losses"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", GOLDENS["of_tokens"], ids=name_of)
+def test_the_objective_equals_trls_own_from_the_log_probs_of_tokens(case, monkeypatch):
+    # The numbers of make_trl_goldens.py: two tokens of both answers, three and six of one.
+    policy = [-0.5, -1.25, -2.0, -0.75, -3.5, -4.0, -0.25, -1.5, -2.5, -0.125, -3.0]
+    reference = [-0.75, -1.0, -2.5, -1.5, -3.0, -3.0, -0.5, -2.0, -1.0, -0.5, -4.0]
+    monkeypatch.setattr(objectives, "target_log_probs", lambda *_: jnp.array([policy]))
+    branch = [[0] * 2 + [1] * 3 + [2] * 6]
+    batch = {
+        "target_branch": jnp.array(branch),
+        "target_index": jnp.array([[0, 1, *range(2, 5), *range(2, 8)]]),
+        "target_segment": jnp.ones((1, 11), jnp.int32),
+        "target_section": jnp.ones((1, 11), jnp.int32),
+        "target_weights": jnp.ones((1, 11)),
+        "target_reference": jnp.tile(jnp.array(reference), (1, len(VIEWS), 1)),
+        "kappa": jnp.ones((1, 1)),
+        "conflict": jnp.ones((1, 1), jnp.int32),
+        "ignored": jnp.zeros((1, 1), jnp.int32),
+        "pair_valid": jnp.ones((1, 1), bool),
+    }
+    loss, pairs, _ = objectives.cadpo_objective({}, batch, None, None, options_of(case))
+    assert pairs == 1
+    assert float(loss) == pytest.approx(case["loss"], rel=1e-6)
