@@ -119,7 +119,15 @@ def describe(
 
 
 def checked_pairs(config: ConfigDict) -> list[Pair]:
-    """The pairs, with what the loss options need to know about them."""
+    """The pairs, with what the loss options need to know about them.
+
+    Raises ValueError where they do not say it, or where what they say leaves an option no effect.
+    """
+    if config.data.withhold:
+        raise ValueError(
+            f"config.data.withhold={config.data.withhold} belongs to stage 1: the reference's "
+            "log-probs are of whole clips. Set it to 0; config.loss.conditional_* withholds here."
+        )
     pairs, options = read_pairs(config.data.pairs), Preference(**config.loss)
     needs = {
         "withheld": (options.needs_ignored, "conditional_ignored_only, invariance, sensitivity"),
@@ -133,6 +141,17 @@ def checked_pairs(config: ConfigDict) -> list[Pair]:
                 f"{len(pairs)} in {config.data.pairs} lack it, the first for {lacking[0]}. Mine "
                 "them with python -m data_prep.preferences, add it, or unset the option."
             )
+    idle = {
+        f"conditional_{modality}": f"no pair ignored {modality}"
+        for modality in options.conditional
+        if options.conditional_ignored_only and all(p.withheld != modality for p in pairs)
+    }
+    if options.conflict_power and all(pair.kappa == 1 for pair in pairs):
+        idle["conflict_power"] = "kappa is 1 everywhere"
+    for name, why in idle.items():
+        raise ValueError(
+            f"config.loss.{name} would have no effect on {config.data.pairs}: {why}. Set it to 0."
+        )
     return pairs
 
 
