@@ -14,10 +14,11 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
@@ -138,9 +139,10 @@ def attach(
     setattr(module, last, Adapted(getattr(module, last), a, b, scale))
 
 
-def merged(
-    w: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "..."], scale: float
-) -> Float[Array, "..."]:
+Weight = TypeVar("Weight", Array, np.ndarray)
+
+
+def merged(w: Weight, a: Weight, b: Weight, scale: float) -> Weight:
     """W + scale A B, computed in float32 and rounded once to W's dtype; NumPy arrays stay NumPy."""
     layers = a.ndim + b.ndim - w.ndim - 2
     stacked, rank = w.shape[:layers], a.shape[-1]

@@ -78,7 +78,7 @@ class Checkpoints:
     def meta(self) -> dict[str, Any]:
         """What was saved beside the latest state."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest(), args=args).meta
+        return self._manager.restore(self.latest(), args=args)["meta"]
 
     def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState:
         """The latest state, laid out as `abstract` says.
@@ -86,8 +86,8 @@ class Checkpoints:
         Frozen weights that were not saved come back as `abstract` has them. Raises ValueError when
         its meta differs in anything but the step.
         """
-        step = self.latest()
         stored = self.meta()
+        step = stored["step"]
         changed = [key for key in meta if key != "step" and stored.get(key) != meta[key]]
         if changed:
             detail = "; ".join(f"{k} was {stored.get(k)}, is {meta[k]}" for k in changed)
@@ -102,12 +102,12 @@ class Checkpoints:
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
             ),
         )
-        params = flatten(restored.params)
+        params = flatten(restored["params"])
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
             trainable={name: params[name] for name in abstract.trainable},
             frozen={name: params.get(name, leaf) for name, leaf in abstract.frozen.items()},
-            opt_state=restored.opt_state,
+            opt_state=restored["opt_state"],
         )
 
     def _saved(self, state: TrainState) -> dict:

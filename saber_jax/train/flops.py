@@ -125,10 +125,12 @@ def _text_pairs(
     shared, chosen, rejected = (
         jnp.einsum("BLP,BL->BP", member, (branch == b).astype(jnp.float32)) for b in (0, 1, 2)
     )
-    return sum(
-        (n * (n + 1) / 2 + below * n).sum()
-        for n, below in ((shared, 0.0), (chosen, shared), (rejected, shared))
-    )
+    both = chosen + rejected
+    return (_triangle(shared) + _triangle(chosen) + _triangle(rejected) + shared * both).sum()
+
+
+def _triangle(n: Array) -> Array:
+    return n * (n + 1) / 2
 
 
 def _run_pairs(labels: Int[Array, "B N"]) -> Float[Array, ""]:

@@ -170,10 +170,10 @@ def cadpo_objective(
     """Stage 2, CA-DPO, per pair, against reference log-probs that travel with the batch."""
     log_probs = target_log_probs(params, batch, cfg, compute)
     score = functools.partial(pair_scores, batch, length_alpha=options.length_alpha)
-    policy = {"whole": score(log_probs)}
+    policy: dict[View, Scores] = {"whole": score(log_probs)}
     for modality in options.policy_views:
         policy[modality] = score(_without(modality, params, batch, cfg, compute, options))
-    reference = {
+    reference: dict[View, Scores] = {
         view: score(batch["target_reference"][:, VIEWS.index(view)])
         for view in options.reference_views
     }

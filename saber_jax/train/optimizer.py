@@ -87,7 +87,7 @@ def _learning_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransform
 
     def update(updates, state, params=None):
         del params
-        now = {group: rate(state.count) for group, rate in rates.items()}
+        now = {group: jnp.asarray(rate(state.count)) for group, rate in rates.items()}
         scaled = {
             name: -now["vocabulary" if name in VOCABULARY else "rest"] * leaf
             for name, leaf in updates.items()

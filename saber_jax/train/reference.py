@@ -149,12 +149,13 @@ class References:
     """Element i is float32 [views, targets] of pair i; NaN in views that nobody asked for."""
 
     def __init__(self, caches: Sequence[Cache], keys: Sequence[bytes]):
-        self._values = {c.view: [c.values.get(key) for key in keys] for c in caches}
+        self._values, self._keys = {cache.view: cache.values for cache in caches}, keys
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]:
-        nothing = np.full_like(self._values["whole"][index], np.nan)
+        key = self._keys[index]
+        nothing = np.full_like(self._values["whole"][key], np.nan)
         return np.stack(
-            [self._values[view][index] if view in self._values else nothing for view in VIEWS]
+            [self._values[view][key] if view in self._values else nothing for view in VIEWS]
         )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
@@ -35,9 +36,9 @@ class Setup:
     tx: optax.GradientTransformation
     mesh: Mesh
     trainable: tuple[str, ...]
-    state: TrainState
-    batch: Batch
-    step: Callable[..., tuple[TrainState, Metrics]]
+    state: TrainState[jax.ShapeDtypeStruct]
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Callable[..., tuple[TrainState[Array], Metrics]]
     preference: Preference | None
 
     @property
@@ -50,7 +51,7 @@ class Setup:
         """By flattened name."""
         return {n: leaf.dtype for n, leaf in (self.state.trainable | self.state.frozen).items()}
 
-    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def train_step(self) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
         """The jitted step; it takes its state's memory over."""
         step = functools.partial(self.step, cfg=self.cfg, compute=self.compute, tx=self.tx)
         everywhere = sharding.replicated(self.mesh)
@@ -63,7 +64,7 @@ class Setup:
         )
         return jax.jit(log_probs, out_shardings=sharding.batch_sharding(self.mesh))
 
-    def probe(self) -> Callable[[TrainState, Batch], Metrics] | None:
+    def probe(self) -> Callable[[TrainState[Array], Batch], Metrics] | None:
         """The jitted measurements that are too costly for every step; stage 1 has none."""
         if self.preference is None:
             return None
@@ -73,7 +74,7 @@ class Setup:
             out_shardings=sharding.replicated(self.mesh),
         )
 
-    def begin(self, params: dict) -> TrainState:
+    def begin(self, params: dict) -> TrainState[Array]:
         """The state at step 0, optimizer moments laid out like their weights."""
         trainable, frozen = partition(params, self.trainable)
         init = jax.jit(self.tx.init, out_shardings=_shardings(self.state.opt_state))
@@ -97,7 +98,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
         mesh=mesh,
         trainable=patterns,
         state=_abstract_state(cfg, tx, patterns, mesh, config.compute.dtype),
-        batch=_abstract_batch(budget(config), config.data.batch_rows, mesh),
+        batch=_abstract_batch(budget(config), _rows(config, mesh), mesh),
         step=step,
         preference=preference,
     )
@@ -137,7 +138,7 @@ def _abstract_state(
     patterns: tuple[str, ...],
     mesh: Mesh,
     dtype: str,
-) -> TrainState:
+) -> TrainState[jax.ShapeDtypeStruct]:
     """Trainable weights are float32 masters; frozen ones rest in the dtype that they are used in,
     which gives the same numbers from half the memory."""
     params = _placed(saber.abstract(cfg), saber.shardings(cfg, mesh))
@@ -152,8 +153,21 @@ def _abstract_state(
     return TrainState(step, trainable, frozen, opt_state)
 
 
-def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> Batch:
-    place, rows = sharding.batch_sharding(mesh), sharding.batch_rows(rows, mesh)
+def _rows(config: ConfigDict, mesh: Mesh) -> int:
+    """Of a batch; raises ValueError where a microbatch would leave devices without equally many."""
+    rows, parts = sharding.batch_rows(config.data.batch_rows, mesh), config.compute.microbatches
+    shares = sharding.shards(sharding.BATCH_AXES, mesh)
+    if rows % (parts * shares):
+        raise ValueError(
+            f"config.data.batch_rows={config.data.batch_rows} must be a multiple of "
+            f"config.compute.microbatches={parts} times the {shares} devices that rows are spread "
+            f"over: {parts * shares}."
+        )
+    return rows
+
+
+def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    place = sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place)
         for name, array in pack_rows([[]], row).items()

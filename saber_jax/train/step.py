@@ -6,12 +6,13 @@ Pure functions of a state and a batch; the caller jits them, donating the state.
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from saber_jax.models.config import SaberConfig
 from saber_jax.train.losses import Tally, means
@@ -22,15 +23,18 @@ Metrics = dict[str, Array]
 Objective = Callable[[dict, Batch], tuple[Array, Array, Tally]]
 """(parameters, batch) -> loss sum, the weight it is to be divided by, metrics."""
 
+Leaf = TypeVar("Leaf", Array, jax.ShapeDtypeStruct)
+"""Of a state: arrays, or in a state that is only compiled for, what is known about them."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(Generic[Leaf]):
     """Parameters are split by `partition`: only `trainable` has gradients and optimizer state."""
 
-    step: Int[Array, ""]
-    trainable: dict[str, Array]  # "text/blocks/attn/w_q" -> float32 master
-    frozen: dict[str, Array]
+    step: Leaf  # int32 []
+    trainable: dict[str, Leaf]  # "text/blocks/attn/w_q" -> float32 master
+    frozen: dict[str, Leaf]
     opt_state: optax.OptState
 
     @property
@@ -38,15 +42,15 @@ class TrainState:
         return merge(self.trainable, self.frozen)
 
 
-def flatten(params: dict) -> dict[str, Array]:
-    """{"text": {"norm": x}} -> {"text/norm": x}"""
+def flatten(params: dict) -> dict[str, Any]:
+    """{"text": {"norm": x}} -> {"text/norm": x}, whatever the leaves are: arrays, shapes, names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
-def merge(*parts: dict[str, Array]) -> dict:
+def merge(*parts: Mapping[str, Any]) -> dict:
     """Inverse of `flatten`, over the union of `parts`."""
-    tree: dict = {}
+    tree: dict[str, Any] = {}
     for name, leaf in (item for part in parts for item in part.items()):
         *parents, last = name.split("/")
         node = tree
@@ -56,7 +60,7 @@ def merge(*parts: dict[str, Array]) -> dict:
     return tree
 
 
-def partition(params: dict, patterns: tuple[str, ...]) -> tuple[dict[str, Array], dict[str, Array]]:
+def partition(params: dict, patterns: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits by shell patterns over the flattened names: ("text/*", "vision/merger/*").
 
     Raises ValueError naming a pattern that matches nothing: a typo would freeze a tower silently.
@@ -75,13 +79,13 @@ def partition(params: dict, patterns: tuple[str, ...]) -> tuple[dict[str, Array]
 
 
 def sft_step(
-    state: TrainState,
+    state: TrainState[Array],
     batch: Batch,
     *,
     cfg: SaberConfig,
     compute: Compute,
     tx: optax.GradientTransformation,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState[Array], Metrics]:
     """One optimizer step of stage 1."""
     objective = functools.partial(sft_objective, cfg=cfg, compute=compute)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
@@ -89,14 +93,14 @@ def sft_step(
 
 
 def cadpo_step(
-    state: TrainState,
+    state: TrainState[Array],
     batch: Batch,
     *,
     cfg: SaberConfig,
     compute: Compute,
     tx: optax.GradientTransformation,
     options: Preference,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState[Array], Metrics]:
     """One optimizer step of stage 2."""
     objective = functools.partial(cadpo_objective, cfg=cfg, compute=compute, options=options)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
@@ -104,17 +108,17 @@ def cadpo_step(
 
 
 def _update(
-    state: TrainState,
+    state: TrainState[Array],
     batch: Batch,
     objective: Objective,
     tx: optax.GradientTransformation,
     microbatches: int,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState[Array], Metrics]:
     (loss, weight, tally), grads = gradients(state, batch, objective, microbatches)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast("dict[str, Array]", optax.apply_updates(state.trainable, updates))
     metrics = means(tally | {"loss": (loss, jnp.maximum(weight, 1))})
     metrics |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
     metrics |= {f"grad_norm/{tower}": optax.global_norm(g) for tower, g in _towers(grads).items()}
@@ -122,7 +126,7 @@ def _update(
 
 
 def gradients(
-    state: TrainState, batch: Batch, objective: Objective, microbatches: int
+    state: TrainState[Array], batch: Batch, objective: Objective, microbatches: int
 ) -> tuple[tuple[Array, Array, Tally], dict[str, Array]]:
     """The objective's sums over the whole batch, and the gradient of its loss sum.
 

@@ -211,7 +211,7 @@ class Stored:
     def __init__(self, store: ts.TensorStore):
         self._store = store
         self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
-        self.chunks = tuple(store.chunk_layout.read_chunk.shape)
+        self.chunks = tuple(store.chunk_layout.read_chunk.shape or store.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self._store[index].read().result()
