@@ -11,7 +11,8 @@ The same pairs and random float32 weights in three processes that take turns, a 
                model for the reference, which runs inside the step
 
 A pair is a 20 s clip (2,400 video and 500 audio tokens) with two answers of 450 tokens that begin
-differently, so that nothing but the prompt is shared. Towers are frozen, layers rematerialised. The
+differently, so that nothing but the prompt is shared. Towers are frozen, layers rematerialised; the
+network is small (32 million weights, 4 layers of text), as quotients are what is asked for. The
 FLOPs are counted by train/flops.py for ours, with what is computed again, and by torch's own
 counter; what counting promises is their quotient. Needs what requirements-torch.txt names.
 """
@@ -28,7 +29,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +36,22 @@ import numpy as np
 import optax
 
 from benchmarks import generate, result
-from benchmarks.generate import CONFIG
 from saber_jax.data.media import SAMPLE_RATE
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import Record
 from saber_jax.data.transforms import Example, Response, encode_record
 from saber_jax.data.withhold import VIEWS
+from saber_jax.models import saber
 from saber_jax.train import flops
 from saber_jax.train.objectives import Compute, target_log_probs
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import TrainState, cadpo_step, flatten, gradients, partition
 
+CONFIG = dataclasses.replace(
+    generate.CONFIG, text=dataclasses.replace(generate.CONFIG.text, layers=4)
+)
 BETA = 0.1
-ANSWER = 450
+REFERENCE = -9.0  # Of every target: what the cache holds, for all that speed depends on it.
 SHARE_OF_COUNTED = 0.95
 OVER_TORCH = 2.2
 
@@ -56,8 +59,8 @@ COMPUTE = Compute(dtype="float32", remat="layer", head_chunk=150, frame_patches=
 Step = Callable[[], None]
 
 
-def pair(seconds: int) -> tuple[Record, Example]:
-    """Two frames a second of 224 x 420 pixels, sound, and two random answers."""
+def pair(seconds: int, answer: int) -> tuple[Record, Example]:
+    """Two frames a second of 224 x 420 pixels, sound, and two random answers of `answer` tokens."""
     rng = np.random.default_rng(0)
     record = Record(
         clip_id="clip",
@@ -70,31 +73,31 @@ def pair(seconds: int) -> tuple[Record, Example]:
         provenance={},
     )
     prompt = encode_record(record, generate.Letters(), responses=())
-    tokens = rng.integers(20, CONFIG.text.vocab, (2, ANSWER))
+    tokens = rng.integers(20, CONFIG.text.vocab, (2, answer))
     tokens[:, -1] = CONFIG.tokens.eos
     tokens[:, 0] = 20, 21
-    sections = np.ones(ANSWER, np.int64)
+    sections = np.ones(answer, np.int64)
     answers = tuple(Response(tokens=row, sections=sections) for row in tokens)
-    reference = np.full((len(VIEWS), 2 * ANSWER), -9.0, np.float32)
+    reference = np.full((len(VIEWS), 2 * answer), REFERENCE, np.float32)
     return record, dataclasses.replace(prompt, responses=answers, reference=reference)
 
 
 def batches(example: Example) -> dict[str, dict[str, np.ndarray]]:
     """The pair in one row that shares its prompt, and in two rows."""
-    length = len(example.prompt.tokens)
+    length, answer = len(example.prompt.tokens), len(example.responses[0].tokens)
     room = {"patches": len(example.patches), "chunks": len(example.mel), "segments": 1}
-    shared = Budget(length=length, response=ANSWER, targets=2 * ANSWER, **room)
-    single = Budget(length=length + ANSWER, targets=ANSWER, **room)
+    shared = Budget(length=length, response=answer, targets=2 * answer, **room)
+    single = Budget(length=length + answer, targets=answer, **room)
     rows = [
-        [dataclasses.replace(example, responses=(answer,), reference=None)]
-        for answer in example.responses
+        [dataclasses.replace(example, responses=(response,), reference=None)]
+        for response in example.responses
     ]
     return {"shared": pack_rows([[example]], shared), "unshared": pack_rows(rows, single)}
 
 
 def counted(batch: dict[str, np.ndarray]) -> float:
     """FLOPs of a step with trained text and frozen towers, the text's forward pass twice."""
-    sizes = flops.parameter_sizes(flatten(generate.saber.abstract(CONFIG)))
+    sizes = flops.parameter_sizes(flatten(saber.abstract(CONFIG)))
     trainable = [name for name in sizes if name.startswith("text/")]
     found = {name: float(value) for name, value in flops.counts(batch).items()}
     again = flops.train_flops(CONFIG, sizes, [], found)["text"]
@@ -103,7 +106,7 @@ def counted(batch: dict[str, np.ndarray]) -> float:
 
 def forward(batch: dict[str, np.ndarray]) -> float:
     """FLOPs of looking at it once, as an inline reference does."""
-    sizes = flops.parameter_sizes(flatten(generate.saber.abstract(CONFIG)))
+    sizes = flops.parameter_sizes(flatten(saber.abstract(CONFIG)))
     found = {name: float(value) for name, value in flops.counts(batch).items()}
     return sum(flops.train_flops(CONFIG, sizes, [], found).values())
 
@@ -112,8 +115,8 @@ def unshared_step(state: TrainState, batch: dict, *, tx, compute: Compute):
     """cadpo_step over rows (chosen, rejected): the paper's form, without sharing anything."""
 
     def objective(params, rows):
-        sums = target_log_probs(params, rows, CONFIG, compute).sum(1) + 9.0 * ANSWER
-        return -jax.nn.log_sigmoid(BETA * (sums[0] - sums[1])), jnp.ones(()), {}
+        rho = (target_log_probs(params, rows, CONFIG, compute) - REFERENCE).sum(1)
+        return -jax.nn.log_sigmoid(BETA * (rho[0] - rho[1])), jnp.ones(()), {}
 
     (loss, _, _), grads = gradients(state, batch, objective, 1)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -121,17 +124,17 @@ def unshared_step(state: TrainState, batch: dict, *, tx, compute: Compute):
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), {"loss": loss}
 
 
-def ours(variant: str, seconds: int) -> Step:
-    """A jitted step, compiled, that donates its state."""
-    batch = jax.device_put(batches(pair(seconds)[1])[variant])
+def ours(variant: str, example: Example) -> Step:
+    """A jitted step that donates its state."""
+    batch = jax.device_put(batches(example)[variant])
     tx = optax.adamw(1e-6)
     if variant == "shared":
-        compute = dataclasses.replace(COMPUTE, response=ANSWER)
+        compute = dataclasses.replace(COMPUTE, response=len(example.responses[0].tokens))
         options = Preference(beta=BETA)
         step = functools.partial(cadpo_step, cfg=CONFIG, compute=compute, tx=tx, options=options)
     else:
         step = functools.partial(unshared_step, tx=tx, compute=COMPUTE)
-    trainable, frozen = partition(jax.device_put(generate.weights()), ("text/*",))
+    trainable, frozen = partition(jax.device_put(generate.weights(CONFIG)), ("text/*",))
     states = [TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))]
     del trainable, frozen
     compiled = jax.jit(step, donate_argnums=0)
@@ -141,17 +144,15 @@ def ours(variant: str, seconds: int) -> Step:
         states.append(jax.block_until_ready(state))
         assert np.isfinite(metrics["loss"])
 
-    run()
     return run
 
 
-def torchs(seconds: int) -> Step:
+def torchs(record: Record, example: Example) -> Step:
     """The step as TRL's trainer makes it, without its bookkeeping."""
     import torch
 
-    record, example = pair(seconds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = generate.reference(generate.weights()).to(device)
+    model = generate.reference(generate.weights(CONFIG), CONFIG).to(device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     model.model.visual.requires_grad_(False)
     model.model.audio_tower.requires_grad_(False)
@@ -164,7 +165,7 @@ def torchs(seconds: int) -> Step:
     given["attention_mask"] = torch.ones_like(given["input_ids"])
 
     def log_probs(network):
-        logits = network(**given, use_cache=False).logits[:, -ANSWER - 1 : -1].float()
+        logits = network(**given, use_cache=False).logits[:, -answers.shape[1] - 1 : -1].float()
         picked = torch.gather(logits, 2, answers[:, :, None])[:, :, 0]
         return (picked - torch.logsumexp(logits, -1)).sum(1)
 
@@ -178,26 +179,27 @@ def torchs(seconds: int) -> Step:
         optimizer.zero_grad(set_to_none=True)
         assert np.isfinite(loss.item())
 
-    run()
     return run
 
 
-def torch_flops(step: Step) -> float:
+def first_step(variant: str, step: Step) -> dict[str, float]:
+    """Compiles ours; counts the FLOPs of torch's."""
+    if variant != "torch":
+        step()
+        return {}
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
         step()
-    return float(counter.get_total_flops())
+    return {"flops": float(counter.get_total_flops())}
 
 
-def serve(variant: str, seconds: int) -> None:
+def serve(variant: str, seconds: int, answer: int) -> None:
     """One variant in a process of its own: a step for every line it reads, a JSON line for each."""
-    step = torchs(seconds) if variant == "torch" else ours(variant, seconds)
-    print(json.dumps({"ready": variant, "memory": peak_memory()}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "flops":
-            print(json.dumps({"flops": torch_flops(step)}), flush=True)
-            continue
+    record, example = pair(seconds, answer)
+    step = torchs(record, example) if variant == "torch" else ours(variant, example)
+    print(json.dumps(first_step(variant, step)), flush=True)
+    for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         step()
         spent = time.perf_counter() - wall, time.process_time() - cpu
@@ -217,27 +219,27 @@ def peak_memory() -> float:
 class Worker:
     """A variant's process."""
 
-    def __init__(self, variant: str, seconds: int):
+    def __init__(self, variant: str, seconds: int, answer: int):
         command = [sys.executable, "-m", "benchmarks.cadpo", "--serve", variant]
         self._process = subprocess.Popen(
-            [*command, "--seconds", str(seconds)],
+            [*command, "--seconds", str(seconds), "--answer", str(answer)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
-        self._read()
 
-    def ask(self, what: str) -> dict[str, Any]:
-        self._process.stdin.write(what + "\n")
+    def step(self) -> dict[str, float]:
+        self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        return self._read()
+        return self.read()
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, float]:
+        """What it says next; its first word comes after its first step."""
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("A variant's process ended early; its message is above.")
@@ -246,23 +248,26 @@ class Worker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a 4 s clip, two rounds")
+    parser.add_argument("--quick", action="store_true", help="a 4 s clip, short answers")
     parser.add_argument("--serve", choices=("shared", "unshared", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve:
-        return serve(flags.serve, flags.seconds)
-    seconds, rounds = (4, 2) if flags.quick else (20, 5)
-    rows = batches(pair(seconds)[1])
+        return serve(flags.serve, flags.seconds, flags.answer)
+    seconds, answer, rounds = (4, 150, 2) if flags.quick else (20, 450, 5)
+    rows = batches(pair(seconds, answer)[1])
     count = {variant: counted(batch) for variant, batch in rows.items()}
     count["duplicate_everything"] = count["unshared"] + forward(rows["unshared"])
-    workers = {variant: Worker(variant, seconds) for variant in ("shared", "unshared", "torch")}
-    count["torch"] = workers["torch"].ask("flops")["flops"]
+    # All at once: they import and compile on one core each, and nothing is timed yet.
+    workers = {name: Worker(name, seconds, answer) for name in ("torch", "shared", "unshared")}
+    first = {variant: worker.read() for variant, worker in workers.items()}
+    count["torch"] = first["torch"]["flops"]
     print({name: f"{value / 1e9:.0f} GFLOP" for name, value in count.items()}, flush=True)
     steps = {variant: [] for variant in workers}
     for number in range(rounds):
         for variant, worker in workers.items():
-            steps[variant].append(worker.ask("step"))
+            steps[variant].append(worker.step())
             print(f"round {number} {variant}: {steps[variant][-1]}", flush=True)
     for worker in workers.values():
         worker.close()

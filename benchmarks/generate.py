@@ -102,7 +102,7 @@ def _clip(rng: np.random.Generator, number: int, seconds: float) -> Record:
     )
 
 
-def weights() -> saber.Params:
+def weights(config: SaberConfig = CONFIG) -> saber.Params:
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -111,20 +111,20 @@ def weights() -> saber.Params:
         noise = rng.standard_normal(leaf.shape, np.float32)
         return scale + np.float32(0.04) * noise
 
-    return jax.tree_util.tree_map_with_path(draw, saber.abstract(CONFIG))
+    return jax.tree_util.tree_map_with_path(draw, saber.abstract(config))
 
 
-def reference(params: saber.Params) -> Any:
+def reference(params: saber.Params, size: SaberConfig = CONFIG) -> Any:
     """The same network in transformers, with its fastest attention for CPUs."""
     import torch
     from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = Qwen2_5OmniThinkerConfig(**to_hf(CONFIG, dtype="float32"))
+    config = Qwen2_5OmniThinkerConfig(**to_hf(size, dtype="float32"))
     model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
         config, attn_implementation="sdpa"
     ).eval()
-    disk = {entry.name: torch.from_numpy(a.copy()) for entry, a in to_disk(params, CONFIG)}
+    disk = {entry.name: torch.from_numpy(a.copy()) for entry, a in to_disk(params, size)}
     model.load_state_dict({_in_memory(name): tensor for name, tensor in disk.items()})
     return model
 
