@@ -245,3 +245,15 @@ def test_nothing_usable_is_one_clear_error(folder, tokenizer, tmp_path, capsys):
     assert imported(folder, tokenizer, tmp_path / "o", "trl", [{"chosen": 1}]) == 2
     assert "None of the 1 rows" in capsys.readouterr().err
     assert not np.any(list(tmp_path.glob("o/*")))
+
+
+def test_a_fault_of_the_program_does_not_look_like_a_refusal(
+    folder, tokenizer, tmp_path, monkeypatch, capsys
+):
+    def faulty(*_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(importers, "to_record", faulty)
+    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", questions(1)) == 3
+    assert "a fault" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("faster_whisper", reason="requirements-prep.txt is not installed")
 
-from data_prep import build, corpus, run, settings, storage
+from data_prep import build, corpus, importers, run, settings, storage
 from data_prep.corpus_plan import Sizes
 from saber_jax.data.records import RecordSource
 from tests.data_prep.misbehaving import INJECTION, TROUBLES, Misbehaving
@@ -193,6 +193,24 @@ def test_conversations_ask_for_parts_and_answer_evidence_first(finished):
         for kind in ("video", "audio"):
             assert asked.count(f"<{kind}>") == len(line[f"{kind}s"]) == 1
             assert Path(line[f"{kind}s"][0]).is_file()
+
+
+def test_other_trainers_conversations_are_imported_back_split_by_split(
+    finished, tokenizer, tmp_path
+):
+    file = finished[0] / "out/instructions/conversations.jsonl"
+    lines = storage.read_lines(str(file))
+    for split in {line["split"] for line in lines}:
+        flags = ["--format", "ms-swift", "--input", str(file), "--out", str(tmp_path / split)]
+        flags += ["--tokenizer", str(tokenizer.path), "--split", split, "--workers", "2"]
+        assert importers.main(flags) == 0
+        stored = RecordSource(tmp_path / split, split)
+        assert {(r.messages[1]["content"], r.answer) for r in stored} == {
+            (line["messages"][1]["content"], line["messages"][2]["content"])
+            for line in lines
+            if line["split"] == split
+        }
+        assert all(len(record.frames) and len(record.audio) for record in stored)
 
 
 def test_again_brings_back_what_an_endpoint_in_trouble_lost(finished, drawn, tmp_path, capsys):
