@@ -3,9 +3,8 @@
     python -m benchmarks.packing [--quick]
 
 Lengths are made up like SABER's (benchmarks/lengths.py), rows are 4,096 long (of pairs: the region
-that both answers share), and the media
-budgets are those that python -m saber_jax.data.budgets chooses. Peers get batches as large as their
-method fills them:
+that both answers share), and the other budgets are those that python -m saber_jax.data.budgets
+chooses for a part of the data. Peers get batches as large as their method fills them:
 
 - padding to the longest: eight conversations at a time in shuffled order, every text, picture and
   sound buffer padded to the longest of its batch;
@@ -108,12 +107,11 @@ def main() -> None:
         for name, row in rows.items():
             print(f"  {name:24s}" + "  ".join(f"{key} {share:.1%}" for key, share in row.items()))
         shares[case] = {key: round(filled[key], 4) for key in (*GOALS, "left out", "thinned")}
-        if "SFT" in case:
-            worst = min(worst, *(filled[key] / goal for key, goal in GOALS.items()))
+        worst = min(worst, *(filled[key] / goal for key, goal in GOALS.items()))
     result.finish(
         "packing",
         value=round(float(worst), 4),
-        unit="worst share / its goal, SFT",
+        unit="worst share / its goal",
         goal=1.0,
         ok=worst >= 1.0,
         device=result.device(),

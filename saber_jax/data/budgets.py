@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from saber_jax.data import pipeline, planning, sizing
 from saber_jax.data.packing import Budget
@@ -26,15 +27,21 @@ from saber_jax.data.sources import Sources
 from saber_jax.data.tokenizer import load_tokenizer
 
 SAMPLE = 3 * planning.WINDOW
+"""Examples that a budget is tried on."""
+
+ROUGHLY, FINALISTS, ROUGH_LOSS = 2048, 6, 0.02
+"""Of these, as many choose the budgets that are tried on all of them."""
+
+MOST_SEGMENTS = 64
 LEAST_MEDIA = 0.92
 MOST_LEFT_OUT = 0.008
 
 # Sizes are rounded up to these. Two responses make a multiple of the kernels' 128 slots; the head
 # takes a chunk of targets at a time.
-LENGTH_STEP, PATCH_STEP, TARGET_STEP = 64, 64, 256
+LENGTH_STEP, TARGET_STEP = 64, 256
 
-# A TPU's attention goes through a row in the longest blocks up to 512 that divide it, see
-# models/kernels.py. Blocks of 512 patches and of 512 slots are each worth so much of the text.
+# A TPU's attention goes through a row's slots in the longest blocks up to 512 that divide it, see
+# models/kernels.py, and pads patches to whole blocks. Blocks of 512 are worth so much of the text.
 LANES, LONGEST_BLOCK, WORTH = 128, 512, 0.01
 
 
@@ -51,11 +58,10 @@ class Choice:
     def media(self) -> float:
         return min(self.fill["patches"], self.fill["chunks"])
 
-    @property
-    def score(self) -> tuple[bool, float]:
-        good = self.media >= LEAST_MEDIA and self.left_out <= MOST_LEFT_OUT
-        blocks = _block(self.budget.patches) + _block(self.budget.slots)
-        value = self.fill["text"] + WORTH * blocks / LONGEST_BLOCK
+    def score(self, least_media: float = LEAST_MEDIA) -> tuple[bool, float]:
+        """Larger is better."""
+        good = self.media >= least_media and self.left_out <= MOST_LEFT_OUT
+        value = self.fill["text"] + WORTH * _block(self.budget.slots) / LONGEST_BLOCK
         return good, value if good else self.media - 10 * self.left_out
 
     def flags(self) -> str:
@@ -68,15 +74,17 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
     Raises ValueError when no example can be used.
     """
     measured = _sample(measured)
-    tried = [
-        choice for budget in _candidates(measured, length) if (choice := _try(measured, budget))
-    ]
+    few = _first(measured, ROUGHLY)
+    rough = [choice for budget in _candidates(measured, length) if (choice := _try(few, budget))]
+    # Fewer examples leave less to choose from, so that rows are emptier throughout.
+    rough.sort(key=lambda choice: choice.score(LEAST_MEDIA - ROUGH_LOSS))
+    tried = [choice for one in rough[-FINALISTS:] if (choice := _try(measured, _open(one.budget)))]
     if not tried:
         raise ValueError(
             f"No example fits into rows of {length}. Raise --length, or look at the records with "
             "python -m saber_jax.data.records --show."
         )
-    return max(tried, key=lambda choice: choice.score), tried
+    return max(tried, key=Choice.score), tried
 
 
 def _sample(measured: sizing.Measurements) -> sizing.Measurements:
@@ -85,6 +93,21 @@ def _sample(measured: sizing.Measurements) -> sizing.Measurements:
     return sizing.Measurements(
         measured.sizes[:, some], measured.frame_pairs[some], measured.token_counts
     )
+
+
+def _first(measured: sizing.Measurements, count: int) -> sizing.Measurements:
+    return sizing.Measurements(
+        measured.sizes[:, :count], measured.frame_pairs[:count], measured.token_counts
+    )
+
+
+def _patch_step(patches: Int[np.ndarray, "K N"]) -> int:
+    """What the patches of all clips are multiples of: of a frame pair, where all are of one size.
+
+    A budget between two multiples would leave its rest empty in every row.
+    """
+    step = int(np.gcd.reduce(patches.ravel()))
+    return step * -(-64 // step) if step else 64
 
 
 def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
@@ -98,13 +121,11 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
         for response in _around(answer, LENGTH_STEP)
         if (length + 2 * response) % LONGEST_BLOCK == 0
     }
-    shown = mean["patches"] / rows
-    patches = {_up(shown * k, PATCH_STEP) for k in (0.98, 1.01, 1.035, 1.06)}
-    patches |= {*_around(shown, LONGEST_BLOCK)}
+    of_patches = measured.sizes[..., planning.FIELDS.index("patches")]
+    step = _patch_step(of_patches)
+    patches = {_up(mean["patches"] / rows * k, step) for k in (0.98, 1.01, 1.035, 1.06)}
     need = mean["chunks"] / rows
-    largest = measured.sizes[..., planning.FIELDS.index("patches")].max(0) // np.maximum(
-        measured.frame_pairs, 1
-    )
+    largest = of_patches.max(0) // np.maximum(measured.frame_pairs, 1)
     chunks = range(max(1, int(need * 0.98)), int(np.ceil(need / LEAST_MEDIA)) + 1)
     for response, n_v, n_a in itertools.product(
         sorted(responses) or [0], sorted(patches), chunks if need else [0]
@@ -115,9 +136,14 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
             patches=n_v,
             chunks=n_a,
             targets=length + 2 * response,
-            segments=64,
+            segments=MOST_SEGMENTS,
             frame_patches=int(largest.max()),
         )
+
+
+def _open(budget: Budget) -> Budget:
+    """Without limits on targets and segments."""
+    return dataclasses.replace(budget, targets=budget.slots, segments=MOST_SEGMENTS)
 
 
 def _up(value: float, step: int) -> int:
@@ -173,7 +199,7 @@ def table(choices: Sequence[Choice]) -> str:
     lines = [
         "length response patches chunks targets segments |  text patches chunks | left out thinned"
     ]
-    for choice in sorted(choices, key=lambda choice: choice.score):
+    for choice in sorted(choices, key=Choice.score):
         b, f = choice.budget, choice.fill
         lines.append(
             f"{b.length:6d} {b.response:8d} {b.patches:7d} {b.chunks:6d} {b.targets:7d} "

@@ -23,10 +23,14 @@ from saber_jax.data.transforms import Size
 FIELDS = tuple(field.name for field in dataclasses.fields(Size))
 """Columns of every `sizes` array below."""
 
-WINDOW = 2048
-"""Examples that are planned together. Twice as many fill text 0.1% better."""
+WINDOW = 4096
+"""Examples that are planned together."""
 
-CANDIDATES = 96
+CARRIED = 1024
+"""As many are left to the next window of an epoch: the last rows, having little to choose from,
+would be a fifth emptier than the others."""
+
+CANDIDATES = 128
 """Of the waiting examples, how many are tried against each other as a row's last two."""
 
 ENOUGH = 0.01
@@ -36,7 +40,7 @@ SWITCHES = (2.2, 1.5)
 """A row takes one example at a time while room for more average examples than this is left, and
 then the best two; each value is tried, from left to right."""
 
-TEXT_WORTH = 3.0
+TEXT_WORTH = 8.0
 """A full text budget counts as much as this many full media budgets: text slots cost the most."""
 
 
@@ -47,6 +51,19 @@ def plan_rows(
 
     Raises ValueError when an example is larger than a row: media is never truncated.
     """
+    _refuse_too_large(sizes, order, budget)
+    rows, carried = [], order[:0]
+    windows = _windows(order)
+    for left, window in zip(reversed(range(len(windows))), windows, strict=True):
+        ids = np.concatenate([carried, window])
+        more, carried = _plan_window(sizes, ids, budget, last=not left)
+        rows += more
+    return rows
+
+
+def _refuse_too_large(
+    sizes: Int[np.ndarray, "N D"], order: Int[np.ndarray, " M"], budget: Budget
+) -> None:
     too_large = order[~fits(sizes[order], budget)]
     if len(too_large):
         worst = too_large[0]
@@ -55,11 +72,6 @@ def plan_rows(
             f"{FIELDS} = {sizes[worst].tolist()} > {budget.limits.tolist()}. Leave them out, or "
             "raise the budgets in config.data."
         )
-    return [
-        [int(window[i]) for i in row]
-        for window in _windows(order)
-        for row in pack_window(sizes[window], budget)
-    ]
 
 
 def fits(sizes: Int[np.ndarray, "N D"], budget: Budget) -> Bool[np.ndarray, " N"]:
@@ -72,13 +84,16 @@ def _windows(order: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " m"]]:
     return np.array_split(order, max(1, round(len(order) / WINDOW)))
 
 
-def pack_window(sizes: Int[np.ndarray, "n D"], budget: Budget) -> list[list[int]]:
-    """Rows of indices into `sizes`, each index once; every example must fit into a row."""
-    waiting = _Waiting(sizes, budget)
-    rows = []
-    while (row := waiting.best_row()) is not None:
-        rows.append(row)
-    return rows
+def _plan_window(
+    sizes: Int[np.ndarray, "N D"], ids: Int[np.ndarray, " n"], budget: Budget, *, last: bool
+) -> tuple[list[list[int]], Int[np.ndarray, " c"]]:
+    """Rows of `ids`, all of which fit into a row, and what of them is carried on."""
+    waiting = _Waiting(sizes[ids], budget)
+    waits, rows = np.ones(len(ids), bool), []
+    while waits.sum() > (0 if last else CARRIED) and (row := waiting.best_row()) is not None:
+        waits[row] = False
+        rows.append(ids[row].tolist())
+    return rows, ids[waits]
 
 
 class _Waiting:
@@ -194,11 +209,12 @@ def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a plan can be entered: the first row of a window."""
+    """Where a plan can be entered: the first row of a window, and what was carried on to it."""
 
     row: int = 0
     epoch: int = 0
     window: int = 0
+    carried: Sequence[int] = ()
 
 
 class Plan:
@@ -247,10 +263,11 @@ class Plan:
         return self._window_of(index)[0]
 
     def begun(self, row: int) -> Int[np.ndarray, " n"]:
-        """Examples in those rows before `row` that are of its epoch."""
+        """Examples in those rows before `row` that are of its epoch, by number."""
         at, rows = self._window_of(row)
-        before = [*self._windows(at.epoch)[: at.window], *rows[: row - at.row]]
-        return np.concatenate([np.zeros(0, np.int64), *before]).astype(np.int64)
+        seen = [*self._windows(at.epoch)[: at.window], *rows[: row - at.row]]
+        counts = sum(self._counted(ids) for ids in seen) - self._counted(at.carried)
+        return np.repeat(np.arange(len(self.sizes)), counts)
 
     def entered(self, position: Position) -> "Plan":
         """The same plan from `position` on; rows before it are out of reach."""
@@ -269,7 +286,7 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Changes with anything that would change a batch's composition."""
-        digest = hashlib.sha256(repr((self.budget, self._seed, WINDOW)).encode())
+        digest = hashlib.sha256(repr((self.budget, self._seed, WINDOW, CARRIED)).encode())
         for array in (self.sizes, self._drawn(0), self._drawn(1)):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]
@@ -281,21 +298,28 @@ class Plan:
             for position, rows in reversed(self._planned):
                 if position.row <= index:
                     return position, rows
-        raise IndexError(f"Row {index} lies before {self._planned[0][0]}, where this plan starts.")
+        start = self._planned[0][0].row
+        raise IndexError(f"Row {index} lies before row {start}, where this plan starts.")
 
     def _plan_next(self) -> None:
         at = self._next
         windows = self._windows(at.epoch)
-        rows = plan_rows(self.sizes, windows[at.window], self.budget)
+        last = at.window + 1 == len(windows)
+        ids = np.concatenate([np.asarray(at.carried, np.int64), windows[at.window]])
+        _refuse_too_large(self.sizes, ids, self.budget)
+        rows, carried = _plan_window(self.sizes, ids, self.budget, last=last)
         # Rows come out hardest first; a batch should not be all long clips.
         shuffle = np.random.default_rng([self._seed, at.epoch, at.window]).permutation(len(rows))
         self._planned.append((at, [rows[i] for i in shuffle]))
-        last = at.window + 1 == len(windows)
         self._next = Position(
             row=at.row + len(rows),
             epoch=at.epoch + last,
             window=0 if last else at.window + 1,
+            carried=carried.tolist(),
         )
+
+    def _counted(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " N"]:
+        return np.bincount(np.asarray(ids, np.int64), minlength=len(self.sizes))
 
     def _windows(self, epoch: int) -> list[Int[np.ndarray, " m"]]:
         rng = np.random.default_rng([self._seed, epoch])

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from saber_jax.data import media, packing, sed, transforms
-from saber_jax.data.planning import FIELDS, pack_window
+from saber_jax.data.planning import FIELDS, plan_rows
 from saber_jax.data.records import Size
 from saber_jax.data.tokenizer import Tokenizer
 
@@ -129,7 +129,7 @@ class Packer:
         sizes = np.zeros((len(texts), len(FIELDS)), np.int64)
         sizes[:, FIELDS.index("text")] = texts
         # Budgets of zero are not looked at: media takes the room that the text's rows leave it.
-        rows = pack_window(sizes, self._budget(Room(length=length)))
+        rows = plan_rows(sizes, np.arange(len(sizes)), self._budget(Room(length=length)))
         return [[first + i for i in row] for row in rows]
 
     def _budget(self, room: Room) -> packing.Budget:

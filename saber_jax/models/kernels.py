@@ -117,8 +117,9 @@ def nearby(
     kernel: Kernel,
 ) -> Float[Array, "B T N H"]:
     """masks.same_segment, for segments of at most `reach` neighbouring positions."""
-    length = q.shape[1] + -q.shape[1] % LANES
-    block = min(_block(length), max(LANES, 1 << (reach - 1).bit_length()))
+    # Longer rows are cheaper than shorter blocks: few blocks meet a segment, whatever the padding.
+    block = min(LONGEST_BLOCK, max(LANES, 1 << (reach - 1).bit_length()))
+    length = q.shape[1] + -q.shape[1] % block
     return _attend(q, k, v, segments, NearbyMask(length, reach), block, kernel)
 
 

@@ -63,6 +63,20 @@ def test_rows_of_saber_like_lengths_are_full():
     assert filled["text"] > 0.97 and filled["patches"] > 0.92 and filled["chunks"] > 0.92
 
 
+def test_what_is_carried_to_the_next_window_fills_rows(monkeypatch):
+    sizes = lengths.pairs(2048, lengths.RELEASE, np.random.default_rng(5))
+    budget = Budget(length=4096, response=1408, patches=10560, chunks=14, targets=4352, segments=7)
+    order = np.flatnonzero(planning.fits(sizes, budget))
+    monkeypatch.setattr(planning, "WINDOW", 512)
+    filled = []
+    for carried in (0, 128):
+        monkeypatch.setattr(planning, "CARRIED", carried)
+        rows = plan_rows(sizes, order, budget)
+        assert sorted(itertools.chain.from_iterable(rows)) == order.tolist()
+        filled.append(planning.fill(sizes, rows, budget)["text"])
+    assert filled[1] > filled[0] + 0.004
+
+
 def plan_of(examples: int, seed: int = 7, **changes) -> Plan:
     return Plan(random_sizes(examples, 6)[None], BUDGET, seed, **changes)
 
@@ -70,6 +84,7 @@ def plan_of(examples: int, seed: int = 7, **changes) -> Plan:
 @pytest.fixture
 def small_windows(monkeypatch):
     monkeypatch.setattr(planning, "WINDOW", 100)
+    monkeypatch.setattr(planning, "CARRIED", 25)
 
 
 def test_a_plan_entered_at_any_row_goes_on_as_if_it_had_come_from_the_start(small_windows):
