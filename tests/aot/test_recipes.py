@@ -87,9 +87,13 @@ def test_every_matrix_is_spread_over_all_devices_of_a_slice(compiled):
     state = compiled.stage.state
     shards = sharding.shards(sharding.FSDP, compiled.stage.mesh)
     for part in (state.trainable, state.frozen):
-        matrices = {n: leaf for n, leaf in part.items() if re.search(r"/w_|embed|lm_head", n)}
+        # Adapters' halves without the width of the network are too thin to be worth a collective.
+        matrices = {
+            n: leaf
+            for n, leaf in part.items()
+            if re.search(r"/w_|embed|lm_head", n) and not n.startswith("lora/")
+        }
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in matrices.values())
-        # The first convolution and the patches' projection read axes that nothing divides.
         assert memory.per_device(matrices) <= whole / shards * 1.02
 
 
