@@ -27,8 +27,8 @@ _KEPT: dict[str, tuple[str, ...]] = {
     "layer": (),  # 0.05: the input alone.
     "qkv": (QKV,),  # 0.12: not the projections before the attention kernel.
     "attention": (QKV, ATTENTION),  # 0.18: nor the kernel.
-    "gate": (QKV, ATTENTION, MLP_INPUT, GATE),  # 0.52: nor its output's, nor one wide product.
-    "matmuls": (QKV, ATTENTION, MLP_INPUT, GATE, UP),  # 0.81: no product at all.
+    "gate": (QKV, ATTENTION, MLP_INPUT, GATE),  # 0.52: nor one of the two wide products.
+    "matmuls": (QKV, ATTENTION, MLP_INPUT, GATE, UP),  # 0.81: nor the other.
 }
 # What goes to the host's memory and comes back for the backward pass.
 _OFFLOADED: dict[str, tuple[str, ...]] = {
