@@ -221,7 +221,7 @@ def side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         ("bound: interconnect, s", lambda f: f["roofline"]["seconds"]["interconnect"], 1),
     ):
         x, y = of(a) / unit, of(b) / unit
-        rows.append((label, f"{x:.2f}", f"{y:.2f}", f"{y / x:.2f}" if x else ""))
+        rows.append((label, f"{x:.4g}", f"{y:.4g}", f"{y / x:.2f}" if x else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3))
