@@ -60,8 +60,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.max_bad_fraction = 0.01
     c.data.batch_rows = 10 if tiny else 256  # Rows of an optimizer step, over all hosts.
     # The static shape of a row; examples are packed into it. `response` is for preference pairs.
-    # Which budgets suit other data: python -m saber_jax.data.budgets. Patches in multiples of 512
-    # let the attention kernel take its longest blocks.
+    # Which budgets suit other data: python -m saber_jax.data.budgets.
     c.data.length = 352 if tiny else 4096
     c.data.response = 0
     c.data.patches = 288 if tiny else 7_680
