@@ -11,17 +11,49 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 from tqdm import tqdm
 
 from saber_jax.data import records
 
 Load = Callable[[Any], records.Record]
+
+
+class _Bucket:
+    """Where tensorflow-datasets keeps the part of a split that has not found its place yet, once
+    there is more than 1 GB of it. Its own needs TensorFlow and a thousand open files."""
+
+    def __init__(self, path: os.PathLike[str]):
+        self._path, self._length, self.size = Path(path), 0, 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, key: int, data: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(key.to_bytes(16, "big") + len(data).to_bytes(8, "big") + data)
+        self._length += 1
+        self.size += len(data)
+
+    def read_values(self) -> Iterator[tuple[int, bytes]]:
+        if not self._length:
+            return
+        with self._path.open("rb") as file:
+            while key := file.read(16):
+                size = int.from_bytes(file.read(8), "big")
+                yield int.from_bytes(key, "big"), file.read(size)
+
+    def del_file(self) -> None:
+        self._path.unlink(missing_ok=True)
+
 
 CHECKSUMS = "SHA256SUMS"
 """Beside the shards; `sha256sum --check SHA256SUMS` there says whether a copy is whole."""
@@ -126,7 +158,10 @@ def write(
     builder = Saber(
         splits=splits, load=load, beam=bool(beam), data_dir=directory, file_format="array_record"
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ... unknown size".
+    with (
+        mock.patch.object(shuffle, "_Bucket", _Bucket),
+        contextlib.redirect_stdout(io.StringIO()),  # "Downloading ... unknown size".
+    ):
         builder.download_and_prepare(download_config=_download_config(beam))
     sources = {split: records.RecordSource(directory, split) for split in sorted(splits)}
     for source in sources.values():

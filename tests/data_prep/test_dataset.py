@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from data_prep import dataset
 from saber_jax.data import records
@@ -37,6 +38,22 @@ def test_beam_writes_the_same_records_in_the_same_order_as_one_process(local, tm
     dataset.write(tmp_path, items, synthetic.record, beam=BEAM)
     for split in SPLITS:
         assert stored(tmp_path / "saber" / "1.0.0", split) == stored(local, split)
+
+
+def test_a_split_larger_than_memory_comes_out_as_a_small_one(local, tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 300_000)  # Of three records.
+    deleted, delete = [], dataset._Bucket.del_file
+
+    def watched(bucket):
+        deleted.append(len(bucket))
+        delete(bucket)
+
+    monkeypatch.setattr(dataset._Bucket, "del_file", watched)
+    dataset.write(tmp_path, SPLITS, synthetic.record)
+    assert sum(deleted) == 15
+    for split in SPLITS:
+        assert stored(tmp_path / "saber" / "1.0.0", split) == stored(local, split)
+    assert not list(tmp_path.rglob("*bucket*"))
 
 
 def test_tfds_reads_any_record_of_the_data_source(local):
