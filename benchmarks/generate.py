@@ -9,6 +9,7 @@ as its processor's work is not what is compared. Needs what requirements-torch.t
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import statistics
@@ -189,27 +190,35 @@ def compare(
             )
         return out[:, given["input_ids"].shape[1] :].tolist()
 
-    answers, expected = ours(), theirs()  # Also compiles ours.
+    answers = ours()  # Also compiles.
     count = sum(map(len, answers))
+    runs = [(_timed(ours), _timed(theirs)) for _ in range(repeats)]
+    wall = [statistics.median(pair[i].wall for pair in runs) for i in (0, 1)]
+    cpu = [min(pair[i].processor for pair in runs) for i in (0, 1)]
+    expected = runs[0][1].answers
     same = [np.mean(np.array(a) == b[: len(a)]) for a, b in zip(answers, expected, strict=True)]
-    seconds = [(_timed(ours), _timed(theirs)) for _ in range(repeats)]
-    wall = [statistics.median(pair[i][0] for pair in seconds) for i in (0, 1)]
-    cpu = [min(pair[i][1] for pair in seconds) for i in (0, 1)]
     return {
         "ours": round(count / wall[0], 1),
         "transformers": round(count / wall[1], 1),
-        "ratio": round(statistics.median(b[0] / a[0] for a, b in seconds), 2),
+        "ratio": round(statistics.median(b.wall / a.wall for a, b in runs), 2),
         "cpu_ratio": round(cpu[1] / cpu[0], 2),
         "tokens_that_agree": round(float(np.mean(same)), 4),
         "prompt_tokens": given["attention_mask"].sum(1).tolist(),
     }
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of wall and of processor time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+@dataclasses.dataclass(frozen=True)
+class Run:
+    wall: float
+    processor: float
+    answers: list[list[int]]
+
+
+def _timed(work: Callable[[], list[list[int]]]) -> Run:
+    """Seconds of wall and of processor time, and what came out."""
+    wall, processor = time.perf_counter(), time.process_time()
+    answers = work()
+    return Run(time.perf_counter() - wall, time.process_time() - processor, answers)
 
 
 def main() -> None:

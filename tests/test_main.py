@@ -11,7 +11,7 @@ import pytest
 
 from configs import cadpo, sft
 from data_prep import dataset
-from saber_jax import main
+from saber_jax import main, sharding
 from saber_jax import reference as reference_command
 from saber_jax.data.journal import write_jsonl
 from saber_jax.models import saber
@@ -202,6 +202,16 @@ def lora_config(module, records, root, **changes):
     config.optimizer.peak_lr, config.optimizer.warmup_steps = 2e-2, 1
     config.optimizer.vocabulary_steps = 0  # Adapters are none of the vocabulary.
     return config
+
+
+def test_adapters_that_would_rest_while_the_vocabulary_learns_are_refused(records, tmp_path):
+    config = lora_config(sft, records, tmp_path)
+    config.optimizer.vocabulary_steps = 50
+    mesh = sharding.make_mesh(**config.mesh)
+    with pytest.raises(ValueError, match="vocabulary_steps=50 would let nothing learn"):
+        setup.build(config, mesh)
+    config.lora.trainable = ("lora/*", "text/embed")
+    assert "text/embed" in setup.build(config, mesh).state.trainable
 
 
 def arrays(tree):

@@ -21,11 +21,12 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,18 @@ def export_like(
             shutil.copyfile(path, partial / path.name)
             if path.name == "config.json":
                 _make_portable(partial / path.name)
-        for path, held in sorted(shards.items()):
+        for held in shards.values():
             held.sort(key=lambda pair: pair[1].offset)
-            jobs = [(t.nbytes, _job_like(params, cfg, source, n, t)) for n, t in held]
-            arrays = _counted(stream.in_order(jobs), bar)
-            tensors.write(partial / path.name, tensors.read_header(path), arrays)
+        known = entries(cfg)
+        jobs = [
+            (tensor.nbytes, _job_like(params, known.get(name.removeprefix(PREFIX)), source, tensor))
+            for path in sorted(shards)
+            for name, tensor in shards[path]
+        ]
+        arrays = _counted(stream.in_order(jobs), bar)
+        for path in sorted(shards):
+            ours = itertools.islice(arrays, len(shards[path]))
+            tensors.write(partial / path.name, tensors.read_header(path), ours)
     return left_out
 
 
@@ -119,9 +127,10 @@ def _make_portable(path: Path) -> None:
         _write_json(path, changed)
 
 
-def _job_like(params, cfg: SaberConfig, source: Source, name: str, tensor: tensors.Tensor):
+def _job_like(
+    params, entry: Entry | None, source: Source, tensor: tensors.Tensor
+) -> Callable[[], np.ndarray]:
     """Our bytes for a tensor of the thinker, the source's own for any other."""
-    entry = entries(cfg).get(name.removeprefix(PREFIX))
     if entry is None or source.tensors.get(entry.name) is not tensor:
         return tensor.read_bytes
     return functools.partial(_convert, params, entry, tensor.dtype)
@@ -200,10 +209,10 @@ def _write_weights(
     files = files if count > 1 else [tensors.SINGLE]
     jobs = [(sizes[n], functools.partial(_convert, params, known[n], dtype)) for n in sizes]
     with tqdm(desc="exporting", total=len(jobs), unit="tensor") as bar:
-        stream_ = _counted(stream.in_order(jobs), bar)
+        arrays = _counted(stream.in_order(jobs), bar)
         for file, names in zip(files, shards, strict=True):
             start = tensors.header({name: (dtype, known[name].shape) for name in names})
-            tensors.write(out / file, start, (next(stream_) for _ in names))
+            tensors.write(out / file, start, itertools.islice(arrays, len(names)))
     if count > 1:
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         total = {"total_size": sum(sizes.values())}

@@ -6,6 +6,7 @@ knows no bfloat16; written by hand, because the library wants a whole file in me
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from saber_jax.train import page_cache
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INDEX = "model.safetensors.index.json"
@@ -28,7 +31,6 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
-
     nbytes: int
 
     def read(self) -> np.ndarray:
@@ -38,8 +40,7 @@ class Tensor:
         return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
 
     def read_bytes(self) -> np.ndarray:
-        # Not mapped: a mapped file counts as memory for as long as it is open.
-        return np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
+        return page_cache.read(self.path, self.nbytes, self.offset)
 
 
 def find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -143,7 +144,4 @@ def read_header(path: Path) -> bytes:
 
 def write(path: Path, start: bytes, arrays: Iterable[np.ndarray]) -> None:
     """A file of `start` and the bytes of `arrays`, which are taken one at a time."""
-    with path.open("wb") as file:
-        file.write(start)
-        for array in arrays:
-            file.write(array.reshape(-1).view(np.uint8).data)
+    page_cache.write(path, itertools.chain([start], arrays))

@@ -9,6 +9,7 @@ and what is left to explain when the rest joins in is what tells the clips apart
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,16 @@ class OptimizerConfig:
 
 
 VOCABULARY = ("text/embed", "text/norm", "text/lm_head")
+
+
+def check_vocabulary(config: OptimizerConfig, trainable: Iterable[str]) -> None:
+    """Raises ValueError if nothing would learn for the first `vocabulary_steps`."""
+    if config.vocabulary_steps and not set(VOCABULARY) & set(trainable):
+        raise ValueError(
+            f"config.optimizer.vocabulary_steps={config.vocabulary_steps} would let nothing learn "
+            f"for so many steps: none of {', '.join(VOCABULARY)} trains here. Set it to 0, or name "
+            "one of them in config.trainable or, with LoRA, in config.lora.trainable."
+        )
 
 
 def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:

@@ -85,19 +85,20 @@ class Setup:
 def build(config: ConfigDict, mesh: Mesh) -> Setup:
     """Everything about a run but its data and its values."""
     cfg = network(config)
-    tx = optimizer_lib.make_optimizer(
-        optimizer_lib.OptimizerConfig(**config.optimizer), config.steps
-    )
+    optimizer = optimizer_lib.OptimizerConfig(**config.optimizer)
+    tx = optimizer_lib.make_optimizer(optimizer, config.steps)
     preference = Preference(**config.loss) if config.stage == "cadpo" else None
     step = sft_step if preference is None else functools.partial(cadpo_step, options=preference)
     patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
+    state = _abstract_state(cfg, tx, patterns, mesh, config.compute.dtype)
+    optimizer_lib.check_vocabulary(optimizer, state.trainable)
     return Setup(
         cfg=cfg,
         compute=_compute(config, mesh),
         tx=tx,
         mesh=mesh,
         trainable=patterns,
-        state=_abstract_state(cfg, tx, patterns, mesh, config.compute.dtype),
+        state=state,
         batch=_abstract_batch(budget(config), _rows(config, mesh), mesh),
         step=step,
         preference=preference,

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train import checkpoint
+from saber_jax.train import checkpoint, page_cache
 from saber_jax.train.step import flatten, merge
 
 CHUNK_BYTES = 8 * 2**20
@@ -97,7 +97,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         ]
         work.sort(key=lambda item: item[0].place)
         mine = _share([piece.nbytes for piece, _, _ in work])
-        _write(work[mine])
+        _write(work[mine], page_cache.Passing(infos[0].parent_dir))
         return []
 
 
@@ -109,7 +109,9 @@ def _share(sizes: Sequence[int]) -> slice:
     return slice(int(first), int(last))
 
 
-def _write(work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]]) -> None:
+def _write(
+    work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]], passing: page_cache.Passing
+) -> None:
     room = _Room(IN_FLIGHT_BYTES)
     stores = {info.name: _create(leaf, info) for _, leaf, info in work}
     total = sum(piece.nbytes for piece, _, _ in work)
@@ -120,6 +122,7 @@ def _write(work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]]) -> N
             _copy(piece, leaf, stores[name])
         finally:
             room.leave(piece.nbytes)
+        passing.report(piece.nbytes)
         bar.update(piece.nbytes)
 
     with bar, ThreadPoolExecutor(THREADS) as pool:
@@ -167,11 +170,14 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     if array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, array.dtype)
+    source, target = array, out
+    if array.dtype.itemsize == 2:  # NumPy's own 16 bits move faster than those of bfloat16.
+        source, target = array.view(np.uint16), out.view(np.uint16)
     axis = int(np.argmax(array.strides))
     step = max(1, CACHE_BYTES * array.shape[axis] // max(array.nbytes, 1))
     for start in range(0, array.shape[axis], step):
         here = (slice(None),) * axis + (slice(start, start + step),)
-        out[here] = array[here]
+        target[here] = source[here]
     return out
 
 
@@ -208,13 +214,15 @@ class _Room:
 class Stored:
     """A parameter on disk; indexing reads."""
 
-    def __init__(self, store: ts.TensorStore):
-        self._store = store
+    def __init__(self, store: ts.TensorStore, passing: page_cache.Passing):
+        self._store, self._passing = store, passing
         self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
         self.chunks = tuple(store.chunk_layout.read_chunk.shape or store.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self._store[index].read().result()
+        array = self._store[index].read().result()
+        self._passing.report(array.nbytes)
+        return array
 
 
 class Merged:
@@ -256,7 +264,9 @@ def open_leaves(item: Path) -> dict[str, Stored]:
     """The parameters that one Orbax item holds, by flattened name."""
     with ocp.StandardCheckpointer() as checkpointer:
         names = flatten(checkpointer.metadata(item).item_metadata.tree)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": IN_FLIGHT_BYTES}})
+    # Nothing is read twice.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    passing = page_cache.Passing(item)
 
     def opened(name: str) -> Stored:
         kvstore = {
@@ -265,6 +275,6 @@ def open_leaves(item: Path) -> dict[str, Stored]:
             "path": name.replace("/", ".") + "/",
         }
         spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-        return Stored(ts.open(spec, open=True, read=True, context=context).result())
+        return Stored(ts.open(spec, open=True, read=True, context=context).result(), passing)
 
     return {name: opened(name) for name in names}

@@ -1,0 +1,85 @@
+"""Files that pass through once, kept out of the system's cache of pages.
+
+A model larger than memory pushes everything else out of that cache, each of its pages is one that
+the kernel has to find first, and at the end a writer waits for gigabytes that nobody began to put
+on the disk. So pages are given back as soon as they were read or are on the disk, and writing to
+the disk goes on beside everything else. On a virtual machine whose host lends it memory page by
+page this is most of the processor time of a conversion.
+"""
+
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+EVERY = 256 * 2**20
+
+
+def read(path: Path, nbytes: int, offset: int) -> np.ndarray:
+    """Bytes of a file. Raises EOFError if it ends before."""
+    # Not mapped: a mapped file counts as memory for as long as it is open.
+    out = np.empty(nbytes, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < nbytes:
+            count = file.readinto(out[done:].data)
+            if not count:
+                raise EOFError(f"{path} ends {nbytes - done} bytes before it should.")
+            done += count
+        _drop(file.fileno(), offset, nbytes)
+    return out
+
+
+def write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
+    """A file of `parts`, taken one at a time; on the disk when this returns."""
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        settled: Future[None] = beside.submit(lambda: None)
+        waiting = 0
+        for part in parts:
+            data = part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8).data
+            file.write(data)
+            waiting += len(data)
+            if waiting >= EVERY:
+                settled.result()
+                settled, waiting = beside.submit(_settle, file.fileno()), 0
+        settled.result()
+        file.flush()
+        _settle(file.fileno())
+
+
+class Passing:
+    """Drops the files under a directory again and again, as bytes of them are reported."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._since = directory, 0
+        self._lock = threading.Lock()
+
+    def report(self, nbytes: int) -> None:
+        """`nbytes` more were read, or written to the disk."""
+        with self._lock:
+            self._since += nbytes
+            if self._since < EVERY:
+                return
+            self._since = 0
+        for path in self._directory.rglob("*"):
+            # Files come and go while a checkpoint is written.
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            _drop(file, 0, 0)
+            os.close(file)
+
+
+def _settle(file: int) -> None:
+    os.fsync(file)
+    _drop(file, 0, 0)
+
+
+def _drop(file: int, offset: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # Linux has it, macOS has not.
+        os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
