@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import result
@@ -160,7 +161,7 @@ def inputs(records: Sequence[Record]) -> dict[str, Any]:
     arrays = {
         "input_ids": tokens,
         "attention_mask": mask,
-        "pixel_values_videos": np.array(normalize(patches[None]))[0],
+        "pixel_values_videos": np.array(normalize(jnp.asarray(patches[None])))[0],
         "video_grid_thw": np.array(sizes),
         "video_second_per_grid": np.array([r.seconds_per_grid for r in records], np.float32),
         "input_features": features,

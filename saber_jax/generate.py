@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from saber_jax import decoding, sharding
@@ -71,10 +71,12 @@ class Generator:
         self._rows = self._everywhere = self._cache = None
         groups = 1
         if isinstance(placed, NamedSharding):
-            self._rows = sharding.batch_sharding(placed.mesh)
-            self._everywhere = sharding.replicated(placed.mesh)
-            self._cache = sharding.cache_sharding(cfg.text.kv_heads, placed.mesh)
-            groups = sharding.shards(sharding.BATCH_AXES, placed.mesh)
+            mesh = placed.mesh
+            assert isinstance(mesh, Mesh)  # No abstract one: these arrays exist.
+            self._rows = sharding.batch_sharding(mesh)
+            self._everywhere = sharding.replicated(mesh)
+            self._cache = sharding.cache_sharding(cfg.text.kv_heads, mesh)
+            groups = sharding.shards(sharding.BATCH_AXES, mesh)
         self._packer = Packer(tokenizer, groups=groups, prompts=-(-batch_size // groups))
         self._batch_size = self._packer.batch_size
 

@@ -7,7 +7,7 @@ Axis letters: B batch   T positions   N heads   K kv heads   H head dim.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,8 @@ def _attend(q, k, v, segments, mask, block: int, kernel: Kernel) -> Float[Array,
 
 
 @functools.lru_cache(maxsize=32)
-def _splash(mask, heads: int, block: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _splash(mask, heads: int, block: int, interpret: bool) -> Any:
+    """A splash.SplashAttentionKernel, whose own annotation says that it also gives residuals."""
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -132,10 +132,10 @@ def attach(
     module = model
     for parent in parents:
         module = getattr(module, parent)
-    a, b = (
-        nnx.Param(adapter[side], **{SHARDS: shards_of(leaf.axes, leaf.shape, mesh)})
-        for side, leaf in leaves.items()
-    )
+    a, b = (nnx.Param(adapter[side]) for side in "ab")
+    for matrix, side in ((a, "a"), (b, "b")):
+        leaf = leaves[side]
+        matrix.set_metadata(SHARDS, shards_of(leaf.axes, leaf.shape, mesh))
     setattr(module, last, Adapted(getattr(module, last), a, b, scale))
 
 

@@ -97,7 +97,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         ]
         work.sort(key=lambda item: item[0].place)
         mine = _share([piece.nbytes for piece, _, _ in work])
-        _write(work[mine], page_cache.Passing(infos[0].parent_dir))
+        _write(work[mine], page_cache.Passing(Path(infos[0].parent_dir)))
         return []
 
 
