@@ -7,6 +7,7 @@ the disk goes on beside everything else. On a virtual machine whose host lends i
 page this is most of the processor time of a conversion.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable
@@ -66,13 +67,9 @@ class Passing:
                 return
             self._since = 0
         for path in self._directory.rglob("*"):
-            # Files come and go while a checkpoint is written.
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue
-            _drop(file, 0, 0)
-            os.close(file)
+            # Temporary ones come and go.
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as file:
+                _drop(file.fileno(), 0, 0)
 
 
 def _settle(file: int) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -24,6 +25,7 @@ from saber_jax.models.config import LoraConfig, SaberConfig
 from saber_jax.train import checkpoint, stream
 from saber_jax.train.step import flatten
 from tests.models.batches import CONFIG
+from tests.processes import running
 
 TALKER = {
     "talker.model.layers.0.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -280,3 +282,61 @@ def test_two_processes_read_and_write_a_half_each(omni, workdir, tmp_path):
         checkpoint.load_params(tmp_path / "work", CONFIG),
         checkpoint.load_params(workdir, CONFIG),
     )
+
+
+RESTORE = """
+import sys
+from pathlib import Path
+import jax
+from saber_jax import distributed, sharding
+from saber_jax.models import saber
+from saber_jax.models.config import SaberConfig
+from saber_jax.train import checkpoint
+from saber_jax.train.step import flatten
+
+def read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+distributed.initialize()
+cfg = SaberConfig.from_dict(checkpoint.read_model_file(sys.argv[1])["model"])
+places = saber.shardings(cfg, sharding.make_mesh(data=1, fsdp=8, tensor=1))
+before = read()
+params = jax.block_until_ready(checkpoint.load_params(sys.argv[1], cfg, places))
+count = read() - before
+held = {
+    (name, str(shard.index)): shard.data.nbytes
+    for name, leaf in flatten(params).items()
+    for shard in leaf.addressable_shards
+}
+print("bytes:", count, sum(held.values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts bytes read")
+def test_a_host_that_restores_reads_what_its_devices_hold(tmp_path, monkeypatch):
+    """The network is small, so its chunks are made small too; real ones are cut at 8 MiB."""
+    wide = dataclasses.replace(
+        CONFIG,
+        text=dataclasses.replace(CONFIG.text, layers=2, width=1024, mlp_dim=4096),
+        vision=dataclasses.replace(CONFIG.vision, out_width=1024),
+        audio=dataclasses.replace(CONFIG.audio, out_width=1024),
+    )
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 2**16)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), saber.abstract(wide)
+    )
+    tokenizer = train_sentencepiece(
+        ["A woman smiles."] * 20, tmp_path / "t.model", vocab_size=40, symbols=()
+    )
+    export.export(params, wide, tmp_path / "hf", tokenizer)
+    work = tmp_path / "work"
+    assert load.main(["--hf_dir", str(tmp_path / "hf"), "--out", str(work)]) == 0
+    with running(["-c", RESTORE, str(work)], tmp_path / "logs", count=2) as processes:
+        assert processes.wait(300) == [0, 0], processes.text()
+        counts = [log.read_text().split("bytes:")[1].split() for log in processes.logs]
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for read, held in [map(int, pair) for pair in counts]:
+        assert held < 0.55 * total  # A half, and what every device has whole.
+        assert held <= read < 1.05 * held
