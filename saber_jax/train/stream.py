@@ -34,7 +34,7 @@ NARROWEST = 64  # Of the cut axis: below that, a chunk is gathered from runs sho
 FILE_BYTES = 128 * 2**20
 IN_FLIGHT_BYTES = 1200 * 2**20  # Counted once, though read, turned and written buffers coexist.
 AHEAD_BYTES = 600 * 2**20
-CACHE_BYTES = 2**21
+CACHE_BYTES = 2**20
 THREADS = 3
 
 
@@ -136,14 +136,16 @@ def _write(
 
 def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> None:
     target = store if piece.layer is None else store[piece.layer]
-    # TensorStore would transpose as well, but a few times slower.
-    array = contiguous(piece.read())
+    array = piece.read()
     chunk = leaf.chunks if piece.layer is None else leaf.chunks[1:]
     axis = next((i for i, (n, c) in enumerate(zip(array.shape, chunk, strict=True)) if n != c), 0)
+    # TensorStore would transpose as well, but a few times slower.
+    if axis == 0:  # Then its parts are, too; along other axes each of them is copied anyway.
+        array = contiguous(array)
     writes = []
     for start in range(0, array.shape[axis], chunk[axis]):
         here = (slice(None),) * axis + (slice(start, start + chunk[axis]),)
-        part = np.ascontiguousarray(array[here])
+        part = contiguous(array[here])
         writes.append(target[here].write(part, can_reference_source_data_indefinitely=True))
     for write in writes:
         write.result()
