@@ -148,6 +148,7 @@ def run(cfg: SaberConfig, scratch: Path, *, quick: bool) -> None:
     exporting = ("saber_jax.hf.export", "--checkpoint", str(work), "--out", str(result))
     exporting += ("--source", str(source))
     export_seconds, (export_memory, export_cpu) = timed(lambda: command(*exporting), work, result)
+    shutil.rmtree(work)  # Its room is the last copy's.
     copies.append(copy(source, scratch / "copy"))
 
     copy_seconds = statistics.median(copies)

@@ -222,7 +222,10 @@ class Stored:
         self.chunks = tuple(store.chunk_layout.read_chunk.shape or store.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        array = self._store[index].read().result()
+        source = self._store[index]
+        # NumPy's memory comes in large pages, TensorStore's own in small ones.
+        array = np.empty(source.shape, self.dtype)
+        ts.array(array).write(source).result()
         self._passing.report(array.nbytes)
         return array
 
@@ -266,8 +269,15 @@ def open_leaves(item: Path) -> dict[str, Stored]:
     """The parameters that one Orbax item holds, by flattened name."""
     with ocp.StandardCheckpointer() as checkpointer:
         names = flatten(checkpointer.metadata(item).item_metadata.tree)
-    # Nothing is read twice.
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    # Nothing is read twice; and every reading at once takes a chunk's memory, new from the system.
+    few = {"limit": THREADS}
+    context = ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "file_io_concurrency": few,
+            "data_copy_concurrency": few,
+        }
+    )
     passing = page_cache.Passing(item)
 
     def opened(name: str) -> Stored:
