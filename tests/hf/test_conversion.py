@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -308,7 +309,7 @@ held = {
     for name, leaf in flatten(params).items()
     for shard in leaf.addressable_shards
 }
-print("bytes:", count, sum(held.values()))
+print(f"bytes: {count} {sum(held.values())}")
 """
 
 
@@ -327,16 +328,17 @@ def test_a_host_that_restores_reads_what_its_devices_hold(tmp_path, monkeypatch)
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape, np.float32), saber.abstract(wide)
     )
-    tokenizer = train_sentencepiece(
-        ["A woman smiles."] * 20, tmp_path / "t.model", vocab_size=40, symbols=()
-    )
+    texts = ["A woman smiles, but her voice trembles."] * 20
+    vocabulary = tmp_path / "tokenizer.model"
+    tokenizer = train_sentencepiece(texts, vocabulary, vocab_size=330, symbols=())
     export.export(params, wide, tmp_path / "hf", tokenizer)
     work = tmp_path / "work"
     assert load.main(["--hf_dir", str(tmp_path / "hf"), "--out", str(work)]) == 0
     with running(["-c", RESTORE, str(work)], tmp_path / "logs", count=2) as processes:
         assert processes.wait(300) == [0, 0], processes.text()
-        counts = [log.read_text().split("bytes:")[1].split() for log in processes.logs]
+        counts = re.findall(r"bytes: (\d+) (\d+)", processes.text())
+    assert len(counts) == 2, processes.text()
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    for read, held in [map(int, pair) for pair in counts]:
+    for read, held in (map(int, pair) for pair in counts):
         assert held < 0.55 * total  # A half, and what every device has whole.
         assert held <= read < 1.05 * held
