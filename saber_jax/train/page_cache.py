@@ -4,7 +4,7 @@ A model larger than memory pushes everything else out of that cache, each of its
 the kernel has to find first, and at the end a writer waits for gigabytes that nobody began to put
 on the disk. So pages are given back as soon as they were read or are on the disk, and writing to
 the disk goes on beside everything else. On a virtual machine whose host lends it memory page by
-page this is most of the processor time of a conversion.
+page, reading costs a third of the processor time.
 """
 
 import contextlib
