@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -218,18 +217,12 @@ def _in_flight(work: Iterable[Callable[[], T]], most: int) -> Iterator[T]:
 
 
 def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:
-    """The model of a run's work directory, on all devices, in bfloat16 (on CPUs in float32).
-
-    As many devices as have a kv head each share the weights and the cache of a prompt, so that a
-    token moves activations between them and never a weight; groups of them take different prompts.
-    """
+    """The model of a run's work directory, on all devices, in bfloat16 (on CPUs in float32)."""
     cpu = jax.default_backend() == "cpu"
     cfg = SaberConfig.from_dict(checkpoint.read_model_file(workdir)["model"])
     shardings = None
     if jax.device_count() > 1:
-        shared = math.gcd(jax.device_count(), cfg.text.kv_heads)
-        mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=shared)
-        shardings = saber.shardings(cfg, mesh)
+        shardings = saber.shardings(cfg, sharding.generation_mesh(cfg.text.kv_heads))
     params = checkpoint.load_params(workdir, cfg, shardings)
     return Generator(
         params,

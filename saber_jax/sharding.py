@@ -69,6 +69,17 @@ def make_mesh(
     return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
 
 
+def generation_mesh(kv_heads: int, devices: Sequence[Device] | None = None) -> Mesh:
+    """The mesh that answers are written on.
+
+    As many devices as have a kv head each share the weights and the cache of a prompt, so that a
+    token moves activations between them and never a weight; groups of them take different prompts.
+    """
+    devices = jax.devices() if devices is None else devices
+    shared = math.gcd(len(devices), kv_heads)
+    return make_mesh(data=-1, fsdp=1, tensor=shared, devices=devices)
+
+
 def _place(device: Device) -> tuple[int, ...]:
     """Slices one after another, each in the order of its torus; other devices as they are numbered.
 

@@ -20,10 +20,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
 from saber_jax.aot import chips, programs, report
+from saber_jax.models.config import saber_config
 from saber_jax.train import setup
 from saber_jax.xla_flags import FLAGS
 
@@ -39,8 +42,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     try:
         slices = chips.parse_topology(TOPOLOGY.value or config.topology)
-        mesh = sharding.make_mesh(**config.mesh, devices=slices.devices())
-        stage = setup.build(config, mesh)
+        stage = setup.build(config, _mesh(config, slices))
         lowered = programs.lower(PROGRAM.value, config, stage)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"saber_jax.aot: {error}")
@@ -58,6 +60,15 @@ def main(argv: list[str]) -> None:
     if HLO.value:
         Path(HLO.value).mkdir(parents=True, exist_ok=True)
         (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text())
+
+
+def _mesh(config: ConfigDict, slices: chips.Slices) -> Mesh:
+    """That of the config's runs, or the one that `saber_jax.generate` makes of the same devices."""
+    if PROGRAM.value not in programs.GENERATION:
+        return sharding.make_mesh(**config.mesh, devices=slices.devices())
+    config.compute.kernel = "xla"  # The only one there.
+    kv_heads = saber_config(config.model).text.kv_heads
+    return sharding.generation_mesh(kv_heads, slices.devices())
 
 
 def compare(arguments: list[str]) -> None:

@@ -11,7 +11,8 @@ from saber_jax.train import flops
 from saber_jax.train.setup import Setup
 from saber_jax.train.step import flatten
 
-NAMES = ("train", "reference", "prefill", "decode")
+GENERATION = ("prefill", "decode")
+NAMES = ("train", "reference", *GENERATION)
 INPUTS = (
     *("tokens", "segments", "branch", "media_index", "positions"),
     *("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths"),
@@ -26,7 +27,7 @@ def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
         if config.stage != "cadpo":
             raise ValueError(f"Only stage cadpo has references; this config's is {config.stage}.")
         return stage.reference_step("whole").lower(stage.state.params, stage.batch)
-    if name in ("prefill", "decode"):
+    if name in GENERATION:
         return _generation(name, config, stage)
     raise ValueError(f"There is no program {name!r}; there are {', '.join(NAMES)}.")
 
