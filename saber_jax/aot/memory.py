@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 
 from saber_jax.aot import hlo
 from saber_jax.train.setup import Setup
@@ -26,22 +27,29 @@ class Memory:
     peak: int
 
 
-def per_device(tree) -> int:
-    """Bytes that one device holds of abstract arrays with shardings."""
+def per_device(tree, dtype: str | None = None) -> int:
+    """Bytes that one device holds of abstract arrays with shardings, in `dtype` or their own."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(dtype or leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
 def measure(
-    compiled: jax.stages.Compiled, module: hlo.Module, stage: Setup, *, train: bool, **walk
+    compiled: jax.stages.Compiled,
+    module: hlo.Module,
+    stage: Setup,
+    *,
+    train: bool,
+    generation: bool = False,
+    **walk,
 ) -> Memory:
     """`walk` as hlo.executions."""
     stats = compiled.memory_analysis()
     forward, backward = _stacked(module, **walk)
     return Memory(
-        weights=per_device((stage.state.trainable, stage.state.frozen)),
+        # Generation reads them rounded to what it computes in.
+        weights=per_device(stage.state.params, stage.compute.dtype if generation else None),
         optimizer=per_device(stage.state.opt_state) if train else 0,
         batch=per_device(stage.batch),
         activations=forward,

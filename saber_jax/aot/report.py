@@ -27,7 +27,10 @@ def figures(
     uncounted = 1.0 if name == "decode" else None  # So decode's figures are those of one token.
     shares = programs.branch_shares(stage)
     costs = cost.analyze(module, dict(stage.mesh.shape), shares, uncounted=uncounted)
-    used = memory.measure(compiled, module, stage, train=train, uncounted=uncounted)
+    generation = name in programs.GENERATION
+    used = memory.measure(
+        compiled, module, stage, train=train, generation=generation, uncounted=uncounted
+    )
     chip, devices = slices.chip, stage.mesh.size
     result: dict[str, Any] = {
         "program": name,
