@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
     try:
         compiled = lowered.compile(compiler_options=FLAGS)
     except jax.errors.JaxRuntimeError as error:
-        sys.exit(f"saber_jax.aot: {report.refusal(str(error), config, stage, slices)}")
+        sys.exit(
+            f"saber_jax.aot: {report.refusal(str(error), config, stage, slices, PROGRAM.value)}"
+        )
     seconds = time.perf_counter() - began
     figures = report.figures(compiled, PROGRAM.value, stage, slices, seconds)
     figures["config"] = next(a for a in sys.argv if a.startswith("--config=")).split("=", 1)[1]

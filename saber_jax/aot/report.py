@@ -167,7 +167,9 @@ def _short(scope: str) -> str:
     return "/".join(kept[-4:])
 
 
-def refusal(error: str, config: ConfigDict, stage: Setup, slices: Slices) -> str:
+def refusal(
+    error: str, config: ConfigDict, stage: Setup, slices: Slices, name: str = "train"
+) -> str:
     """What the compiler's error means and, where memory is short, which settings would help."""
     limit = slices.chip.hbm
     needed = [_bytes(*found) for found in re.findall(r"([\d.]+)([KMGT]?)(?:iB)?\b", error)]
@@ -176,7 +178,7 @@ def refusal(error: str, config: ConfigDict, stage: Setup, slices: Slices) -> str
         return f"the TPU compiler refused the program: {error}"
     return (
         f"does not fit: {(min(needed) - limit) / GIB:.1f} GiB over the {limit / GIB:.2f} GiB of a "
-        f"{slices.family} device; try {'; or '.join(suggestions(config, stage))}"
+        f"{slices.family} device; try {'; or '.join(suggestions(config, stage, name))}"
     )
 
 
@@ -184,9 +186,13 @@ def _bytes(number: str, unit: str) -> float:
     return float(number) * 1024 ** "_KMGT".index(unit or "_")
 
 
-def suggestions(config: ConfigDict, stage: Setup) -> list[str]:
+def suggestions(config: ConfigDict, stage: Setup, name: str = "train") -> list[str]:
     """Settings that lower memory, those that cost least first."""
     tries, compute = [], config.compute
+    larger = f"a topology of {math.prod(stage.mesh.shape.values()) * 2} devices or more"
+    if name in programs.GENERATION:
+        prompts = config.generation.batch_size
+        return [f"--config.generation.batch_size={max(1, prompts // 4)}", larger]
     rows = config.data.batch_rows // stage.mesh.size // compute.microbatches
     if rows > 1:
         parts = 2 * compute.microbatches
@@ -202,8 +208,7 @@ def suggestions(config: ConfigDict, stage: Setup) -> list[str]:
         tries.append("--config.compute.kernel=splash")
     if memory.per_device(stage.state.opt_state) > memory.per_device(stage.state.frozen):
         tries.append("--config.lora.rank=64")
-    doubled = math.prod(stage.mesh.shape.values()) * 2
-    return [*tries, f"a topology of {doubled} devices or more"]
+    return [*tries, larger]
 
 
 def side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

@@ -86,6 +86,10 @@ def test_what_does_not_fit_is_told_with_settings_that_would_help(step):
     said = report.refusal(message, config, stage, chips.parse_topology("v5e:2x2"))
     assert said.startswith("does not fit: 4.5 GiB over the 15.75 GiB of a v5e device; try ")
     assert "--config.compute.remat=layer_offload" in said
+    said = report.refusal(message, config, stage, chips.parse_topology("v5e:2x2"), "prefill")
+    assert said.endswith(
+        "try --config.generation.batch_size=15; or a topology of 8 devices or more"
+    )
     said = report.refusal("INTERNAL: Mosaic", config, stage, chips.parse_topology("v5e:2x2"))
     assert said == "the TPU compiler refused the program: INTERNAL: Mosaic"
 
