@@ -117,6 +117,9 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # The embedded corpus is made on the spot, and its clips are sampled like this.
     c.embedded = tiny
     c.sampling = ("--fps", "4", "--min_pixels", "7056", "--max_pixels", "7056") if tiny else ()
-    c.generation = ConfigDict({"batch_size": 60, "max_new_tokens": 128 if tiny else 1024})
+    # Prompts at a time; a host of four v5e chips holds 12 of the 7B's, see docs/aot_table.md.
+    c.generation = ConfigDict(
+        {"batch_size": 60 if tiny else 12, "max_new_tokens": 128 if tiny else 1024}
+    )
     pods.fit(c)
     return c
