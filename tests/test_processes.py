@@ -1,6 +1,7 @@
 """Training by several processes: the same numbers, one checkpoint, and a common end."""
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_prep import dataset
 from saber_jax import distributed
 from saber_jax.data.records import RecordSource, write_outlines
+from saber_jax.train.reference import Cache, Source
 from saber_jax.train.step import flatten
 from tests import synthetic
 from tests.processes import running
@@ -55,7 +57,7 @@ def torn(records, tmp_path_factory):
     return out
 
 
-def command(stage, records, root, mesh, **more):
+def command(stage, records, root, mesh, program="main", **more):
     """The command line of a run of eight steps of eight rows."""
     data, fsdp, tensor = mesh
     settings = {
@@ -79,16 +81,18 @@ def command(stage, records, root, mesh, **more):
         settings |= {"data.pairs": records / "pairs.jsonl", "data.response": 64}
     settings |= {key.replace("__", "."): value for key, value in more.items()}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return ["-m", "saber_jax.main", f"--config=configs/{stage}.py:tiny", *flags]
+    return ["-m", f"saber_jax.{program}", f"--config=configs/{stage}.py:tiny", *flags]
 
 
-def start(stage, records, root, *, count, odd=(), **more):
+def start(stage, records, root, *, count, mesh=None, odd=(), **more):
     """`count` processes of that run, which compile what no run before them compiled."""
+    mesh = mesh or MESHES[count]
     return running(
-        command(stage, records, root, MESHES[count], **more),
+        command(stage, records, root, mesh, **more),
         root / "logs",
         count=count,
         odd=odd,
+        devices=math.prod(mesh),
         JAX_COMPILATION_CACHE_DIR=str(records / "compiled"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
@@ -146,6 +150,30 @@ def test_both_stages_equal_the_single_process_run(records, alone, tmp_path, coun
     for stage in ("sft", "cadpo"):
         train(stage, records, tmp_path, count=count)
         assert_same_run(tmp_path, alone, stage)
+
+
+def test_microbatches_of_two_processes_equal_the_whole_batch(records, alone, tmp_path):
+    for stage in ("sft", "cadpo"):
+        train(stage, records, tmp_path, count=2, mesh=(1, 4, 1), compute__microbatches=2)
+        assert_same_run(tmp_path, alone, stage)
+
+
+def test_processes_complete_a_reference_cache_and_keep_what_it_held(records, alone, tmp_path):
+    def cache(root):
+        manifest = json.loads((alone / "reference/whole/manifest.json").read_text())
+        return Cache(root / "reference", "whole", Source(**manifest))
+
+    whole = cache(alone).values
+    assert len(whole) == 16
+    # Marked, so that computing them again would show.
+    held = {key: whole[key] + np.float32(1) for key in sorted(whole)[::2]}
+    cache(tmp_path).add(held)
+    trained = alone / "sft"
+    train("cadpo", records, tmp_path, count=2, program="reference", init__checkpoint=trained)
+    got = cache(tmp_path).values
+    assert got.keys() == whole.keys()
+    for key, values in got.items():
+        np.testing.assert_allclose(values, held.get(key, whole[key]), rtol=2e-5, err_msg=key.hex())
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 1)])

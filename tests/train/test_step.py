@@ -9,12 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from configs import sft
 from saber_jax import sharding
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import common_prefix, encode_record, size_of
+from saber_jax.data.transforms import CONFLICT_TYPES, common_prefix, encode_record, size_of
 from saber_jax.data.withhold import MODALITIES, VIEWS, withhold
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config
+from saber_jax.train import objectives, setup
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.losses import means
 from saber_jax.train.objectives import (
@@ -39,15 +41,20 @@ RESPONSES = (
     ("[video_desc] red room", "[facial_exp_desc] quiet person in the room"),
 )
 SECTIONS = f"{HEAD}\n[facial_exp_desc] calm\n[body_lang_desc] quiet"
+# The pairs of two rows.
 CASES = {
-    "two pairs in one row": RESPONSES,
-    "unequal lengths": (("[video_desc] red", f"[video_desc] {'quiet red room ' * 5}"),),
-    "empty common prefix": (RESPONSES[1],),
+    "two pairs in one row and a row of padding": (RESPONSES, ()),
+    "a pair in each of two rows": (RESPONSES[:1], RESPONSES[1:]),
+    "unequal lengths": ((("[video_desc] red", f"[video_desc] {'quiet red room ' * 5}"),), ()),
+    "empty common prefix": ((), RESPONSES[1:]),
     "identical first sections": (
-        (f"{SECTIONS}\n[acoustic_feat] slowly", f"{SECTIONS}\n[acoustic_feat] loudly in the room"),
-        RESPONSES[0],
+        (
+            (f"{SECTIONS}\n[acoustic_feat] slowly", f"{SECTIONS}\n[acoustic_feat] loudly in red"),
+            RESPONSES[0],
+        ),
+        (),
     ),
-    "one shared token of two": ((f"{HEAD}", f"{HEAD} slowly"),),
+    "one response a part of the other": (((HEAD, f"{HEAD} slowly"),), ()),
 }
 
 
@@ -66,6 +73,22 @@ def params(cfg):
     return jax.jit(functools.partial(saber.init, cfg))(jax.random.key(0))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def network_compiled_once():
+    """Objectives that are not under jit themselves run op by op around a compiled network."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("target_log_probs", "target_entropies"):
+            compiled = jax.jit(getattr(objectives, name), static_argnums=(2, 3))
+            patch.setattr(objectives, name, compiled)
+        yield
+
+
+@pytest.fixture(scope="module")
+def score(cfg):
+    """(params, batch) -> log pi of every target."""
+    return lambda params, batch: objectives.target_log_probs(params, batch, cfg, SHARED)
+
+
 def pairs(tokenizer, texts, **about):
     """One encoded pair per (chosen, rejected), with made-up reference log-probs."""
     examples = []
@@ -78,26 +101,7 @@ def pairs(tokenizer, texts, **about):
 
 @pytest.fixture(scope="module")
 def pair_batch(tokenizer):
-    return pack_rows([pairs(tokenizer, RESPONSES, ignored="audio")], PAIRS)
-
-
-def alone(tokenizer, index: int, text: str):
-    example = encode_record(synthetic.record(index), tokenizer, responses=(text,))
-    return pack_rows([[example]], SINGLE)
-
-
-@pytest.fixture(scope="module")
-def score(cfg):
-    """Jitted (params, batch) -> log pi of every target."""
-    return jax.jit(functools.partial(target_log_probs, cfg=cfg, compute=SHARED))
-
-
-@pytest.fixture(scope="module")
-def objective(cfg):
-    """The paper's form, jitted."""
-    return jax.jit(
-        functools.partial(cadpo_objective, cfg=cfg, compute=SHARED, options=Preference())
-    )
+    return pack_rows([pairs(tokenizer, RESPONSES, ignored="audio"), []], PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +110,8 @@ def forms(cfg):
     and one that goes through prompt and media for every response again."""
 
     def shared(params, batch):
-        loss, count, _ = cadpo_objective(params, batch, cfg, SHARED, Preference())
-        scores = pair_scores(batch, target_log_probs(params, batch, cfg, SHARED))
-        return loss / count, (scores.chosen[0], scores.rejected[0])
+        loss, count, tally = cadpo_objective(params, batch, cfg, SHARED, Preference())
+        return loss / count, tally
 
     def duplicated(params, batch):
         # Rows are (chosen 0, rejected 0, chosen 1, rejected 1), each a "chosen" of its own.
@@ -123,9 +126,10 @@ def forms(cfg):
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharing_a_prefix_changes_no_log_prob_no_loss_and_no_gradient(
-    params, tokenizer, forms, case
+    params, tokenizer, forms, score, case
 ):
-    texts = CASES[case]
+    first, second = CASES[case]
+    texts = first + second
     examples = pairs(tokenizer, texts)
     rows, references = [], np.zeros(4, np.float32)
     for i, example in enumerate(examples):
@@ -140,49 +144,141 @@ def test_sharing_a_prefix_changes_no_log_prob_no_loss_and_no_gradient(
     valid = np.arange(2) < len(texts)
     rows += [[]] * (4 - len(rows))
     shared, duplicated = forms
-    (loss, scores), grads = shared(params, pack_rows([examples], PAIRS))
+    batch = pack_rows([examples[: len(first)], examples[len(first) :]], PAIRS)
+    (loss, tally), grads = shared(params, batch)
     (expected_loss, expected_scores), expected = duplicated(
         params, (pack_rows(rows, SINGLE), references, valid)
     )
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
-    for got, want in zip(scores, expected_scores, strict=True):
-        np.testing.assert_allclose(got[valid], want[valid], rtol=1e-5)
+    scores = pair_scores(batch, score(params, batch))
+    for got, want in zip((scores.chosen, scores.rejected), expected_scores, strict=True):
+        np.testing.assert_allclose(got[batch["pair_valid"]], want[valid], rtol=1e-5)
     for name, leaf in flatten(grads).items():
         other = flatten(expected)[name]
         scale = max(float(jnp.abs(other).max()), 1e-6)
         np.testing.assert_allclose(leaf / scale, other / scale, atol=1e-5, err_msg=name)
+    assert np.isfinite(jax.tree.leaves(tally)).all()
 
 
-def test_rows_and_pairs_of_padding_change_nothing(params, tokenizer, objective):
-    examples = pairs(tokenizer, RESPONSES[:1])
-    loss, count, tally = objective(params, pack_rows([examples, [], []], PAIRS))
-    alone_loss, alone_count, _ = objective(params, pack_rows([examples], PAIRS))
-    assert float(loss) == pytest.approx(float(alone_loss), rel=1e-6)
-    assert count == alone_count == 1
-    assert all(np.isfinite(jax.tree.leaves(tally)))
+def test_what_both_responses_begin_with_stands_once(tokenizer):
+    counts = {}
+    for case, (first, second) in CASES.items():
+        batch = pack_rows([pairs(tokenizer, first + second), []], PAIRS)
+        real = batch["target_weights"] > 0
+        counts[case] = np.bincount(batch["target_branch"][real], minlength=3).tolist()
+    head, sections = len(tokenizer.encode(HEAD)), len(tokenizer.encode(SECTIONS))
+    shared, chosen, rejected = counts["one response a part of the other"]
+    assert (shared, chosen) == (head, 1) and rejected > 1  # The end token is not the same.
+    assert counts["empty common prefix"][0] == 0
+    assert counts["identical first sections"][0] > sections + head
+    assert counts["two pairs in one row and a row of padding"][0] == head
 
 
-def state_of(params, tx, patterns=("*",)):
+# With moments and decay, and yet linear in the gradients, so that rounding stays what it is.
+TX = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
+STEP_PAIRS = Budget(length=256, response=64, patches=72, chunks=1, targets=128, segments=1)
+TRAINED = {"sft": ("*",), "cadpo": ("text/*",)}
+TOWERS = ("vision/merger/*", "audio/w_out", "audio/b_out")
+
+
+def rows_of(stage, tokenizer):
+    """Four rows of very different sizes, some of them empty: a mean of means would be far off."""
+    texts = [RESPONSES[0], RESPONSES[1], CASES["unequal lengths"][0][0]]
+    if stage == "cadpo":
+        first, second, third = pairs(tokenizer, texts)
+        return pack_rows([[first], [second], [third], []], STEP_PAIRS)
+    rows = [
+        [encode_record(synthetic.record(i), tokenizer, responses=text[1:])]
+        for i, text in enumerate(texts)
+    ]
+    return pack_rows([*rows, []], SINGLE)
+
+
+def step_of(stage, cfg, *, microbatches=1, mesh=None):
+    compute = dataclasses.replace(COMPUTE, microbatches=microbatches, mesh=mesh)
+    if stage == "sft":
+        return functools.partial(sft_step, cfg=cfg, compute=compute, tx=TX)
+    compute = dataclasses.replace(compute, response=STEP_PAIRS.response)
+    options = Preference(sft=0.1)
+    return functools.partial(cadpo_step, cfg=cfg, compute=compute, tx=TX, options=options)
+
+
+def state_of(params, patterns=("*",)):
     trainable, frozen = partition(params, patterns)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, TX.init(trainable))
+
+
+@pytest.fixture(scope="module")
+def stepped(cfg, params, tokenizer):
+    """A step of each stage on one device, all rows at once."""
+    return {
+        stage: jax.jit(step_of(stage, cfg))(state_of(params, trained), rows_of(stage, tokenizer))
+        for stage, trained in TRAINED.items()
+    }
 
 
 @pytest.mark.parametrize(
-    "patterns", [("text/*",), ("vision/merger/*", "audio/w_out", "audio/b_out")]
+    ("stage", "axis", "microbatches"),
+    [("sft", "fsdp", 1), ("sft", "tensor", 1), ("sft", None, 2), ("cadpo", None, 2)],
 )
-def test_frozen_parts_are_bit_identical_and_have_no_moments(cfg, params, pair_batch, patterns):
-    tx = optax.adamw(1e-2, weight_decay=0.1)
-    state = state_of(params, tx, patterns)
-    before = jax.tree.map(np.asarray, state.frozen)
-    step = jax.jit(
-        functools.partial(cadpo_step, cfg=cfg, compute=SHARED, tx=tx, options=Preference())
+def test_meshes_and_microbatches_change_nothing(
+    cfg, params, tokenizer, stepped, stage, axis, microbatches
+):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | ({axis: 2} if axis else {})
+    mesh = sharding.make_mesh(**sizes, devices=jax.devices()[: 2 if axis else 1])
+    shardings = saber.shardings(cfg, mesh)
+    state = state_of(jax.device_put(params, shardings), TRAINED[stage])
+    places = {name: leaf.sharding for name, leaf in state.trainable.items()}
+    opt = optimizer_lib.optimizer_shardings(TX, state.trainable, places, mesh)
+    placed = dataclasses.replace(
+        state,
+        step=jax.device_put(state.step, sharding.replicated(mesh)),
+        opt_state=jax.device_put(state.opt_state, opt),
     )
-    after, metrics = step(state, pair_batch)
-    jax.tree.map(np.testing.assert_array_equal, before, after.frozen)
-    for name, leaf in state.trainable.items():
+    step = step_of(stage, cfg, microbatches=microbatches, mesh=mesh if axis == "fsdp" else None)
+    batch = jax.device_put(rows_of(stage, tokenizer), sharding.batch_sharding(mesh))
+    got, metrics = jax.jit(step)(placed, batch)
+    expected, expected_metrics = stepped[stage]
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    before = flatten(params)
+    for name, leaf in expected.trainable.items():
+        moved = np.abs(leaf - before[name]).max()
+        np.testing.assert_allclose(
+            got.trainable[name], leaf, rtol=1e-6, atol=1e-5 * moved, err_msg=name
+        )
+        if axis == "fsdp":
+            assert got.trainable[name].sharding.is_equivalent_to(places[name], leaf.ndim), name
+
+
+def test_microbatches_that_do_not_divide_the_rows_are_refused(cfg, params, pair_batch):
+    step = step_of("cadpo", cfg, microbatches=3)
+    with pytest.raises(ValueError, match=r"batch_rows=2 must be a multiple.*microbatches=3"):
+        jax.eval_shape(step, state_of(params), pair_batch)
+
+
+def test_a_microbatch_that_leaves_devices_without_rows_is_refused():
+    config = sft.get_config("tiny")
+    config.data.batch_rows, config.compute.microbatches = 6, 2
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
+    with pytest.raises(ValueError, match=r"batch_rows=6 .*microbatches=2 times the 2 devices"):
+        setup.build(config, mesh)
+
+
+@pytest.mark.parametrize("patterns", [TRAINED["cadpo"], TOWERS])
+def test_frozen_parts_are_bit_identical_and_have_no_moments(
+    cfg, params, tokenizer, stepped, patterns
+):
+    before = state_of(params, patterns)
+    if patterns == TRAINED["cadpo"]:
+        after, metrics = stepped["cadpo"]
+    else:
+        after, metrics = jax.jit(step_of("cadpo", cfg))(before, rows_of("cadpo", tokenizer))
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
+    for name, leaf in before.trainable.items():
         assert (after.trainable[name] != leaf).any(), name
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    assert len(moments) == 2 * len(state.trainable)
+    moments = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim]
+    assert len(moments) == len(before.trainable)
     towers = {name.removeprefix("grad_norm/") for name in metrics if name.startswith("grad_norm/")}
     assert towers == {pattern.split("/")[0] for pattern in patterns}
 
@@ -196,82 +292,6 @@ def test_a_pattern_that_matches_nothing_is_refused(params):
 
 def test_merge_undoes_flatten(params):
     jax.tree.map(np.testing.assert_array_equal, merge(flatten(params)), params)
-
-
-@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
-def test_sharded_step_equals_the_step_on_one_device(cfg, params, tokenizer, axis):
-    rows = [
-        [encode_record(synthetic.record(i), tokenizer, responses=(RESPONSES[i % 2][0],))]
-        for i in range(4)
-    ]
-    batch = pack_rows(rows, SINGLE)
-    tx = optax.adamw(1e-3)
-    step = functools.partial(sft_step, cfg=cfg, compute=COMPUTE, tx=tx)
-    _, expected_metrics = jax.jit(step)(state_of(params, tx), batch)
-
-    mesh = sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, axis: 2})
-    shardings = saber.shardings(cfg, mesh)
-    state = state_of(jax.device_put(params, shardings), tx)
-    opt = optimizer_lib.optimizer_shardings(tx, state.trainable, flatten(shardings), mesh)
-    placed = TrainState(
-        jax.device_put(state.step, sharding.replicated(mesh)),
-        state.trainable,
-        {},
-        jax.device_put(state.opt_state, opt),
-    )
-    compute = dataclasses.replace(COMPUTE, mesh=mesh if axis == "fsdp" else None)
-    step = functools.partial(sft_step, cfg=cfg, compute=compute, tx=tx)
-    got, metrics = jax.jit(step)(placed, jax.device_put(batch, sharding.batch_sharding(mesh)))
-    assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
-    assert float(metrics["grad_norm"]) == pytest.approx(
-        float(expected_metrics["grad_norm"]), rel=1e-5
-    )
-    for name, place in flatten(shardings).items():
-        assert axis == "tensor" or got.trainable[name].sharding.is_equivalent_to(
-            place, got.trainable[name].ndim
-        ), name
-
-
-@pytest.mark.parametrize("stage", ["sft", "cadpo"])
-def test_microbatches_add_up_to_the_whole_batch(cfg, params, tokenizer, stage):
-    # Rows of very different sizes, one of them empty: a mean of means would be far off.
-    texts = [RESPONSES[0], RESPONSES[1], CASES["unequal lengths"][0]]
-    tx = optax.sgd(0.1)
-    if stage == "sft":
-        rows = [
-            [encode_record(synthetic.record(i), tokenizer, responses=text[1:])]
-            for i, text in enumerate(texts)
-        ]
-        batch, compute, step = pack_rows([*rows, []], SINGLE), COMPUTE, sft_step
-    else:
-        examples = pairs(tokenizer, texts)
-        batch = pack_rows([examples[:2], [], examples[2:], []], PAIRS)
-        compute, step = SHARED, functools.partial(cadpo_step, options=Preference(sft=0.1))
-
-    def run(microbatches):
-        split = dataclasses.replace(compute, microbatches=microbatches)
-        return jax.jit(functools.partial(step, cfg=cfg, compute=split, tx=tx))(
-            state_of(params, tx, ("text/*",)), batch
-        )
-
-    (whole, expected), (parts, metrics) = run(1), run(2)
-    for name in expected:
-        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
-    for name, leaf in parts.trainable.items():
-        moved = np.abs(whole.trainable[name] - params_at(params, name)).max()
-        np.testing.assert_allclose(leaf, whole.trainable[name], atol=1e-5 * moved + 1e-9)
-
-
-def params_at(params, name):
-    return flatten(params)[name]
-
-
-def test_microbatches_that_do_not_divide_the_rows_are_refused(cfg, params, pair_batch):
-    tx = optax.sgd(0.1)
-    compute = dataclasses.replace(SHARED, microbatches=2)
-    step = functools.partial(cadpo_step, cfg=cfg, compute=compute, tx=tx, options=Preference())
-    with pytest.raises(ValueError, match=r"batch_rows=1 must be a multiple.*microbatches=2"):
-        jax.eval_shape(step, state_of(params, tx), pair_batch)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -301,7 +321,7 @@ def withheld_log_probs(params, tokenizer, score):
             encode_record(withhold(synthetic.record(i), modality), tokenizer, responses=texts)
             for i, texts in enumerate(RESPONSES)
         ]
-        return score(params, pack_rows([examples], PAIRS))
+        return score(params, pack_rows([examples, []], PAIRS))
 
     return {modality: of(modality) for modality in MODALITIES}
 
@@ -322,31 +342,29 @@ def test_conditional_and_decoupled_terms_score_the_clip_with_the_modality_withhe
         return -jax.nn.log_sigmoid(z)
 
     def total(**options):
-        objective = functools.partial(
-            cadpo_objective, cfg=cfg, compute=SHARED, options=Preference(**options)
-        )
-        return float(jax.jit(objective)(params, pair_batch)[0])
+        return float(cadpo_objective(params, pair_batch, cfg, SHARED, Preference(**options))[0])
 
     want = log_sigmoid_of(0.1 * rho.difference)
     for modality in MODALITIES:
         change = rho.chosen - (without[modality].chosen - ref[modality].chosen)
         want += 0.5 * log_sigmoid_of(0.1 * change)
     got = total(conditional_audio=0.5, conditional_video=0.5)
-    assert got == pytest.approx(float(want.sum()), rel=1e-5)
+    assert got == pytest.approx(float(want[0].sum()), rel=1e-5)
 
     # Both rejected responses ignored audio.
     z = 0.1 * rho.difference + 0.2 * (here.difference - without["video"].difference)
     z -= 0.3 * (here.difference - without["audio"].difference)
     got = total(invariance=0.2, sensitivity=0.3)
-    assert got == pytest.approx(float(log_sigmoid_of(z).sum()), rel=1e-5)
+    assert got == pytest.approx(float(log_sigmoid_of(z)[0].sum()), rel=1e-5)
 
 
 def test_length_alpha_discounts_the_longer_response(params, tokenizer, score):
-    batch = pack_rows([pairs(tokenizer, CASES["unequal lengths"])], PAIRS)
+    texts, _ = CASES["unequal lengths"]
+    batch = pack_rows([pairs(tokenizer, texts), []], PAIRS)
     log_probs = np.array(score(params, batch))
     got = pair_scores(batch, jnp.array(log_probs), length_alpha=0.25)
     whole = pair_scores(batch, jnp.array(log_probs))
-    example = pairs(tokenizer, CASES["unequal lengths"])[0]
+    example = pairs(tokenizer, texts)[0]
     short = len(example.responses[0].tokens)
     assert got.chosen[0, 0] == pytest.approx(float(whole.chosen[0, 0]), rel=1e-6)
     shared = common_prefix(*(r.tokens for r in example.responses))
@@ -356,8 +374,12 @@ def test_length_alpha_discounts_the_longer_response(params, tokenizer, score):
     assert got.rejected[0, 0] == pytest.approx(float(want), rel=1e-5)
 
 
-def test_margins_of_the_sections_add_up_and_absent_types_have_none(params, pair_batch, objective):
-    metrics = means(objective(params, pair_batch)[2])
+def metrics_of(params, batch, cfg):
+    return means(cadpo_objective(params, batch, cfg, SHARED, Preference())[2])
+
+
+def test_margins_of_the_sections_add_up_and_absent_types_have_none(cfg, params, pair_batch):
+    metrics = metrics_of(params, pair_batch, cfg)
     parts = [metrics[f"margins/{name}"] for name in ("visual", "acoustic", "reasoning")]
     assert float(sum(parts)) == pytest.approx(float(metrics["rewards/margins"]), rel=1e-5)
     assert (
@@ -367,14 +389,29 @@ def test_margins_of_the_sections_add_up_and_absent_types_have_none(params, pair_
     assert metrics["kl/chosen"] > 0 and metrics["kl/rejected"] > 0
 
 
+def test_consistent_and_inconsistent_clips_have_margins_of_their_own(cfg, params, pair_batch):
+    agree = pair_batch["conflict"].copy()
+    agree[0, 1] = CONFLICT_TYPES.index("none")
+    metrics = metrics_of(params, pair_batch | {"conflict": agree}, cfg)
+    one, other = (
+        metrics_of(params, pair_batch | {"pair_valid": pair_batch["pair_valid"] & only}, cfg)
+        for only in ([[True, False]], [[False, True]])
+    )
+    assert metrics["margins/inconsistent"] == metrics["margins/sarcasm"] == one["rewards/margins"]
+    assert metrics["margins/consistent"] == metrics["margins/none"] == other["rewards/margins"]
+    assert metrics["accuracies/inconsistent"] == one["rewards/accuracies"]
+    assert metrics["accuracies/consistent"] == other["rewards/accuracies"]
+
+
 def test_the_probe_measures_entropy_and_what_each_modality_is_worth(
     cfg, params, pair_batch, withheld_log_probs, score
 ):
-    got = jax.jit(functools.partial(cadpo_probe, cfg=cfg, compute=SHARED))(params, pair_batch)
+    got = cadpo_probe(params, pair_batch, cfg, SHARED)
+    valid = pair_batch["pair_valid"]
     chosen = pair_scores(pair_batch, score(params, pair_batch)).chosen
     for modality in MODALITIES:
         blind = pair_scores(pair_batch, withheld_log_probs[modality]).chosen
-        want = float((chosen - blind).mean())
+        want = float((chosen - blind)[valid].mean())
         assert got[f"sensitivity/{modality}"] == pytest.approx(want, abs=2e-4)
         assert abs(want) > 1e-3
     hidden = jax.jit(functools.partial(saber.hidden, cfg=cfg))(params, pair_batch)
