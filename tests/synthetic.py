@@ -1,5 +1,6 @@
 """Small made-up records and a vocabulary for them, for tests that need a few and not a corpus."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from saber_jax.data.transforms import Example, size_of
+from saber_jax.data.withhold import VIEWS
 
 WORDS = ("calm", "person", "speaks", "loudly", "in", "the", "quiet", "red", "room", "slowly")
 
@@ -30,6 +33,13 @@ def record(seed: int, *, frames: int = 4, seconds: float = 1.3, words: int = 5) 
         labels={"emotion": "happy", "conflict_type": "sarcasm", "kappa": "0.8"},
         provenance={},
     )
+
+
+def with_references(example: Example, seed: int) -> Example:
+    """A pair with made-up log pi_ref of its targets in every view."""
+    shape = (len(VIEWS), size_of(example).targets)
+    reference = np.random.default_rng(seed).normal(-5, 2, shape).astype(np.float32)
+    return dataclasses.replace(example, reference=reference)
 
 
 def tokenizer(folder: Path, *, vocab_size: int = 768) -> Tokenizer:

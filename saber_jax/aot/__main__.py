@@ -20,7 +20,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 from absl import app, flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     try:
         slices = chips.parse_topology(TOPOLOGY.value or config.topology)
-        stage = setup.build(config, _mesh(config, slices))
+        stage = _stage(config, slices)
         lowered = programs.lower(PROGRAM.value, config, stage)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"saber_jax.aot: {error}")
@@ -64,13 +63,14 @@ def main(argv: list[str]) -> None:
         (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text())
 
 
-def _mesh(config: ConfigDict, slices: chips.Slices) -> Mesh:
-    """That of the config's runs, or the one that `saber_jax.generate` makes of the same devices."""
+def _stage(config: ConfigDict, slices: chips.Slices) -> setup.Setup:
+    """As the config's runs have it, or on the mesh that `saber_jax.generate` makes of the same
+    devices."""
     if PROGRAM.value not in programs.GENERATION:
-        return sharding.make_mesh(**config.mesh, devices=slices.devices())
-    config.compute.kernel = "xla"  # The only one there.
+        return setup.build(config, sharding.make_mesh(**config.mesh, devices=slices.devices()))
+    config.compute.kernel = "xla"  # Generation has no other.
     kv_heads = saber_config(config.model).text.kv_heads
-    return sharding.generation_mesh(kv_heads, slices.devices())
+    return setup.build(config, sharding.generation_mesh(kv_heads, slices.devices()))
 
 
 def compare(arguments: list[str]) -> None:

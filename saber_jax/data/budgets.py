@@ -74,7 +74,7 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
     Raises ValueError when no example can be used.
     """
     measured = _sample(measured)
-    few = _first(measured, ROUGHLY)
+    few = _some(measured, slice(ROUGHLY))
     rough = [choice for budget in _candidates(measured, length) if (choice := _try(few, budget))]
     # Fewer examples leave less to choose from, so that rows are emptier throughout.
     rough.sort(key=lambda choice: choice.score(LEAST_MEDIA - ROUGH_LOSS))
@@ -89,15 +89,14 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
 
 def _sample(measured: sizing.Measurements) -> sizing.Measurements:
     good = np.flatnonzero((measured.sizes >= 0).all((0, 2)))
-    some = np.random.default_rng(0).permutation(good)[:SAMPLE]
-    return sizing.Measurements(
-        measured.sizes[:, some], measured.frame_pairs[some], measured.token_counts
-    )
+    return _some(measured, np.random.default_rng(0).permutation(good)[:SAMPLE])
 
 
-def _first(measured: sizing.Measurements, count: int) -> sizing.Measurements:
+def _some(
+    measured: sizing.Measurements, which: slice | Int[np.ndarray, " n"]
+) -> sizing.Measurements:
     return sizing.Measurements(
-        measured.sizes[:, :count], measured.frame_pairs[:count], measured.token_counts
+        measured.sizes[:, which], measured.frame_pairs[which], measured.token_counts
     )
 
 
@@ -121,11 +120,9 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
         for response in _around(answer, LENGTH_STEP)
         if (length + 2 * response) % LONGEST_BLOCK == 0
     }
-    of_patches = measured.sizes[..., planning.FIELDS.index("patches")]
-    step = _patch_step(of_patches)
+    step = _patch_step(measured.sizes[..., planning.FIELDS.index("patches")])
     patches = {_up(mean["patches"] / rows * k, step) for k in (0.98, 1.01, 1.035, 1.06)}
     need = mean["chunks"] / rows
-    largest = of_patches.max(0) // np.maximum(measured.frame_pairs, 1)
     chunks = range(max(1, int(need * 0.98)), int(np.ceil(need / LEAST_MEDIA)) + 1)
     for response, n_v, n_a in itertools.product(
         sorted(responses) or [0], sorted(patches), chunks if need else [0]
@@ -137,7 +134,7 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
             chunks=n_a,
             targets=length + 2 * response,
             segments=MOST_SEGMENTS,
-            frame_patches=int(largest.max()),
+            frame_patches=int(measured.frame_patches.max()),
         )
 
 

@@ -44,6 +44,12 @@ class Measurements:
     frame_pairs: Int[np.ndarray, " N"]
     token_counts: Int[np.ndarray, " V"]
 
+    @property
+    def frame_patches(self) -> Int[np.ndarray, " N"]:
+        """Of one frame pair; all pairs of a clip are of one size."""
+        patches = self.sizes[..., FIELDS.index("patches")].max(0)
+        return patches // np.maximum(self.frame_pairs, 1)
+
     def __add__(self, other: "Measurements") -> "Measurements":
         counts = np.zeros(max(len(self.token_counts), len(other.token_counts)), np.int64)
         counts[: len(self.token_counts)] += self.token_counts
@@ -146,7 +152,7 @@ def select(measured: Measurements, budget: Budget) -> Selection:
     """Thins the frames of clips that a row cannot hold; sound and text are never cut."""
     sizes, pairs = measured.sizes.astype(np.int64), measured.frame_pairs
     text, patches = sizes[..., FIELDS.index("text")], sizes[..., FIELDS.index("patches")]
-    frame_patches = patches.max(0) // np.maximum(pairs, 1)
+    frame_patches = measured.frame_patches
     a_pair = np.maximum(frame_patches, 1)
     units = np.maximum(a_pair // 4, 1)
     excess = np.maximum(

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import encode_record, size_of
-from saber_jax.data.withhold import VIEWS
-from saber_jax.models import saber
-from saber_jax.models.config import saber_config
+from saber_jax.data.transforms import encode_record
 from saber_jax.train.objectives import Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import flatten
@@ -47,25 +44,9 @@ ANSWERS = (
 )
 
 
-@pytest.fixture(scope="module")
-def cfg():
-    whole = saber_config("tiny")
-    return dataclasses.replace(
-        whole,
-        text=dataclasses.replace(whole.text, layers=2),
-        vision=dataclasses.replace(whole.vision, depth=2, full_attention_layers=(1,)),
-    )
-
-
-@pytest.fixture(scope="module")
-def params(cfg):
-    return jax.jit(functools.partial(saber.init, cfg))(jax.random.key(0))
-
-
 def pair(tokenizer, record, answers, seed: int):
     example = encode_record(record, tokenizer, responses=answers, kappa=0.2 * seed)
-    reference = np.random.default_rng(seed).normal(-5, 2, (len(VIEWS), size_of(example).targets))
-    return dataclasses.replace(example, reference=reference.astype(np.float32))
+    return synthetic.with_references(example, seed)
 
 
 def assert_the_row_is_the_sum_of_its_examples(objective, params, examples, budget):

@@ -12,10 +12,9 @@ import pytest
 from configs import sft
 from saber_jax import sharding
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import CONFLICT_TYPES, common_prefix, encode_record, size_of
+from saber_jax.data.transforms import CONFLICT_TYPES, common_prefix, encode_record
 from saber_jax.data.withhold import MODALITIES, VIEWS, withhold
 from saber_jax.models import saber
-from saber_jax.models.config import saber_config
 from saber_jax.train import objectives, setup
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.losses import means
@@ -58,21 +57,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def cfg():
-    whole = saber_config("tiny")
-    return dataclasses.replace(
-        whole,
-        text=dataclasses.replace(whole.text, layers=2),
-        vision=dataclasses.replace(whole.vision, depth=2, full_attention_layers=(1,)),
-    )
-
-
-@pytest.fixture(scope="module")
-def params(cfg):
-    return jax.jit(functools.partial(saber.init, cfg))(jax.random.key(0))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def network_compiled_once():
     """Objectives that are not under jit themselves run op by op around a compiled network."""
@@ -94,8 +78,7 @@ def pairs(tokenizer, texts, **about):
     examples = []
     for i, pair in enumerate(texts):
         example = encode_record(synthetic.record(i), tokenizer, responses=pair, **about)
-        reference = np.random.default_rng(i).normal(-5, 2, (len(VIEWS), size_of(example).targets))
-        examples.append(dataclasses.replace(example, reference=reference.astype(np.float32)))
+        examples.append(synthetic.with_references(example, i))
     return examples
 
 
