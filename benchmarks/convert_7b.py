@@ -105,7 +105,10 @@ def timed(work: Callable[[], Any], source: Path, out: Path) -> tuple[float, Any]
 
 
 def command(*arguments: str) -> tuple[float, float]:
-    """Runs `python -m ...`; returns its peak resident memory in GiB and its processor seconds."""
+    """Runs `python -m ...`; returns its peak resident memory in GiB and its processor seconds.
+
+    Memory is an upper bound: it begins at what this process held when it started that one.
+    """
     process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
