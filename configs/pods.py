@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`remat` and `head_keep` by stage: what of the free memory computation is saved with.
+    """`sft` and `cadpo` are config.compute.remat of the stages: what of the free memory computation
+    is saved with, as by `head_keep` in stage 2.
 
     `topology` as `saber_jax.aot` takes it. Several slices hold copies of the weights and send
     gradients alone over the data center's network.
@@ -32,10 +33,10 @@ class Recipe:
 
 RECIPES = {
     # All weights train. TPU v5e, 16 GiB a chip; v6e, 32; v5p, 96, counted in pairs of cores.
-    "7b-v5e-256": Recipe(topology="v5e:16x16", sft="gate", cadpo="gate"),
+    "7b-v5e-256": Recipe(topology="v5e:16x16", sft="matmuls", cadpo="gate"),
     "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls"),
     "7b-v5p-128": Recipe(topology="v5p:4x4x4", sft="matmuls", cadpo="matmuls"),
-    "7b-2xv5e-128": Recipe(topology="2*v5e:8x16", slices=2, sft="gate", cadpo="gate"),
+    "7b-2xv5e-128": Recipe(topology="2*v5e:8x16", slices=2, sft="matmuls", cadpo="gate"),
     "3b-v5e-32": Recipe(topology="v5e:4x8", microbatches=8, sft="matmuls", cadpo="gate"),
     # Adapters of the published rank train.
     "7b-lora-v5e-16": Recipe(
@@ -57,4 +58,5 @@ def fit(config: ConfigDict) -> None:
     config.lora.rank = recipe.lora_rank
     config.compute.microbatches = recipe.microbatches
     config.compute.remat = getattr(recipe, config.stage)
-    config.compute.head_keep = recipe.head_keep
+    if config.stage == "cadpo":
+        config.compute.head_keep = recipe.head_keep

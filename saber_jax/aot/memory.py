@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from saber_jax.aot import hlo
+from saber_jax.aot import hlo, programs
 from saber_jax.train.setup import Setup
 
 _NO_BUFFER = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while")
@@ -36,21 +36,16 @@ def per_device(tree, dtype: str | None = None) -> int:
 
 
 def measure(
-    compiled: jax.stages.Compiled,
-    module: hlo.Module,
-    stage: Setup,
-    *,
-    train: bool,
-    generation: bool = False,
-    **walk,
+    compiled: jax.stages.Compiled, module: hlo.Module, name: str, stage: Setup, **walk
 ) -> Memory:
-    """`walk` as hlo.executions."""
+    """`name` is the program's, `walk` as hlo.executions."""
     stats = compiled.memory_analysis()
+    generation = name in programs.GENERATION
     forward, backward = _stacked(module, **walk)
     return Memory(
         # Generation reads them rounded to what it computes in.
         weights=per_device(stage.state.params, stage.compute.dtype if generation else None),
-        optimizer=per_device(stage.state.opt_state) if train else 0,
+        optimizer=per_device(stage.state.opt_state) if name == "train" else 0,
         batch=per_device(stage.batch),
         activations=forward,
         gradients=backward,

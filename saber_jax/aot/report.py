@@ -23,14 +23,10 @@ def figures(
 ) -> dict[str, Any]:
     """Everything that the compiled program says, per device unless it says otherwise."""
     module = hlo.parse(compiled.as_text())
-    train = name == "train"
     uncounted = 1.0 if name == "decode" else None  # So decode's figures are those of one token.
     shares = programs.branch_shares(stage)
     costs = cost.analyze(module, dict(stage.mesh.shape), shares, uncounted=uncounted)
-    generation = name in programs.GENERATION
-    used = memory.measure(
-        compiled, module, stage, train=train, generation=generation, uncounted=uncounted
-    )
+    used = memory.measure(compiled, module, name, stage, uncounted=uncounted)
     chip, devices = slices.chip, stage.mesh.size
     result: dict[str, Any] = {
         "program": name,
@@ -53,7 +49,7 @@ def figures(
         "roofline": roofline(costs, slices, stage.mesh.shape),
         "largest_buffers": memory.largest(module, 8, uncounted=uncounted),
     }
-    if train:
+    if name == "train":
         asked = programs.asked(stage)
         model = sum(asked.flops.values()) / devices
         result["model_flops"] = {tower: value / devices for tower, value in asked.flops.items()}
@@ -197,7 +193,7 @@ def suggestions(config: ConfigDict, stage: Setup, name: str = "train") -> list[s
     if rows > 1:
         parts = 2 * compute.microbatches
         tries.append(f"--config.compute.microbatches={parts} ({rows} rows a device at a time now)")
-    if compute.head_keep:
+    if compute.get("head_keep"):
         tries.append("--config.compute.head_keep=False")
     elif compute.head_chunk > 128:
         tries.append(f"--config.compute.head_chunk={compute.head_chunk // 2}")

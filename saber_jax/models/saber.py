@@ -22,7 +22,7 @@ from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.masks import packed_text
 from saber_jax.models.remat import Remat
-from saber_jax.models.shards import lookup, mark, whole
+from saber_jax.models.shards import lookup, mark, whole_table
 from saber_jax.models.text import Cache, Text
 from saber_jax.models.vision import Vision
 
@@ -151,9 +151,10 @@ def hidden(
 
 def head(
     params: Params, cfg: SaberConfig, *, dtype: DTypeLike, mesh: Mesh | None = None
-) -> Float[Array, "D V"]:
-    """The vocabulary projection, whole; `mesh` as in `hidden`."""
-    return whole(_bind(params, cfg, dtype, mesh).text.lm_head)
+) -> Float[Array, "D W"]:
+    """The vocabulary projection, whole; `mesh` as in `hidden`, and with it columns beyond the
+    vocabulary may follow, see shards.whole_table."""
+    return whole_table(_bind(params, cfg, dtype, mesh).text.lm_head)
 
 
 def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -5,10 +5,11 @@ it. Left to XLA's partitioner, every device would sum whole gradients and then c
 transpose of a gather over one ring of the torus at a time is a reduce-scatter over that ring: half
 the traffic.
 
-Axis letters: V vocabulary   D width   B rows of one device   L length.
+Axis letters: V vocabulary   W vocabulary, padded   D width   B rows of one device   L length.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -16,6 +17,9 @@ from jaxtyping import Array, Float, Int
 from saber_jax import sharding
 
 SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, mesh axes), or nothing.
+# A gradient as wide as a vocabulary is scattered along a ring only if its width is a multiple of
+# this. Of any other the compiler sums all on every device, which is twice the traffic.
+RING_LANES = 512
 
 
 def mark(module: nnx.Module, mesh: Mesh) -> None:
@@ -43,8 +47,21 @@ def shards_of(
 
 def whole(weight: nnx.Param) -> Array:
     """The weight, gathered from the devices that share it; the innermost ring comes first."""
-    value = weight[...]
-    for dimension, axes in weight.get_metadata(SHARDS, ()):
+    return _gathered(weight[...], weight.get_metadata(SHARDS, ()))
+
+
+def whole_table(weight: nnx.Param) -> Float[Array, "D W"]:
+    """`whole`, of a [D, V] table of which each device keeps rows as wide as the vocabulary.
+
+    It travels, and is returned, with columns of zeros up to W, the next width that suits the rings.
+    """
+    value, kept = weight[...], weight.get_metadata(SHARDS, ())
+    padding = -value.shape[1] % RING_LANES if kept else 0
+    return _gathered(jnp.pad(value, [(0, 0), (0, padding)]), kept)
+
+
+def _gathered(value: Array, kept: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
+    for dimension, axes in kept:
         for axis in reversed(axes):
             value = jax.lax.all_gather(value, axis, axis=value.ndim + dimension, tiled=True)
     return value

@@ -5,7 +5,7 @@ larger than everything else that a layer computes. Only the targets' are compute
 chunk at a time.
 
 Axis letters: B rows   T targets of a row   C targets of a chunk   N chunks   D width
-V vocabulary.
+V vocabulary   W columns of the projection: V, or more, where it is padded.
 """
 
 import functools
@@ -13,71 +13,93 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-Measure = Callable[[Float[Array, "B C V"], Int[Array, "B C"]], Array]
-"""(logits, tokens) -> something of every target."""
+from saber_jax.models.layers import MASKED
+
+Measure = Callable[[Float[Array, "B C W"], Int[Array, "B C"], int], Array]
+"""(logits, tokens, V) -> something of every target."""
 
 
 def log_probs(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "D W"],
     tokens: Int[Array, "B T"],
     *,
+    vocab: int,
     chunk: int,
     keep: bool = False,
 ) -> Float[Array, "B T"]:
-    """log softmax(hidden @ head)[token], float32.
+    """log softmax(hidden @ head)[token] over the first `vocab` columns, float32.
 
     The backward pass needs the derivative of every logit. It computes them again, a fourth of the
-    projection's work, or with `keep` finds B T V of them in `hidden`'s dtype.
+    projection's work, or with `keep` finds B T W of them in `hidden`'s dtype.
     """
     if keep:
-        return _kept(hidden, head, tokens, chunk)
-    return over_chunks(log_prob, hidden, head, tokens, chunk=chunk)
+        return _kept(hidden, head, tokens, vocab, chunk)
+    return over_chunks(log_prob, hidden, head, tokens, vocab=vocab, chunk=chunk)
+
+
+def weighted(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D W"],
+    tokens: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    vocab: int,
+    chunk: int,
+) -> tuple[Float[Array, " 1"], Float[Array, "B T"]]:
+    """The sum of weights * log_probs, and `log_probs`, through which no gradient flows.
+
+    With the weights known beforehand, a chunk's part of the gradients is made while its logits
+    exist: they are neither computed again nor kept.
+    """
+    total, values = _weighted(hidden, head, tokens, jax.lax.stop_gradient(weights), vocab, chunk)
+    return total, jax.lax.stop_gradient(values)
 
 
 def over_chunks(
     measure: Measure,
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "D W"],
     tokens: Int[Array, "B T"],
     *,
+    vocab: int,
     chunk: int,
 ) -> Array:
     """`measure` of every target. Logits live as long as their chunk, in the backward pass too."""
 
     @jax.checkpoint
     def of_chunk(_, xs):
-        return None, measure(_logits(xs[0], head), xs[1])
+        return None, measure(_logits(xs[0], head), xs[1], vocab)
 
     _, values = jax.lax.scan(of_chunk, None, (_split(hidden, chunk), _split(tokens, chunk)))
     return _join(values)
 
 
-def log_prob(logits: Float[Array, "B C V"], tokens: Int[Array, "B C"]) -> Float[Array, "B C"]:
+def log_prob(
+    logits: Float[Array, "B C W"], tokens: Int[Array, "B C"], vocab: int
+) -> Float[Array, "B C"]:
     picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return picked - jax.nn.logsumexp(_masked(logits, vocab), axis=-1)
 
 
-def entropy(logits: Float[Array, "B C V"]) -> Float[Array, "B C"]:
+def entropy(logits: Float[Array, "B C W"], vocab: int) -> Float[Array, "B C"]:
     """Of the distribution that each target is drawn from."""
+    logits = _masked(logits, vocab)
     return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits) * logits).sum(-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _kept(hidden, head, tokens, chunk):
-    return over_chunks(log_prob, hidden, head, tokens, chunk=chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _kept(hidden, head, tokens, vocab, chunk):
+    return over_chunks(log_prob, hidden, head, tokens, vocab=vocab, chunk=chunk)
 
 
-def _kept_forward(hidden, head, tokens, chunk):
+def _kept_forward(hidden, head, tokens, vocab, chunk):
     def of_chunk(_, xs):
-        hidden, tokens = xs
-        logits = _logits(hidden, head)
-        # d log_prob / d logits. The difference is taken before rounding, or a sure target's would
-        # be lost: 1 - p rounds to 0 from p = 0.998 on.
-        slope = jax.nn.one_hot(tokens, head.shape[1]) - jax.nn.softmax(logits)
-        return None, (log_prob(logits, tokens), slope.astype(hidden.dtype))
+        logits = _logits(xs[0], head)
+        return None, (log_prob(logits, xs[1], vocab), _slopes(logits, xs[1], vocab, hidden.dtype))
 
     _, (values, slopes) = jax.lax.scan(
         of_chunk, None, (_split(hidden, chunk), _split(tokens, chunk))
@@ -85,21 +107,74 @@ def _kept_forward(hidden, head, tokens, chunk):
     return _join(values), (hidden, head, slopes)
 
 
-def _kept_backward(chunk, kept, weights):
+def _kept_backward(vocab, chunk, kept, weights):
     """Two matrix products. Targets' weights scale narrow vectors, never the slopes."""
     hidden, head, slopes = kept
     weights, dtype = weights[..., None], hidden.dtype
-    back = jnp.einsum("NBCV,DV->NBCD", slopes, head, preferred_element_type=jnp.float32)
+    back = jnp.einsum("NBCW,DW->NBCD", slopes, head, preferred_element_type=jnp.float32)
     weighted = _split((hidden * weights).astype(dtype), chunk)
-    d_head = jnp.einsum("NBCD,NBCV->DV", weighted, slopes, preferred_element_type=jnp.float32)
+    d_head = jnp.einsum("NBCD,NBCW->DW", weighted, slopes, preferred_element_type=jnp.float32)
     return (_join(back) * weights).astype(dtype), d_head.astype(head.dtype), None
 
 
 _kept.defvjp(_kept_forward, _kept_backward)
 
 
-def _logits(hidden: Float[Array, "B C D"], head: Float[Array, "D V"]) -> Float[Array, "B C V"]:
-    return jnp.einsum("BCD,DV->BCV", hidden, head, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted(hidden, head, tokens, weights, vocab, chunk):
+    values = over_chunks(log_prob, hidden, head, tokens, vocab=vocab, chunk=chunk)
+    return (weights * values).sum()[None], values
+
+
+def _weighted_forward(hidden, head, tokens, weights, vocab, chunk):
+    dtype = hidden.dtype
+
+    def of_chunk(d_head, xs):
+        hidden, tokens, weights = xs
+        logits = _logits(hidden, head)
+        slopes, weights = _slopes(logits, tokens, vocab, dtype), weights[..., None]
+        back = jnp.einsum("BCW,DW->BCD", slopes, head, preferred_element_type=jnp.float32)
+        d_head += jnp.einsum(
+            "BCD,BCW->DW",
+            (hidden * weights).astype(dtype),
+            slopes,
+            preferred_element_type=jnp.float32,
+        ).astype(head.dtype)
+        return d_head, (log_prob(logits, tokens, vocab), (back * weights).astype(dtype))
+
+    parts = tuple(_split(x, chunk) for x in (hidden, tokens, weights))
+    d_head, (values, back) = jax.lax.scan(of_chunk, jnp.zeros_like(head), parts)
+    values = _join(values)
+    return ((weights * values).sum()[None], values), (_join(back), d_head)
+
+
+def _weighted_backward(vocab, chunk, gradients, cotangents):
+    back, d_head = gradients
+    scale = cotangents[0]
+    return (back * scale).astype(back.dtype), (d_head * scale).astype(d_head.dtype), None, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _slopes(
+    logits: Float[Array, "B C W"], tokens: Int[Array, "B C"], vocab: int, dtype: DTypeLike
+) -> Float[Array, "B C W"]:
+    """d log_prob / d logits. The difference is taken before rounding, or a sure target's would be
+    lost: 1 - p rounds to 0 from p = 0.998 on."""
+    chances = jax.nn.softmax(_masked(logits, vocab))
+    return (jax.nn.one_hot(tokens, logits.shape[-1]) - chances).astype(dtype)
+
+
+def _logits(hidden: Float[Array, "B C D"], head: Float[Array, "D W"]) -> Float[Array, "B C W"]:
+    return jnp.einsum("BCD,DW->BCW", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _masked(logits: Float[Array, "B C W"], vocab: int) -> Float[Array, "B C W"]:
+    """Without the columns beyond the vocabulary. Where it is summed XLA fuses the mask; what a
+    target's own logit is picked from, the mask would make it write once more."""
+    columns = logits.shape[-1]
+    return logits if columns == vocab else jnp.where(jnp.arange(columns) < vocab, logits, MASKED)
 
 
 def _split(x: Array, chunk: int) -> Array:

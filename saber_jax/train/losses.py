@@ -24,22 +24,13 @@ def tally_of(values: Array, where: Array) -> tuple[Array, Array]:
     return jnp.where(where, values, 0.0).sum(), where.sum().astype(values.dtype)
 
 
-def sft_loss(log_probs: Float[Array, "B T"], weights: Float[Array, "B T"]) -> tuple[Array, Array]:
-    """(sum, weight) of the negative log-likelihood, whose quotient is nats per target token.
-
-    The weight is that of the whole batch, never a mean of rows' means, so the loss does not depend
-    on how examples were packed or in how many microbatches they came.
-    """
-    return -(log_probs * weights).sum(), weights.sum()
-
-
 def section_nll(
     log_probs: Float[Array, "B T"],
     weights: Float[Array, "B T"],
     sections: Int[Array, "B T"],
     count: int,
 ) -> tuple[Float[Array, "count"], Float[Array, "count"]]:
-    """`sft_loss` of each section 1..count."""
+    """(sum, weight) of the negative log-likelihood of each section 1..count."""
     one_hot = jax.nn.one_hot(sections - 1, count) * weights[..., None]
     return -jnp.einsum("BT,BTS->S", log_probs, one_hot), one_hot.sum((0, 1))
 

@@ -9,6 +9,7 @@ Axis letters: B rows, L slots, T targets of a row, P pairs of a row.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,9 @@ class Compute:
     """How a forward pass is computed, whatever the loss.
 
     A step adds up the gradients of `microbatches` equal parts of the batch, one after another.
-    `head_chunk` targets at a time go through the vocabulary projection, and with `head_keep` the
-    backward pass does not compute it again, see head.py; `frame_patches` bounds the patches of one
-    frame pair, which is what lets the vision tower's attention stay local; `response` is the
+    `head_chunk` targets at a time go through the vocabulary projection, and with `head_keep` stage
+    2's backward pass does not compute it again, see head.py; `frame_patches` bounds the patches of
+    one frame pair, which is what lets the vision tower's attention stay local; `response` is the
     budget's. With a `mesh`, rows and weights are spread over it by hand, see models/shards.py;
     without one XLA partitions everything.
     """
@@ -63,8 +64,28 @@ def target_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Float[Array, "B T"]:
     """log pi(target | everything its slot sees), float32; 0 for padding targets."""
-    measure = functools.partial(head.log_probs, keep=compute.head_keep)
-    return _targets(params, batch, cfg, compute, measure)
+
+    def measure(hidden, projection, rows, **shape):
+        values = head.log_probs(
+            hidden, projection, rows["target_tokens"], keep=compute.head_keep, **shape
+        )
+        return jnp.where(rows["target_weights"] > 0, values, 0.0)
+
+    return _of_rows(measure, params, batch, cfg, compute)
+
+
+def weighted_log_probs(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """The sum of `target_log_probs` by the batch's weights, and without a gradient each of them."""
+
+    def measure(hidden, projection, rows, **shape):
+        tokens, weights = rows["target_tokens"], rows["target_weights"]
+        total, values = head.weighted(hidden, projection, tokens, weights, **shape)
+        return total, jnp.where(weights > 0, values, 0.0)
+
+    totals, values = _of_rows(measure, params, batch, cfg, compute)
+    return totals.sum(), values
 
 
 def target_entropies(
@@ -72,22 +93,30 @@ def target_entropies(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`target_log_probs`, and the entropy of the distribution that each target is drawn from."""
 
-    def both(logits, tokens):
-        return jnp.stack([head.log_prob(logits, tokens), head.entropy(logits)], axis=-1)
+    def both(logits, tokens, vocab):
+        values = [head.log_prob(logits, tokens, vocab), head.entropy(logits, vocab)]
+        return jnp.stack(values, axis=-1)
 
-    values = _targets(params, batch, cfg, compute, functools.partial(head.over_chunks, both))
+    def measure(hidden, projection, rows, **shape):
+        values = head.over_chunks(both, hidden, projection, rows["target_tokens"], **shape)
+        return jnp.where(rows["target_weights"][..., None] > 0, values, 0.0)
+
+    values = _of_rows(measure, params, batch, cfg, compute)
     return values[..., 0], values[..., 1]
 
 
-def _targets(
-    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, measure: Callable
-) -> Array:
-    """`measure(hidden, projection, tokens, chunk=...)` of every target; 0 for padding targets."""
-    rows = functools.partial(_row_targets, cfg=cfg, compute=compute, measure=measure)
+def _of_rows(
+    measure: Callable, params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> Any:
+    """`measure(hidden, projection, rows, vocab=..., chunk=...)` of all rows.
+
+    With a mesh, of each device's own; what they give is put together along its first axis.
+    """
+    of_rows = functools.partial(_measured, measure=measure, cfg=cfg, compute=compute)
     if compute.mesh is None:
-        return rows(params, batch)
+        return of_rows(params, batch)
     return jax.shard_map(
-        rows,
+        of_rows,
         mesh=compute.mesh,
         in_specs=(saber.specs(params, cfg, compute.mesh), sharding.BATCH_SPEC),
         out_specs=sharding.BATCH_SPEC,
@@ -95,16 +124,16 @@ def _targets(
     )(params, batch)
 
 
-def _row_targets(
-    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, measure: Callable
-) -> Array:
+def _measured(
+    params: dict, rows: Batch, *, measure: Callable, cfg: SaberConfig, compute: Compute
+) -> Any:
     dtype, chunk = jnp.dtype(compute.dtype), compute.head_chunk
-    targets = batch["target_tokens"].shape[1]
+    targets = rows["target_tokens"].shape[1]
     if targets % chunk:
         raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
     hidden = saber.hidden(
         params,
-        batch,
+        rows,
         cfg,
         dtype=dtype,
         remat=compute.remat,
@@ -113,25 +142,26 @@ def _row_targets(
         response=compute.response,
         mesh=compute.mesh,
     )
-    source = batch["target_source"][..., None]
+    source = rows["target_source"][..., None]
     hidden = jnp.take_along_axis(hidden, source, axis=1, mode="clip")
     with jax.named_scope("head"):
         projection = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
-        values = measure(hidden, projection, batch["target_tokens"], chunk=chunk)
-    real = batch["target_weights"] > 0
-    return jnp.where(real.reshape(*real.shape, *[1] * (values.ndim - 2)), values, 0.0)
+        return measure(hidden, projection, rows, vocab=cfg.text.vocab, chunk=chunk)
 
 
 def sft_objective(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Array, Array, Tally]:
-    """Stage 1, SED: negative log-likelihood of the six sections, per target token."""
-    log_probs = target_log_probs(params, batch, cfg, compute)
+    """Stage 1, SED: negative log-likelihood of the six sections, per target token.
+
+    The weight is that of the whole batch, never a mean of rows' means, so the loss does not depend
+    on how examples were packed or in how many microbatches they came.
+    """
+    total, log_probs = weighted_log_probs(params, batch, cfg, compute)
     weights = batch["target_weights"]
-    loss, tokens = losses.sft_loss(log_probs, weights)
     nll, counts = losses.section_nll(log_probs, weights, batch["target_section"], len(FIELDS))
     sections = {f"nll/{field}": (nll[i], counts[i]) for i, field in enumerate(FIELDS)}
-    return loss, tokens, sections
+    return -total, weights.sum(), sections
 
 
 def withheld(batch: Batch, view: View) -> Batch:

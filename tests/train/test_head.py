@@ -8,6 +8,7 @@ import pytest
 from saber_jax.train import head
 
 ROWS, TARGETS, CHUNK, WIDTH, VOCABULARY = 2, 24, 8, 32, 96
+FORMS = ("again", "kept", "weighted")
 
 
 def drawn(dtype):
@@ -21,9 +22,13 @@ def drawn(dtype):
     return jnp.asarray(hidden, dtype), jnp.asarray(projection, dtype), tokens, weights
 
 
-def gradients(hidden, projection, tokens, weights, **options):
+def gradients(hidden, projection, tokens, weights, form):
     def loss(hidden, projection):
-        values = head.log_probs(hidden, projection, tokens, chunk=CHUNK, **options)
+        shape = {"vocab": VOCABULARY, "chunk": CHUNK}
+        if form == "weighted":
+            total, values = head.weighted(hidden, projection, tokens, weights / 2, **shape)
+            return 2 * total[0], values
+        values = head.log_probs(hidden, projection, tokens, keep=form == "kept", **shape)
         return (values * weights).sum(), values
 
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, projection)
@@ -40,38 +45,44 @@ def exact(hidden, projection, tokens, weights):
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(*wide)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_chunks_and_what_is_kept_change_no_value_and_no_gradient(keep):
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_changes_a_value_or_a_gradient(form):
     inputs = drawn(jnp.float32)
-    got, values = gradients(*inputs, keep=keep)
+    got, values = gradients(*inputs, form)
     want, expected = exact(*inputs)
     np.testing.assert_allclose(values, expected, atol=2e-5)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_kept_slopes_of_targets_that_are_all_but_certain_survive_bfloat16():
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_beyond_the_vocabulary_take_no_part(form):
+    hidden, projection, tokens, weights = drawn(jnp.float32)
+    want, expected = gradients(hidden, projection, tokens, weights, form)
+    padded = jnp.pad(projection, [(0, 0), (0, 32)])
+    got, values = gradients(hidden, padded, tokens, weights, form)
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], jnp.pad(want[1], [(0, 0), (0, 32)]), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["kept", "weighted"])
+def test_slopes_of_targets_that_are_all_but_certain_survive_bfloat16(form):
     """1 - p of these would round to 0."""
     inputs = drawn(jnp.bfloat16)
     (want, _), expected = exact(*inputs)
     sure = (expected > -(2.0**-9)) & (expected < -1e-5)
     assert sure.sum() >= 4
-    (got, _), _ = gradients(*inputs, keep=True)
+    (got, _), _ = gradients(*inputs, form)
     error = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1)
     assert (error / jnp.linalg.norm(want, axis=-1))[sure].max() < 0.01
 
 
-def test_what_is_kept_saves_the_second_projection():
-    """Products as wide as the vocabulary: 2 T D V each, of which the chunked form makes four."""
-    inputs = drawn(jnp.float32)
-
-    def products(keep):
-        jaxpr = jax.make_jaxpr(functools.partial(gradients, keep=keep))(*inputs)
-        return count(jaxpr.jaxpr)
-
-    one = ROWS * TARGETS * WIDTH * VOCABULARY
-    assert products(False) == 4 * one
-    assert products(True) == 3 * one
+@pytest.mark.parametrize(("form", "products"), zip(FORMS, (4, 3, 3), strict=True))
+def test_what_is_kept_or_weighed_saves_the_second_projection(form, products):
+    """Products as wide as the vocabulary: 2 T D V each."""
+    jaxpr = jax.make_jaxpr(functools.partial(gradients, form=form))(*drawn(jnp.float32))
+    assert count(jaxpr.jaxpr) == products * ROWS * TARGETS * WIDTH * VOCABULARY
 
 
 def count(jaxpr) -> int:

@@ -7,13 +7,6 @@ import pytest
 from saber_jax.train import losses
 
 
-def test_sft_loss_is_a_mean_over_tokens_not_over_rows():
-    log_probs = jnp.array([[-1.0, -2.0, 0.0], [-6.0, 0.0, 0.0]])
-    weights = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    total, tokens = losses.sft_loss(log_probs, weights)
-    assert (total, tokens) == (9.0, 3.0)  # 3 nats a token; a mean of means would be 3.75.
-
-
 def test_section_nll_averages_each_section_over_its_tokens():
     log_probs = jnp.array([[-1.0, -3.0, -5.0, -9.0]])
     nll, counts = losses.section_nll(
