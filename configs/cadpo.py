@@ -51,8 +51,6 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.metrics_every = 20 if tiny else 50  # Steps between measurements that cost three forwards.
 
     c.compute.head_chunk = 224 if tiny else 256
-    # Keep a number per target and vocabulary entry, so that logits need not be computed twice.
-    c.compute.head_keep = False
     c.optimizer.peak_lr = 3e-5 if tiny else 5e-7
     c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """`sft` and `cadpo` are config.compute.remat of the stages: what of the free memory computation
-    is saved with, as by `head_keep` in stage 2.
+    is saved with, as by `head_keep`.
 
     `topology` as `saber_jax.aot` takes it. Several slices hold copies of the weights and send
     gradients alone over the data center's network.
@@ -58,5 +58,4 @@ def fit(config: ConfigDict) -> None:
     config.lora.rank = recipe.lora_rank
     config.compute.microbatches = recipe.microbatches
     config.compute.remat = getattr(recipe, config.stage)
-    if config.stage == "cadpo":
-        config.compute.head_keep = recipe.head_keep
+    config.compute.head_keep = recipe.head_keep

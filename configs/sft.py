@@ -91,6 +91,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
     c.compute.kernel = "xla" if tiny else "splash"  # Attention: "xla" anywhere, "splash" on TPUs.
     c.compute.head_chunk = 256  # Targets whose logits exist at one time.
+    # Keep a number per target and vocabulary entry: faster, where there is memory for it.
+    c.compute.head_keep = False
 
     c.optimizer = ConfigDict()
     c.optimizer.peak_lr = 2e-3 if tiny else 1e-5

@@ -193,7 +193,7 @@ def suggestions(config: ConfigDict, stage: Setup, name: str = "train") -> list[s
     if rows > 1:
         parts = 2 * compute.microbatches
         tries.append(f"--config.compute.microbatches={parts} ({rows} rows a device at a time now)")
-    if compute.get("head_keep"):
+    if compute.head_keep:
         tries.append("--config.compute.head_keep=False")
     elif compute.head_chunk > 128:
         tries.append(f"--config.compute.head_chunk={compute.head_chunk // 2}")

@@ -41,7 +41,7 @@ def log_probs(
     return over_chunks(log_prob, hidden, head, tokens, vocab=vocab, chunk=chunk)
 
 
-def weighted(
+def weighted_nll(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D W"],
     tokens: Int[Array, "B T"],
@@ -50,10 +50,11 @@ def weighted(
     vocab: int,
     chunk: int,
 ) -> tuple[Float[Array, " 1"], Float[Array, "B T"]]:
-    """The sum of weights * log_probs, and `log_probs`, through which no gradient flows.
+    """The sum of -weights * log_probs, and `log_probs`, through which no gradient flows.
 
     With the weights known beforehand, a chunk's part of the gradients is made while its logits
-    exist: they are neither computed again nor kept.
+    exist: they are neither computed again nor kept. But all of the projection's gradient is read
+    and written for every chunk.
     """
     total, values = _weighted(hidden, head, tokens, jax.lax.stop_gradient(weights), vocab, chunk)
     return total, jax.lax.stop_gradient(values)
@@ -123,7 +124,7 @@ _kept.defvjp(_kept_forward, _kept_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _weighted(hidden, head, tokens, weights, vocab, chunk):
     values = over_chunks(log_prob, hidden, head, tokens, vocab=vocab, chunk=chunk)
-    return (weights * values).sum()[None], values
+    return -(weights * values).sum()[None], values
 
 
 def _weighted_forward(hidden, head, tokens, weights, vocab, chunk):
@@ -132,7 +133,7 @@ def _weighted_forward(hidden, head, tokens, weights, vocab, chunk):
     def of_chunk(d_head, xs):
         hidden, tokens, weights = xs
         logits = _logits(hidden, head)
-        slopes, weights = _slopes(logits, tokens, vocab, dtype), weights[..., None]
+        slopes, weights = _slopes(logits, tokens, vocab, dtype), -weights[..., None]
         back = jnp.einsum("BCW,DW->BCD", slopes, head, preferred_element_type=jnp.float32)
         d_head += jnp.einsum(
             "BCD,BCW->DW",
@@ -145,7 +146,7 @@ def _weighted_forward(hidden, head, tokens, weights, vocab, chunk):
     parts = tuple(_split(x, chunk) for x in (hidden, tokens, weights))
     d_head, (values, back) = jax.lax.scan(of_chunk, jnp.zeros_like(head), parts)
     values = _join(values)
-    return ((weights * values).sum()[None], values), (_join(back), d_head)
+    return (-(weights * values).sum()[None], values), (_join(back), d_head)
 
 
 def _weighted_backward(vocab, chunk, gradients, cotangents):

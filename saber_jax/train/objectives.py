@@ -42,8 +42,8 @@ class Compute:
     """How a forward pass is computed, whatever the loss.
 
     A step adds up the gradients of `microbatches` equal parts of the batch, one after another.
-    `head_chunk` targets at a time go through the vocabulary projection, and with `head_keep` stage
-    2's backward pass does not compute it again, see head.py; `frame_patches` bounds the patches of
+    `head_chunk` targets at a time go through the vocabulary projection, and with `head_keep` their
+    derivatives are kept for the backward pass, see head.py; `frame_patches` bounds the patches of
     one frame pair, which is what lets the vision tower's attention stay local; `response` is the
     budget's. With a `mesh`, rows and weights are spread over it by hand, see models/shards.py;
     without one XLA partitions everything.
@@ -74,16 +74,19 @@ def target_log_probs(
     return _of_rows(measure, params, batch, cfg, compute)
 
 
-def weighted_log_probs(
+def target_nll(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """The sum of `target_log_probs` by the batch's weights, and without a gradient each of them."""
+    """The sum of the targets' -log pi by their weights; without a gradient, `target_log_probs`."""
 
     def measure(hidden, projection, rows, **shape):
         tokens, weights = rows["target_tokens"], rows["target_weights"]
-        total, values = head.weighted(hidden, projection, tokens, weights, **shape)
+        total, values = head.weighted_nll(hidden, projection, tokens, weights, **shape)
         return total, jnp.where(weights > 0, values, 0.0)
 
+    if compute.head_keep:
+        values = target_log_probs(params, batch, cfg, compute)
+        return -(values * batch["target_weights"]).sum(), values
     totals, values = _of_rows(measure, params, batch, cfg, compute)
     return totals.sum(), values
 
@@ -157,11 +160,11 @@ def sft_objective(
     The weight is that of the whole batch, never a mean of rows' means, so the loss does not depend
     on how examples were packed or in how many microbatches they came.
     """
-    total, log_probs = weighted_log_probs(params, batch, cfg, compute)
+    loss, log_probs = target_nll(params, batch, cfg, compute)
     weights = batch["target_weights"]
     nll, counts = losses.section_nll(log_probs, weights, batch["target_section"], len(FIELDS))
     sections = {f"nll/{field}": (nll[i], counts[i]) for i, field in enumerate(FIELDS)}
-    return -total, weights.sum(), sections
+    return loss, weights.sum(), sections
 
 
 def withheld(batch: Batch, view: View) -> Batch:

@@ -26,8 +26,8 @@ def gradients(hidden, projection, tokens, weights, form):
     def loss(hidden, projection):
         shape = {"vocab": VOCABULARY, "chunk": CHUNK}
         if form == "weighted":
-            total, values = head.weighted(hidden, projection, tokens, weights / 2, **shape)
-            return 2 * total[0], values
+            total, values = head.weighted_nll(hidden, projection, tokens, weights / 2, **shape)
+            return -2 * total[0], values
         values = head.log_probs(hidden, projection, tokens, keep=form == "kept", **shape)
         return (values * weights).sum(), values
 

@@ -61,7 +61,7 @@ CASES = {
 def network_compiled_once():
     """Objectives that are not under jit themselves run op by op around a compiled network."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("target_log_probs", "weighted_log_probs", "target_entropies"):
+        for name in ("target_log_probs", "target_nll", "target_entropies"):
             compiled = jax.jit(getattr(objectives, name), static_argnums=(2, 3))
             patch.setattr(objectives, name, compiled)
         yield
