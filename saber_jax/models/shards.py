@@ -46,7 +46,7 @@ def shards_of(
 
 
 def whole(weight: nnx.Param) -> Array:
-    """The weight, gathered from the devices that share it; the innermost ring comes first."""
+    """The weight, gathered from the devices that share it."""
     return _gathered(weight[...], weight.get_metadata(SHARDS, ()))
 
 
@@ -61,9 +61,13 @@ def whole_table(weight: nnx.Param) -> Float[Array, "D W"]:
 
 
 def _gathered(value: Array, kept: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
+    """The innermost ring comes first. What is gathered leads, or the transpose, a scatter along the
+    last dimension over a ring of four, would be a sum of all on every device."""
     for dimension, axes in kept:
+        value = jnp.moveaxis(value, dimension, 0)
         for axis in reversed(axes):
-            value = jax.lax.all_gather(value, axis, axis=value.ndim + dimension, tiled=True)
+            value = jax.lax.all_gather(value, axis, axis=0, tiled=True)
+        value = jnp.moveaxis(value, 0, dimension)
     return value
 
 
