@@ -44,7 +44,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     # LoRA where rank > 0, such as --config.lora.rank=8, the published recipe's. The base is what
     # init.checkpoint holds, stays as it is, and is not saved again.
-    c.lora = ConfigDict({"rank": 0, "alpha": 32.0})
+    c.lora = ConfigDict({"rank": 0, "alpha": 32.0, "dropout": 0.05})
     # Shell patterns over parameter names; linear layers take an adapter, others none.
     c.lora.targets = ("text/*",)
     # What trains, in place of `trainable` above; such as ("lora/*", "vision/merger/*").

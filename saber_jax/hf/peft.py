@@ -60,7 +60,7 @@ def write(workdir: str | Path, out: Path) -> None:
         "base_model_name_or_path": None,
         "r": cfg.lora.rank,
         "lora_alpha": cfg.lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": cfg.lora.dropout,
         "bias": "none",
         "inference_mode": True,
         "target_modules": _pattern(modules),

@@ -129,18 +129,24 @@ class TokenIds:
 class LoraConfig:
     """Low-rank adapters, models/lora.py: `targets` are shell patterns over parameter names.
 
-    They scale by alpha / rank. There is no dropout.
+    They scale by alpha / rank. `dropout` is the share of what they read that training zeroes.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.rank < 1 or not self.targets:
             raise ValueError(
                 f"lora needs a rank of at least 1 and at least one target, got rank {self.rank} "
                 f"and targets {self.targets}. Without LoRA there is no LoraConfig."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora.dropout is the share of their inputs that adapters lose in training, from 0 "
+                f"to below 1; got {self.dropout}."
             )
 
     @property

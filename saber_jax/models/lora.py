@@ -7,7 +7,10 @@ The adapters are a subtree of the parameters: beside `text/blocks/attn/w_q` ther
 model's. Parameters without that subtree are the base model at any time: `saber.without_lora` gives
 the reference policy of a preference loss on the very arrays of the policy.
 
-Axis letters as in the equation of the projection; r is the rank.
+In training an adapter, and it alone, reads x with a share of its numbers zeroed and the rest scaled
+up to make up for them, as in https://github.com/huggingface/peft: see `keyed` and `dropped`.
+
+Axis letters as in the equation of the projection; r is the rank, B the rows of a batch.
 """
 
 import dataclasses
@@ -21,19 +24,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from saber_jax.models.config import LoraConfig
 from saber_jax.models.shards import SHARDS, shards_of, whole
 
 ADAPTERS = "lora"
+KEYS = "dropout_keys"  # Of a batch, [B]: see `keyed`.
 
 
 class Adapted(nnx.Module):
-    """A weight with its adapter; stands where the weight alone would stand in a module."""
+    """A weight with its adapter; stands where the weight alone would stand in a module.
 
-    def __init__(self, w: nnx.Param, a: nnx.Param, b: nnx.Param, scale: float):
-        self.w, self.a, self.b, self.scale = w, a, b, scale
+    With `keys`, one a row, the adapter reads a thinned x.
+    """
+
+    def __init__(
+        self, w: nnx.Param, a: nnx.Param, b: nnx.Param, cfg: LoraConfig, keys: nnx.Variable | None
+    ):
+        self.w, self.a, self.b, self.cfg, self.keys = w, a, b, cfg, keys
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,9 +53,10 @@ class Adapted(nnx.Module):
         given, weight, out = equation.replace("->", ",").split(",")
         split = self.a.ndim - 1
         kept = "".join(letter for letter in given if letter not in weight[:split])
-        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", x, whole(self.a))
+        read = x if self.keys is None else dropped(x, self.keys[...], self.cfg.dropout)
+        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", read, whole(self.a))
         delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, whole(self.b))
-        return jnp.einsum(equation, x, whole(self.w)) + self.scale * delta
+        return jnp.einsum(equation, x, whole(self.w)) + self.cfg.scale * delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,12 +131,13 @@ def attach(
     name: str,
     adapter: Mapping[str, Array],
     leaves: Mapping[str, Leaf],
-    scale: float,
+    cfg: LoraConfig,
     mesh: Mesh | None,
+    keys: Key[Array, "*layers B"] | None,
 ) -> None:
     """Puts an adapter in front of the weight `name`, like "text/blocks/attn/w_q", of `model`.
 
-    With `mesh`, its matrices are shards as models/shards.py has them.
+    With `mesh`, its matrices are shards as models/shards.py has them; with `keys`, it drops.
     """
     *parents, last = name.split("/")
     module = model
@@ -136,7 +147,62 @@ def attach(
     for matrix, side in ((a, "a"), (b, "b")):
         leaf = leaves[side]
         matrix.set_metadata(SHARDS, shards_of(leaf.axes, leaf.shape, mesh))
-    setattr(module, last, Adapted(getattr(module, last), a, b, scale))
+    keys = None if keys is None else nnx.Variable(keys)
+    setattr(module, last, Adapted(getattr(module, last), a, b, cfg, keys))
+
+
+def keyed(
+    batch: Mapping[str, Array], cfg: LoraConfig | None, seed: int, step: Int[Array, ""]
+) -> dict[str, Array]:
+    """The batch of a training step, with a key for every row if `cfg` asks for dropout.
+
+    Rows without keys, as evaluation, the reference and generation have them, drop nothing. Keys
+    travel with their rows, so what is dropped depends on seed, step and the row's place in the
+    batch, and neither on the mesh nor on microbatches. All that a row goes through in a step it
+    goes through under its one key: both answers of a preference pair share what is dropped of
+    their common prefix, and so do a clip and the same clip with a modality withheld, whose
+    difference is then one of inputs and not of draws.
+    """
+    if cfg is None or not cfg.dropout:
+        return dict(batch)
+    # Threefry: drawn for many keys at once, rbg would draw all rows from the first one's.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    return dict(batch) | {KEYS: jax.random.split(key, len(batch["tokens"]))}
+
+
+def keys_of(
+    planned: Mapping[str, Mapping[str, Leaf]], rows: Key[Array, " B"]
+) -> dict[str, Key[Array, "*layers B"]]:
+    """Of every adapter, by the name of its weight: keys of its own for every layer and row."""
+
+    def draw(number: int, leaf: Leaf) -> Key[Array, "*layers B"]:
+        layers = leaf.shape[: leaf.axes.count("layers")]
+
+        def one(row):
+            return jax.random.split(jax.random.fold_in(row, number), layers)
+
+        return jax.vmap(one, out_axes=-1)(rows)
+
+    return {name: draw(i, leaves["a"]) for i, (name, leaves) in enumerate(planned.items())}
+
+
+def dropped(
+    x: Float[Array, "C ... D"], keys: Key[Array, " B"], rate: float
+) -> Float[Array, "C ... D"]:
+    """x with a share `rate` of its numbers zero and the others 1 / (1 - rate) times themselves.
+
+    Each key is one row's; a row may be several entries of x, as the chunks of its sound are: C is a
+    multiple of B. `rate` counts in 65536ths. What is drawn for a slot does not depend on the row's
+    length.
+    """
+    entries, width = x.shape[0] // len(keys), x.shape[-1]
+    shape = (entries, *x.shape[1:-1], -(-width // 2))
+    words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
+    # Two numbers' worth of bits in each word; side by side, which is what vector units like.
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :width]
+    cut = round(rate * 2**16)
+    kept = halves.reshape(x.shape) >= cut
+    return jnp.where(kept, x * (2**16 / (2**16 - cut)), 0)
 
 
 Weight = TypeVar("Weight", Array, np.ndarray)

@@ -33,7 +33,8 @@ With `cfg.lora` there is also "lora" (models/lora.py). Every function here takes
 that subtree as well and then computes the base model: see `without_lora`."""
 
 Batch = Mapping[str, Any]
-"""Arrays of a packed batch, or of the part of it that describes the inputs."""
+"""Arrays of a packed batch, or of the part of it that describes the inputs; in a training step with
+dropout also lora.KEYS, a key a row."""
 
 
 class Saber(nnx.Module):
@@ -141,7 +142,7 @@ def hidden(
     patch budget instead of quadratic. Other kernels than XLA's need `response`, the length of each
     of the two response regions of a row.
     """
-    model = _bind(params, cfg, dtype, mesh)
+    model = _bind(params, cfg, dtype, mesh, batch.get(lora.KEYS))
     x = _embed(model, batch, cfg, dtype, remat, max_frame_patches, kernel)
     with jax.named_scope("text"):
         visible = packed_text(batch["segments"], batch["branch"], response=response)
@@ -287,8 +288,14 @@ def _at(tree: Params, name: str) -> Any:
     return tree
 
 
-def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> Saber:
-    """The network with these values, cast to `dtype`.
+def _bind(
+    params: Params,
+    cfg: SaberConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    row_keys: Key[Array, " B"] | None = None,
+) -> Saber:
+    """The network with these values, cast to `dtype`; with `row_keys`, its adapters drop.
 
     Cast as a whole rather than layer by layer: sharded parameters are then gathered in `dtype`,
     half the traffic of float32 for bfloat16.
@@ -302,8 +309,10 @@ def _bind(params: Params, cfg: SaberConfig, dtype: DTypeLike, mesh: Mesh | None 
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     model = nnx.merge(nnx.split(_blank(cfg, mesh))[0], without_lora(cast))
     if cfg.lora is not None:
+        keys = {} if row_keys is None else lora.keys_of(_plan(cfg), row_keys)
         for name, leaves in _plan(cfg).items():
-            lora.attach(model, name, _at(cast[lora.ADAPTERS], name), leaves, cfg.lora.scale, mesh)
+            adapter = _at(cast[lora.ADAPTERS], name)
+            lora.attach(model, name, adapter, leaves, cfg.lora, mesh, keys.get(name))
     return model
 
 

@@ -34,6 +34,7 @@ class Setup:
     cfg: SaberConfig
     compute: Compute
     tx: optax.GradientTransformation
+    seed: int
     mesh: Mesh
     trainable: tuple[str, ...]
     state: TrainState[jax.ShapeDtypeStruct]
@@ -53,7 +54,9 @@ class Setup:
 
     def train_step(self) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
         """The jitted step; it takes its state's memory over."""
-        step = functools.partial(self.step, cfg=self.cfg, compute=self.compute, tx=self.tx)
+        step = functools.partial(
+            self.step, cfg=self.cfg, compute=self.compute, tx=self.tx, seed=self.seed
+        )
         everywhere = sharding.replicated(self.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), everywhere))
 
@@ -96,6 +99,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
         cfg=cfg,
         compute=_compute(config, mesh),
         tx=tx,
+        seed=config.seed,
         mesh=mesh,
         trainable=patterns,
         state=state,
@@ -111,7 +115,10 @@ def network(config: ConfigDict) -> SaberConfig:
     if not config.lora.rank:
         return cfg
     lora = LoraConfig(
-        rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets)
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=tuple(config.lora.targets),
+        dropout=config.lora.dropout,
     )
     return dataclasses.replace(cfg, lora=lora)
 

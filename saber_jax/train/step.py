@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
 from saber_jax.train.losses import Tally, means
 from saber_jax.train.objectives import Batch, Compute, cadpo_objective, sft_objective
@@ -85,8 +86,10 @@ def sft_step(
     cfg: SaberConfig,
     compute: Compute,
     tx: optax.GradientTransformation,
+    seed: int = 0,
 ) -> tuple[TrainState[Array], Metrics]:
-    """One optimizer step of stage 1."""
+    """One optimizer step of stage 1; `seed` is what adapters' dropout is drawn from."""
+    batch = lora.keyed(batch, cfg.lora, seed, state.step)
     objective = functools.partial(sft_objective, cfg=cfg, compute=compute)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
     return state, metrics | {"target_tokens": batch["target_weights"].sum()}
@@ -100,8 +103,10 @@ def cadpo_step(
     compute: Compute,
     tx: optax.GradientTransformation,
     options: Preference,
+    seed: int = 0,
 ) -> tuple[TrainState[Array], Metrics]:
-    """One optimizer step of stage 2."""
+    """One optimizer step of stage 2; `seed` as in `sft_step`. The reference drops nothing."""
+    batch = lora.keyed(batch, cfg.lora, seed, state.step)
     objective = functools.partial(cadpo_objective, cfg=cfg, compute=compute, options=options)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
     return state, metrics | {"pairs": batch["pair_valid"].sum()}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from saber_jax import sharding
@@ -155,3 +156,85 @@ def test_merging_numpy_arrays_stays_numpy_and_rounds_once():
     np.testing.assert_array_equal(got, (w.astype(np.float32) + 2.0 * (a @ b)).astype(jnp.bfloat16))
     assert merged["text"]["embed"] is half["text"]["embed"]
     assert lora.ADAPTERS not in merged
+
+
+def keys(rows: int, seed: int = 0):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def test_dropout_zeroes_its_share_and_makes_up_for_it():
+    x = jnp.full((2 * 3, 400, 33), 7.0)  # Rows of three entries each, and an odd width.
+    for rate in (0.05, 0.3):
+        got = np.asarray(lora.dropped(x, keys(2), rate))
+        zero, spread = got == 0, (rate * (1 - rate) / x[0].size) ** 0.5
+        np.testing.assert_allclose(zero.mean((1, 2)), rate, atol=5 * spread)
+        np.testing.assert_allclose(got[~zero], 7.0 / (1 - rate), rtol=1e-4)
+        shared = np.einsum("aLD,bLD->ab", 1.0 * zero, 1.0 * zero) / x[0].size
+        np.testing.assert_allclose(shared[~np.eye(6, dtype=bool)], rate**2, atol=5 * spread)
+    np.testing.assert_array_equal(lora.dropped(x, keys(2), 0.0), x)
+
+
+def test_what_is_dropped_of_a_slot_does_not_depend_on_how_long_its_row_is_or_who_is_beside_it():
+    x = jnp.ones((4, 50, 16))
+    whole = lora.dropped(x, keys(4), 0.5)
+    np.testing.assert_array_equal(lora.dropped(x[:, :30], keys(4), 0.5), whole[:, :30])
+    np.testing.assert_array_equal(lora.dropped(x[1:3], keys(4)[1:3], 0.5), whole[1:3])
+
+
+def test_on_average_over_keys_an_adapter_that_drops_is_the_adapter():
+    noise, cfg = np.random.default_rng(0), LoraConfig(rank=3, alpha=6, targets="*", dropout=0.3)
+    x, w, a, b = (
+        jnp.asarray(noise.normal(size=shape), jnp.float32)
+        for shape in ((2, 5, 8), (8, 2, 4), (8, 3), (3, 2, 4))
+    )
+
+    def project(keys):
+        params = (nnx.Param(value) for value in (w, a, b))
+        held = None if keys is None else nnx.Variable(keys)
+        return lora.Adapted(*params, cfg, held).project("BLD,DNH->BLNH", x)
+
+    draws, want = jax.vmap(project)(keys(2 * 4000).reshape(4000, 2)), project(None)
+    error = draws.std(0) / 4000**0.5
+    assert (jnp.abs(draws.mean(0) - want) < 5 * error).all() and (error > 1e-3).all()
+
+
+def test_only_rows_with_keys_drop_and_only_in_adapters():
+    sure = adapted("text/*")
+    cfg = dataclasses.replace(sure, lora=dataclasses.replace(sure.lora, dropout=0.5))
+    params, batch = drawn(cfg), text_batch(2, 20)
+    run, keyed = hidden(cfg), batch | {lora.KEYS: keys(2)}
+    np.testing.assert_array_equal(run(params, batch), hidden(sure)(params, batch))
+    base = saber.without_lora(params)
+    np.testing.assert_array_equal(run(base, keyed), run(base, batch))
+    other = {lora.KEYS: keys(2).at[1].set(keys(1, seed=1)[0])}
+    first, again = run(params, keyed), run(params, keyed | other)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert (np.abs(first - run(params, batch)).max((1, 2)) > 0.1).all()
+    assert np.abs(first[1] - again[1]).max() > 0.1
+
+
+def test_every_layer_and_every_module_draws_its_own():
+    leaves = {
+        "stacked": {
+            "a": lora.Leaf(shape=(3, 8, 2), axes=("layers", "embed", "rank"), inputs=8, zero=False)
+        },
+        "single": {"a": lora.Leaf(shape=(8, 2), axes=("embed", "rank"), inputs=8, zero=False)},
+    }
+    got = lora.keys_of(leaves, keys(2))
+    assert (got["stacked"].shape, got["single"].shape) == ((3, 2), (2,))
+    every = np.concatenate([jax.random.key_data(k).reshape(-1, 2) for k in got.values()])
+    assert len(np.unique(every, axis=0)) == 3 * 2 + 2
+
+
+def test_keys_are_those_of_seed_step_and_row_and_nobody_has_any_without_dropout():
+    batch, cfg = text_batch(3, 20), LoraConfig(rank=3, alpha=6, targets="*", dropout=0.1)
+
+    def data(seed, step, rows=batch):
+        return jax.random.key_data(lora.keyed(rows, cfg, seed, jnp.int32(step))[lora.KEYS])
+
+    np.testing.assert_array_equal(data(0, 5), data(0, 5))
+    np.testing.assert_array_equal(data(0, 5, text_batch(4, 20))[:3], data(0, 5))
+    every = np.concatenate([data(0, 5), data(0, 6), data(1, 5)])
+    assert len(np.unique(every, axis=0)) == 9
+    for without in (None, dataclasses.replace(cfg, dropout=0.0)):
+        assert lora.keyed(batch, without, 0, jnp.int32(5)).keys() == batch.keys()
