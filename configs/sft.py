@@ -42,8 +42,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # Shell patterns over parameter names. The published recipe freezes both towers.
     c.trainable = ("*",) if tiny else ("text/*",)
 
-    # LoRA where rank > 0, such as --config.lora.rank=8, the published recipe's. The base is what
-    # init.checkpoint holds, stays as it is, and is not saved again.
+    # LoRA where rank > 0. The published recipe is --config.lora.rank=8 with what stands here. The
+    # base is what init.checkpoint holds, stays as it is, and is not saved again.
     c.lora = ConfigDict({"rank": 0, "alpha": 32.0, "dropout": 0.05})
     # Shell patterns over parameter names; linear layers take an adapter, others none.
     c.lora.targets = ("text/*",)
@@ -96,6 +96,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.peak_lr = 2e-3 if tiny else 1e-5
+    # Adapters learn at so many times the rate of whole weights: at the published 1e-4.
+    c.optimizer.adapter_factor = 10.0
     # Steps in which only the vocabulary learns; for a network that starts from nothing.
     c.optimizer.vocabulary_steps = 50 if tiny else 0
     c.optimizer.warmup_steps = 50

@@ -7,6 +7,10 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2 "
     "--xla_backend_optimization_level=0"
 )
+# A collective on a CPU holds a thread until all devices have come to it, and a device may be at one
+# of every loop that it is in. With a thread a device, XLA's default here, two devices can hold all
+# threads at different ones: it aborts after 40 seconds.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 import pytest
 

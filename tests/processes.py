@@ -47,6 +47,7 @@ class Processes:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONUNBUFFERED": "1",
                 "XLA_FLAGS": FLAGS.format(devices // count),
+                "PJRT_NPROC": str(4 * devices // count),  # See conftest.py.
                 **(joining if count > 1 else {}),
             }
             with log.open("w") as out:

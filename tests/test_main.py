@@ -199,7 +199,7 @@ def adapted(records, tmp_path_factory):
 def lora_config(module, records, root, **changes):
     config = config_for(module, records, root, **changes)
     config.lora.rank = 4
-    config.optimizer.peak_lr, config.optimizer.warmup_steps = 2e-2, 1
+    config.optimizer.peak_lr, config.optimizer.warmup_steps = 2e-3, 1
     config.optimizer.vocabulary_steps = 0  # Adapters are none of the vocabulary.
     return config
 

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from saber_jax import sharding
+from saber_jax.models.lora import ADAPTERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,12 @@ class OptimizerConfig:
     """`peak_lr` falls by cosine to `final_fraction` of itself over the run's steps.
 
     For the first `vocabulary_steps` of them only `VOCABULARY` learns, at `peak_lr`; everything else
-    begins its warm-up after that.
+    begins its warm-up after that. Adapters learn at `adapter_factor` times the rate of the rest;
+    ten is what https://thinkingmachines.ai/blog/lora finds, and docs/huggingface.md here.
     """
 
     peak_lr: float
+    adapter_factor: float
     vocabulary_steps: int
     warmup_steps: int
     final_fraction: float
@@ -51,7 +54,7 @@ def check_vocabulary(config: OptimizerConfig, trainable: Iterable[str]) -> None:
 
 
 def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
-    """Learning rates of the "vocabulary" and of the "rest"."""
+    """Learning rates of the "vocabulary", of the "adapters" and of the "rest"."""
     first = min(config.vocabulary_steps, steps)
     remaining = max(steps - first, 2)
     rest = optax.warmup_cosine_decay_schedule(
@@ -61,15 +64,23 @@ def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
         decay_steps=remaining,
         end_value=config.peak_lr * config.final_fraction,
     )
-    if not first:
-        return {"vocabulary": rest, "rest": rest}
-    decay = optax.cosine_decay_schedule(config.peak_lr, remaining, config.final_fraction)
-    return {
-        "vocabulary": optax.join_schedules(
-            [optax.constant_schedule(config.peak_lr), decay], [first]
-        ),
-        "rest": optax.join_schedules([optax.constant_schedule(0.0), rest], [first]),
-    }
+    vocabulary = rest
+    if first:
+        decay = optax.cosine_decay_schedule(config.peak_lr, remaining, config.final_fraction)
+        constant = optax.constant_schedule
+        vocabulary = optax.join_schedules([constant(config.peak_lr), decay], [first])
+        rest = optax.join_schedules([constant(0.0), rest], [first])
+
+    def adapters(count):
+        return config.adapter_factor * rest(count)
+
+    return {"vocabulary": vocabulary, "adapters": adapters, "rest": rest}
+
+
+def _group(name: str) -> str:
+    if name.startswith(f"{ADAPTERS}/"):
+        return "adapters"
+    return "vocabulary" if name in VOCABULARY else "rest"
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -99,10 +110,7 @@ def _learning_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransform
     def update(updates, state, params=None):
         del params
         now = {group: jnp.asarray(rate(state.count)) for group, rate in rates.items()}
-        scaled = {
-            name: -now["vocabulary" if name in VOCABULARY else "rest"] * leaf
-            for name, leaf in updates.items()
-        }
+        scaled = {name: -now[_group(name)] * leaf for name, leaf in updates.items()}
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)

@@ -10,6 +10,7 @@ from saber_jax.train.optimizer import OptimizerConfig, make_optimizer, schedules
 
 CONFIG = OptimizerConfig(
     peak_lr=1e-2,
+    adapter_factor=10.0,
     vocabulary_steps=3,
     warmup_steps=2,
     final_fraction=0.1,
@@ -53,8 +54,20 @@ def test_the_schedule_begins_after_the_vocabulary_steps():
     rates = schedules(CONFIG, 10)
     np.testing.assert_allclose([rates["rest"](s) for s in range(6)], [0, 0, 0, 0, 5e-3, 1e-2])
     np.testing.assert_allclose([rates["vocabulary"](s) for s in range(4)], [1e-2] * 4)
-    for rate in rates.values():
-        assert rate(10) == pytest.approx(1e-3)
+    for name in ("rest", "vocabulary"):
+        assert rates[name](10) == pytest.approx(1e-3)
+
+
+def test_adapters_learn_faster_than_the_weights_beside_them():
+    rates = schedules(CONFIG, 10)
+    np.testing.assert_allclose([rates["adapters"](s) for s in (2, 5, 10)], [0, 1e-1, 1e-2])
+    params = {"lora/text/blocks/attn/w_q/a": jnp.ones((2, 2)), "vision/w_patch": jnp.ones((2, 2))}
+    tx = make_optimizer(dataclasses.replace(CONFIG, vocabulary_steps=0), 10)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+    adapter, weight = (updates[name][0, 0] for name in params)
+    assert weight < 0 and adapter == pytest.approx(10 * weight)
 
 
 def test_without_vocabulary_steps_there_is_one_schedule():
