@@ -18,9 +18,8 @@ from saber_jax.train.step import TrainState, flatten, partition, sft_step
 from tests.models.batches import CONFIG, text_batch
 
 ROWS, LENGTH = 4, 16
-CFG = dataclasses.replace(
-    CONFIG, lora=LoraConfig(rank=3, alpha=6.0, targets=("text/*",), dropout=0.2)
-)
+TARGETS = ("text/blocks/attn/w_o", "text/blocks/mlp/w_up")
+CFG = dataclasses.replace(CONFIG, lora=LoraConfig(rank=3, alpha=6.0, targets=TARGETS, dropout=0.2))
 COMPUTE = {"dtype": "float32", "head_chunk": LENGTH, "frame_patches": 36}
 TX = optax.sgd(0.1)
 
