@@ -147,8 +147,8 @@ def attach(
     for matrix, side in ((a, "a"), (b, "b")):
         leaf = leaves[side]
         matrix.set_metadata(SHARDS, shards_of(leaf.axes, leaf.shape, mesh))
-    keys = None if keys is None else nnx.Variable(keys)
-    setattr(module, last, Adapted(getattr(module, last), a, b, cfg, keys))
+    held = None if keys is None else nnx.Variable(keys)
+    setattr(module, last, Adapted(getattr(module, last), a, b, cfg, held))
 
 
 def keyed(
