@@ -36,7 +36,7 @@ RECIPES = {
     "7b-v5e-256": Recipe(topology="v5e:16x16", sft="matmuls", cadpo="gate"),
     "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls"),
     "7b-v5p-128": Recipe(topology="v5p:4x4x4", sft="matmuls", cadpo="matmuls"),
-    "7b-2xv5e-128": Recipe(topology="2*v5e:8x16", slices=2, sft="matmuls", cadpo="gate"),
+    "7b-2xv5e-128": Recipe(topology="2*v5e:8x16", slices=2, sft="gate", cadpo="gate"),
     "3b-v5e-32": Recipe(topology="v5e:4x8", microbatches=8, sft="matmuls", cadpo="gate"),
     # Adapters of the published rank train.
     "7b-lora-v5e-16": Recipe(

@@ -74,6 +74,7 @@ def analyze(
         collectives=collections.defaultdict(Traffic),
     )
     seen: set[tuple[int, str]] = set()
+    layers = _layer_loops(module)
     for run in hlo.executions(module, shares, uncounted=uncounted):
         matmul, kernel = _matmul_flops(module, run), kernel_flops(run)
         where = tower(run.instruction.scope)
@@ -82,7 +83,8 @@ def analyze(
         if "rematted_computation" in run.instruction.scope:
             cost.recomputed += (matmul + kernel) * run.times
         cost.hbm_bytes += _hbm_bytes(module, run) * run.times
-        for kind, traffic in _collectives(module, run, mesh_shape, seen):
+        in_layers = not layers.isdisjoint(run.loops)
+        for kind, traffic in _collectives(module, run, mesh_shape, in_layers, seen):
             total = cost.collectives[kind]
             total.count += run.times
             total.payload += traffic.payload * run.times
@@ -262,8 +264,23 @@ def _hbm(instruction: hlo.Instruction) -> float:
     return float(sum(array.bytes for array in instruction.arrays if array.space == 0))
 
 
+def _layer_loops(module: hlo.Module) -> set[str]:
+    """Bodies of the loops over layers, by where most of their instructions say that they come from.
+    Collectives themselves may have forgotten: those of several slices, and those made of others."""
+    found = set()
+    for name, computation in module.computations.items():
+        scopes = [part.scope for part in computation.values() if part.scope]
+        if 2 * sum("blocks/while/body" in scope for scope in scopes) > len(scopes):
+            found.add(name)
+    return found
+
+
 def _collectives(
-    module: hlo.Module, run: hlo.Execution, mesh_shape: Mapping[str, int], seen: set
+    module: hlo.Module,
+    run: hlo.Execution,
+    mesh_shape: Mapping[str, int],
+    in_layers: bool,
+    seen: set,
 ) -> Iterator[tuple[Kind, Traffic]]:
     """Of one instruction; the pieces that a collective is fused in count once, by their channel."""
     instruction = run.instruction
@@ -291,7 +308,6 @@ def _collectives(
         share = {"all-reduce": 2.0}.get(op, 1.0) * (size - 1) / size if size > 1 else 0.0
         wire = payload if op in ("collective-permute", "send") else payload * share
         axes = _axes(groups, mesh_shape)
-        in_layers = "blocks/while" in part.scope or "blocks/while" in instruction.scope
         yield Kind(op, axes, hidden, in_layers), Traffic(1.0, payload, wire)
 
 
