@@ -202,7 +202,7 @@ def stepped(cfg, params, tokenizer):
 
 @pytest.mark.parametrize(
     ("stage", "axis", "microbatches"),
-    [("sft", "fsdp", 2), ("sft", "tensor", 1), ("sft", None, 2), ("cadpo", None, 2)],
+    [("sft", "fsdp", 2), ("sft", "tensor", 1), ("cadpo", None, 2)],
 )
 def test_meshes_and_microbatches_change_nothing(
     cfg, params, tokenizer, stepped, stage, axis, microbatches
