@@ -47,15 +47,19 @@ def test_layers_gather_weights_and_scatter_gradients_and_nothing_else(step):
     costs = cost.analyze(module, dict(stage.mesh.shape), {})
     in_layers = {k: t for k, t in costs.collectives.items() if k.in_layers}
     matrices = [n for n in stage.state.trainable if re.match(r"text/blocks/\w+/w_", n)]
-    blocks = sum(2 * stage.state.trainable[name].size for name in matrices)
+    blocks, attention = (
+        sum(2 * stage.state.trainable[name].size for name in matrices if part in name)
+        for part in ("", "/attn/")
+    )
     gathered = sum(t.wire for k, t in in_layers.items() if k.op == "all-gather")
     scattered = sum(t.wire for k, t in in_layers.items() if k.op == "reduce-scatter")
     # Over four devices, two rings of two: 1/4 + 1/2 of a weight arrives.
     assert gathered <= 2 * blocks * 3 / 4 * 1.01
     assert scattered <= blocks * 3 / 4 * 1.01
     assert {k.op for k in in_layers} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    # Heads of 32, a quarter of the lanes, are worth no reduce-scatter to the compiler.
     summed = sum(t.wire for k, t in in_layers.items() if k.op == "all-reduce")
-    assert summed < 0.1 * (gathered + scattered)
+    assert summed <= 2 * attention * 3 / 4 * 1.01
 
 
 def test_the_compiler_had_to_rematerialise_nothing(step):
