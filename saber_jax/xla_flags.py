@@ -7,7 +7,12 @@ A libtpu that does not know a flag refuses to start, so tests/test_xla_flags.py 
 compile with all of them. What they did to a scanned FSDP step of four MLP layers (2048 x 8192,
 bfloat16) in libtpu 0.0.42.1: on v6e:8x8 a quarter of the all-gathers goes into matrix products and
 the compiler's estimate falls from 799 to 708 thousand cycles, for 56 MiB more; one alone does
-nothing. On v5e:16x16 they are the default already; on v5p:4x4x4 nothing changes.
+nothing. On v5e:16x16 they are the default already; on v5p:4x4x4 nothing changes. On v6e libtpu
+warns that it recommends this fusion of all-gathers on v5e only; widely used all the same, but look
+at the first losses of a run there.
+
+Not in it, because it changes no letter of a compiled v5e:16x16 step:
+xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter.
 """
 
 # name -> value. What a flag does stands above it; they are libtpu's, not jax's, and change with it.

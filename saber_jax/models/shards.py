@@ -20,6 +20,7 @@ SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, mesh axes
 # A gradient as wide as a vocabulary is scattered along a ring only if its width is a multiple of
 # this. Of any other the compiler sums all on every device, which is twice the traffic.
 RING_LANES = 512
+LONG_RING = 16  # A whole side of a v5e or v6e pod.
 
 
 def mark(module: nnx.Module, mesh: Mesh) -> None:
@@ -61,13 +62,15 @@ def whole_table(weight: nnx.Param) -> Float[Array, "D W"]:
 
 
 def _gathered(value: Array, kept: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
-    """The innermost ring comes first. What is gathered leads, or the transpose, a scatter along the
-    last dimension over a ring of four, would be a sum of all on every device."""
+    """The innermost ring comes first. On short rings what is gathered leads: there the transpose
+    along a last dimension, on long ones along one moved to the front, may become a sum of all."""
     for dimension, axes in kept:
-        value = jnp.moveaxis(value, dimension, 0)
+        short = all(jax.lax.axis_size(axis) < LONG_RING for axis in axes)
+        at = 0 if short else value.ndim + dimension
+        value = jnp.moveaxis(value, dimension, at)
         for axis in reversed(axes):
-            value = jax.lax.all_gather(value, axis, axis=0, tiled=True)
-        value = jnp.moveaxis(value, 0, dimension)
+            value = jax.lax.all_gather(value, axis, axis=at, tiled=True)
+        value = jnp.moveaxis(value, at, dimension)
     return value
 
 
