@@ -14,8 +14,9 @@ _NO_BUFFER = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. `peak` is the compiler's figure; the kinds are what is live at any time
-    of the step, so they need not add up to it."""
+    """Bytes of one device. `peak` is the compiler's figure, or with activations on the host the more
+    careful one, arguments and temporaries; the kinds are what is live at any time of the step, so
+    they need not add up to it."""
 
     weights: int
     optimizer: int
@@ -42,6 +43,7 @@ def measure(
     stats = compiled.memory_analysis()
     generation = name in programs.GENERATION
     forward, backward = _stacked(module, **walk)
+    host, most = stats.host_temp_size_in_bytes, stats.peak_memory_in_bytes
     return Memory(
         # Generation reads them rounded to what it computes in.
         weights=per_device(stage.state.params, stage.compute.dtype if generation else None),
@@ -50,8 +52,8 @@ def measure(
         activations=forward,
         gradients=backward,
         temporaries=stats.temp_size_in_bytes,
-        host=stats.host_temp_size_in_bytes,
-        peak=stats.peak_memory_in_bytes,
+        host=host,
+        peak=stats.argument_size_in_bytes + stats.temp_size_in_bytes if host else most,
     )
 
 

@@ -78,6 +78,21 @@ def test_memory_by_kind_is_what_the_shardings_say(step):
     assert "bound by" in report.text(figures)
 
 
+@pytest.mark.slow
+def test_layers_inputs_wait_on_the_host(four_chips, text_only):
+    with text_only.unlocked():
+        config = text_only.copy_and_resolve_references()
+    config.compute.remat = "layer_offload"
+    stage = setup.build(config, sharding.make_mesh(**config.mesh, devices=four_chips))
+    lowered = programs.lower("train", config, stage)
+    compiled = lowered.compile(compiler_options=FLAGS)
+    figures = report.figures(compiled, "train", stage, chips.parse_topology("v5e:2x2"), 0.0)
+    text = stage.cfg.text
+    assert figures["memory"]["host"] >= 2 * text.layers * config.data.length * text.width
+    assert figures["memory"]["activations"] < figures["memory"]["host"]
+    assert "on the host" in report.text(figures)
+
+
 def test_a_topology_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(ValueError, match=r"no topology 'v5e:3x3'.*\n.*v5e: 2x2 2x4 4x4"):
         chips.parse_topology("v5e:3x3")
