@@ -40,7 +40,7 @@ RECIPES = {
     "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls"),
     # 64 chips of v5p, which is sold in pairs of cores: 52.3, 67.5 of 95.73.
     "7b-v5p-128": Recipe(topology="v5p:4x4x4", sft="matmuls", cadpo="matmuls"),
-    # Two slices of 128 chips of v5e: 10.3, 12.9 of 15.75.
+    # Two slices of 128 chips of v5e: 10.2, 12.9 of 15.75.
     "7b-2xv5e-128": Recipe(topology="2*v5e:8x16", slices=2, sft="gate", cadpo="gate"),
     # 32 chips of v5e: 12.2, 11.1 of 15.75.
     "3b-v5e-32": Recipe(topology="v5e:4x8", microbatches=8, sft="matmuls", cadpo="gate"),

@@ -14,9 +14,9 @@ _NO_BUFFER = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. `peak` is the compiler's figure, or with activations on the host the more
-    careful one, arguments and temporaries; the kinds are what is live at any time of the step, so
-    they need not add up to it."""
+    """Bytes of one device. `peak` is the compiler's figure, or with activations on the host the
+    more careful one, arguments and temporaries; the kinds are what is live at any time of the step,
+    so they need not add up to it."""
 
     weights: int
     optimizer: int
