@@ -199,10 +199,10 @@ def dropped(
     shape = (entries, *x.shape[1:-1], -(-width // 2))
     words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
     cut = round(rate * 2**16)
-    # Two numbers' worth of bits in a word, compared before they are put side by side: a TPU then
-    # writes a byte a number instead of four.
-    kept = jnp.concatenate([(words & 0xFFFF) >= cut, (words >> 16) >= cut], axis=-1)
-    return jnp.where(kept[..., :width].reshape(x.shape), x * (2**16 / (2**16 - cut)), 0)
+    # Two numbers' worth of bits in each word; side by side, which is what vector units like.
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :width]
+    kept = halves.reshape(x.shape) >= cut
+    return jnp.where(kept, x * (2**16 / (2**16 - cut)), 0)
 
 
 Weight = TypeVar("Weight", Array, np.ndarray)
