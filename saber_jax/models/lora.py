@@ -199,7 +199,8 @@ def dropped(
     shape = (entries, *x.shape[1:-1], -(-width // 2))
     words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
     cut = round(rate * 2**16)
-    # Two numbers' worth of bits in each word; side by side, which is what vector units like.
+    # Two numbers' worth of bits in a word. Compared before they are put side by side, they would be
+    # a byte a number in HBM instead of four, and the TPU's compiler crashes: docs/aot_table.md.
     halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :width]
     kept = halves.reshape(x.shape) >= cut
     return jnp.where(kept, x * (2**16 / (2**16 - cut)), 0)
