@@ -127,6 +127,32 @@ def proceed(
     program: Program,
 ) -> tuple[State, Cache]:
     """Goes on until every row has ended or `limit` tokens stand."""
+    go_on = functools.partial(_go_on, program=program)
+    return jax.lax.platform_dependent(
+        params,
+        state,
+        cache,
+        limit,
+        pick,
+        # XLA on CPUs would cut each layer's weights out of the stack again for every token. A TPU
+        # reads them where they lie, and has no room for two of each.
+        cpu=functools.partial(go_on, apart=True),
+        default=functools.partial(go_on, apart=False),
+    )
+
+
+def _go_on(
+    params: saber.Params,
+    state: State,
+    cache: Cache,
+    limit: Int[Array, ""],
+    pick: Pick,
+    *,
+    program: Program,
+    apart: bool,
+) -> tuple[State, Cache]:
+    """`proceed`; with `apart`, each layer's weights are copied into arrays of their own first."""
+    layers = saber.text_layers(params, program.cfg, program.dtype) if apart else None
 
     def unfinished(carry):
         state, _ = carry
@@ -143,6 +169,7 @@ def proceed(
             program.prompt_slots + state["step"] - 1,
             program.cfg,
             program.dtype,
+            layers,
         )
         tokens = _next_token(params, hidden, state["step"], pick, program)
         tokens = jnp.where(state["finished"], pick.end, tokens)

@@ -160,7 +160,7 @@ class Generator:
             cfg=self._cfg,
             dtype=self._dtype,
             greedy=sampling.temperature == 0,
-            prompt_slots=room.length,
+            prompt_slots=room.prompt,
             max_new_tokens=self._max_new_tokens,
             max_frame_patches=room.frame_patches or None,
             cache=self._cache,

@@ -149,10 +149,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def cache_sharding(kv_heads: int, mesh: Mesh) -> NamedSharding:
-    """Keys and values of generation, [layers, rows, kv heads, ...]: rows like the batch, heads like
-    the weights that make them. Heads that the tensor axis does not divide stay whole."""
+    """Keys and values of generation, [rows, kv heads, ...]: rows like the batch, heads like the
+    weights that make them. Heads that the tensor axis does not divide stay whole."""
     heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC, heads))
+    return NamedSharding(mesh, PartitionSpec(*BATCH_SPEC, heads))
 
 
 def batch_rows(rows: int, mesh: Mesh) -> int:

@@ -129,7 +129,8 @@ def test_a_mesh_gives_the_same_answers_from_a_cache_in_parts(
     places = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)
 
     def proceed(params, state, cache, *args, **options):
-        shapes.append(cache["k"].sharding.shard_shape(cache["k"].shape)[1:3])
+        keys = cache[0]["k"]
+        shapes.append(keys.sharding.shard_shape(keys.shape)[:2])
         return original(params, state, cache, *args, **options)
 
     original, shapes = decoding.proceed, []
@@ -159,7 +160,11 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
         saber.abstract(cfg),
         saber.shardings(cfg, mesh),
     )
-    layers, heads, size = cfg.text.layers, cfg.text.kv_heads, cfg.text.head_dim
+    heads, size = cfg.text.kv_heads, cfg.text.head_dim
+    layer = {
+        "k": shaped((2, heads, size, 64 + new), jnp.float32, cache),
+        "v": shaped((2, heads, 64 + new, size), jnp.float32, cache),
+    }
     state = {name: shaped((2,), jnp.int32) for name in ("tokens", "positions", "first")}
     state |= {"step": shaped((), jnp.int32, everywhere), "finished": shaped((2,), bool)}
     one = shaped((), jnp.int32, everywhere)
@@ -175,10 +180,7 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
     compiled = decoding.proceed.lower(
         params,
         state | {"out": shaped((2, new), jnp.int32)},
-        {
-            "k": shaped((layers, 2, heads, size, 64 + new), jnp.float32, cache),
-            "v": shaped((layers, 2, heads, 64 + new, size), jnp.float32, cache),
-        },
+        [layer] * cfg.text.layers,
         one,
         decoding.Pick(one, shaped((2,), jnp.uint32), one, one, one, one),
         program=program,

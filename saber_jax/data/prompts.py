@@ -25,6 +25,15 @@ INPUTS += ("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_len
 
 # Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
 LENGTH_STEP = 32
+
+# Rows of one to so many times the longest prompt are tried, in steps of a fraction of it. The longer
+# the row, the less of it stays empty, but the more keys of other prompts are masked.
+LONGEST_ROW, STEPS = 4, 16
+# So many keys a query make attention cost as much as all else. A guess between models of 50 million
+# weights (2 thousand) and 7 billion (30 thousand).
+EVEN_KEYS = 4096
+TRIED_BATCHES = 4  # Of all that are reserved, to choose a length by.
+
 MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
 
 Need = tuple[int, int, int]
@@ -40,6 +49,7 @@ class Room:
 
     rows: int = 1
     length: int = 0
+    prompt: int = 0  # Slots of the longest prompt.
     patches: int = 0
     chunks: int = 0
     frame_patches: int = 0  # Most patches of one frame pair.
@@ -79,8 +89,12 @@ class Packer:
             largest = max(largest, frame_patches)
             chunks = -(-mel // media.CHUNK_FRAMES)
             needs.append((words[kind] + patches // 4 + heard, patches, chunks))
-        for first in range(0, len(needs), self.batch_size):
-            self._plan(needs[first : first + self.batch_size], largest)
+        size = self.batch_size
+        batches = [needs[first : first + size] for first in range(0, len(needs), size)]
+        if batches:
+            self._lengthen(batches)
+        for batch in batches:
+            self._plan(batch, largest)
 
     def pack(self, examples: Sequence[transforms.Example]) -> tuple[dict[str, np.ndarray], Room]:
         """What decoding.start takes, and the shape that it has. Missing prompts are padding."""
@@ -90,6 +104,7 @@ class Packer:
             needs.append((size.text, size.patches, size.chunks))
             if example.layout is not None:
                 largest = max(largest, int(np.bincount(example.layout.frame).max()))
+        self._lengthen([needs])
         plan, room = self._plan(needs, largest)
         rows = [row for group in plan for row in group]
         batch = packing.pack_rows([[examples[i] for i in row] for row in rows], self._budget(room))
@@ -103,25 +118,42 @@ class Packer:
         places = {"prompt_ends": ends, "prompt_lengths": lengths}
         return {name: batch[name] for name in INPUTS} | places, room
 
+    def _lengthen(self, batches: Sequence[Sequence[Need]]) -> None:
+        """Makes rows as long as suits these batches, unless they hold every prompt already."""
+        with self._lock:
+            longest = max(text for batch in batches for text, _, _ in batch)
+            if longest <= self._room.prompt:
+                return
+            tried = batches[:: -(-len(batches) // TRIED_BATCHES)]
+            steps = range(STEPS, LONGEST_ROW * STEPS + 1)
+            lengths = sorted({-(-longest * n // STEPS // LENGTH_STEP) * LENGTH_STEP for n in steps})
+
+            def cost(length: int) -> float:
+                rows = max(len(rows) for batch in tried for rows in self._groups_of(batch, length))
+                return rows * length * (1 + min(length / 2, longest) / EVEN_KEYS)
+
+            room = Room(length=min(lengths, key=cost), prompt=lengths[0])
+            self._room = self._room.joined(room)
+
     def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[Plan, Room]:
         """Which prompts share each row of each group, after making room for them."""
         with self._lock:
-            longest = max(text for text, _, _ in needs)
-            length = max(self._room.length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
-            firsts = range(0, self.batch_size, self._prompts)
-            plan = [self._group(needs, first, length) for first in firsts]
+            plan = self._groups_of(needs, self._room.length)
             row_needs = [np.sum([needs[i] for i in row], axis=0) for rows in plan for row in rows]
             _, patches, chunks = np.max(row_needs, axis=0).tolist()
             self._room = room = self._room.joined(
                 Room(
                     rows=max(map(len, plan)),
-                    length=length,
                     patches=patches,
                     chunks=chunks,
                     frame_patches=frame_patches,
                 )
             )
         return [rows + [[]] * (room.rows - len(rows)) for rows in plan], room
+
+    def _groups_of(self, needs: Sequence[Need], length: int) -> Plan:
+        firsts = range(0, self.batch_size, self._prompts)
+        return [self._group(needs, first, length) for first in firsts]
 
     def _group(self, needs: Sequence[Need], first: int, length: int) -> list[list[int]]:
         """The rows of the group whose first prompt is number `first`."""

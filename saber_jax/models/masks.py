@@ -29,6 +29,7 @@ class Visibility:
     key_branch: Int[Array, "B S"] | None = None
     causal: bool = False
     response: int = 0  # Where branches stand: 1 and 2 in the last two regions of this many slots.
+    longest: int | None = None  # No segment has more slots than this, where that is known.
 
     def dense(self) -> Bool[Array, "B T S"]:
         """The mask as an array."""
@@ -46,11 +47,16 @@ class Visibility:
 
 
 def packed_text(
-    segments: Int[Array, "B L"], branch: Int[Array, "B L"], *, response: int = 0
+    segments: Int[Array, "B L"],
+    branch: Int[Array, "B L"],
+    *,
+    response: int = 0,
+    longest: int | None = None,
 ) -> Visibility:
     """Causal attention over packed examples whose responses share one prefix.
 
-    A TPU kernel needs to be told where branches stand, `response`; XLA reads it from `branch`.
+    A TPU kernel needs to be told where branches stand, `response`; XLA reads it from `branch`. XLA
+    does not compare slots that are further apart than `longest`, if no segment is longer.
 
     A preference pair (prefix `a b`, chosen `c d`, rejected `e f`), then another example, padding:
 
@@ -76,6 +82,7 @@ def packed_text(
         key_branch=branch,
         causal=True,
         response=response,
+        longest=longest,
     )
 
 

@@ -5,7 +5,7 @@ Axis letters: B batch   L length   D width   V vocabulary   S cache slots.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.masks import packed_text
 from saber_jax.models.remat import Remat
 from saber_jax.models.shards import lookup, mark, whole_table
-from saber_jax.models.text import Cache, Text
+from saber_jax.models.text import Block, Cache, Text, of_layer
 from saber_jax.models.vision import Vision
 
 Params = dict[str, Any]
@@ -177,8 +177,8 @@ def prefill(
     """Reads packed prompts: each one's last hidden state, and a cache with a row for each.
 
     `batch["prompt_ends"]` [G, P] says where prompts end: the rows are G groups of equally many, and
-    an end counts slots from the start of its group; B = G P. Every prompt ends in slot
-    `prompt_slots` - 1 of the cache. Raises ValueError if the cache has no room to go on.
+    an end counts slots from the start of its group; B = G P. No prompt is longer than
+    `prompt_slots`, and every one ends in slot `prompt_slots` - 1 of the cache. Raises ValueError if the cache has no room to go on.
     """
     if cache_slots <= prompt_slots:
         raise ValueError(
@@ -190,12 +190,18 @@ def prefill(
     return model.text.prefill(
         x,
         batch["positions"],
-        packed_text(batch["segments"], batch["branch"]),
+        packed_text(batch["segments"], batch["branch"], longest=prompt_slots),
         cfg.text,
         ends=batch["prompt_ends"],
         prompt_slots=prompt_slots,
         cache_slots=cache_slots,
     )
+
+
+def text_layers(params: Params, cfg: SaberConfig, dtype: DTypeLike = jnp.float32) -> list[Block]:
+    """The text tower's layers one by one, each with arrays of its own, as `decode` takes them."""
+    blocks = _bind(params, cfg, dtype).text.blocks
+    return [of_layer(blocks, index) for index in range(cfg.text.layers)]
 
 
 def decode(
@@ -207,14 +213,17 @@ def decode(
     slot: Int[Array, ""],
     cfg: SaberConfig,
     dtype: DTypeLike = jnp.float32,
+    layers: Sequence[Block] | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Reads one token per row and returns its hidden state and the new cache.
 
     Keys and values go to `slot`, the same in all rows, and a row sees its slots from `first[row]`,
     where its prompt begins, up to that one. The first generated token goes to slot `prompt_slots`.
+    `layers` are those of `text_layers`, taken apart before a loop over tokens.
     """
-    model = _bind(params, cfg, dtype)
-    return model.text.decode(model.text.embed[tokens], positions, cache, first, slot, cfg.text)
+    text = _bind(params, cfg, dtype).text
+    x = text.embed[tokens]
+    return text.decode(x, positions, cache, first, slot, cfg.text, layers=layers)
 
 
 def check_tree(expected: Params, got: Params, *, dtypes: bool = True) -> None:

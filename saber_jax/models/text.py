@@ -4,7 +4,8 @@ Axis letters: B batch   R packed rows, in G groups of P prompts   L length   S c
 Y layers   D width   F mlp width   N query heads   K kv heads   H head dim   V vocabulary.
 """
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ from saber_jax.models.positions import Rotary, rotate, text_rotary
 from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
 
 
-class Cache(TypedDict):
-    """Keys and values of the tokens read so far, one slot each.
+class LayerCache(TypedDict):
+    """Keys and values of one layer for the tokens read so far, one slot each.
 
     Every row's prompt ends in the same slot, and what comes before a short one is meaningless: so
     all rows write each new token into one and the same slot, a plain slice of the array.
@@ -40,8 +41,12 @@ class Cache(TypedDict):
     XLA on CPUs would transpose the whole cache for every token.
     """
 
-    k: Float[Array, "Y B K H S"]
-    v: Float[Array, "Y B K S H"]
+    k: Float[Array, "B K H S"]
+    v: Float[Array, "B K S H"]
+
+
+Cache = list[LayerCache]
+"""One a layer, each in arrays of its own that a new token is written into."""
 
 
 class Attention(nnx.Module):
@@ -112,22 +117,21 @@ class Block(nnx.Module):
     def decode(
         self,
         x: Float[Array, "B 1 D"],
-        cache: Cache,
-        layer: Int[Array, ""],
+        cache: LayerCache,
         slot: Int[Array, ""],
         visible: Visibility,
         rotary: Rotary,
         *,
         eps: float,
-    ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """Reads one token per row and writes its key and value into `slot` of layer `layer`."""
+    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
+        """Reads one token per row and writes its key and value into `slot`."""
         q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
-        k, v = k.transpose(1, 0, 2, 3)[..., None], v.transpose(1, 0, 2, 3)[:, :, :, None]
-        cache = {
-            "k": jax.lax.dynamic_update_slice(cache["k"], k, (layer, 0, 0, 0, slot)),
-            "v": jax.lax.dynamic_update_slice(cache["v"], v, (layer, 0, 0, slot, 0)),
-        }
-        x = x + self.attn.out(attend_cached(q, cache["k"][layer], cache["v"][layer], visible))
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        cache = LayerCache(
+            k=jax.lax.dynamic_update_slice(cache["k"], k, (0, 0, 0, slot)),
+            v=jax.lax.dynamic_update_slice(cache["v"], v, (0, 0, slot, 0)),
+        )
+        x = x + self.attn.out(attend_cached(q, cache["k"], cache["v"], visible))
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps)), cache
 
 
@@ -186,9 +190,10 @@ class Text(nnx.Module):
             k, v = (cut(kept, ends, prompt_slots) for kept in (k, v))
             k = jnp.pad(k.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [room])
             v = jnp.pad(v.transpose(0, 2, 1, 3), [(0, 0)] * 2 + [room, (0, 0)])
-            return x, Cache(k=k, v=v)
+            return x, LayerCache(k=k, v=v)
 
-        x, cache = jax.lax.scan(layer, x, self.blocks)
+        x, stacked = jax.lax.scan(layer, x, self.blocks)
+        cache = [of_layer(stacked, index) for index in range(cfg.layers)]
         return rms_norm(cut(x, ends, 1)[:, 0], self.norm, cfg.norm_eps), cache
 
     def decode(
@@ -199,20 +204,21 @@ class Text(nnx.Module):
         first: Int[Array, " B"],
         slot: Int[Array, ""],
         cfg: TextConfig,
+        *,
+        layers: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """One token per row; a generated token has the same position on all three axes."""
+        """One token per row; a generated token has the same position on all three axes.
+
+        Unrolled over layers: a loop would slice, and so copy, each layer's cache for every token.
+        """
         axes = jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1))
         rotary = self._rotary(axes, cfg, x.dtype)
-        visible = cached_text(first, slot, cache["v"].shape[3])
+        visible = cached_text(first, slot, cache[0]["v"].shape[2])
 
-        # The cache is carried, not scanned over: a scan would copy all of it for every token.
-        def layer(carry, inputs):
-            x, cache = carry
-            index, block = inputs
-            return block.decode(x, cache, index, slot, visible, rotary, eps=cfg.norm_eps), None
-
-        layers = (jnp.arange(cfg.layers), self.blocks)
-        (x, cache), _ = jax.lax.scan(layer, (x[:, None], cache), layers)
+        x, cache = x[:, None], list(cache)
+        for index, layer in enumerate(cache):
+            block = layers[index] if layers else of_layer(self.blocks, index)
+            x, cache[index] = block.decode(x, layer, slot, visible, rotary, eps=cfg.norm_eps)
         return rms_norm(x[:, 0], self.norm, cfg.norm_eps), cache
 
     def _rotary(self, positions: Int[Array, "B 3 L"], cfg: TextConfig, dtype: DTypeLike) -> Rotary:
@@ -224,6 +230,11 @@ class Text(nnx.Module):
             sections=cfg.mrope_section,
         )
         return cos.astype(dtype), sin.astype(dtype)
+
+
+def of_layer(stacked: Any, index: int) -> Any:
+    """Layer `index` of what is stacked over layers."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def cut(x: Shaped[Array, "R L ..."], ends: Int[Array, "G P"], length: int) -> Array:

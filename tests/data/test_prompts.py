@@ -32,9 +32,22 @@ def test_every_prompt_ends_where_the_batch_says(tokenizer, examples, groups):
 
 def test_short_prompts_share_rows(tokenizer, examples):
     _, room = Packer(tokenizer, groups=1, prompts=5).pack(examples)
+    lengths = [len(example.prompt.tokens) for example in examples]
     assert room.rows < 5
-    longest = max(len(example.prompt.tokens) for example in examples)
-    assert longest <= room.length < longest + 32
+    assert max(lengths) <= room.prompt < max(lengths) + 32
+    assert sum(lengths) <= room.rows * room.length < 1.1 * sum(lengths)
+
+
+def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
+    seconds = np.random.default_rng(0).uniform(10, 30, 64)
+    records = [synthetic.record(i, seconds=s, frames=4) for i, s in enumerate(seconds)]
+    packer = Packer(tokenizer, groups=1, prompts=64)
+    packer.reserve(map(size_of, records))
+    examples = [transforms.encode_record(record, tokenizer, responses=()) for record in records]
+    _, room = packer.pack(examples)
+    used = sum(len(example.prompt.tokens) for example in examples)
+    assert room.rows > 1
+    assert used > 0.9 * room.rows * room.length
 
 
 def test_what_was_reserved_is_enough(tokenizer, examples):
