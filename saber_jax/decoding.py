@@ -5,6 +5,7 @@ Axis letters: B rows   D width   V vocabulary   N new tokens.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.text import Cache, cut
+from saber_jax.models.text import Block, Cache, cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ def start(
 @functools.partial(jax.jit, static_argnames="program", donate_argnames=("state", "cache"))
 def proceed(
     params: saber.Params,
+    layers: Sequence[Block] | None,
     state: State,
     cache: Cache,
     limit: Int[Array, ""],
@@ -126,33 +128,10 @@ def proceed(
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Goes on until every row has ended or `limit` tokens stand."""
-    go_on = functools.partial(_go_on, program=program)
-    return jax.lax.platform_dependent(
-        params,
-        state,
-        cache,
-        limit,
-        pick,
-        # XLA on CPUs would cut each layer's weights out of the stack again for every token. A TPU
-        # reads them where they lie, and has no room for two of each.
-        cpu=functools.partial(go_on, apart=True),
-        default=functools.partial(go_on, apart=False),
-    )
+    """Goes on until every row has ended or `limit` tokens stand.
 
-
-def _go_on(
-    params: saber.Params,
-    state: State,
-    cache: Cache,
-    limit: Int[Array, ""],
-    pick: Pick,
-    *,
-    program: Program,
-    apart: bool,
-) -> tuple[State, Cache]:
-    """`proceed`; with `apart`, each layer's weights are copied into arrays of their own first."""
-    layers = saber.text_layers(params, program.cfg, program.dtype) if apart else None
+    `layers` are those of `saber.text_layers`, if the device is one that reads them faster.
+    """
 
     def unfinished(carry):
         state, _ = carry

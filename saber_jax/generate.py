@@ -67,7 +67,9 @@ class Generator:
         self._params = jax.tree.map(lambda leaf: jax.device_put(leaf).astype(dtype), params)
         placed = jax.tree.leaves(self._params)[0].sharding
         self._devices = placed.device_set
-        self._rows = self._everywhere = self._cache = None
+        self._rows = self._everywhere = self._cache = self._layers = None
+        if [device.platform for device in self._devices] == ["cpu"]:
+            self._layers = saber.text_layers(self._params, cfg, dtype)
         groups = 1
         if isinstance(placed, NamedSharding):
             mesh = placed.mesh
@@ -184,7 +186,7 @@ class Generator:
         for limit in range(stride, self._max_new_tokens + stride, stride):
             limit = self._put(np.int32(min(limit, self._max_new_tokens)))
             state, cache = decoding.proceed(
-                self._params, state, cache, limit, pick, program=program
+                self._params, self._layers, state, cache, limit, pick, program=program
             )
             yield state
             if streaming and jax.device_get(state["finished"]).all():

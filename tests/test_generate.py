@@ -128,10 +128,10 @@ def test_a_mesh_gives_the_same_answers_from_a_cache_in_parts(
     cfg, mesh = saber_config("tiny"), sharding.make_mesh(data=1, **mesh)
     places = sharding.parameter_shardings(saber.axes(cfg), saber.abstract(cfg), mesh)
 
-    def proceed(params, state, cache, *args, **options):
+    def proceed(params, layers, state, cache, *args, **options):
         keys = cache[0]["k"]
         shapes.append(keys.sharding.shard_shape(keys.shape)[:2])
-        return original(params, state, cache, *args, **options)
+        return original(params, layers, state, cache, *args, **options)
 
     original, shapes = decoding.proceed, []
     monkeypatch.setattr(decoding, "proceed", proceed)
@@ -179,6 +179,7 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
     )
     compiled = decoding.proceed.lower(
         params,
+        None,
         state | {"out": shaped((2, new), jnp.int32)},
         [layer] * cfg.text.layers,
         one,

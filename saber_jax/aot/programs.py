@@ -72,7 +72,8 @@ def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lower
     state, cache = jax.eval_shape(lambda *args: decoding.start(*args, program=program), *prompts)
     state = {k: of(v.shape, v.dtype, place if v.ndim else everywhere) for k, v in state.items()}
     cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, cached), cache)
-    return decoding.proceed.lower(params, state, cache, of((), jnp.int32), pick, program=program)
+    limit = of((), jnp.int32)
+    return decoding.proceed.lower(params, None, state, cache, limit, pick, program=program)
 
 
 def branch_shares(stage: Setup) -> dict[str, float]:

@@ -19,6 +19,7 @@ from saber_jax.models.lora import Adapted
 from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
 from saber_jax.models.remat import ATTENTION, INPUT, QKV, Remat, named, rematerialised
 from saber_jax.models.shards import whole
+from saber_jax.models.tiles import Tiled
 
 # Longer causal rows are gone through in blocks of so many queries: few scores are masked, and those
 # of a block stay small enough for a CPU's caches and allocator (2 times faster than 512 there).
@@ -59,9 +60,14 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
-def project(equation: str, x: Array, w: nnx.Param | Adapted, b: nnx.Param | None = None) -> Array:
+def project(
+    equation: str, x: Array, w: nnx.Param | Adapted | Tiled, b: nnx.Param | None = None
+) -> Array:
     """An einsum of activations and a weight, plus a bias over the trailing dimensions."""
-    y = w.project(equation, x) if isinstance(w, Adapted) else jnp.einsum(equation, x, whole(w))
+    if isinstance(w, nnx.Param):
+        y = jnp.einsum(equation, x, whole(w))
+    else:
+        y = w.project(equation, x)
     return y if b is None else y + jnp.broadcast_to(b[...], y.shape)
 
 

@@ -35,5 +35,5 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
     )
     state, cache = decoding.start(params, batch, np.zeros(count, bool), pick, program=program)
     limit = np.int32(NEW_TOKENS)
-    state, _ = decoding.proceed(params, state, cache, limit, pick, program=program)
+    state, _ = decoding.proceed(params, None, state, cache, limit, pick, program=program)
     return np.asarray(state["out"])
