@@ -26,7 +26,7 @@ from saber_jax import decoding, sharding
 from saber_jax.data import decode, sed, transforms
 from saber_jax.data import withhold as hiding
 from saber_jax.data.journal import fingerprint
-from saber_jax.data.prompts import Packer
+from saber_jax.data.prompts import Packer, Room
 from saber_jax.data.records import LANGUAGES, Record, Size, size_of
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import MODALITIES, Modality
@@ -80,6 +80,7 @@ class Generator:
             groups = sharding.shards(sharding.BATCH_AXES, mesh)
         self._packer = Packer(tokenizer, groups=groups, prompts=-(-batch_size // groups))
         self._batch_size = self._packer.batch_size
+        self._answered: Room | None = None  # What the programs are compiled for.
 
     def reserve(self, sizes: Iterable[Size]) -> None:
         """Makes room for clips of these sizes, in batches in this order; see RecordSource.sizes."""
@@ -119,12 +120,13 @@ class Generator:
         """
         # Programs with collectives, started from two threads, could wait for each other for ever.
         alone = on_text is not None or len(self._devices) > 1
+        compiled = self._packer.room == self._answered
         starts = itertools.count(step=self._batch_size)
         work = (
             functools.partial(self._answer, first, batch, sampling, on_text)
             for first, batch in zip(starts, batches, strict=False)
         )
-        return _in_flight(work, 1 if alone else 2)
+        return _in_flight(work, 1 if alone else 2, first_alone=not compiled)
 
     def _answer(
         self,
@@ -190,7 +192,8 @@ class Generator:
             )
             yield state
             if streaming and jax.device_get(state["finished"]).all():
-                return
+                break
+        self._answered = room
 
     def _put(self, values: Any) -> Any:
         return jax.device_put(values, self._everywhere)
@@ -203,16 +206,16 @@ class Generator:
         return self._tokenizer.decode(tokens[: ended[0]] if len(ended) else tokens)
 
 
-def _in_flight(work: Iterable[Callable[[], T]], most: int) -> Iterator[T]:
+def _in_flight(work: Iterable[Callable[[], T]], most: int, *, first_alone: bool) -> Iterator[T]:
     """Results in order, of which up to `most` are being made at any time.
 
-    The first is made alone: what it compiles, the others use.
+    With `first_alone`, that one is finished first: what it compiles, the others use.
     """
     with ThreadPoolExecutor(max_workers=most) as pool:
         started: collections.deque[Future[T]] = collections.deque()
         for position, job in enumerate(work):
             started.append(pool.submit(job))
-            if position == 0 or len(started) == most:
+            if len(started) == most or (first_alone and position == 0):
                 yield started.popleft().result()
         while started:
             yield started.popleft().result()

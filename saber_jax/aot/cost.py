@@ -21,6 +21,7 @@ _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("after-all", "partition-id", "opt-barrier"),
 )
+_SLICES = ("slice", "dynamic-slice")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -193,7 +194,7 @@ def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:
             return read + _written(module, inner, instruction.arrays)
     if instruction.op == "dynamic-update-slice":
         return 2.0 * _hbm(operands[1])
-    if instruction.op == "dynamic-slice":
+    if instruction.op in _SLICES:
         return 2.0 * _hbm(instruction)
     return sum(map(_hbm, operands)) + _hbm(instruction)
 
@@ -212,7 +213,7 @@ def _read(module: hlo.Module, inner: hlo.Computation, name: str | None) -> float
             called = module.computations[user.called[0]]
             parts = [i for i, operand in enumerate(user.operands) if operand == name]
             total += sum(_read(module, called, _parameter(called, i)) for i in parts)
-        elif user.op == "dynamic-slice" and first:
+        elif user.op in _SLICES and first:
             total += sum(array.bytes for array in user.arrays)
         elif user.op in ("bitcast", "reshape"):
             total += _read(module, inner, user.name)

@@ -26,8 +26,8 @@ INPUTS += ("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_len
 # Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
 LENGTH_STEP = 32
 
-# Rows of one to so many times the longest prompt are tried, in steps of a fraction of it. The longer
-# the row, the less of it stays empty, but the more keys of other prompts are masked.
+# Rows of one to so many times the longest prompt are tried, in steps of a fraction of it. The
+# longer the row, the less of it stays empty, but the more keys of other prompts are masked.
 LONGEST_ROW, STEPS = 4, 16
 # So many keys a query make attention cost as much as all else. A guess between models of 50 million
 # weights (2 thousand) and 7 billion (30 thousand).
@@ -72,6 +72,10 @@ class Packer:
     @property
     def batch_size(self) -> int:
         return self._groups * self._prompts
+
+    @property
+    def room(self) -> Room:
+        return self._room
 
     def reserve(self, sizes: Iterable[Size]) -> None:
         """Makes room for clips of these sizes, in batches in this order. See RecordSource.sizes."""

@@ -64,10 +64,7 @@ def project(
     equation: str, x: Array, w: nnx.Param | Adapted | Tiled, b: nnx.Param | None = None
 ) -> Array:
     """An einsum of activations and a weight, plus a bias over the trailing dimensions."""
-    if isinstance(w, nnx.Param):
-        y = jnp.einsum(equation, x, whole(w))
-    else:
-        y = w.project(equation, x)
+    y = jnp.einsum(equation, x, whole(w)) if isinstance(w, nnx.Param) else w.project(equation, x)
     return y if b is None else y + jnp.broadcast_to(b[...], y.shape)
 
 
@@ -147,8 +144,9 @@ def _blocks(
 ) -> Float[Array, "B L N H"]:
     """masks.packed_text a block of queries at a time, over the keys that any of them may see.
 
-    Neither what lies after a block, or further before it than the longest segment, nor, in the two
-    response regions that may end a row, the other region is ever multiplied. Blocks of 2 over a shared region of 4 and responses of 2:
+    Never multiplied are what lies after a block, what lies further before it than the longest
+    segment reaches, and, in the two response regions that may end a row, the other region. Blocks
+    of 2 over a shared region of 4 and responses of 2:
 
         keys      0 1 2 3 4 5 6 7
         0, 1      x x

@@ -179,7 +179,8 @@ def prefill(
 
     `batch["prompt_ends"]` [G, P] says where prompts end: the rows are G groups of equally many, and
     an end counts slots from the start of its group; B = G P. No prompt is longer than
-    `prompt_slots`, and every one ends in slot `prompt_slots` - 1 of the cache. Raises ValueError if the cache has no room to go on.
+    `prompt_slots`, and every one ends in slot `prompt_slots` - 1 of the cache. Raises ValueError if
+    the cache has no room to go on.
     """
     if cache_slots <= prompt_slots:
         raise ValueError(
