@@ -29,6 +29,17 @@ def test_query_heads_share_kv_heads_in_order():
         )
 
 
+def test_what_lies_before_the_longest_segment_need_not_be_looked_at(monkeypatch):
+    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
+    q, k, v = (random((1, 24, 2, 4), seed) for seed in range(3))
+    segments = np.repeat([[1, 2, 3, 4, 0]], [5, 7, 6, 2, 4], axis=1)
+    form = functools.partial(packed_text, segments, np.zeros_like(segments))
+    got = attend(q, k, v, form(longest=7))
+    np.testing.assert_allclose(got[:, :20], attend(q, k, v, form())[:, :20], atol=1e-6)
+    # The seventh slot of the second segment does look at its first.
+    assert abs(got - attend(q, k, v, form(longest=2)))[:, :20].max() > 1e-3
+
+
 @pytest.mark.parametrize("length", [24, 29])
 def test_nearby_attention_equals_dense_attention(length):
     lengths = [5, 1, 6, 6, 3]

@@ -1,0 +1,35 @@
+"""The copy of the text tower that a CPU decodes from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saber_jax.models import saber
+from saber_jax.models.config import saber_config
+from saber_jax.models.tiles import Tiled
+
+TINY = saber_config("tiny")
+TOWERS = ("vision", "audio")
+
+
+@pytest.mark.parametrize("width", [96, 128])
+def test_layers_in_tiles_decode_the_same(width):
+    # 128 columns are two tiles; 96 are no whole number of them, and those weights stay as they are.
+    size = dataclasses.replace(TINY.text, width=width, mlp_dim=128)
+    towers = {name: dataclasses.replace(getattr(TINY, name), out_width=width) for name in TOWERS}
+    cfg = dataclasses.replace(TINY, text=size, **towers)
+    params = saber.init(cfg, jax.random.key(0))
+    layers = saber.text_layers(params, cfg)
+    assert isinstance(layers[0].mlp.w_up, Tiled)
+    assert isinstance(layers[0].mlp.w_down, Tiled) == (width == 128)
+
+    rows = jnp.arange(3, dtype=jnp.int32)
+    random = jax.random.normal(jax.random.key(1), (3, size.kv_heads, size.head_dim, 8))
+    cache = [{"k": random, "v": random.swapaxes(2, 3)}] * size.layers
+    step = jax.jit(lambda **k: saber.decode(params, rows + 5, rows, cache, rows, 5, cfg, **k))
+    want, got = jax.tree.leaves(step()), jax.tree.leaves(step(layers=layers))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
