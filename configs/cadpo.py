@@ -4,7 +4,7 @@
     launch/tpu_run.sh configs/cadpo.py:7b-v5e-256   on 256 TPU v5e, from what stage 1 leaves
 
 `tiny` takes 80 steps in a minute: reward accuracy reaches 1.0, accuracy on held-out conflicting
-clips rises from 79% to 85% (n = 120) and stays at 99% where the modalities agree. It adds two terms
+clips rises from 75% to 84% (n = 120) and stays at 99% where the modalities agree. It adds two terms
 to the paper's form, loss.sft and loss.anchor, without which conclusions did not change; at a
 learning rate of 1e-4 it forgot that modalities may also agree (45%).
 
