@@ -159,14 +159,12 @@ def _blocks(
     # Rows whose regions nobody named are whole, and only `branch` keeps their responses apart.
     segments, branch = visible.query_segments, visible.query_branch
     regions = [(0, shared), (shared, length - response), (length - response, length)]
+    # Branches stand apart from what they share: rows that have them are looked at from the start.
+    reach = length if response or visible.longest is None else visible.longest
     out = []
     for start, stop in regions if response else [(0, length)]:
         for first in range(start, stop, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, stop)
-
-            # Branches stand apart from what they share: their rows are looked at from the start.
-            near = visible.longest is not None and not response
-            oldest = max(0, first - visible.longest + 1) if near else 0
+            last, oldest = min(first + QUERY_BLOCK, stop), max(0, first - reach + 1)
 
             def seen(x, start=start, last=last, oldest=oldest):
                 if start in (0, shared):

@@ -1,7 +1,7 @@
 """Text tower: the decoder that reads words, patches and sound as one sequence.
 
 Axis letters: B batch   R packed rows, in G groups of P prompts   L length   S cache slots
-Y layers   D width   F mlp width   N query heads   K kv heads   H head dim   V vocabulary.
+D width   F mlp width   N query heads   K kv heads   H head dim   V vocabulary.
 """
 
 from collections.abc import Sequence
