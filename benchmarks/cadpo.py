@@ -36,10 +36,10 @@ import numpy as np
 import optax
 
 from benchmarks import generate, result
+from saber_jax.data.examples import Example, Response, encode_record
 from saber_jax.data.media import SAMPLE_RATE
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import Record
-from saber_jax.data.transforms import Example, Response, encode_record
 from saber_jax.data.withhold import VIEWS
 from saber_jax.models import saber
 from saber_jax.train import flops

@@ -30,9 +30,11 @@ import numpy as np
 from av.video.frame import PictureType
 
 from benchmarks.result import device, finish
-from data_prep import annotate, clips, corpus, ears, filters, measure, transcripts
-from data_prep.answers import EndpointSettings
-from data_prep.corpus_plan import Sizes
+from data_prep.corpus import __main__ as corpus
+from data_prep.corpus.plan import Sizes
+from data_prep.raw import annotate, ears, filters, measure, transcripts
+from data_prep.raw.answers import EndpointSettings
+from data_prep.records import clips
 from saber_jax.data import media
 
 CLIPS = 600_000

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import result
-from saber_jax.data import media, transforms
+from saber_jax.data import media
+from saber_jax.data.examples import encode_record
 from saber_jax.data.records import Record
 from saber_jax.data.tokenizer import SPECIALS
-from saber_jax.generate import Generator
+from saber_jax.generate.generator import Generator
 from saber_jax.hf.config import to_hf
 from saber_jax.hf.names import to_disk
 from saber_jax.models import saber
@@ -145,7 +146,7 @@ def inputs(records: Sequence[Record]) -> dict[str, Any]:
     """What transformers' processor would give: left-padded tokens, normalised patches, log-mel."""
     import torch
 
-    examples = [transforms.encode_record(record, Letters(), responses=()) for record in records]
+    examples = [encode_record(record, Letters(), responses=()) for record in records]
     prompts = [example.prompt.tokens for example in examples]
     longest = max(map(len, prompts))
     tokens = np.full((len(prompts), longest), CONFIG.tokens.pad, np.int64)

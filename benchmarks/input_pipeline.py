@@ -37,8 +37,8 @@ import av
 import numpy as np
 
 from benchmarks import lengths, result
-from data_prep import dataset
-from saber_jax.data import decode, media, pipeline, planning, sed
+from data_prep.records import dataset
+from saber_jax.data import decode, loader, media, planning, sed
 from saber_jax.data.packing import Budget
 from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.sources import Sources
@@ -123,14 +123,14 @@ def a_pass(work: Work, passes: int) -> float:
     return (often - once) / passes
 
 
-def ours(examples: pipeline.Examples) -> Work:
+def ours(examples: loader.Examples) -> Work:
     sizes = np.array([list(vars(examples.measure(i)[0][0]).values()) for i in range(len(examples))])
     rows = planning.plan_rows(sizes, np.arange(len(sizes)), BUDGET)
 
     def work(passes: int) -> None:
         planned = [row for _ in range(passes) for row in rows]
-        batches = pipeline.HostBatches(examples, planned, BUDGET, 1, 0)
-        stream = pipeline.stream(batches, threads=1, workers=WORKERS)
+        batches = loader.HostBatches(examples, planned, BUDGET, 1, 0)
+        stream = loader.stream(batches, threads=1, workers=WORKERS)
         assert sum(int(b["pair_valid"].sum()) for b in stream) == passes * len(examples)
 
     return work
@@ -193,13 +193,13 @@ def theirs(processor, records: list[Record], files: list[Path] | None) -> Work:
         )
 
     def work(passes: int) -> None:
-        loader = torch.utils.data.DataLoader(
+        loading = torch.utils.data.DataLoader(
             list(range(len(records))) * passes,
             batch_size=2,
             collate_fn=collate,
             num_workers=WORKERS,
         )
-        assert sum(len(batch["input_ids"]) for batch in loader) == passes * len(records)
+        assert sum(len(batch["input_ids"]) for batch in loading) == passes * len(records)
 
     return work
 
@@ -250,7 +250,7 @@ def main() -> None:
         dataset.write(folder, {"train": records}, lambda item: item)
         print(f"{count} clips made in {time.perf_counter() - began:.0f} s")
         source = RecordSource(folder, "train")
-        work = {"ours": ours(pipeline.Examples(Sources([source], [1.0]), tokenizer))}
+        work = {"ours": ours(loader.Examples(Sources([source], [1.0]), tokenizer))}
         alone: dict[str, Callable[[], object]] = {}
         alone["ours, sound alone"] = lambda: [media.log_mel(r.audio) for r in records]
         try:

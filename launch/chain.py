@@ -32,10 +32,10 @@ from ml_collections import ConfigDict
 from configs import sft
 from configs.command_line import CONFIG, parse_flags
 from launch import hardware, turns
-from saber_jax import distributed
-from saber_jax.data.journal import write_json
-from saber_jax.distributed import PREEMPTED
-from saber_jax.identity import identity
+from saber_jax.runs import distributed
+from saber_jax.runs.distributed import PREEMPTED
+from saber_jax.runs.identity import identity
+from saber_jax.runs.journal import write_json
 
 TERMINATED = 128 + signal.SIGTERM
 

@@ -51,7 +51,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilat
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1
 if has_tpu; then
-  LIBTPU_INIT_ARGS="$("$python" -m saber_jax.xla_flags) ${LIBTPU_INIT_ARGS:-}"
+  LIBTPU_INIT_ARGS="$("$python" -m saber_jax.aot.xla_flags) ${LIBTPU_INIT_ARGS:-}"
   export LIBTPU_INIT_ARGS
 elif ! has_nvidia; then
   # An installed TPU compiler would make jax look for a TPU first.

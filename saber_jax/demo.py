@@ -21,7 +21,7 @@ from typing import Any
 from saber_jax.data import decode, sed
 from saber_jax.data.records import FIELDS, LANGUAGES, Record
 from saber_jax.data.withhold import withhold
-from saber_jax.generate import Generator, load_generator, record_of_clip
+from saber_jax.generate.generator import Generator, load_generator, record_of_clip
 from saber_jax.train import checkpoint
 
 # Before gradio is imported: it would report every start to its makers.

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
-from saber_jax.data import pipeline, sizing
+from saber_jax.data import loader, sizing
 from saber_jax.data.pairs import Pair
 from saber_jax.data.planning import Plan, Position, Rows
 from saber_jax.data.quarantine import Quarantine
@@ -27,7 +27,7 @@ class Inputs:
 
     tokenizer: Tokenizer
     provenance: dict[str, Any]
-    examples: pipeline.Examples
+    examples: loader.Examples
     plan: Plan
     draw: Draw
     quarantine: Quarantine
@@ -61,7 +61,7 @@ class Inputs:
             "epochs_finished": epochs,
             "drawn": dict(zip(self.draw.names, drawn.tolist(), strict=True)),
             "fill": self.plan.fill(),
-            "unigram_entropy": pipeline.unigram_entropy(self.measured.token_counts),
+            "unigram_entropy": loader.unigram_entropy(self.measured.token_counts),
         }
 
     @property
@@ -88,21 +88,21 @@ class Inputs:
         first: int = 0,
         withhold: float = 0.0,
         quarantine: bool = False,
-    ) -> pipeline.GlobalBatches:
+    ) -> loader.GlobalBatches:
         """`rows` from step `first` on; without `quarantine` a record must not turn out bad."""
         place = sharding.batch_sharding(mesh)
         total = sharding.batch_rows(config.data.batch_rows, mesh)
-        host = pipeline.HostBatches(
+        host = loader.HostBatches(
             self.examples,
             rows,
             self.plan.budget,
             config.data.batch_rows,
             first,
-            local=pipeline.local_rows(total, place),
+            local=loader.local_rows(total, place),
             withhold=withhold,
             seed=config.seed,
         )
-        return pipeline.GlobalBatches(
+        return loader.GlobalBatches(
             host,
             self.quarantine if quarantine else None,
             place,
@@ -123,10 +123,10 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     tokenizer = load_tokenizer(parts[0].path)
     if pairs is None:
         mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
-        examples = pipeline.Examples(sources, tokenizer, requests=mixture.requests)
+        examples = loader.Examples(sources, tokenizer, requests=mixture.requests)
     else:
-        mixture, examples = None, pipeline.Examples(sources, tokenizer, pairs)
-    measured = pipeline.measure(examples, workdir / "sizes.npz", workers=d.workers)
+        mixture, examples = None, loader.Examples(sources, tokenizer, pairs)
+    measured = loader.measure(examples, workdir / "sizes.npz", workers=d.workers)
     selection = sizing.select(measured, budget)
     quarantine = Quarantine(
         workdir / "quarantine.jsonl",

@@ -15,14 +15,15 @@ from absl import app, logging
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
-from saber_jax import distributed, sharding
-from saber_jax.data.journal import fingerprint, write_json
+from saber_jax import sharding
+from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.pairs import Pair, read_pairs
-from saber_jax.data.pipeline import GlobalBatches
-from saber_jax.identity import identity
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs import distributed
+from saber_jax.runs.identity import identity
+from saber_jax.runs.journal import fingerprint, write_json
 from saber_jax.train import checkpoint, loop, reference, samples, setup, start
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.preference import Preference

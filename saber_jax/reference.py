@@ -13,8 +13,9 @@ from absl import app, logging
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
-from saber_jax import distributed, main, sharding
+from saber_jax import main, sharding
 from saber_jax.inputs import open_inputs
+from saber_jax.runs import distributed
 from saber_jax.train import setup, start
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from saber_jax.data import sed
+from saber_jax.data.examples import Example, size_of
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from saber_jax.data.transforms import Example, size_of
 from saber_jax.data.withhold import VIEWS
 
 WORDS = ("calm", "person", "speaks", "loudly", "in", "the", "quiet", "red", "room", "slowly")

@@ -6,7 +6,7 @@ import pytest
 
 from configs import cadpo, pods, sft
 from launch import chain
-from saber_jax.identity import identity
+from saber_jax.runs.identity import identity
 
 
 @pytest.mark.parametrize("stage", [sft, cadpo])

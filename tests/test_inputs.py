@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from configs import sft
-from data_prep import dataset
+from data_prep.records import dataset
 from saber_jax.inputs import open_inputs
 from tests import synthetic
 

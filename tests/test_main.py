@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import cadpo, sft
-from data_prep import dataset
+from data_prep.records import dataset
 from saber_jax import main, sharding
 from saber_jax import reference as reference_command
-from saber_jax.data.journal import write_jsonl
 from saber_jax.models import saber
+from saber_jax.runs.journal import write_jsonl
 from saber_jax.train import checkpoint, loop, setup
 from saber_jax.train.step import flatten, merge
 from tests import synthetic

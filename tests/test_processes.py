@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from data_prep import dataset
-from saber_jax import distributed
+from data_prep.records import dataset
 from saber_jax.data.records import RecordSource, write_outlines
+from saber_jax.runs import distributed
 from saber_jax.train.reference import Cache, Source
 from saber_jax.train.step import flatten
 from tests import synthetic

@@ -25,9 +25,9 @@ from ml_collections import ConfigDict
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
 from saber_jax.aot import chips, programs, report
+from saber_jax.aot.xla_flags import FLAGS
 from saber_jax.models.config import saber_config
 from saber_jax.train import setup
-from saber_jax.xla_flags import FLAGS
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE")
 PROGRAM = flags.DEFINE_enum("program", "train", programs.NAMES, "which of the config's programs")

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from saber_jax import decoding, sharding
+from saber_jax import sharding
+from saber_jax.generate import decoding
 from saber_jax.train import flops
 from saber_jax.train.setup import Setup
 from saber_jax.train.step import flatten

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int
 
 from saber_jax.data import media
-from saber_jax.data.transforms import Example, Size, common_prefix, size_of
+from saber_jax.data.examples import Example, Size, common_prefix, size_of
 from saber_jax.data.withhold import VIEWS
 
 _SIZE_FIELDS = tuple(field.name for field in dataclasses.fields(Size))

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from saber_jax.data.examples import Size
 from saber_jax.data.packing import Budget
 from saber_jax.data.tasks import Mixture
-from saber_jax.data.transforms import Size
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Size))
 """Columns of every `sizes` array below."""

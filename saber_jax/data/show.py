@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from saber_jax.data import chat
+from saber_jax.data.examples import encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tokenizer import Tokenizer
-from saber_jax.data.transforms import encode_record, size_of
 
 SHEET_COLUMNS, THUMBNAIL = 8, 160
 PLOT = (960, 160)

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from saber_jax.data.examples import Size
 from saber_jax.data.packing import Budget
 from saber_jax.data.planning import FIELDS, fits
 from saber_jax.data.quarantine import Entry
 from saber_jax.data.records import BadRecordError
-from saber_jax.data.transforms import Size
 
 BAD = -1
 """In every size of an example whose record cannot be used."""

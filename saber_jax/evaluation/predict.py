@@ -9,9 +9,9 @@ import av
 from tqdm import tqdm
 
 from saber_jax.data.decode import MediaError
-from saber_jax.data.journal import Journal, batches
 from saber_jax.data.records import Record, RecordSource
-from saber_jax.generate import record_of_clip
+from saber_jax.generate.generator import record_of_clip
+from saber_jax.runs.journal import Journal, batches
 
 Row = dict[str, Any]
 Respond = Callable[[Iterator[list[Record]]], Iterator[list[str]]]

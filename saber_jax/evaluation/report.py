@@ -19,9 +19,9 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from saber_jax.data.journal import read_json, read_jsonl
-from saber_jax.data.transforms import CONFLICT_TYPES
+from saber_jax.data.examples import CONFLICT_TYPES
 from saber_jax.evaluation import charts, report_examples, report_tables, saber_test
+from saber_jax.runs.journal import read_json, read_jsonl
 
 STAGES = {"sft": "SED", "cadpo": "CA-DPO"}
 PAGE = Path(__file__).parent / "page"

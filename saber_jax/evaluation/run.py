@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saber_jax.data import shares
-from saber_jax.data.journal import Journal, read_jsonl, write_json, write_jsonl
 from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
 from saber_jax.evaluation import probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import Material, Row, predict
-from saber_jax.generate import Generator, load_generator, model_fingerprint
+from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
+from saber_jax.runs import shares
+from saber_jax.runs.journal import Journal, read_jsonl, write_json, write_jsonl
 from saber_jax.train import checkpoint
 
 

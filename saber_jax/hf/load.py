@@ -22,13 +22,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from saber_jax import distributed
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.hf import tensors
 from saber_jax.hf.config import from_hf, thinker
 from saber_jax.hf.names import Entry, entries, from_disk
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs import distributed
 from saber_jax.train import checkpoint, stream
 
 PREFIX = "thinker."

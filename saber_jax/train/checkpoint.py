@@ -24,10 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
-from saber_jax.data.journal import write_json
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs.journal import write_json
 from saber_jax.train.step import TrainState, flatten, merge
 
 MODEL_FILE = "model.json"

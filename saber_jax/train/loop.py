@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import jax
 
-from saber_jax.data.pipeline import GlobalBatches
-from saber_jax.distributed import Preemption
+from saber_jax.data.loader import GlobalBatches
+from saber_jax.runs.distributed import Preemption
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.profile import Profile

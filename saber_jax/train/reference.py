@@ -26,9 +26,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, UInt32
 from tqdm import tqdm
 
-from saber_jax.data.journal import read_json, write_json
-from saber_jax.data.transforms import Example
+from saber_jax.data.examples import Example
 from saber_jax.data.withhold import VIEWS, View
+from saber_jax.runs.journal import read_json, write_json
 from saber_jax.train.step import Batch, flatten
 
 KEY_BYTES = 16

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from saber_jax.data import chat
+from saber_jax.data.examples import Example, Size
 from saber_jax.data.tokenizer import Tokenizer
-from saber_jax.data.transforms import Example, Size
 from saber_jax.train.metrics import MetricsWriter
 
 MOST_EXAMPLES = 4

@@ -8,8 +8,8 @@ import pytest
 from configs import cadpo, sft
 from saber_jax import sharding
 from saber_jax.aot import chips, cost, hlo, programs, report
+from saber_jax.aot.xla_flags import FLAGS
 from saber_jax.train import setup
-from saber_jax.xla_flags import FLAGS
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import lengths
 from configs import cadpo, sft
-from data_prep import dataset
+from data_prep.records import dataset
 from saber_jax.data import budgets, planning, sizing
 from saber_jax.data.packing import Budget
 from saber_jax.models import kernels

@@ -8,13 +8,13 @@ import signal
 
 import numpy as np
 import pytest
+from tests.data.test_pipeline import Source, examples_of
 
-from saber_jax.data import pipeline
+from saber_jax.data import loader
+from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget
 from saber_jax.data.planning import Plan, Position
-from saber_jax.data.transforms import encode_record
 from tests import synthetic
-from tests.data.test_pipeline import Source, examples_of
 
 BUDGET = Budget(length=400, patches=72, chunks=3, targets=384, segments=3)
 EXAMPLES, BATCH_ROWS = 47, 5
@@ -48,8 +48,8 @@ def read(numbered, plan, hosts: int, start: int, stop: int) -> tuple[list[list[i
     padded = -(-BATCH_ROWS // hosts) * hosts
     rows = plan.rows(stop * BATCH_ROWS)
     streams = [
-        pipeline.stream(
-            pipeline.HostBatches(
+        loader.stream(
+            loader.HostBatches(
                 numbered, rows, BUDGET, BATCH_ROWS, start, local=list(range(padded))[host::hosts]
             ),
             threads=2,
@@ -99,15 +99,15 @@ def seventeen(tokenizer):
     return examples, Plan(sizes, budget, seed=3)
 
 
-def host_batches(examples, plan, steps: int) -> pipeline.HostBatches:
-    return pipeline.HostBatches(examples, plan.rows(2 * steps), plan.budget, 2, 0)
+def host_batches(examples, plan, steps: int) -> loader.HostBatches:
+    return loader.HostBatches(examples, plan.rows(2 * steps), plan.budget, 2, 0)
 
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches_in_the_same_order(seventeen):
     examples, plan = seventeen
-    alone = pipeline.stream(host_batches(examples, plan, 6), threads=1)
-    worked = pipeline.stream(host_batches(examples, plan, 6), threads=2, workers=2)
+    alone = loader.stream(host_batches(examples, plan, 6), threads=1)
+    worked = loader.stream(host_batches(examples, plan, 6), threads=2, workers=2)
     for expected, got in zip(alone, worked, strict=True):
         assert expected.keys() == got.keys()
         for key in expected:
@@ -117,7 +117,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(seventeen):
 @pytest.mark.slow
 def test_an_exception_in_a_worker_process_ends_the_run_with_the_record_named(seventeen, tokenizer):
     broken = examples_of(tokenizer, Source(17, broken=[5], error=TypeError("oops")))
-    stream = pipeline.stream(host_batches(broken, seventeen[1], 6), threads=1, workers=1)
+    stream = loader.stream(host_batches(broken, seventeen[1], 6), threads=1, workers=1)
     with pytest.raises(Exception, match=r"made-up-00000-of-00001\[5\] failed with TypeError: oops"):
         list(stream)
 
@@ -134,6 +134,6 @@ class Killer(Source):
 @pytest.mark.slow
 def test_a_killed_worker_process_ends_the_run(seventeen, tokenizer):
     broken = examples_of(tokenizer, Killer(17))
-    stream = pipeline.stream(host_batches(broken, seventeen[1], 6), threads=1, workers=2)
+    stream = loader.stream(host_batches(broken, seventeen[1], 6), threads=1, workers=2)
     with pytest.raises(RuntimeError):
         list(stream)

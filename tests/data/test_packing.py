@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from saber_jax.data.examples import common_prefix, encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import common_prefix, encode_record, size_of
 from tests import synthetic
 
 BUDGET = Budget(length=400, patches=288, chunks=2, targets=256, segments=4)

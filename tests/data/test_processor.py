@@ -7,8 +7,8 @@ import pytest
 
 from saber_jax.data import decode, media, sed
 from saber_jax.data.decode import Sampling, release_sampling
+from saber_jax.data.examples import encode_record
 from saber_jax.data.records import Record
-from saber_jax.data.transforms import encode_record
 from saber_jax.models.vision import normalize
 from tests.golden import clip
 from tests.media_files import gray_frames, write_clip

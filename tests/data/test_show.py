@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from data_prep import dataset
+from data_prep.records import dataset
 from saber_jax.data import records, show
-from saber_jax.data.transforms import encode_record
+from saber_jax.data.examples import encode_record
 from tests import synthetic
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from saber_jax.data import sed
+from saber_jax.data.examples import Response
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tasks import TASKS, WORDINGS, Mixture, Request, conversation
-from saber_jax.data.transforms import Response
 from tests import synthetic
 
 REQUESTS = [Request(task=task, wording=w) for task in TASKS for w in range(WORDINGS)]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from saber_jax.data import sed, transforms
+from saber_jax.data import examples, sed
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tokenizer import train_sentencepiece
 from saber_jax.data.withhold import has_modality, withhold
@@ -36,7 +36,7 @@ def test_the_prompt_is_the_same_with_and_without_a_modality(modality, tmp_path):
     prompt = sed.prompt_text("en", True, True)
     tokenizer = train_sentencepiece([prompt], tmp_path / "t.model", vocab_size=400, symbols=[])
     whole, hidden = (
-        transforms.encode_record(record, tokenizer, responses=()).prompt
+        examples.encode_record(record, tokenizer, responses=()).prompt
         for record in (RECORD, withhold(RECORD, modality))
     )
     for name in ("tokens", "positions", "media_kind", "media_slot"):

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep import build, corpus
+from data_prep.corpus import __main__ as corpus
+from data_prep.records import build
 from saber_jax.data import media
+from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import RecordSource
 from saber_jax.data.tokenizer import load_tokenizer
-from saber_jax.data.transforms import encode_record
 from saber_jax.hf.export import export
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 import torch
 
 from saber_jax.data import media
+from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import encode_record
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config
 from saber_jax.models.vision import normalize

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import cadpo
 from launch import chain
-from saber_jax.distributed import PREEMPTED
+from saber_jax.runs.distributed import PREEMPTED
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from saber_jax import decoding
+from saber_jax.generate import decoding
 from saber_jax.models import saber
 from tests.models.batches import CONFIG, Conversation, pack
 from tests.models.cases import NEW_TOKENS

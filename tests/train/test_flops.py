@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import encode_record
 from saber_jax.models import masks, saber
 from saber_jax.models.config import AudioConfig, TextConfig, VisionConfig, saber_config
 from saber_jax.train import flops

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from saber_jax import sharding
-from saber_jax.data import transforms
+from saber_jax.data import examples
 from saber_jax.train import metrics, samples
 from saber_jax.train.metrics import MetricsWriter
 from tests import synthetic
@@ -66,9 +66,9 @@ def test_weights_are_sampled_evenly_over_every_axis(sharded, tmp_path, monkeypat
 
 def test_examples_are_shown_as_text_without_their_media(tmp_path, tokenizer):
     record = synthetic.record(1)
-    pair = transforms.encode_record(record, tokenizer, responses=("calm person", "red room"))
+    pair = examples.encode_record(record, tokenizer, responses=("calm person", "red room"))
     writer = MetricsWriter(tmp_path, start=0)
-    size = transforms.size_of(pair)
+    size = examples.size_of(pair)
     samples.show(writer, 0, [pair], np.array([dataclasses.astuple(size)]), tokenizer)
     writer.close()
     events = _events(tmp_path)

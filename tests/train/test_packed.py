@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.transforms import encode_record
 from saber_jax.train.objectives import Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import flatten

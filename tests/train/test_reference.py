@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
-from saber_jax.data.transforms import encode_record
+from saber_jax.data.examples import encode_record
 from saber_jax.data.withhold import VIEWS
 from saber_jax.train import reference
 from saber_jax.train.reference import Cache, References, Source, complete

@@ -1,0 +1,1 @@
+"""Raw videos to checked clips, stage by stage."""

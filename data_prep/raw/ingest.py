@@ -1,0 +1,155 @@
+"""Stage `ingest`: which clips there are, from a folder of videos or from a published corpus.
+
+A folder may hold `labels.jsonl`, one object a line: {"clip_id": file name without its ending,
+"speaker", "language", "split", "video", "transcript", and any of saber_jax.data.records.LABELS}. A
+corpus is read by the layout it is published in, see data_prep.raw.corpora.
+
+Rows of one source video share a shard, so that what is cut from it stays together.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.raw import corpora, corpora_rows, storage
+from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from data_prep.records import clips
+from saber_jax.data.records import LABELS, LANGUAGES
+
+REASONS = {
+    "duplicate_id": "another file gives the same clip_id",
+    "missing": "the corpus lists a file that is not there",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder, and the corpus whose layout it has; "" for any folder of videos.
+
+    The folder is listed here; `url` says where the workers of a cluster find the same files.
+    """
+
+    folder: str
+    url: str = ""
+    corpus: str = ""
+    language: str = ""  # Of the annotations to be written; "" is English, or what labels say.
+
+    def __post_init__(self):
+        if self.corpus and self.corpus not in corpora.CORPORA:
+            known = ", ".join(corpora.CORPORA)
+            raise ValueError(f"Unknown corpus {self.corpus!r}; known are {known}.")
+        if self.language and self.language not in LANGUAGES:
+            raise ValueError(f"Unknown language {self.language!r}; use one of {LANGUAGES}.")
+
+    def found_by_workers(self, row: Row) -> Row:
+        """The row with the addresses that a cluster uses."""
+        if not self.url:
+            return row
+        keys = [key for key in ("file", "sound") if key in row]
+        inside = {key: Path(row[key]).relative_to(self.folder).as_posix() for key in keys}
+        return {**row, **{key: storage.join(self.url, path) for key, path in inside.items()}}
+
+    def rows(self) -> Iterator[Row]:
+        """All clips, in a fixed order. Raises FileNotFoundError for a wrong or empty folder."""
+        root = Path(self.folder)
+        if not root.is_dir():
+            raise FileNotFoundError(f"The folder of videos {root} does not exist.")
+        listed = corpora.CORPORA[self.corpus](root) if self.corpus else _folder(root)
+        row = None
+        for row in listed:
+            language = self.language or row["language"] or "en"
+            yield {**row, "language": language, "provenance": [_made(self, row)]}
+        if row is None:
+            what = f"the layout of {self.corpus}" if self.corpus else "any video"
+            raise FileNotFoundError(f"{root} does not hold {what}.")
+
+
+def ingest(stage: Stage, sources: Iterable[Source]) -> dict[str, Any]:
+    """Does the stage; it reads no media and is quick. Returns the summary."""
+    stage.claim("")
+    if not stage.missing():
+        return stage.summarise()
+    parts: list[list[Row]] = [[] for _ in range(stage.shards)]
+    outcomes: list[list[Outcome]] = [[] for _ in range(stage.shards)]
+    seen: dict[str, str] = {}
+    for source in sources:
+        for row in source.rows():
+            shard = shard_of(row, stage.shards)
+            parts[shard].append(row)
+            first = seen.setdefault(row["clip_id"], row["file"])
+            outcome: Outcome = source.found_by_workers(row)
+            if first != row["file"]:
+                outcome = Dropped(row=row, reason="duplicate_id", detail=first)
+            elif lost := _lost(row):
+                outcome = Dropped(row=row, reason="missing", detail=lost)
+            outcomes[shard].append(outcome)
+    for shard in range(stage.shards):
+        stage.write(shard, parts[shard], outcomes[shard])
+    return stage.summarise()
+
+
+def _lost(row: Row) -> str | None:
+    """A file that a corpus lists and nobody has: the clip, or its sound in a file of its own."""
+    files = (row[key] for key in ("file", "sound") if key in row)
+    return next((file for file in files if not Path(file).is_file()), None)
+
+
+def shard_of(row: Row, shards: int) -> int:
+    digest = hashlib.sha256(f"{row['corpus']}\0{row['video']}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % shards
+
+
+def _folder(root: Path) -> Iterator[Row]:
+    labels = _read_labels(root / "labels.jsonl")
+    for path in clips.find_files(root, clips.EXTENSIONS, "videos"):
+        relative = path.relative_to(root).with_suffix("")
+        known = labels.get(path.stem, {})
+        yield corpora_rows.row(
+            path,
+            clip_id=re.sub(r"[^\w.-]+", "_", str(relative)),
+            corpus="",
+            video=known.get("video", str(relative)),
+            speaker=known.get("speaker", ""),
+            language=known.get("language", ""),
+            split=known.get("split", ""),
+            transcript=known.get("transcript", ""),
+            labels={k: known[k] for k in LABELS if k in known and k != "speaker"},
+        )
+
+
+_ALLOWED = {"clip_id", "split", "language", "video", "transcript", *LABELS}
+
+
+def _read_labels(path: Path) -> dict[str, dict[str, str]]:
+    if not path.exists():
+        return {}
+    labels = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            given = json.loads(line)
+            labels[given["clip_id"]] = {key: str(value) for key, value in given.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'{path}, line {number} must be an object with a "clip_id": {error!r}.'
+            ) from error
+        if unknown := sorted(set(given) - _ALLOWED):
+            raise ValueError(
+                f"{path}, line {number} has unknown keys {', '.join(unknown)}; allowed are "
+                f"{', '.join(sorted(_ALLOWED))}."
+            )
+    return labels
+
+
+def _made(source: Source, row: Row) -> dict[str, Any]:
+    given = [key for key in ("speaker", "language", "transcript", "labels") if row.get(key)]
+    return {
+        "fields": given,
+        "tool": "data_prep.ingest",
+        "model": None,
+        "prompt": None,
+        "parameters": dataclasses.asdict(source),
+    }

@@ -1,0 +1,79 @@
+"""Stage `instructions`: a conversation for every clip, in the layout that ms-swift reads.
+
+Our own training draws the request of a clip anew in every epoch (config.data.tasks, see
+saber_jax.data.tasks), so it needs none of this. For others the stage draws one request per clip
+from the same tasks and wordings, evidence before reasoning, and writes it down:
+
+    conversations.jsonl    {"messages": [system, user, assistant], "videos": [...], "audios": [...],
+                            "clip_id", "task", "split"}
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from data_prep.raw import storage
+from data_prep.raw.shards import Outcome, Row, Stage
+from saber_jax.data import records, sed
+from saber_jax.data.tasks import Mixture, Request
+
+REASONS: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructionSettings:
+    """Weights of the tasks, relative to each other, and how many wordings of each are used."""
+
+    tasks: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"sed": 0.7, "visual": 0.1, "acoustic": 0.1, "acoustic_feat": 0.1}
+    )
+    wordings: int = 4
+    seed: int = 0
+
+    def mixture(self) -> Mixture:
+        return Mixture(self.tasks, wordings=self.wordings, seed=self.seed)
+
+
+KEYS = ("clip_id",)
+
+
+def plan(rows: list[Row], settings: InstructionSettings) -> Callable[[Row], Outcome]:
+    """Draws a request for all rows; what it returns gives one row its `request`."""
+    mixture = settings.mixture()
+    ids = sorted(row["clip_id"] for row in rows)
+    drawn = dict(zip(ids, mixture.draw(0, len(ids)).tolist(), strict=True))
+
+    def ask(row: Row) -> Outcome:
+        # The test set asks for everything, in the usual words.
+        test = row["split"] == "test"
+        request = Request() if test else mixture.requests[drawn[row["clip_id"]]]
+        return {**row, "request": dataclasses.asdict(request)}
+
+    return ask
+
+
+def conversation(row: Row) -> dict[str, Any]:
+    """One line of conversations.jsonl."""
+    request = Request(**row["request"])
+    fields = records.parse_annotation(row["annotation"])
+    system, _ = sed.prompt(row["language"])
+    asked = f"<video><audio>{request.instruction(row['language'])}"
+    return {
+        "messages": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": sed.target_text(fields, request.sections)},
+        ],
+        "videos": [row["file"]],
+        "audios": [row["file"]],
+        "clip_id": row["clip_id"],
+        "task": request.task,
+        "split": row["split"],
+    }
+
+
+def write(stage: Stage) -> None:
+    """conversations.jsonl of all kept rows."""
+    storage.write_lines(
+        stage.file("conversations.jsonl"), (conversation(row) for row in stage.rows())
+    )

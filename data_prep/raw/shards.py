@@ -1,0 +1,313 @@
+"""Stages of the data pipeline: rows in shards, and work that is done once per shard.
+
+A stage leaves a folder. Shard k of a stage is made from shard k of the one before it, and is
+finished when both of its files are there:
+
+    OUT/measure/manifest.json                  settings of the stage, fingerprint of what it read
+                dropped-00003-of-00016.jsonl   {"clip_id", "reason", "detail", "row"} a line
+                kept-00003-of-00016.jsonl      a row a line; written last
+                summary.json                   counts by reason, once all shards are finished
+
+A row is one clip: clip_id, file, corpus, video (the source it was cut from), speaker, language,
+split, labels, and what the stages add to it (measures, annotation, checks, ...). `provenance` lists
+{"fields", "tool", "model", "prompt", "parameters"}, one entry for whatever was made together.
+
+A killed stage goes on from its finished shards. Every row of a shard is kept or dropped, once:
+anything else is an error in the stage and stops it.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.raw import storage
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A row that ends here. `reason` is a key of its stage's REASONS."""
+
+    row: Row
+    reason: str
+    detail: str = ""
+
+
+Outcome = Row | Dropped
+ShardWork = Callable[[list[Row]], Iterable[Outcome]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who does the shards: this process, `processes` of Beam's direct runner, or a Beam cluster.
+
+    `beam` are Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any,
+    they alone decide. The folders must then be reachable from the cluster.
+    """
+
+    processes: int = 1
+    beam: tuple[str, ...] = ()
+
+    def options(self) -> list[str]:
+        if self.beam:
+            return list(self.beam)
+        return [
+            "--runner=DirectRunner",
+            "--direct_running_mode=multi_processing",
+            f"--direct_num_workers={self.processes}",
+            # Workers tell every step of their start, a screen each.
+            "--default_sdk_harness_log_level=ERROR",
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One folder of shards. `reasons` maps each reason for dropping to a sentence for people.
+
+    With `splits_rows`, a row may become several; otherwise every row comes out once.
+    """
+
+    name: str
+    out: str
+    shards: int
+    settings: dict[str, Any]
+    reasons: dict[str, str]
+    splits_rows: bool = False
+
+    @property
+    def folder(self) -> str:
+        return storage.join(self.out, self.name)
+
+    def path(self, what: str, shard: int) -> str:
+        return storage.join(self.folder, f"{what}-{shard:05d}-of-{self.shards:05d}.jsonl")
+
+    def file(self, name: str) -> str:
+        return storage.join(self.folder, name)
+
+    def kept(self, shard: int) -> list[Row]:
+        return storage.read_lines(self.path("kept", shard))
+
+    def dropped(self, shard: int) -> list[dict[str, Any]]:
+        return storage.read_lines(self.path("dropped", shard))
+
+    def rows(self) -> Iterator[Row]:
+        """The kept rows of all shards, one shard in memory at a time."""
+        for shard in range(self.shards):
+            yield from self.kept(shard)
+
+    def checked(self, check: str) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Rows with what `checks` of them holds under that name, whether kept or dropped."""
+        for shard in range(self.shards):
+            for row in (*self.kept(shard), *(item["row"] for item in self.dropped(shard))):
+                if found := row.get("checks", {}).get(check):
+                    yield row, found
+
+    def fingerprint(self) -> str:
+        """Changes with the settings of this stage and of every one before it."""
+        manifest = storage.read_json(self.file("manifest.json"))
+        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+    def claim(self, after: str) -> None:
+        """Writes the manifest; ValueError when the folder was made from something else."""
+        # Through JSON, so that tuples and lists are the same thing.
+        ours = json.loads(
+            json.dumps({"settings": self.settings, "shards": self.shards, "after": after})
+        )
+        path = self.file("manifest.json")
+        if not storage.exists(path):
+            storage.write_json(path, ours)
+            return
+        theirs = storage.read_json(path)
+        if theirs == ours:
+            return
+        old, new = _flat(theirs), _flat(ours)
+        changed = [
+            f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
+        ]
+        raise ValueError(
+            f"{self.folder} was made with other settings ({'; '.join(changed)}). Delete it to make "
+            "it anew (later stages too), or choose another output folder."
+        )
+
+    def missing(self) -> list[int]:
+        there = storage.names(self.folder)
+        return [
+            shard
+            for shard in range(self.shards)
+            if self.path("kept", shard).rsplit("/", 1)[1] not in there
+        ]
+
+    def write(self, shard: int, rows: Sequence[Row], outcomes: Iterable[Outcome]) -> None:
+        """Writes one shard, having checked that no row was lost or doubled."""
+        kept: list[Row] = []
+        dropped: list[dict[str, Any]] = []
+        for outcome in outcomes:
+            if not isinstance(outcome, Dropped):
+                kept.append(outcome)
+                continue
+            if outcome.reason not in self.reasons:
+                raise KeyError(f"{self.name} has no reason {outcome.reason!r}.")
+            dropped.append(
+                {
+                    "clip_id": outcome.row["clip_id"],
+                    "reason": outcome.reason,
+                    "detail": outcome.detail,
+                    "row": outcome.row,
+                }
+            )
+        if not self.splits_rows:
+            came = collections.Counter(row["clip_id"] for row in rows)
+            went = collections.Counter(item["clip_id"] for item in [*kept, *dropped])
+            if came != went:
+                lost, doubled = sorted(came - went), sorted(went - came)
+                raise RuntimeError(
+                    f"Stage {self.name}, shard {shard}: lost {lost[:5]}, doubled {doubled[:5]}."
+                )
+        storage.write_lines(self.path("dropped", shard), dropped)
+        storage.write_lines(self.path("kept", shard), kept)
+
+    def summarise(self) -> dict[str, Any]:
+        """Counts over all shards; also written to summary.json."""
+        kept, reasons = 0, collections.Counter()
+        for shard in range(self.shards):
+            kept += len(self.kept(shard))
+            reasons.update(item["reason"] for item in self.dropped(shard))
+        summary = {
+            "stage": self.name,
+            "kept": kept,
+            "dropped": sum(reasons.values()),
+            "reasons": {name: reasons[name] for name in self.reasons if reasons[name]},
+        }
+        storage.write_json(self.file("summary.json"), summary)
+        return summary
+
+
+def run(
+    stage: Stage,
+    source: Stage,
+    work: ShardWork,
+    workers: Workers = Workers(),
+    *,
+    at_once: int = 1,
+) -> dict[str, Any]:
+    """Does the unfinished shards of `stage` from those of `source`; returns the summary.
+
+    `at_once` shards are done by threads of this process, for work that waits more than it computes.
+    """
+    stage.claim(source.fingerprint())
+    todo = stage.missing()
+    job = ShardJob(stage, source, work)
+    if todo:
+        print(f"{stage.name}: {len(todo)} of {stage.shards} shards to do", flush=True)
+    if workers.processes > 1 or workers.beam:
+        _run_beam(job, todo, workers)
+    else:
+        _run_here(job, todo, at_once)
+    return stage.summarise()
+
+
+def run_whole(
+    stage: Stage,
+    source: Stage,
+    keys: Sequence[str],
+    plan: Callable[[list[Row]], Callable[[Row], Outcome]],
+) -> dict[str, Any]:
+    """For what needs to know of all rows before it can decide about one.
+
+    `plan` gets every row, reduced to `keys` so that they fit in memory, and returns what decides
+    about each whole row.
+    """
+    stage.claim(source.fingerprint())
+    if todo := stage.missing():
+        decide = plan([{key: row[key] for key in keys} for row in source.rows()])
+        for shard in tqdm(todo, desc=stage.name, unit="shard"):
+            rows = source.kept(shard)
+            stage.write(shard, rows, map(decide, rows))
+    return stage.summarise()
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardJob:
+    """Picklable, so that it can go to Beam's workers."""
+
+    stage: Stage
+    source: Stage
+    work: ShardWork
+
+    def __call__(self, shard: int) -> int:
+        rows = self.source.kept(shard)
+        self.stage.write(shard, rows, self.work(rows))
+        return shard
+
+
+def _run_here(job: ShardJob, todo: Sequence[int], at_once: int) -> None:
+    with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
+        futures = [threads.submit(job, shard) for shard in todo]
+        try:
+            finished = concurrent.futures.as_completed(futures)
+            for future in tqdm(finished, total=len(todo), desc=job.stage.name, unit="shard"):
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _run_beam(job: ShardJob, todo: Sequence[int], workers: Workers) -> None:
+    if not todo:
+        return
+    finished = threading.Event()
+    watch = threading.Thread(target=_watch, args=(job.stage, len(todo), finished), daemon=True)
+    watch.start()
+    try:
+        pipeline(job, todo, workers).run().wait_until_finish()
+    finally:
+        finished.set()
+        watch.join()
+    if left := job.stage.missing():
+        raise RuntimeError(
+            f"{job.stage.name}: Beam ended without {len(left)} shards; run it again to do them."
+        )
+
+
+def pipeline(job: ShardJob, todo: Sequence[int], workers: Workers) -> Any:
+    """A beam.Pipeline that does the shards `todo`, built and not yet run."""
+    # Takes two seconds to import, which the other stages do without.
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    made = beam.Pipeline(options=PipelineOptions(workers.options()))
+    shards = made | "shards" >> beam.Create(list(todo))
+    _ = shards | beam.Reshuffle() | job.stage.name >> beam.Map(job)
+    return made
+
+
+def _watch(stage: Stage, todo: int, finished: threading.Event) -> None:
+    """A progress bar from the files that the workers leave, wherever they run."""
+    with tqdm(total=todo, desc=stage.name, unit="shard", file=sys.stderr) as bar:
+        while not finished.wait(1.0):
+            bar.update(todo - len(stage.missing()) - bar.n)
+        bar.update(todo - len(stage.missing()) - bar.n)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,214 @@
+"""Stage `transcripts`: does the speech_content of the annotation say what is heard?
+
+An independent recogniser listens, and the word error rate (characters for Chinese) between the two
+decides. Sound events in angle brackets are no words. The recogniser is a whisper that comes in a
+package (raw.ears), or a chat endpoint that takes sound. Beside the counts the stage leaves
+`disagreements.txt`, worst first, aligned word by word, so that a person can judge the threshold,
+and below them the clips that were not checked.
+
+    rows gain    checks.transcript    heard, errors, words, rate, measure ("wer" or "cer"),
+                                      or skipped, saying why nothing was checked
+"""
+
+import concurrent.futures
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jiwer
+import numpy as np
+
+from data_prep.raw import answers, attach, ears, storage, wording
+from data_prep.raw.answers import EndpointSettings
+from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from saber_jax.data import decode
+
+REASONS = {
+    **answers.REASONS,
+    "unlike": "the words of the annotation are not the words that are heard",
+    "unsaid": "the annotation has words where nobody is heard to speak",
+    "unwritten": "words are heard and the annotation has none",
+}
+MEASURES = {"en": "wer", "zh": "cer"}
+
+_EVENT = re.compile(r"<[^<>]*>|（[^（）]*声）")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TranscriptSettings:
+    """`recogniser` is "offline", "endpoint" or "none". A clip is dropped above `most_rate`, but not
+    for fewer than `fewest_errors` errors: two words of three may be wrong by one slip."""
+
+    recogniser: Literal["offline", "endpoint", "none"] = "offline"
+    most_rate: float = 0.5
+    fewest_errors: int = 3
+    endpoint: EndpointSettings = dataclasses.field(default_factory=EndpointSettings)
+
+    def __post_init__(self):
+        if self.recogniser not in ("offline", "endpoint", "none"):
+            raise ValueError(
+                f'recogniser must be "offline", "endpoint" or "none", got {self.recogniser!r}.'
+            )
+
+    def of_result(self) -> dict[str, Any]:
+        """What decides a check, for the stage's manifest."""
+        asked = {**self.endpoint.of_result(), "prompts": wording.versions("transcribe")}
+        return {
+            "recogniser": self.recogniser,
+            "most_rate": self.most_rate,
+            "fewest_errors": self.fewest_errors,
+            **(asked if self.recogniser == "endpoint" else {}),
+        }
+
+
+def words(text: str, language: str) -> list[str]:
+    """What is compared: words without case and punctuation, or characters for Chinese.
+
+    >>> words("Well, <laughs> DON'T go!", "en")
+    ['well', "don't", 'go']
+    """
+    text = unicodedata.normalize("NFKC", _EVENT.sub(" ", text)).lower().replace("’", "'")
+    if language == "zh":
+        return [c for c in text if c.isalnum()]
+    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text)
+    return [word.strip("'") for word in kept.split() if word.strip("'")]
+
+
+def compare(written: str, heard: str, language: str) -> dict[str, Any]:
+    """Errors between two transcripts, in `words`. The rate is over what is written."""
+    reference, hypothesis = words(written, language), words(heard, language)
+    if not reference:
+        errors = len(hypothesis)
+    else:
+        found = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
+        errors = found.substitutions + found.deletions + found.insertions
+    return {
+        "heard": heard,
+        "errors": errors,
+        "words": len(reference),
+        "rate": round(errors / max(1, len(reference)), 4),
+        "measure": MEASURES[language],
+    }
+
+
+def verdict(check: dict[str, Any], language: str, settings: TranscriptSettings) -> str | None:
+    """Why a clip with this check is dropped, or None."""
+    heard = len(words(check["heard"], language))
+    if check["errors"] < settings.fewest_errors:
+        return None
+    if not heard:
+        return "unsaid"
+    if not check["words"]:
+        return "unwritten"
+    return "unlike" if check["rate"] > settings.most_rate else None
+
+
+def offline(rows: list[Row], settings: TranscriptSettings) -> Iterator[Outcome]:
+    """The stage without an endpoint; what it cannot check passes, and says why in its row."""
+    for row in rows:
+        language = row["language"]
+        if settings.recogniser == "none" or language not in ears.MODELS:
+            why = f"language {language} has no offline recogniser"
+            why = 'recogniser = "none"' if settings.recogniser == "none" else why
+            yield _with_check(row, {"skipped": f"not checked: {why}"}, {"tool": None})
+            continue
+        try:
+            heard = ears.recognise(sound(row["file"]), language)
+        except (decode.MediaError, OSError) as error:
+            yield Dropped(row=row, reason="unreadable", detail=str(error))
+            continue
+        yield _decided(row, heard, settings, _made_by(language))
+
+
+def _made_by(language: str) -> dict[str, Any]:
+    return {"tool": "faster-whisper", "model": ears.MODELS[language]}
+
+
+def asked(
+    rows: list[Row],
+    clients: answers.Clients,
+    pool: concurrent.futures.Executor,
+    *,
+    settings: TranscriptSettings,
+) -> Iterator[Outcome]:
+    """The stage with a chat endpoint as recogniser, for both languages."""
+    client = clients["transcripts"]
+
+    def outcome(row: Row) -> Outcome:
+        language = row["language"]
+        prompt = wording.prompt("transcribe", language)
+        question = [
+            {"role": "system", "content": prompt.text},
+            {"role": "user", "content": [attach.sound_part(row["file"])]},
+        ]
+        answer = answers.ask_json(
+            client,
+            question,
+            _check_words,
+            language=language,
+            settings=settings.endpoint.of_request(),
+        )
+        made = {"tool": "chat endpoint", "model": answer.model, "prompt": prompt.version}
+        return _decided(row, answer.value, settings, made)
+
+    return answers.each_row(rows, outcome, pool)
+
+
+def _check_words(value: Any) -> str:
+    if not isinstance(value.get("words"), str):
+        raise ValueError('"words" must hold the words as text.')
+    return value["words"]
+
+
+def _decided(row: Row, heard: str, settings: TranscriptSettings, made: dict[str, Any]) -> Outcome:
+    written = row["annotation"]["audio_desc"]["speech_content"]
+    check = compare(written, heard, row["language"])
+    row = _with_check(row, check, made)
+    if reason := verdict(check, row["language"], settings):
+        detail = f"{check['errors']} errors in {check['words']} words"
+        return Dropped(row=row, reason=reason, detail=detail)
+    return row
+
+
+def _with_check(row: Row, check: dict[str, Any], made: dict[str, Any]) -> Row:
+    entry = {"fields": ["checks.transcript"], "model": None, "prompt": None, "parameters": {}}
+    checks = {**row.get("checks", {}), "transcript": check}
+    return {**row, "checks": checks, "provenance": [*row["provenance"], {**entry, **made}]}
+
+
+def sound(file: str) -> np.ndarray:
+    with storage.local_copy(file) as path:
+        return decode.decode_clip(path, decode.Sampling(max_frames=2)).audio
+
+
+MOST_SHOWN = 200
+
+
+def report(stage: Stage) -> None:
+    """Writes disagreements.txt: the worst first, reference over hypothesis; then the unchecked."""
+    checked, skipped = [], []
+    for row, check in stage.checked("transcript"):
+        if "skipped" in check:
+            skipped.append(f"{row['clip_id']}  {check['skipped']}")
+        elif check["errors"]:
+            checked.append((check["rate"], row, check))
+    checked.sort(key=lambda entry: (-entry[0], entry[1]["clip_id"]))
+    lines = [f"{len(checked)} clips with a difference, worst first; at most {MOST_SHOWN} shown.\n"]
+    for rate, row, check in checked[:MOST_SHOWN]:
+        written = row["annotation"]["audio_desc"]["speech_content"]
+        lines.append(f"{row['clip_id']}  {check['measure']} {rate:.2f}  {row['file']}")
+        lines.append(_aligned(written, check["heard"], row["language"]))
+    lines.append(f"{len(skipped)} clips were not checked.\n")
+    storage.write_text(stage.file("disagreements.txt"), "\n".join(lines + skipped) + "\n")
+    if skipped:
+        print(f"transcripts: {len(skipped)} clips passed unchecked; disagreements.txt names them")
+
+
+def _aligned(written: str, heard: str, language: str) -> str:
+    reference, hypothesis = words(written, language), words(heard, language)
+    if not reference or not hypothesis:
+        return f"  written: {' '.join(reference)}\n  heard:   {' '.join(hypothesis)}\n"
+    found = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
+    return jiwer.visualize_alignment(found, show_measures=False, skip_correct=False)

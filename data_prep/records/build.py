@@ -1,0 +1,337 @@
+"""Builds SABER records and a vocabulary from video files and SABER annotations.
+
+    python -m data_prep.build --clips DIR --annotations DIR --out OUT [--labels labels.jsonl]
+
+Leaves in OUT: saber/ (the records; read with saber_jax.data.records.RecordSource, or with
+tfds.data_source("saber", data_dir=OUT, split="train")), tokenizer.model, refused.jsonl (every clip
+left out, and why) and build.json (settings and counts). Exit code 0 if every clip was kept, 1 if
+some were refused, 2 if nothing could be built, 3 if the build failed on the way, here or in Beam.
+A killed build continues where it was when started again; a finished one is left alone.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.records import clips
+from saber_jax.data import decode, records, sed, tokenizer
+
+FORMAT = 2
+"""Version of what a build leaves; part of its fingerprint."""
+
+TRAIN = "train"
+SHOWN_REFUSALS = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; see the module docstring."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        with _lock(arguments.out):
+            return build(arguments)
+    except (ValueError, OSError) as error:
+        print(f"data_prep.build: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted. Decoded clips are kept in {_partial(arguments.out)}; the same command "
+            "continues from there.",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception:  # Left to Python, its exit code would say that some clips were refused.
+        traceback.print_exc()
+        return 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    path, whole = Path, int
+    parser.add_argument("--clips", type=path, required=True, help="video files, searched in depth")
+    parser.add_argument("--annotations", type=path, required=True, help="NAME.json for NAME.mp4")
+    parser.add_argument("--out", type=path, required=True, help="directory to create")
+    parser.add_argument("--labels", type=path, help="labels.jsonl with split, language, emotion")
+    parser.add_argument("--split", default=TRAIN, help="split of clips without a label")
+    parser.add_argument("--mode", choices=decode.MODES, default="exact")
+    parser.add_argument("--fps", type=float, help="frames kept a second")
+    parser.add_argument("--max_frames", type=whole, help="most frames kept of a clip")
+    parser.add_argument("--min_pixels", type=whole, help="least pixels of a frame")
+    parser.add_argument("--max_pixels", type=whole, help="most pixels of a frame")
+    parser.add_argument("--max_seconds", type=float, help="longer clips are refused")
+    parser.add_argument(
+        "--audio_in_video",
+        action="store_true",
+        default=None,
+        help="weave the sound into the video every 2 s; the default puts it behind",
+    )
+    parser.add_argument("--vocab_size", type=whole, default=768)
+    parser.add_argument(
+        "--tokenizer", default="train", help="tokenizer file to copy, or 'train' (the default)"
+    )
+    parser.add_argument("--workers", type=whole, default=2, help="decoding processes")
+    parser.add_argument(
+        "--beam_pipeline_options",
+        type=_beam_options,
+        default=(),
+        metavar="NAME=VALUE,...",
+        help="lets Apache Beam decode the clips and write the records, the same ones, as in "
+        "runner=DataflowRunner,project=P; its workers must reach --clips and OUT.partial",
+    )
+    return parser
+
+
+def _beam_options(text: str) -> tuple[str, ...]:
+    """NAME=VALUE,... as the command of tensorflow-datasets takes them."""
+    return tuple(f"--{option}" for option in text.split(",") if option)
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """One build; returns the exit code. Raises ValueError or OSError if nothing can be built."""
+    out, sampling = arguments.out, _sampling(arguments)
+    videos = clips.find_files(arguments.clips, clips.EXTENSIONS, "clips")
+    annotations = clips.find_files(arguments.annotations, (".json",), "annotations")
+    fingerprint = _fingerprint(arguments, sampling, videos, annotations)
+    if finished := _finished(out, fingerprint):
+        print(f"{out} is already built with these settings and inputs; nothing to do.")
+        return _report(out, finished, _read_refusals(out))
+
+    partial = _partial(out)
+    staging = partial / "staging"
+    staging.mkdir(parents=True, exist_ok=True)
+    labels = clips.read_labels(arguments.labels) if arguments.labels else {}
+    jobs, refusals = clips.plan(
+        videos, annotations, labels, split=arguments.split, staging=staging, sampling=sampling
+    )
+    _require_training_text(arguments, jobs)
+    kept, refused = _decode(jobs, arguments.workers, arguments.beam_pipeline_options)
+    refusals = sorted([*refusals, *refused], key=lambda refusal: refusal.file)
+    ready = partial / "ready"
+    shutil.rmtree(ready, ignore_errors=True)
+    if not kept:
+        _report(out, {"clips": len(videos), "splits": {}}, refusals)
+        raise ValueError(f"None of the {len(videos)} clips in {arguments.clips} could be used.")
+    summary = _write(ready, arguments, kept, refusals)
+    summary |= {"clips": len(videos), **fingerprint}
+    _write_json(ready / "build.json", summary)
+    if out.exists():
+        out.rmdir()  # Known to be empty.
+    os.rename(ready, out)
+    shutil.rmtree(staging, ignore_errors=True)
+    return _report(out, summary, refusals)
+
+
+def _sampling(arguments: argparse.Namespace) -> decode.Sampling:
+    exact = arguments.mode == "exact"
+    base = decode.Sampling() if exact else decode.release_sampling()
+    names = [field.name for field in dataclasses.fields(base)]
+    given = {name: getattr(arguments, name, None) for name in names}
+    return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Two builds into one directory would spoil each other. The lock dies with its process."""
+    partial = _partial(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another build of {out} is running; wait for it to end.") from None
+        yield
+    if not (partial / "staging").exists():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fingerprint(
+    arguments: argparse.Namespace,
+    sampling: decode.Sampling,
+    videos: Iterable[Path],
+    annotations: Iterable[Path],
+) -> dict[str, Any]:
+    """All that decides the result, without reading a video: files by name, size and time."""
+    given = arguments.tokenizer
+    vocabulary = {"vocab_size": arguments.vocab_size} if given == "train" else {}
+    return {
+        "format": FORMAT,
+        "settings": {
+            "split": arguments.split,
+            **dataclasses.asdict(sampling),
+            "tokenizer": "train" if given == "train" else _file_key([Path(given)]),
+            **vocabulary,
+        },
+        "inputs": {
+            "clips": _file_key(videos),
+            "annotations": _file_key(annotations),
+            "labels": _file_key([arguments.labels] if arguments.labels else []),
+        },
+    }
+
+
+def _file_key(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _finished(out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of an earlier build like this one. ValueError if OUT holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    file = out / "build.json"
+    if not file.is_file():
+        raise ValueError(f"{out} exists and is not a build; choose another --out.")
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    changed = [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for old, new in [(summary.get(part, {}), fingerprint[part]) for part in _PARTS]
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if summary.get("format") != FORMAT:
+        changed.append(f"format {summary.get('format')} -> {FORMAT}")
+    if changed:
+        raise ValueError(
+            f"{out} was built differently ({'; '.join(changed)}). Choose another --out, or delete "
+            "it to build anew."
+        )
+    return summary
+
+
+_PARTS = ("settings", "inputs")
+
+
+def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.Job]) -> None:
+    """Fails before the long part of the work."""
+    if arguments.tokenizer != "train":
+        tokenizer.load_tokenizer(arguments.tokenizer)
+    elif jobs and not any(job.split == TRAIN for job in jobs):
+        raise ValueError(
+            f"No clip is in the split {TRAIN!r}, so no text to train a vocabulary on. Pass the one "
+            "of the training records with --tokenizer FILE."
+        )
+
+
+def _decode(
+    jobs: Sequence[clips.Job], workers: int, beam: Sequence[str]
+) -> tuple[list[clips.Job], list[clips.Refusal]]:
+    """Decodes what is not staged yet; returns the usable jobs and the refused clips."""
+    todo = [job for job in jobs if not job.staged.exists()]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} clips were decoded by an earlier run.")
+    if beam:
+        results = clips.run_beam(todo, beam)
+    elif workers > 1 and len(todo) >= 16:  # Starting processes costs about a second.
+        results = clips.run_jobs(todo, workers)
+    else:
+        results = ((job, clips.decode_job(job)) for job in todo)
+    refused: dict[str, clips.Refusal] = {}
+    for job, refusal in tqdm(results, total=len(todo), desc="decode", unit="clip"):
+        if refusal:
+            refused[job.clip_id] = refusal
+    return [job for job in jobs if job.clip_id not in refused], list(refused.values())
+
+
+def _write(
+    ready: Path,
+    arguments: argparse.Namespace,
+    jobs: Sequence[clips.Job],
+    refusals: Iterable[clips.Refusal],
+) -> dict[str, Any]:
+    from data_prep.records import dataset  # Slow to import, and the decoding processes do without.
+
+    ready.mkdir(parents=True)
+    vocabulary = _vocabulary(ready, arguments, jobs)
+    rows = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in refusals]
+    (ready / "refused.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    by_split: dict[str, list[clips.Job]] = {}
+    for job in jobs:
+        by_split.setdefault(job.split, []).append(job)
+    splits = dataset.write(ready, by_split, clips.load_staged, beam=arguments.beam_pipeline_options)
+    targets = [sed.section_of_tokens(vocabulary, sed.target_text(job.annotation)) for job in jobs]
+    lengths = sorted(len(ids) for ids, _ in targets)
+    return {
+        "splits": splits,
+        "refused": dict(Counter(refusal.reason for refusal in refusals)),
+        "vocabulary": vocabulary.vocab_size,
+        "target_tokens": {
+            "mean": round(sum(lengths) / len(lengths), 1),
+            "longest": lengths[-1],
+        },
+    }
+
+
+def _vocabulary(
+    ready: Path, arguments: argparse.Namespace, jobs: Sequence[clips.Job]
+) -> tokenizer.Tokenizer:
+    if arguments.tokenizer != "train":
+        source = Path(arguments.tokenizer)
+        copied = ready / f"tokenizer{source.suffix}"
+        shutil.copyfile(source, copied)
+        return tokenizer.load_tokenizer(copied)
+    train = [job for job in jobs if job.split == TRAIN]
+    texts = [sed.target_text(job.annotation) for job in train]
+    # Once per clip, as training sees it; then a prompt costs few tokens.
+    texts += [sed.prompt_text(job.language, True, True) for job in train]
+    headings = [sed.heading(field) for field in records.FIELDS]
+    out = ready / "tokenizer.model"
+    return tokenizer.train_sentencepiece(
+        texts, out, vocab_size=arguments.vocab_size, symbols=headings
+    )
+
+
+def _read_refusals(out: Path) -> list[clips.Refusal]:
+    lines = (out / "refused.jsonl").read_text(encoding="utf-8").splitlines()
+    return [clips.Refusal(**json.loads(line)) for line in lines]
+
+
+def _report(out: Path, summary: dict[str, Any], refusals: Sequence[clips.Refusal]) -> int:
+    kept = sum(summary["splits"].values())
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items()) or "none"
+    print(f"Kept {kept} of {summary['clips']} clips in {out}: {splits}.")
+    if "target_tokens" in summary:
+        tokens = summary["target_tokens"]
+        print(
+            f"Vocabulary of {summary['vocabulary']}; a target has {tokens['mean']} tokens on "
+            f"average, {tokens['longest']} at most."
+        )
+    for reason, count in Counter(refusal.reason for refusal in refusals).items():
+        print(f"Refused {count}, {reason}: {clips.REASONS[reason]}.")
+        chosen = [refusal for refusal in refusals if refusal.reason == reason]
+        for refusal in chosen[:SHOWN_REFUSALS]:
+            print(f"  {refusal.file}: {refusal.detail}")
+        if count > SHOWN_REFUSALS:
+            print(f"  and {count - SHOWN_REFUSALS} more in refused.jsonl.")
+    return 1 if refusals else 0
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Prompts packed for one prefill: short ones share a row, so nobody pays for another's length.
+
+Four prompts of a batch in rows of eight (. padding), and the slot behind the end of each:
+
+    tokens     p p p p p p . .      prompt_ends     6 11 14 16
+               q q q r r r s s      prompt_lengths  6  3  3  2
+
+On a mesh every data shard has rows of its own for its own prompts (a group), and `prompt_ends`
+counts slots from the start of the group.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from saber_jax.data import media, packing, sed
+from saber_jax.data.examples import Example, size_of
+from saber_jax.data.planning import FIELDS, plan_rows
+from saber_jax.data.records import Size
+from saber_jax.data.tokenizer import Tokenizer
+
+INPUTS = ("tokens", "segments", "branch", "media_index", "positions")
+INPUTS += ("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths")
+
+# Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
+LENGTH_STEP = 32
+
+# Rows of one to so many times the longest prompt are tried, in steps of a fraction of it. The
+# longer the row, the less of it stays empty, but the more keys of other prompts are masked.
+LONGEST_ROW, STEPS = 4, 16
+# So many keys a query make attention cost as much as all else. A guess between models of 50 million
+# weights (2 thousand) and 7 billion (30 thousand).
+EVEN_KEYS = 4096
+TRIED_BATCHES = 4  # Of all that are reserved, to choose a length by.
+
+MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
+
+Need = tuple[int, int, int]
+"""Text slots, patches and audio chunks of one prompt."""
+
+Plan = list[list[list[int]]]
+"""Numbers of the prompts of each row of each group."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """The static shape of a packed batch: `rows` a group, and what each row holds."""
+
+    rows: int = 1
+    length: int = 0
+    prompt: int = 0  # Slots of the longest prompt.
+    patches: int = 0
+    chunks: int = 0
+    frame_patches: int = 0  # Most patches of one frame pair.
+
+    def joined(self, other: "Room") -> "Room":
+        """The smallest that holds what either does."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        names = (field.name for field in dataclasses.fields(self))
+        return Room(**dict(zip(names, map(max, pairs), strict=True)))
+
+
+class Packer:
+    """Lays out batches of up to `groups` x `prompts` prompts, in a room that only ever grows."""
+
+    def __init__(self, tokenizer: Tokenizer, *, groups: int, prompts: int):
+        self._tokenizer, self._groups, self._prompts = tokenizer, groups, prompts
+        self._room = Room()
+        self._lock = threading.Lock()
+
+    @property
+    def batch_size(self) -> int:
+        return self._groups * self._prompts
+
+    @property
+    def room(self) -> Room:
+        return self._room
+
+    def reserve(self, sizes: Iterable[Size]) -> None:
+        """Makes room for clips of these sizes, in batches in this order. See RecordSource.sizes."""
+        words: dict[tuple[str, bool, bool], int] = {}
+        needs: list[Need] = []
+        largest = 0
+        for _, language, frames, height, width, samples, _ in sizes:
+            mel = min(-(-samples // media.HOP), MOST_MEL_FRAMES)
+            heard = media.audio_tokens(mel)
+            kind = (language, frames > 0, heard > 0)
+            if kind not in words:
+                words[kind] = len(self._tokenizer.encode(sed.prompt_text(*kind))) - sum(kind[1:])
+            frame_patches = height * width // media.PATCH**2
+            patches = -(-frames // media.TEMPORAL_PATCH) * frame_patches
+            largest = max(largest, frame_patches)
+            chunks = -(-mel // media.CHUNK_FRAMES)
+            needs.append((words[kind] + patches // 4 + heard, patches, chunks))
+        size = self.batch_size
+        batches = [needs[first : first + size] for first in range(0, len(needs), size)]
+        if batches:
+            self._lengthen(batches)
+        for batch in batches:
+            self._plan(batch, largest)
+
+    def pack(self, examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], Room]:
+        """What decoding.start takes, and the shape that it has. Missing prompts are padding."""
+        needs, largest = [], 0
+        for example in examples:
+            size = size_of(example)
+            needs.append((size.text, size.patches, size.chunks))
+            if example.layout is not None:
+                largest = max(largest, int(np.bincount(example.layout.frame).max()))
+        self._lengthen([needs])
+        plan, room = self._plan(needs, largest)
+        rows = [row for group in plan for row in group]
+        batch = packing.pack_rows([[examples[i] for i in row] for row in rows], self._budget(room))
+        # A prompt that does not exist is read from the first slot of its group, and never answered.
+        ends = np.ones((self._groups, self._prompts), np.int32)
+        lengths = np.ones_like(ends)
+        for number, row in enumerate(rows):
+            texts = [needs[i][0] for i in row]
+            lengths.flat[row] = texts
+            ends.flat[row] = number % room.rows * room.length + np.cumsum(texts, dtype=np.int32)
+        places = {"prompt_ends": ends, "prompt_lengths": lengths}
+        return {name: batch[name] for name in INPUTS} | places, room
+
+    def _lengthen(self, batches: Sequence[Sequence[Need]]) -> None:
+        """Makes rows as long as suits these batches, unless they hold every prompt already."""
+        with self._lock:
+            longest = max(text for batch in batches for text, _, _ in batch)
+            if longest <= self._room.prompt:
+                return
+            tried = batches[:: -(-len(batches) // TRIED_BATCHES)]
+            steps = range(STEPS, LONGEST_ROW * STEPS + 1)
+            lengths = sorted({-(-longest * n // STEPS // LENGTH_STEP) * LENGTH_STEP for n in steps})
+
+            def cost(length: int) -> float:
+                rows = max(len(rows) for batch in tried for rows in self._groups_of(batch, length))
+                return rows * length * (1 + min(length / 2, longest) / EVEN_KEYS)
+
+            room = Room(length=min(lengths, key=cost), prompt=lengths[0])
+            self._room = self._room.joined(room)
+
+    def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[Plan, Room]:
+        """Which prompts share each row of each group, after making room for them."""
+        with self._lock:
+            plan = self._groups_of(needs, self._room.length)
+            row_needs = [np.sum([needs[i] for i in row], axis=0) for rows in plan for row in rows]
+            _, patches, chunks = np.max(row_needs, axis=0).tolist()
+            self._room = room = self._room.joined(
+                Room(
+                    rows=max(map(len, plan)),
+                    patches=patches,
+                    chunks=chunks,
+                    frame_patches=frame_patches,
+                )
+            )
+        return [rows + [[]] * (room.rows - len(rows)) for rows in plan], room
+
+    def _groups_of(self, needs: Sequence[Need], length: int) -> Plan:
+        firsts = range(0, self.batch_size, self._prompts)
+        return [self._group(needs, first, length) for first in firsts]
+
+    def _group(self, needs: Sequence[Need], first: int, length: int) -> list[list[int]]:
+        """The rows of the group whose first prompt is number `first`."""
+        texts = [text for text, _, _ in needs[first : first + self._prompts]]
+        sizes = np.zeros((len(texts), len(FIELDS)), np.int64)
+        sizes[:, FIELDS.index("text")] = texts
+        # Budgets of zero are not looked at: media takes the room that the text's rows leave it.
+        rows = plan_rows(sizes, np.arange(len(sizes)), self._budget(Room(length=length)))
+        return [[first + i for i in row] for row in rows]
+
+    def _budget(self, room: Room) -> packing.Budget:
+        return packing.Budget(
+            length=room.length,
+            patches=room.patches,
+            chunks=room.chunks,
+            targets=0,
+            segments=self._prompts,
+        )

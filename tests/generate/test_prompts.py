@@ -1,0 +1,66 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from saber_jax.data.examples import encode_record
+from saber_jax.data.records import size_of
+from saber_jax.generate.prompts import Packer
+from tests import synthetic
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    """Prompts of very different lengths."""
+    seconds = [6.0, 0.5, 1.0, 4.0, 0.4]
+    records = [synthetic.record(i, seconds=s, frames=4) for i, s in enumerate(seconds)]
+    return [encode_record(record, tokenizer, responses=()) for record in records]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_prompt_ends_where_the_batch_says(tokenizer, examples, groups):
+    packer = Packer(tokenizer, groups=groups, prompts=6 // groups)
+    batch, room = packer.pack(examples)
+    assert batch["tokens"].shape == (groups * room.rows, room.length)
+    grouped = batch["tokens"].reshape(groups, -1)
+    for number, example in enumerate(examples):
+        group = number // (6 // groups)
+        end, length = batch["prompt_ends"].flat[number], batch["prompt_lengths"].flat[number]
+        np.testing.assert_array_equal(grouped[group, end - length : end], example.prompt.tokens)
+    assert batch["prompt_lengths"].flat[5] == 1  # The sixth prompt does not exist.
+
+
+def test_short_prompts_share_rows(tokenizer, examples):
+    _, room = Packer(tokenizer, groups=1, prompts=5).pack(examples)
+    lengths = [len(example.prompt.tokens) for example in examples]
+    assert room.rows < 5
+    assert max(lengths) <= room.prompt < max(lengths) + 32
+    assert sum(lengths) <= room.rows * room.length < 1.1 * sum(lengths)
+
+
+def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
+    seconds = np.random.default_rng(0).uniform(10, 30, 64)
+    records = [synthetic.record(i, seconds=s, frames=4) for i, s in enumerate(seconds)]
+    packer = Packer(tokenizer, groups=1, prompts=64)
+    packer.reserve(map(size_of, records))
+    examples = [encode_record(record, tokenizer, responses=()) for record in records]
+    _, room = packer.pack(examples)
+    used = sum(len(example.prompt.tokens) for example in examples)
+    assert room.rows > 1
+    assert used > 0.9 * room.rows * room.length
+
+
+def test_what_was_reserved_is_enough(tokenizer, examples):
+    records = [synthetic.record(i, seconds=s) for i, s in enumerate([6.0, 0.5, 1.0, 4.0, 0.4])]
+    packer = Packer(tokenizer, groups=1, prompts=3)
+    packer.reserve(map(size_of, records))
+    shapes = {packer.pack(examples[first : first + 3])[1] for first in (0, 3)}
+    assert len(shapes) == 1
+
+
+def test_room_only_grows(tokenizer, examples):
+    packer = Packer(tokenizer, groups=1, prompts=2)
+    _, large = packer.pack(examples[:2])
+    _, again = packer.pack(examples[1:3])
+    assert dataclasses.astuple(again) >= dataclasses.astuple(large)
+    assert again.length == large.length
