@@ -170,11 +170,14 @@ def run(cfg: SaberConfig, scratch: Path, *, quick: bool) -> None:
     slower = max(load_seconds, export_seconds) - starting
     ratio, memory = copy_seconds / slower, max(load_memory, export_memory)
     finish(
-        "convert_7b_quick" if quick else "convert_7b",
+        "convert_7b",
         value=round(ratio, 3),
         unit="speed of the slower way over the speed of copying",
         goal=SPEED_GOAL,
-        ok=ratio >= SPEED_GOAL and memory < MEMORY_GOAL and identical,
+        reached=ratio >= SPEED_GOAL,
+        # One layer loads and exports in as little memory as all of them.
+        correct=memory < MEMORY_GOAL and identical,
+        quick=quick,
         device=device(),
         gigabytes=round(gigabytes, 2),
         seconds={

@@ -9,6 +9,7 @@
 #   launch/setup.sh --aot    and the TPU compiler, which needs no TPU
 #   launch/setup.sh --tpu    and jax for TPUs, where none shows yet: in an image
 #   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
+#   launch/setup.sh --bench  all that the benchmarks need, the peers that they compare with included
 #
 # Bring your own environment: SABER_PYTHON=/path/to/python is used as it is, nothing is installed and
 # no .venv is made. Otherwise the environment is .venv in this checkout (SABER_VENV moves it).
@@ -27,6 +28,7 @@ fi
 venv=${SABER_VENV:-.venv}
 layers=(requirements.txt)
 image_for_tpus=
+bench=
 for flag in "$@"; do
   case "$flag" in
     --prep) layers+=(requirements-prep.txt) ;;
@@ -35,8 +37,9 @@ for flag in "$@"; do
     --aot) layers+=(requirements-tpu.txt) ;;
     --tpu) image_for_tpus=yes ;;
     --torch) layers+=(requirements-torch.txt) ;;
+    --bench) layers+=(requirements-prep.txt requirements-torch.txt); bench=yes ;;
     *) echo "launch/setup.sh: unknown flag $flag;" \
-            "it knows --prep, --test, --demo, --aot, --tpu and --torch." >&2
+            "it knows --prep, --test, --demo, --aot, --tpu, --torch and --bench." >&2
        exit 2 ;;
   esac
 done
@@ -71,6 +74,19 @@ for layer in "${layers[@]}"; do
     echo "$want" > "$stamp"
   fi
 done
+
+# torchvision has a folder of its own: one that does not match its torch breaks `import transformers`
+# for everything else. benchmarks/input_pipeline.py looks for it there.
+if [[ $bench ]]; then
+  want=$(sha256sum requirements-bench.txt | cut -c1-16)
+  stamp="$venv/.installed-requirements-bench"
+  if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
+    echo "setup: installing requirements-bench.txt into $venv/bench" >&2
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
+      --target "$venv/bench" -r requirements-bench.txt >&2
+    echo "$want" > "$stamp"
+  fi
+fi
 
 # jax for the accelerator that is here, at the version that everything else is pinned to.
 add_jax() {

@@ -28,8 +28,9 @@ def plug(machine, slot, vendor, device):
     (folder / "device").write_text(device)
 
 
-def installed(machine):
-    done = machine.run("launch/setup.sh", SABER_VENV=str(machine.folder / "venv"), SABER_PYTHON="")
+def installed(machine, *flags):
+    venv = str(machine.folder / "venv")
+    done = machine.run("launch/setup.sh", *flags, SABER_VENV=venv, SABER_PYTHON="")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{machine.folder}/venv/bin/python\n"
     return [call[-1] for call in machine.calls("venv_python", "-m", "pip", "install")]
@@ -58,6 +59,19 @@ def test_neither_googles_network_card_nor_a_driver_without_gpu_is_an_accelerator
     plug(machine, "0", "0x1ae0\n", "0x0042\n")
     machine.add("nvidia-smi", "import sys; print('No devices were found'); sys.exit(6)")
     assert installed(machine) == ["requirements.txt"]
+
+
+def test_the_benchmarks_get_their_peers_and_torchvision_in_a_folder_of_its_own(machine):
+    found = installed(machine, "--bench")
+    torch = next(line for line in found if line.startswith("torch=="))
+    assert found == [
+        *("requirements.txt", "requirements-prep.txt"),
+        *(torch, "requirements-torch.txt", "requirements-bench.txt"),
+    ]
+    last = machine.calls("venv_python", "-m", "pip", "install")[-1]
+    assert last[last.index("--target") + 1] == f"{machine.folder}/venv/bench"
+    assert "--no-deps" in last
+    assert installed(machine, "--bench") == found
 
 
 def test_the_image_for_tpus_is_made_by_the_setup_script_from_files_that_are_there(machine):
