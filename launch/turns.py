@@ -2,8 +2,12 @@
 
 The work directory is on a disk that all hosts share; until training starts it is all they share.
 They begin by meeting there, so that a disk which is not shared shows before any work is done. Each
-shows signs of life in a file there. Who waits for a host's result gives up when that file says that
-the host failed, or stops changing.
+host keeps changing a file there as a sign of life. A host that waits for another one's result gives
+up when that file says that the other one failed, or when the file stops changing.
+
+The disk may be a mounted bucket or NFS, where any single read or write can fail: gcsfuse answers
+ESTALE to a reader whose file is being replaced. A read that fails is no news; a write that fails
+is tried again. No clock is compared with another host's.
 """
 
 import contextlib
@@ -16,8 +20,12 @@ from pathlib import Path
 
 BEAT_SECONDS = 10
 PATIENCE_SECONDS = 300
+# How long a disk may refuse to be read before a host stops waiting for it. While it cannot be read,
+# the silence of the others says nothing about them.
+DISK_SECONDS = 1800
 # Hosts need not start at once: machines boot, images are pulled, environments are made.
 MEETING_SECONDS = 600
+MEETINGS_KEPT = 20
 
 # A host that works alone must not wait for the rest of its pod: these make its TPUs a slice of
 # their own (https://cloud.google.com/tpu/docs/run-in-container and jax's "Running multiple JAX
@@ -36,6 +44,10 @@ def alone(environ: dict[str, str], chips: int) -> dict[str, str]:
     kept = {name: value for name, value in environ.items() if name not in JOINING}
     if chips:
         kept |= ALONE | {"TPU_CHIPS_PER_PROCESS_BOUNDS": CHIP_BOUNDS[chips]}
+        # libtpu finds what JOINING names in the TPU VM's metadata as well. It can do without
+        # metadata only where a variable says what the chips are.
+        if "TPU_ACCELERATOR_TYPE" in kept:
+            kept["TPU_SKIP_MDS_QUERY"] = "1"
     return kept
 
 
@@ -48,29 +60,40 @@ def meet(
     every: float = 1.0,
 ) -> list[int]:
     """Returns when hosts 0 .. `count` - 1 have seen each other in `folder`; else, after `patience`
-    seconds, the numbers of those that this one misses.
+    seconds, the numbers of the hosts that this one misses.
 
-    The first host calls out a word that nobody used before and the others repeat it, so what an
-    earlier start left there means nothing.
+    The first host writes a word that nobody used before and the others repeat it, so files that an
+    earlier start left there mean nothing. Raises OSError when the disk cannot be written to for
+    `patience` seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    call, deadline = folder / "meeting", time.monotonic() + patience
+    deadline = time.monotonic() + patience
+    _insist(lambda: folder.mkdir(parents=True, exist_ok=True), deadline, every)
+    call = folder / "meeting"
+
+    def write(path: Path, text: str) -> None:
+        _insist(lambda: _write(path, text), deadline, every)
+
     if index == 0:
+        while (before := _read(call)) is None and time.monotonic() < deadline:
+            time.sleep(every)
+        # The word, then the words of earlier meetings: a slow host may still be about to read that
+        # one of them ended well when the next meeting begins.
+        earlier = (before or "").split()[1 : 1 + MEETINGS_KEPT]
         word, missing = uuid.uuid4().hex, set(range(1, count))
-        _write(call, word)
+        write(call, " ".join([word, *earlier]))
         while missing := {i for i in missing if _read(folder / f"meeting_{i}") != word}:
             if time.monotonic() > deadline:
                 return sorted(missing)
             time.sleep(every)
-        _write(call, f"{word} met")
+        write(call, " ".join([word, word, *earlier]))
         return []
     repeated: set[str] = set()
     while time.monotonic() < deadline:
-        word, _, met = _read(call).partition(" ")
-        if met and word in repeated:
+        word, *met = (_read(call) or "").split() or [""]
+        if repeated & set(met):
             return []
-        if word and not met and word not in repeated:
-            _write(folder / f"meeting_{index}", word)
+        if word and word not in met and word not in repeated:
+            write(folder / f"meeting_{index}", word)
             repeated.add(word)
         time.sleep(every)
     return [0]
@@ -79,17 +102,22 @@ def meet(
 @contextlib.contextmanager
 def beacon(path: Path) -> Iterator[None]:
     """Signs of life in `path` while the context is open; its last word is how it ended."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
+    # Process ids repeat from one container to the next, so every beacon has a name of its own.
+    name = uuid.uuid4().hex
 
     def beat() -> None:
         number = 0
         while True:
-            _write(path, f"working {os.getpid()} {number}")
+            # The next beat is the next try.
+            with contextlib.suppress(OSError):
+                _write(path, f"working {name} {number}")
             number += 1
             if ended.wait(BEAT_SECONDS):
                 return
 
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     last_word = "failed"
@@ -99,13 +127,11 @@ def beacon(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        _write(path, f"{last_word} {os.getpid()} {time.time()}")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        # Where even this cannot be written, silence says the same, only later.
+        with contextlib.suppress(OSError):
+            _insist(
+                lambda: _write(path, f"{last_word} {name}"), time.monotonic() + 2 * BEAT_SECONDS
+            )
 
 
 def wait(
@@ -114,28 +140,65 @@ def wait(
     *,
     patience: float = PATIENCE_SECONDS,
     every: float = 2.0,
+    disk_patience: float = DISK_SECONDS,
 ) -> bool:
     """True when `done`; False when the beacon at `path` fails, or is silent for `patience` seconds.
 
     Only changes of the file count, so neither clocks that differ nor what an earlier run left there
-    can mislead.
+    can mislead. `done` may raise OSError or, over half a file, ValueError: not yet. Time in which the disk cannot be
+    read is not silence of the other host; after `disk_patience` seconds of it this raises OSError.
     """
-    heard, since = _read(path), time.monotonic()
-    while not done():
+    heard, silent, unreadable = _read(path), 0.0, 0.0
+    before = time.monotonic()
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            if done():
+                return True
         now = _read(path)
-        if now != heard:
-            heard, since = now, time.monotonic()
-            # Its result may have been seen to arrive a moment before or after this word.
+        passed, before = time.monotonic() - before, time.monotonic()
+        if now is None:
+            unreadable += passed
+            if unreadable > disk_patience:
+                raise OSError(
+                    f"{path} could not be read for {unreadable:.0f} s, so nobody knows whether the "
+                    "other hosts work. Look at the disk or the mount of this host."
+                )
+        elif now != heard:
+            heard, silent, unreadable = now, 0.0, 0.0
             if now.startswith("failed"):
+                # Its result may have been seen to arrive a moment before or after this word.
                 return done()
-        if time.monotonic() - since > patience:
-            return False
+        else:
+            silent, unreadable = silent + passed, 0.0
+            if silent > patience:
+                return False
         time.sleep(every)
-    return True
 
 
-def _read(path: Path) -> str:
+def _insist(do: Callable[[], None], deadline: float, every: float = 1.0) -> None:
+    """Does it until it succeeds. Raises its OSError when it still fails at `deadline`."""
+    while True:
+        try:
+            return do()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(every)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(f"{text}\n")
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> str | None:
+    """What `_write` wrote; "" where there is no file; None when it cannot be read right now, or
+    only in part, as may happen on disks whose replacing is not one step."""
     try:
-        return path.read_text()
+        text = path.read_text()
     except FileNotFoundError:
         return ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text.removesuffix("\n") if text.endswith("\n") else None
