@@ -16,16 +16,22 @@ from jaxtyping import Array, Float, Int
 from saber_jax.models.config import AudioConfig
 from saber_jax.models.layers import (
     attend,
-    constant,
     gelu,
     layer_norm,
     project,
     scan_layers,
+)
+from saber_jax.models.masks import Visibility, audio_chunk
+from saber_jax.models.parameters import (
+    Kind,
+    Positions,
+    bias,
+    in_order,
+    scale,
     stack,
     table,
     weight,
 )
-from saber_jax.models.masks import Visibility, audio_chunk
 from saber_jax.models.positions import sinusoids
 from saber_jax.models.remat import Remat
 
@@ -36,8 +42,8 @@ class Norm(nnx.Module):
     """Scale and bias of a LayerNorm."""
 
     def __init__(self, width: int):
-        self.scale = constant(1.0, (width,), ("norm",))
-        self.bias = constant(0.0, (width,), ("norm",))
+        self.scale = scale(width)
+        self.bias = bias((width,), ("norm",))
 
     def __call__(self, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
         return layer_norm(x, self.scale, self.bias, eps)
@@ -52,9 +58,9 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_v = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=d)
-        self.b_q = constant(0.0, (n, h), ("heads", "head_dim"))
-        self.b_v = constant(0.0, (n, h), ("heads", "head_dim"))
-        self.b_o = constant(0.0, (d,), ("norm",))
+        self.b_q = bias((n, h), ("heads", "head_dim"))
+        self.b_v = bias((n, h), ("heads", "head_dim"))
+        self.b_o = bias((d,), ("norm",))
 
     def __call__(self, x: Float[Array, "C T D"], visible: Visibility) -> Float[Array, "C T D"]:
         q = project("CTD,DNH->CTNH", x, self.w_q, self.b_q)
@@ -72,9 +78,9 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = Norm(d)
         self.w_up = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
-        self.b_up = constant(0.0, (f,), ("mlp",))
+        self.b_up = bias((f,), ("mlp",))
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
-        self.b_down = constant(0.0, (d,), ("norm",))
+        self.b_down = bias((d,), ("norm",))
 
     def __call__(
         self, x: Float[Array, "C T D"], visible: Visibility, *, eps: float
@@ -90,7 +96,7 @@ class Conv(nnx.Module):
     def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
         shape, axes = (TAPS, inputs, width), ("taps", "mel", "embed")
         self.w = weight(rngs, shape, axes, inputs=TAPS * inputs)
-        self.b = constant(0.0, (width,), ("norm",))
+        self.b = bias((width,), ("norm",))
 
     def __call__(self, x: Float[Array, "C T M"], *, stride: int) -> Float[Array, "C S D"]:
         length = x.shape[1]
@@ -109,9 +115,23 @@ class Audio(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
         self.norm = Norm(cfg.width)
         self.w_out = weight(rngs, (cfg.width, cfg.out_width), ("mlp", "embed"), inputs=cfg.width)
-        self.b_out = constant(0.0, (cfg.out_width,), ("norm",))
+        self.b_out = bias((cfg.out_width,), ("norm",))
         # Part of every released checkpoint, though no forward pass reads it.
-        self.bos_eos = table(rngs, (2, cfg.out_width), ("marker", "embed"), inputs=cfg.out_width)
+        self.bos_eos = table(
+            rngs,
+            (2, cfg.out_width),
+            ("marker", "embed"),
+            width=cfg.out_width,
+            kind=Kind.UNREAD,
+        )
+        in_order(
+            (Positions.MEL_FRAMES, self.conv1),
+            (Positions.AUDIO_STEPS, self.conv2),
+            (Positions.AUDIO_STEPS, self.blocks),
+            (Positions.AUDIO_TOKENS, self.norm),
+            (Positions.AUDIO_TOKENS, self.w_out),
+            (Positions.AUDIO_TOKENS, self.b_out),
+        )
 
     def __call__(
         self,

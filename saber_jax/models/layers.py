@@ -1,10 +1,9 @@
-"""What the towers share: parameters with named axes, norms, attention, the loop over layers.
+"""What the towers share: projections, norms, attention, the loop over layers.
 
 Axis letters: B batch   T queries   S keys   N heads   K kv heads   G query heads per kv head
 H head dim   P patches.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,39 +24,6 @@ from saber_jax.models.tiles import Tiled
 # of a block stay small enough for a CPU's caches and allocator (2 times faster than 512 there).
 QUERY_BLOCK = 128
 MASKED = -1e30  # Finite: minus infinity makes a row that sees nothing NaN.
-
-
-def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, inputs: int
-) -> nnx.Param:
-    """A random matrix that maps `inputs` numbers to others; `axes` names its dimensions.
-
-    The leading axes are the inputs. Standard deviation inputs**-0.5: near the released 0.02 at the
-    released widths, and it still lets a signal through at tiny ones.
-    """
-    in_axes = next(i for i in range(len(shape)) if math.prod(shape[:i]) == inputs)
-    return nnx.Param(_normal(rngs, shape, inputs), axes=axes, in_axes=in_axes)
-
-
-def table(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, inputs: int
-) -> nnx.Param:
-    """A random matrix of vectors, one a token: looked up or compared with, never projected by."""
-    return nnx.Param(_normal(rngs, shape, inputs), axes=axes)
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
-    return nnx.initializers.normal(stddev=1 / math.sqrt(inputs))(rngs.params(), shape, jnp.float32)
-
-
-def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A bias (0) or the scale of a norm (1)."""
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
-
-
-def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
-    """One module whose every parameter has a leading axis of `layers` independent draws."""
-    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
 def project(

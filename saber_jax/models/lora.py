@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from saber_jax.models.config import LoraConfig
+from saber_jax.models.parameters import AXES, IN_AXES, ROLE, Kind, Role
 from saber_jax.models.shards import SHARDS, shards_of, whole
 
 ADAPTERS = "lora"
@@ -66,6 +67,7 @@ class Leaf:
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     inputs: int  # Numbers that the weight reads.
+    role: Role
     zero: bool
 
 
@@ -74,7 +76,7 @@ def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[st
 
     Raises ValueError naming a pattern that matches no weight of a linear layer.
     """
-    linear = {n: w for n, w in weights.items() if w.get_metadata().get("in_axes") is not None}
+    linear = {n: w for n, w in weights.items() if w.get_metadata(ROLE).kind is Kind.MATRIX}
     chosen = []
     for pattern in cfg.targets:
         matches = fnmatch.filter(linear, pattern)
@@ -88,7 +90,8 @@ def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[st
 
 
 def _leaves(w: nnx.Param, rank: int) -> dict[str, Leaf]:
-    axes, split = w.get_metadata("axes"), w.get_metadata("in_axes")
+    axes, split = w.get_metadata(AXES), w.get_metadata(IN_AXES)
+    role = dataclasses.replace(w.get_metadata(ROLE), kind=Kind.ADAPTER)
     layers = w.ndim - len(axes)
     stacked, stack = w.shape[:layers], ("layers",) * layers
     into, out = w.shape[layers : layers + split], w.shape[layers + split :]
@@ -96,8 +99,8 @@ def _leaves(w: nnx.Param, rank: int) -> dict[str, Leaf]:
     a = (*stack, *axes[:split], "rank")
     b = (*stack, "rank", *axes[split:])
     return {
-        "a": Leaf(shape=(*stacked, *into, rank), axes=a, inputs=inputs, zero=False),
-        "b": Leaf(shape=(*stacked, rank, *out), axes=b, inputs=inputs, zero=True),
+        "a": Leaf(shape=(*stacked, *into, rank), axes=a, inputs=inputs, role=role, zero=False),
+        "b": Leaf(shape=(*stacked, rank, *out), axes=b, inputs=inputs, role=role, zero=True),
     }
 
 

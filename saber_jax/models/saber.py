@@ -5,7 +5,7 @@ Axis letters: B batch   L length   D width   V vocabulary   S cache slots.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from saber_jax.models.audio import Audio
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.masks import packed_text
+from saber_jax.models.parameters import ROLE, logical_axes
 from saber_jax.models.remat import Remat
 from saber_jax.models.shards import lookup, mark, whole_table
 from saber_jax.models.text import Block, Cache, Text, of_layer
@@ -106,15 +107,24 @@ def axes(cfg: SaberConfig) -> Params:
     taps, mel, marker, rank.
     """
 
-    def named(variable: nnx.Param) -> tuple[str, ...]:
-        names = variable.get_metadata("axes")
-        return ("layers",) * (variable.ndim - len(names)) + names
+    return _described(cfg, logical_axes, lambda leaf: leaf.axes)
 
+
+def roles(cfg: SaberConfig) -> Params:
+    """The tree of `init`, with a parameters.Role per parameter."""
+    return _described(cfg, lambda param: param.get_metadata(ROLE), lambda leaf: leaf.role)
+
+
+def _described(
+    cfg: SaberConfig,
+    of_param: Callable[[nnx.Param], Any],
+    of_adapter: Callable[[lora.Leaf], Any],
+) -> Params:
     state = nnx.state(_blank(cfg, None), nnx.Param)
-    names = nnx.to_pure_dict(jax.tree.map(named, state, is_leaf=_is_param))
+    tree = nnx.to_pure_dict(jax.tree.map(of_param, state, is_leaf=_is_param))
     if cfg.lora is None:
-        return names
-    return names | {lora.ADAPTERS: lora.tree(_plan(cfg), lambda leaf: leaf.axes)}
+        return tree
+    return tree | {lora.ADAPTERS: lora.tree(_plan(cfg), of_adapter)}
 
 
 def specs(params: Params, cfg: SaberConfig, mesh: Mesh) -> Params:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from saber_jax import sharding
+from saber_jax.models.parameters import logical_axes
 
 SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, mesh axes), or nothing.
 # A gradient as wide as a vocabulary is scattered along a ring only if its width is a multiple of
@@ -27,9 +28,7 @@ def mark(module: nnx.Module, mesh: Mesh) -> None:
     """Writes into every parameter how `mesh` shards it; its shape is still that of the whole."""
     for _, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Param):
-            names = variable.get_metadata("axes")
-            names = ("layers",) * (variable.ndim - len(names)) + names
-            variable.set_metadata(SHARDS, shards_of(names, variable.shape, mesh))
+            variable.set_metadata(SHARDS, shards_of(logical_axes(variable), variable.shape, mesh))
 
 
 def shards_of(

@@ -18,15 +18,22 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
     attend,
     attend_cached,
-    constant,
     project,
     rms_norm,
     scan_layers,
+)
+from saber_jax.models.masks import Visibility, cached_text
+from saber_jax.models.parameters import (
+    Kind,
+    Positions,
+    bias,
+    in_order,
+    learns_first,
+    scale,
     stack,
     table,
     weight,
 )
-from saber_jax.models.masks import Visibility, cached_text
 from saber_jax.models.positions import Rotary, rotate, text_rotary
 from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
 
@@ -58,9 +65,9 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), inputs=d)
         self.w_v = weight(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), inputs=d)
         self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=n * h)
-        self.b_q = constant(0.0, (n, h), ("heads", "head_dim"))
-        self.b_k = constant(0.0, (k, h), ("kv_heads", "head_dim"))
-        self.b_v = constant(0.0, (k, h), ("kv_heads", "head_dim"))
+        self.b_q = bias((n, h), ("heads", "head_dim"))
+        self.b_k = bias((k, h), ("kv_heads", "head_dim"))
+        self.b_v = bias((k, h), ("kv_heads", "head_dim"))
 
     def qkv(self, x: Float[Array, "B L D"], rotary: Rotary) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
@@ -91,9 +98,9 @@ class Block(nnx.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = constant(1.0, (cfg.width,), ("norm",))
+        self.attn_norm = scale(cfg.width)
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp_norm = constant(1.0, (cfg.width,), ("norm",))
+        self.mlp_norm = scale(cfg.width)
         self.mlp = GatedMlp(cfg, rngs=rngs)
 
     def __call__(
@@ -140,10 +147,17 @@ class Text(nnx.Module):
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
         d, v = cfg.width, cfg.vocab
-        self.embed = table(rngs, (v, d), ("vocab", "embed"), inputs=d)
+        self.embed = table(rngs, (v, d), ("vocab", "embed"), width=d, kind=Kind.EMBEDDING)
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
-        self.norm = constant(1.0, (d,), ("norm",))
-        self.lm_head = table(rngs, (d, v), ("embed", "vocab"), inputs=d)
+        self.norm = scale(d)
+        self.lm_head = table(rngs, (d, v), ("embed", "vocab"), width=d, kind=Kind.OUTPUT)
+        in_order(
+            (Positions.TOKENS, self.embed),
+            (Positions.TOKENS, self.blocks),
+            (Positions.TOKENS, self.norm),
+            (Positions.TARGETS, self.lm_head),
+        )
+        learns_first(self.embed, self.norm, self.lm_head)
 
     def __call__(
         self,

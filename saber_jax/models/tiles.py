@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from saber_jax.models.lora import Adapted
+from saber_jax.models.parameters import IN_AXES
 
 COLUMNS = 64
 
@@ -22,7 +23,7 @@ class Tiled(nnx.Module):
     """A weight in tiles; stands where the weight would stand in a module."""
 
     def __init__(self, w: nnx.Param):
-        split = w.get_metadata("in_axes")
+        split = w.get_metadata(IN_AXES)
         self.inputs, self.out = w.shape[:split], w.shape[split:]
         matrix = w[...].reshape(math.prod(self.inputs), -1, COLUMNS)
         self.tiles = nnx.Param(matrix.swapaxes(0, 1))
@@ -48,5 +49,5 @@ def tile(module: nnx.Module) -> None:
 
 
 def _fits(w: nnx.Param) -> bool:
-    split = w.get_metadata().get("in_axes")
+    split = w.get_metadata().get(IN_AXES)
     return split is not None and math.prod(w.shape[split:]) % COLUMNS == 0

@@ -22,15 +22,13 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
     attend,
     attend_nearby,
-    constant,
     gelu,
     project,
     rms_norm,
     scan_layers,
-    stack,
-    weight,
 )
 from saber_jax.models.masks import same_segment
+from saber_jax.models.parameters import Positions, bias, in_order, scale, stack, weight
 from saber_jax.models.positions import Rotary, rotate, vision_rotary
 from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
 
@@ -48,10 +46,10 @@ class Attention(nnx.Module):
         self.w_k = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_v = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), inputs=d)
         self.w_o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), inputs=d)
-        self.b_q = constant(0.0, (n, h), ("heads", "head_dim"))
-        self.b_k = constant(0.0, (n, h), ("heads", "head_dim"))
-        self.b_v = constant(0.0, (n, h), ("heads", "head_dim"))
-        self.b_o = constant(0.0, (d,), ("norm",))
+        self.b_q = bias((n, h), ("heads", "head_dim"))
+        self.b_k = bias((n, h), ("heads", "head_dim"))
+        self.b_v = bias((n, h), ("heads", "head_dim"))
+        self.b_o = bias((d,), ("norm",))
 
     def __call__(
         self,
@@ -73,9 +71,9 @@ class Mlp(nnx.Module):
         self.w_gate = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
         self.w_up = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
-        self.b_gate = constant(0.0, (f,), ("mlp",))
-        self.b_up = constant(0.0, (f,), ("mlp",))
-        self.b_down = constant(0.0, (d,), ("norm",))
+        self.b_gate = bias((f,), ("mlp",))
+        self.b_up = bias((f,), ("mlp",))
+        self.b_down = bias((d,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         gate = named(project("BPD,DF->BPF", x, self.w_gate, self.b_gate), GATE)
@@ -87,9 +85,9 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = constant(1.0, (cfg.width,), ("norm",))
+        self.attn_norm = scale(cfg.width)
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp_norm = constant(1.0, (cfg.width,), ("norm",))
+        self.mlp_norm = scale(cfg.width)
         self.mlp = Mlp(cfg, rngs=rngs)
 
     def __call__(
@@ -109,11 +107,11 @@ class Merger(nnx.Module):
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
         c = cfg.width * cfg.merge**2
-        self.norm = constant(1.0, (cfg.width,), ("norm",))
+        self.norm = scale(cfg.width)
         self.w_in = weight(rngs, (c, c), ("embed", "mlp"), inputs=c)
-        self.b_in = constant(0.0, (c,), ("mlp",))
+        self.b_in = bias((c,), ("mlp",))
         self.w_out = weight(rngs, (c, cfg.out_width), ("mlp", "embed"), inputs=c)
-        self.b_out = constant(0.0, (cfg.out_width,), ("norm",))
+        self.b_out = bias((cfg.out_width,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"], *, eps: float) -> Float[Array, "B U O"]:
         x = rms_norm(x, self.norm, eps).reshape(x.shape[0], -1, self.b_in.shape[0])
@@ -130,6 +128,11 @@ class Vision(nnx.Module):
         )
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs)
         self.merger = Merger(cfg, rngs=rngs)
+        in_order(
+            (Positions.PATCHES, self.w_patch),
+            (Positions.PATCHES, self.blocks),
+            (Positions.UNITS, self.merger),
+        )
 
     def __call__(
         self,

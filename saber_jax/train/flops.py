@@ -14,7 +14,7 @@ honest, so:
 Axis letters: B rows   L slots   P examples of a row   N patches.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train.step import Batch
+from saber_jax.models.parameters import Kind, Part
+from saber_jax.train.step import Batch, flatten
 
 # Dense bfloat16 operations a second of one jax device, by `device_kind`, from the makers' data
 # sheets. A TPU7x chip is two devices.
@@ -48,42 +50,6 @@ def peak_flops(device_kind: str) -> float | None:
     """None for devices that the table does not know, CPUs among them: no MFU is better than a
     wrong one."""
     return PEAK_FLOPS.get(device_kind)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """Matrices that a position passes one after another.
-
-    `count` names the positions in `counts`. A `single` product, trained alone, does not need the
-    gradient of its input; a chain of them does, but for the first.
-    """
-
-    prefixes: tuple[str, ...]
-    count: str
-    single: bool = False
-
-
-# From a tower's input to its output. The text tower stands on both others.
-PARTS: dict[str, tuple[Part, ...]] = {
-    "vision": (
-        Part(prefixes=("vision/w_patch",), count="patches", single=True),
-        Part(prefixes=("vision/blocks/",), count="patches"),
-        Part(prefixes=("vision/merger/",), count="units"),
-    ),
-    "audio": (
-        Part(prefixes=("audio/conv1/",), count="mel_frames", single=True),
-        Part(prefixes=("audio/conv2/",), count="audio_steps", single=True),
-        Part(prefixes=("audio/blocks/",), count="audio_steps"),
-        Part(prefixes=("audio/norm/", "audio/w_out", "audio/b_out"), count="audio_tokens"),
-    ),
-    "text": (
-        Part(prefixes=("text/embed",), count="tokens", single=True),
-        Part(prefixes=("text/blocks/",), count="tokens"),
-        Part(prefixes=("text/norm",), count="tokens"),
-        Part(prefixes=("text/lm_head",), count="targets", single=True),
-    ),
-}
-LOOKED_UP = ("text/embed", "audio/bos_eos")  # Tables, read and not multiplied with.
 
 
 def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -154,29 +120,44 @@ def train_flops(
     """FLOPs of one step by tower, over all devices.
 
     `sizes` maps every parameter's flattened name to how many numbers it has, `trainable` names
-    those with a gradient, `counted` is `counts` of the batch. Raises ValueError for a parameter
-    that no part claims: one that is not counted would make MFU quietly too low.
+    those with a gradient, `counted` is `counts` of the batch.
     """
     trainable = frozenset(trainable)
-    _claim_all(sizes)
     result = {}
     below = False
+    # The text tower stands on both others.
     for tower in ("vision", "audio", "text"):
         flows = below if tower == "text" else False
         total = 0.0
-        for part in PARTS[tower]:
-            names = [n for n in sizes if _base(n).startswith(part.prefixes)]
-            trains = any(name in trainable for name in names)
-            input_gradient = flows or (trains and not part.single)
-            for name in filter(_multiplies, names):
-                passes = 1 + input_gradient + (name in trainable)
-                total += 2 * sizes[name] * counted[part.count] * passes
-            if part.prefixes == (f"{tower}/blocks/",):
+        for part, kinds in _parts(cfg, tower):
+            trains = any(name in trainable for name in kinds)
+            # A lone matrix is all that its own gradient goes through; in a chain of them the
+            # gradient passes every one but the first.
+            alone = not part.layers and list(kinds.values()).count(Kind.MATRIX) <= 1
+            input_gradient = flows or (trains and not alone)
+            for name, kind in kinds.items():
+                if kind.multiplies:
+                    passes = 1 + input_gradient + (name in trainable)
+                    total += 2 * sizes[name] * counted[part.positions.value] * passes
+            if part.layers:
                 total += _attention(cfg, tower, counted) * (3 if input_gradient else 1)
             flows = flows or trains
         result[tower] = total
         below = below or flows
     return result
+
+
+@functools.lru_cache(maxsize=32)
+def _parts(cfg: SaberConfig, tower: str) -> list[tuple[Part, dict[str, Kind]]]:
+    """The parts of a tower from its input to its output: flattened names, adapters included, and
+    what each parameter is. An adapter works on the positions of the matrix that it adapts."""
+    roles = saber.roles(cfg)
+    adapters = roles.get(lora.ADAPTERS, {}).get(tower, {})
+    parts: dict[Part, dict[str, Kind]] = {}
+    for name, role in flatten({tower: roles[tower], lora.ADAPTERS: {tower: adapters}}).items():
+        if role.kind is not Kind.UNREAD:
+            parts.setdefault(role.part, {})[name] = role.kind
+    return sorted(parts.items(), key=lambda item: item[0].index)
 
 
 def _attention(cfg: SaberConfig, tower: str, counted: Mapping[str, float]) -> float:
@@ -188,29 +169,6 @@ def _attention(cfg: SaberConfig, tower: str, counted: Mapping[str, float]) -> fl
     full = len(cfg.vision.full_attention_layers)
     pairs = full * counted["frame_pairs"] + (cfg.vision.depth - full) * counted["window_pairs"]
     return 4 * cfg.vision.width * pairs
-
-
-def _base(name: str) -> str:
-    """An adapter works on the positions of the matrix that it adapts."""
-    return name.removeprefix("lora/")
-
-
-def _multiplies(name: str) -> bool:
-    """Matrices are named w..., and an adapter's two lie under the name of theirs."""
-    if _base(name) in LOOKED_UP:
-        return False
-    leaf = name.split("/")[-1]
-    return name.startswith("lora/") or leaf.startswith("w") or leaf == "lm_head"
-
-
-def _claim_all(sizes: Mapping[str, int]) -> None:
-    prefixes = tuple(p for parts in PARTS.values() for part in parts for p in part.prefixes)
-    unknown = [n for n in sizes if not _base(n).startswith((*prefixes, *LOOKED_UP))]
-    if unknown:
-        raise ValueError(
-            f"Nothing in PARTS of {__name__} says over which positions {unknown} are multiplied; "
-            "add them there."
-        )
 
 
 def mfu(flops: float, seconds: float, devices: int, device_kind: str) -> float | None:

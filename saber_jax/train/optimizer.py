@@ -9,7 +9,7 @@ and what is left to explain when the rest joins in is what tells the clips apart
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,17 @@ import optax
 from jax.sharding import Mesh
 
 from saber_jax import sharding
-from saber_jax.models.lora import ADAPTERS
+from saber_jax.models.parameters import Kind, Role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """`peak_lr` falls by cosine to `final_fraction` of itself over the run's steps.
 
-    For the first `vocabulary_steps` of them only `VOCABULARY` learns, at `peak_lr`; everything else
-    begins its warm-up after that. Adapters learn at `adapter_factor` times the rate of the rest;
-    ten is what https://thinkingmachines.ai/blog/lora finds, and docs/huggingface.md here.
+    For the first `vocabulary_steps` of them only the vocabulary learns, at `peak_lr`: parameters
+    whose role says so. Everything else begins its warm-up after that. Adapters learn at
+    `adapter_factor` times the rate of the rest; ten is what https://thinkingmachines.ai/blog/lora
+    finds, and docs/huggingface.md here.
     """
 
     peak_lr: float
@@ -40,15 +41,17 @@ class OptimizerConfig:
     clip_norm: float
 
 
-VOCABULARY = ("text/embed", "text/norm", "text/lm_head")
+Roles = Mapping[str, Role]
+"""By flattened name, the role of every parameter: `saber.roles`, flattened."""
 
 
-def check_vocabulary(config: OptimizerConfig, trainable: Iterable[str]) -> None:
+def check_vocabulary(config: OptimizerConfig, trainable: Iterable[str], roles: Roles) -> None:
     """Raises ValueError if nothing would learn for the first `vocabulary_steps`."""
-    if config.vocabulary_steps and not set(VOCABULARY) & set(trainable):
+    vocabulary = [name for name, role in roles.items() if role.vocabulary]
+    if config.vocabulary_steps and not set(vocabulary) & set(trainable):
         raise ValueError(
             f"config.optimizer.vocabulary_steps={config.vocabulary_steps} would let nothing learn "
-            f"for so many steps: none of {', '.join(VOCABULARY)} trains here. Set it to 0, or name "
+            f"for so many steps: none of {', '.join(vocabulary)} trains here. Set it to 0, or name "
             "one of them in config.trainable or, with LoRA, in config.lora.trainable."
         )
 
@@ -77,32 +80,29 @@ def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
     return {"vocabulary": vocabulary, "adapters": adapters, "rest": rest}
 
 
-def _group(name: str) -> str:
-    if name.startswith(f"{ADAPTERS}/"):
+def _group(role: Role) -> str:
+    if role.kind is Kind.ADAPTER:
         return "adapters"
-    return "vocabulary" if name in VOCABULARY else "rest"
+    return "vocabulary" if role.vocabulary else "rest"
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Weight decay touches matrices alone; names of biases and norms tell, since stacking over
-    layers gives even a bias two axes."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, roles: Roles
+) -> optax.GradientTransformation:
+    """Weight decay touches matrices and embeddings alone, see parameters.Kind.decays."""
 
     def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
-        vectors = ("bias", "norm", "b_", "ln_")
-        return {
-            name: leaf.ndim > 1 and not any(v in name.split("/")[-1] for v in vectors)
-            for name, leaf in params.items()
-        }
+        return {name: roles[name].kind.decays for name in params}
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
-        _learning_rates(schedules(config, steps)),
+        _learning_rates(schedules(config, steps), roles),
     )
 
 
-def _learning_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransformation:
+def _learning_rates(rates: dict[str, optax.Schedule], roles: Roles) -> optax.GradientTransformation:
     def init(params):
         del params
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
@@ -110,7 +110,7 @@ def _learning_rates(rates: dict[str, optax.Schedule]) -> optax.GradientTransform
     def update(updates, state, params=None):
         del params
         now = {group: jnp.asarray(rate(state.count)) for group, rate in rates.items()}
-        scaled = {name: -now[_group(name)] * leaf for name, leaf in updates.items()}
+        scaled = {name: -now[_group(roles[name])] * leaf for name, leaf in updates.items()}
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)

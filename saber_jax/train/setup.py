@@ -24,7 +24,15 @@ from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.objectives import Batch, Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
-from saber_jax.train.step import Metrics, TrainState, cadpo_step, merge, partition, sft_step
+from saber_jax.train.step import (
+    Metrics,
+    TrainState,
+    cadpo_step,
+    flatten,
+    merge,
+    partition,
+    sft_step,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +97,13 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
     """Everything about a run but its data and its values."""
     cfg = network(config)
     optimizer = optimizer_lib.OptimizerConfig(**config.optimizer)
-    tx = optimizer_lib.make_optimizer(optimizer, config.steps)
+    roles = flatten(saber.roles(cfg))
+    tx = optimizer_lib.make_optimizer(optimizer, config.steps, roles)
     preference = Preference(**config.loss) if config.stage == "cadpo" else None
     step = sft_step if preference is None else functools.partial(cadpo_step, options=preference)
     patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
     state = _abstract_state(cfg, tx, patterns, mesh, config.compute.dtype)
-    optimizer_lib.check_vocabulary(optimizer, state.trainable)
+    optimizer_lib.check_vocabulary(optimizer, state.trainable, roles)
     return Setup(
         cfg=cfg,
         compute=_compute(config, mesh),

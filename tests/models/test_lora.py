@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from saber_jax import sharding
 from saber_jax.models import lora, saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
+from saber_jax.models.parameters import Kind, Role
 from saber_jax.train.step import flatten
 from tests.models.batches import CONFIG, Audio, Image, Text, conversation, pack, text_batch
 
@@ -216,11 +217,10 @@ def test_only_rows_with_keys_drop_and_only_in_adapters():
 
 
 def test_every_layer_and_every_module_draws_its_own():
+    made = {"inputs": 8, "role": Role(Kind.ADAPTER), "zero": False}
     leaves = {
-        "stacked": {
-            "a": lora.Leaf(shape=(3, 8, 2), axes=("layers", "embed", "rank"), inputs=8, zero=False)
-        },
-        "single": {"a": lora.Leaf(shape=(8, 2), axes=("embed", "rank"), inputs=8, zero=False)},
+        "stacked": {"a": lora.Leaf(shape=(3, 8, 2), axes=("layers", "embed", "rank"), **made)},
+        "single": {"a": lora.Leaf(shape=(8, 2), axes=("embed", "rank"), **made)},
     }
     got = lora.keys_of(leaves, keys(2))
     assert (got["stacked"].shape, got["single"].shape) == ((3, 2), (2,))

@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from saber_jax.models import saber
+from saber_jax.models.config import LoraConfig, saber_config
 from saber_jax.train.optimizer import OptimizerConfig, make_optimizer, schedules
+from saber_jax.train.step import flatten
 
 CONFIG = OptimizerConfig(
     peak_lr=1e-2,
@@ -19,6 +22,11 @@ CONFIG = OptimizerConfig(
     weight_decay=0.0,
     clip_norm=1.0,
 )
+CFG = dataclasses.replace(
+    saber_config("3b"),
+    lora=LoraConfig(rank=4, alpha=4, targets=("text/blocks/attn/w_q", "audio/blocks/w_up")),
+)
+ROLES = flatten(saber.roles(CFG))
 PARAMS = {
     "text/embed": jnp.ones((4, 2)),
     "text/lm_head": jnp.ones((2, 4)),
@@ -29,7 +37,7 @@ PARAMS = {
 
 
 def trained(config: OptimizerConfig, steps: int) -> dict[str, jax.Array]:
-    tx = make_optimizer(config, 10)
+    tx = make_optimizer(config, 10, ROLES)
     params, state = PARAMS, tx.init(PARAMS)
     for _ in range(steps):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -62,7 +70,7 @@ def test_adapters_learn_faster_than_the_weights_beside_them():
     rates = schedules(CONFIG, 10)
     np.testing.assert_allclose([rates["adapters"](s) for s in (2, 5, 10)], [0, 1e-1, 1e-2])
     params = {"lora/text/blocks/attn/w_q/a": jnp.ones((2, 2)), "vision/w_patch": jnp.ones((2, 2))}
-    tx = make_optimizer(dataclasses.replace(CONFIG, vocabulary_steps=0), 10)
+    tx = make_optimizer(dataclasses.replace(CONFIG, vocabulary_steps=0), 10, ROLES)
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(params, state, params)
@@ -73,3 +81,64 @@ def test_adapters_learn_faster_than_the_weights_beside_them():
 def test_without_vocabulary_steps_there_is_one_schedule():
     rates = schedules(dataclasses.replace(CONFIG, vocabulary_steps=0), 10)
     assert rates["rest"](1) == rates["vocabulary"](1) == pytest.approx(5e-3)
+
+
+def decayed() -> set[str]:
+    """Names of the 3b parameters that a step without any gradient pulls towards zero."""
+    config = dataclasses.replace(CONFIG, vocabulary_steps=0, warmup_steps=0, weight_decay=0.1)
+    # One number a parameter, of as many axes as the parameter has: decay must not go by shape.
+    params = {
+        name: jnp.ones((1,) * leaf.ndim) for name, leaf in flatten(saber.abstract(CFG)).items()
+    }
+    tx = make_optimizer(config, 10, ROLES)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    return {name for name, update in updates.items() if float(update.sum()) != 0}
+
+
+def test_weight_decay_touches_these_parameters_of_the_3b_model_and_no_others():
+    assert decayed() == {
+        "audio/blocks/attn/w_k",
+        "audio/blocks/attn/w_o",
+        "audio/blocks/attn/w_q",
+        "audio/blocks/attn/w_v",
+        "audio/blocks/w_down",
+        "audio/blocks/w_up",
+        "audio/conv1/w",
+        "audio/conv2/w",
+        "audio/w_out",
+        "lora/audio/blocks/w_up/a",
+        "lora/audio/blocks/w_up/b",
+        "lora/text/blocks/attn/w_q/a",
+        "lora/text/blocks/attn/w_q/b",
+        "text/blocks/attn/w_k",
+        "text/blocks/attn/w_o",
+        "text/blocks/attn/w_q",
+        "text/blocks/attn/w_v",
+        "text/blocks/mlp/w_down",
+        "text/blocks/mlp/w_gate",
+        "text/blocks/mlp/w_up",
+        "text/embed",
+        "text/lm_head",
+        "vision/blocks/attn/w_k",
+        "vision/blocks/attn/w_o",
+        "vision/blocks/attn/w_q",
+        "vision/blocks/attn/w_v",
+        "vision/blocks/mlp/w_down",
+        "vision/blocks/mlp/w_gate",
+        "vision/blocks/mlp/w_up",
+        "vision/merger/w_in",
+        "vision/merger/w_out",
+        "vision/w_patch",
+    }
+
+
+def test_no_norm_bias_or_unread_parameter_decays():
+    kept = ROLES.keys() - decayed()
+    assert {"audio/bos_eos", "audio/blocks/attn_norm/scale", "audio/blocks/mlp_norm/bias"} <= kept
+    axes = flatten(jax.tree.map(",".join, saber.axes(CFG), is_leaf=lambda x: isinstance(x, tuple)))
+    assert {name for name in axes if "norm" in axes[name]} <= kept
+
+
+def test_every_parameter_that_is_read_says_where_in_its_tower_it_stands():
+    nowhere = [name for name, role in ROLES.items() if role.part is None]
+    assert nowhere == ["audio/bos_eos"]
