@@ -13,11 +13,25 @@ with_buckets() {
   printf '%s\n' "$argument"
 }
 
+# Onto a TPU VM, where nobody wants to do it by hand on 64 hosts. Quiet about failing: the caller sees
+# that gcsfuse is not there.
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc
+  local source
+  source="https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main"
+  echo "installing gcsfuse" >&2
+  { curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo -n tee $key &&
+    echo "deb [signed-by=$key] $source" | sudo -n tee /etc/apt/sources.list.d/gcsfuse.list &&
+    sudo -n apt-get -qq update &&
+    sudo -n apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse; } >/dev/null || true
+}
+
 # Orbax finishes a checkpoint by renaming its folder, which is many objects to a bucket; and hosts must
 # see at once what another one wrote, so nothing about a file is remembered.
 mount_bucket() {
   local bucket=$1 folder=$2
   if mountpoint -q "$folder"; then return; fi
+  if ! command -v gcsfuse >/dev/null && has_tpu; then install_gcsfuse; fi
   if ! command -v gcsfuse >/dev/null; then
     echo "launch/tpu_run.sh: gs://$bucket is mounted by gcsfuse, which is not here. Install it" \
          "(https://cloud.google.com/storage/docs/cloud-storage-fuse/install) on every host, or give" \

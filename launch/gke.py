@@ -2,20 +2,25 @@
 
     GKE_IMAGE=IMAGE TPU_TYPE=v5e:16x16 SLICES=2 CLAIM=disk launch/tpu_run.sh configs/cadpo.py:7b
 
-GKE_IMAGE   what launch/Dockerfile makes of this checkout
-TPU_TYPE    generation and topology of one slice
-SLICES      how many slices; 1 by default
-CLAIM       persistent volume claim that all pods mount; the run's config.root is on it
-NAME        of the JobSet, saber by default: the same name looks on at the same run
+GKE_IMAGE        what launch/Dockerfile makes of this checkout
+TPU_TYPE         generation and topology of one slice
+SLICES           how many slices; 1 by default
+CLAIM or BUCKET  a persistent volume claim that many pods may mount, or a Cloud Storage bucket,
+                 which is mounted with FUSE; the run's config.root is on it
+SERVICE_ACCOUNT  Kubernetes service account of the pods, "default" by default; it must be allowed
+                 to write to the bucket
+NAME             of the JobSet, saber by default: the same name looks on at the same run
 
 Applies launch/gke_jobset.yaml, prints what the first host prints, and exits 0 or 1 with the JobSet.
-With --print it only shows what it would apply. Needs nothing but Python and kubectl.
+While pods wait it prints why, and when one fails its last lines. A JobSet that failed is started
+again by the same command. With --print it only shows what it would apply. Needs nothing but Python
+and kubectl.
 """
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
 
+import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -26,47 +31,35 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from launch import topology
+
 YAML = Path(__file__).resolve().parent / "gke_jobset.yaml"
-# Generation -> what node pools call it. A host of any of them has four chips.
-ACCELERATORS = {
-    "v4": "tpu-v4-podslice",
-    "v5e": "tpu-v5-lite-podslice",
-    "v5p": "tpu-v5p-slice",
-    "v6e": "tpu-v6e-slice",
-}
-CHIPS_PER_HOST = 4
-DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-# The first host of the first slice.
-LABELS = (
-    "jobset.sigs.k8s.io/jobset-name={},jobset.sigs.k8s.io/job-index=0,"
-    "batch.kubernetes.io/job-completion-index=0"
-)
+# Pods of the JobSet, and among them the first host of the first slice.
+PODS = "jobset.sigs.k8s.io/jobset-name={}"
+FIRST = f"{PODS},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+SPEC = "saber-jax/spec"
+LAST_LINES = 30
+# Cloud Storage FUSE as a run needs it: folders without objects of their own, whole folders renamed,
+# and nothing remembered about files that another host may have replaced.
+MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0"
 
 
 def settings(environ: Mapping[str, str]) -> dict[str, str]:
     """What the YAML wants filled in, but for COMMAND. Exits with a sentence on what is wrong."""
-    missing = [name for name in ("GKE_IMAGE", "TPU_TYPE", "CLAIM") if not environ.get(name)]
+    missing = [name for name in ("GKE_IMAGE", "TPU_TYPE") if not environ.get(name)]
+    if not environ.get("CLAIM") and not environ.get("BUCKET"):
+        missing.append("CLAIM or BUCKET")
     if missing:
         sys.exit(
             f"launch/tpu_run.sh: on GKE, {' and '.join(missing)} must be set; see launch/gke.py."
         )
-    generation, _, topology = environ["TPU_TYPE"].partition(":")
-    sizes = topology.split("x")
-    if generation not in ACCELERATORS or not all(re.fullmatch("[1-9][0-9]*", s) for s in sizes):
-        sys.exit(
-            f"launch/tpu_run.sh: TPU_TYPE must be a generation and a topology such as v5e:16x16 or "
-            f"v5p:4x4x8, got {environ['TPU_TYPE']!r}. Generations: {', '.join(ACCELERATORS)}."
-        )
-    if len(sizes) != DIMENSIONS[generation]:
-        sys.exit(
-            f"launch/tpu_run.sh: topologies of {generation} have {DIMENSIONS[generation]} numbers, "
-            f"got {topology}."
-        )
     slices = environ.get("SLICES", "1")
     if not re.fullmatch("[1-9][0-9]*", slices):
         sys.exit(f"launch/tpu_run.sh: SLICES must be a whole number of slices, got {slices!r}.")
-    chips = math.prod(map(int, sizes))
-    hosts = max(1, chips // CHIPS_PER_HOST)
+    try:
+        shape = topology.parse(environ["TPU_TYPE"], int(slices))
+    except ValueError as error:
+        sys.exit(f"launch/tpu_run.sh: TPU_TYPE {error}")
     name = environ.get("NAME", "saber")
     if not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         sys.exit(
@@ -76,66 +69,164 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         "NAME": name,
         "IMAGE": environ["GKE_IMAGE"],
-        "SLICES": slices,
-        "HOSTS": str(hosts),
-        "CHIPS": str(chips // hosts),
-        "ACCELERATOR": ACCELERATORS[generation],
-        "TOPOLOGY": topology,
-        "CLAIM": environ["CLAIM"],
+        "SLICES": str(shape.count),
+        "HOSTS": str(shape.hosts),
+        "CHIPS": str(shape.chips // shape.hosts),
+        "ACCELERATOR": topology.GENERATIONS[shape.generation].node_pool,
+        "TOPOLOGY": shape.topology,
+        "SERVICE_ACCOUNT": environ.get("SERVICE_ACCOUNT") or "default",
+        "VOLUME": json.dumps(_volume(environ))[1:-1],
     }
+
+
+def _volume(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The source of the volume that all pods share."""
+    bucket = environ.get("BUCKET", "").removeprefix("gs://").rstrip("/")
+    if not bucket:
+        return {"persistentVolumeClaim": {"claimName": environ["CLAIM"]}}
+    attributes = {
+        "bucketName": bucket,
+        "mountOptions": MOUNT_OPTIONS,
+        # The pods use their hosts' network, where the driver finds their service account only so.
+        "hostNetworkPodKSA": "true",
+    }
+    return {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
 def render(environ: Mapping[str, str], arguments: list[str]) -> str:
     """The YAML to apply: `arguments` are a config and its settings."""
     if buckets := [argument for argument in arguments if "gs://" in argument]:
         sys.exit(
-            f"launch/tpu_run.sh: {buckets[0]}: pods see a bucket through their volume. Make CLAIM "
-            "a claim on it (Cloud Storage FUSE), and give paths under /runs."
+            f"launch/tpu_run.sh: {buckets[0]}: pods see a bucket through their volume. Set "
+            "BUCKET to mount it, or make CLAIM a claim on it, and give paths under /runs."
         )
     if not any(argument.startswith("--config.root=") for argument in arguments):
         variant = arguments[0].partition(":")[2] or "7b"
         arguments = [*arguments, f"--config.root=/runs/{variant}"]
     # JSON is YAML, whatever the arguments contain. Kubernetes would expand $(NAME) in them.
     literal = [argument.replace("$(", "$$(") for argument in arguments]
-    command = json.dumps(["launch/tpu_run.sh", *literal])
-    return Template(YAML.read_text()).substitute(settings(environ), COMMAND=command)
+    filled = settings(environ) | {"COMMAND": json.dumps(["launch/tpu_run.sh", *literal])}
+    spec = hashlib.sha256(json.dumps([filled, YAML.read_text()]).encode()).hexdigest()[:16]
+    return Template(YAML.read_text()).substitute(filled, SPEC=spec)
 
 
 def kubectl(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
     return subprocess.run(["kubectl", *arguments], text=True, **options)
 
 
-def terminal_state(name: str) -> str:
+def look(name: str) -> dict[str, Any] | None:
+    """The JobSet as the cluster has it; None when there is none of that name."""
+    done = kubectl("get", "jobset", name, "-o", "json", capture_output=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    if "NotFound" in done.stderr or "not found" in done.stderr:
+        return None
+    sys.exit(f"launch/tpu_run.sh: JobSet {name} cannot be looked at: {done.stderr.strip()}")
+
+
+def terminal_state(jobset: dict[str, Any]) -> str:
     """ "Completed", "Failed", or "" while it runs."""
+    return jobset.get("status", {}).get("terminalState", "")
+
+
+def make_room(name: str, rendered: str) -> bool:
+    """Whether the JobSet has to be applied. One that failed, or was completed with other settings,
+    is deleted first: Kubernetes refuses to change its jobs. Exits when another one is running."""
+    jobset = look(name)
+    if jobset is None:
+        return True
+    state = terminal_state(jobset)
+    same = jobset["metadata"].get("annotations", {}).get(SPEC, "") in rendered.split('"')
+    if state == "Completed" and same:
+        return False
+    if not state and same:
+        print(f"JobSet {name} is there; looking on", flush=True)
+        return False
+    if not state:
+        sys.exit(
+            f"launch/tpu_run.sh: JobSet {name} is running with other settings, and a JobSet cannot "
+            "be changed. End it with launch/tpu_run.sh --stop, or give this run another NAME."
+        )
+    print(f"JobSet {name}: {state} earlier; starting it again", flush=True)
+    if kubectl("delete", "jobset", name, "--wait=true").returncode:
+        sys.exit(f"launch/tpu_run.sh: JobSet {name} could not be deleted, see above.")
+    return True
+
+
+def say_why_it_waits(name: str, said: set[str]) -> None:
+    """Prints warnings about the JobSet's pods that were not printed before: no node pool with these
+    TPUs, an image that cannot be pulled, a volume that cannot be mounted."""
+    columns = "custom-columns=POD:.involvedObject.name,REASON:.reason,MESSAGE:.message"
     done = kubectl(
-        "get", "jobset", name, "-o", "jsonpath={.status.terminalState}", capture_output=True
+        *("get", "events", "--field-selector=type=Warning", "--no-headers", "-o", columns),
+        capture_output=True,
     )
-    if done.returncode:
-        sys.exit(f"launch/tpu_run.sh: JobSet {name} cannot be looked at: {done.stderr.strip()}")
-    return done.stdout.strip()
+    warnings: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        pod, _, warning = line.strip().partition(" ")
+        # All hosts have the same trouble; one is enough to read.
+        if pod.startswith(f"{name}-"):
+            warnings.setdefault(warning.strip(), pod)
+    for warning, pod in warnings.items():
+        if warning not in said:
+            said.add(warning)
+            print(f"waiting: {pod}: {warning}", file=sys.stderr, flush=True)
+
+
+def quote_failures(name: str, said: set[str]) -> None:
+    """Prints the last lines of pods that failed, each once: a restart deletes them with their
+    logs."""
+    each = '{range .items[*]}{.metadata.name}{"\\n"}{end}'
+    done = kubectl(
+        *("get", "pods", f"--selector={PODS.format(name)}", "--field-selector=status.phase=Failed"),
+        *("-o", f"jsonpath={each}"),
+        capture_output=True,
+    )
+    for pod in done.stdout.split():
+        if pod not in said:
+            said.add(pod)
+            print(f"\npod {pod} failed; it said last:", file=sys.stderr, flush=True)
+            kubectl("logs", pod, f"--tail={LAST_LINES}", stdout=sys.stderr)
+
+
+def follow(name: str) -> str:
+    """Prints what the first host prints until the JobSet has ended; returns how it did.
+
+    The first host's pod comes and goes with restarts; the JobSet says when all is over.
+    """
+    pause = float(os.environ.get("RECONNECT_SECONDS", "10"))
+    waited_for: set[str] = set()
+    failed: set[str] = set()
+    first = FIRST.format(name)
+    while True:
+        jobset = look(name)
+        if jobset is None:
+            return "deleted"
+        quote_failures(name, failed)
+        if state := terminal_state(jobset):
+            return state
+        ready = kubectl(
+            *("wait", "pod", f"--selector={first}", "--for=condition=Ready", "--timeout=60s"),
+            capture_output=True,
+        )
+        if ready.returncode == 0:
+            kubectl("logs", "--follow", f"--selector={first}", "--tail=-1")
+        else:
+            say_why_it_waits(name, waited_for)
+        time.sleep(pause)
 
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--print"]:
         print(render(os.environ, arguments[1:]))
         return 0
-    if arguments == ["--stop"]:
-        name = settings(os.environ)["NAME"]
-        return kubectl("delete", "jobset", name).returncode
     name = settings(os.environ)["NAME"]
-    if kubectl("apply", "-f", "-", input=render(os.environ, arguments)).returncode:
+    if arguments == ["--stop"]:
+        return kubectl("delete", "jobset", name).returncode
+    rendered = render(os.environ, arguments)
+    if make_room(name, rendered) and kubectl("apply", "-f", "-", input=rendered).returncode:
         return 1
-    labels = LABELS.format(name)
-    pause = os.environ.get("RECONNECT_SECONDS", "10")
-    # The first host's pod comes and goes with restarts; its JobSet says when all is over.
-    while not (state := terminal_state(name)):
-        ready = kubectl(
-            *("wait", "pod", f"--selector={labels}", "--for=condition=Ready", "--timeout=60s"),
-            capture_output=True,
-        )
-        if ready.returncode == 0:
-            kubectl("logs", "--follow", f"--selector={labels}", "--tail=-1")
-        time.sleep(float(pause))
+    state = follow(name)
     print(f"JobSet {name}: {state}")
     return 0 if state == "Completed" else 1
 

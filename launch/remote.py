@@ -9,9 +9,6 @@ or Ctrl-C it goes on, and the same command looks on again. Needs nothing but Pyt
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
 
-import dataclasses
-import json
-import os
 import re
 import shlex
 import subprocess
@@ -19,111 +16,15 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+from launch import gcloud
+from launch.gcloud import FOLDER, LOST, Node, Pod, ask, everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = "saber_jax"  # On the worker, under the home directory.
-LOST = 255  # What ssh exits with when the connection breaks.
 PREEMPTED = 75
 RECONNECTS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """One slice: a TPU VM of `workers` hosts."""
-
-    name: str
-    workers: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Pod:
-    """Every gcloud command line that this file issues."""
-
-    name: str
-    zone: str
-    project: str
-
-    def _where(self) -> list[str]:
-        return [f"--zone={self.zone}", f"--project={self.project}"]
-
-    def describe(self, kind: str, name: str) -> dict[str, Any] | None:
-        """`kind` is tpu-vm or queued-resources. None when there is none of that name."""
-        command = ["gcloud", "compute", "tpus", kind, "describe", name, *self._where()]
-        done = subprocess.run([*command, "--format=json"], capture_output=True, text=True)
-        if done.returncode == 0:
-            return json.loads(done.stdout)
-        if "NOT_FOUND" in done.stderr or "not found" in done.stderr:
-            return None
-        sys.exit(f"launch/tpu_run.sh: {shlex.join(command)} failed:\n{done.stderr.strip()}")
-
-    def nodes(self) -> list[Node]:
-        """The slices, all ready. Exits with a sentence when there are none."""
-        machine = self.describe("tpu-vm", self.name)
-        if machine is not None:
-            return [self._node(self.name, machine)]
-        resource = self.describe("queued-resources", self.name)
-        if resource is None:
-            sys.exit(
-                f"launch/tpu_run.sh: {self.project} has no TPU VM and no queued resource named "
-                f"{self.name!r} in {self.zone}."
-            )
-        state = resource.get("state", {}).get("state", "unknown")
-        if state != "ACTIVE":
-            sys.exit(
-                f"launch/tpu_run.sh: queued resource {self.name} is {state}, not ACTIVE; its TPUs "
-                "are not there yet. Start this again when they are."
-            )
-        names = []
-        for spec in resource["tpu"]["nodeSpec"]:
-            many = spec.get("multisliceParams") or spec.get("multiNodeParams")
-            if many:
-                prefix = many.get("nodeIdPrefix") or self.name
-                names += [f"{prefix}-{i}" for i in range(int(many["nodeCount"]))]
-            else:
-                names.append(spec["nodeId"])
-        return [self._node(name, self.describe("tpu-vm", name)) for name in names]
-
-    def _node(self, name: str, machine: dict[str, Any] | None) -> Node:
-        if machine is None or machine.get("state") != "READY":
-            state = machine.get("state", "in no known state") if machine else "missing"
-            sys.exit(f"launch/tpu_run.sh: TPU VM {name} is {state}, not READY.")
-        return Node(name, len(machine["networkEndpoints"]))
-
-    def copy(self, node: Node, source: Path) -> int:
-        command = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(source)]
-        return subprocess.run(
-            [*command, f"{node.name}:{FOLDER}.tar.gz", "--worker=all", *self._where()],
-            stdout=subprocess.DEVNULL,
-        ).returncode
-
-    def on_all(self, node: Node, command: str) -> tuple[int, dict[int, str]]:
-        """(status of ssh, {worker: what `command` printed there})."""
-        with tempfile.TemporaryDirectory() as out:
-            status = subprocess.run(
-                [*self._ssh(node, "all", command), f"--output-directory={out}"],
-                stdout=subprocess.DEVNULL,
-            ).returncode
-            # Named after the worker, whatever else stands in the name.
-            said = {
-                int(re.findall(r"\d+", p.stem)[-1]): p.read_text() for p in Path(out).rglob("*.log")
-            }
-        return status, said
-
-    def watch(self, node: Node) -> int:
-        """Passes worker 0's output on; returns the status of the connection."""
-        return subprocess.run(
-            self._ssh(node, "0", f"cd {FOLDER} && launch/job.sh follow")
-        ).returncode
-
-    def _ssh(self, node: Node, worker: str, command: str) -> list[str]:
-        return [
-            *("gcloud", "compute", "tpus", "tpu-vm", "ssh", node.name),
-            *(f"--worker={worker}", *self._where(), f"--command={command}"),
-        ]
+LASTING_SECONDS = 60
 
 
 def pack(target: Path) -> None:
@@ -139,22 +40,6 @@ def pack(target: Path) -> None:
         for name in sorted(set(filter(None, listing.split("\0")))):
             if (ROOT / name).exists():
                 tar.add(ROOT / name, arcname=name, recursive=False)
-
-
-def everywhere(nodes: list[Node], do: Callable[[Node], Any]) -> list:
-    """do(node) for all nodes at a time; results in order."""
-    with ThreadPoolExecutor(len(nodes)) as pool:
-        return list(pool.map(do, nodes))
-
-
-def ask(pod: Pod, nodes: list[Node], command: str) -> dict[tuple[str, int], str]:
-    """{(node, worker): answer}; a worker that does not answer is missing."""
-    answers = everywhere(nodes, lambda node: pod.on_all(node, command)[1])
-    return {
-        (nodes[i].name, worker): text.strip()
-        for i, said in enumerate(answers)
-        for worker, text in said.items()
-    }
 
 
 def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
@@ -179,12 +64,17 @@ def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
 
 
 def follow(pod: Pod, node: Node) -> None:
-    """Until worker 0 has ended, through lost connections."""
-    for _ in range(RECONNECTS):
+    """Until worker 0 has ended, through lost connections: a run of days loses many, and only
+    RECONNECTS in a row that none of them lasts end this."""
+    failures = 0
+    while failures < RECONNECTS:
+        connected = time.monotonic()
         if pod.watch(node) != LOST:
             return
+        lasted = time.monotonic() - connected
+        failures = 0 if lasted > LASTING_SECONDS else failures + 1
         print("launch/tpu_run.sh: connection lost, the run goes on; connecting again", flush=True)
-        time.sleep(float(os.environ.get("RECONNECT_SECONDS", "10")))
+        time.sleep(gcloud.pause())
     sys.exit(f"launch/tpu_run.sh: no connection to {node.name}. The run goes on without us.")
 
 
@@ -210,14 +100,11 @@ def where(nodes: list[Node]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    missing = [name for name in ("TPU_NAME", "ZONE", "PROJECT") if not os.environ.get(name)]
-    if missing:
-        sys.exit(
-            f"launch/tpu_run.sh: {' and '.join(missing)} not set. To run on a TPU elsewhere, set "
-            "TPU_NAME, ZONE and PROJECT; to run here, unset TPU_NAME."
-        )
-    pod = Pod(os.environ["TPU_NAME"], os.environ["ZONE"], os.environ["PROJECT"])
-    nodes = pod.nodes()
+    pod = gcloud.from_environment()
+    try:
+        nodes = pod.nodes()
+    except gcloud.Refused as refused:
+        sys.exit(f"launch/tpu_run.sh: {refused}")
     if arguments == ["--stop"]:
         ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
         print("told to stop; the command that started it shows how it ends")

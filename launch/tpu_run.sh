@@ -30,9 +30,9 @@ if [[ $# -lt 1 || ( "$1" == -* && "$1" != --stop ) ]]; then
 fi
 # A TPU VM may find its own name in TPU_NAME; there the work is here.
 if [[ -n "${TPU_NAME:-}" ]] && ! has_tpu; then
-  exec python3 launch/remote.py "$@"
+  exec python3 -m launch.remote "$@"
 elif [[ -n "${GKE_IMAGE:-}" ]]; then
-  exec python3 launch/gke.py "$@"
+  exec python3 -m launch.gke "$@"
 elif [[ "$1" == --stop ]]; then
   echo "launch/tpu_run.sh: --stop is for runs elsewhere; set TPU_NAME or GKE_IMAGE." >&2
   exit 2

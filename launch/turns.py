@@ -145,8 +145,9 @@ def wait(
     """True when `done`; False when the beacon at `path` fails, or is silent for `patience` seconds.
 
     Only changes of the file count, so neither clocks that differ nor what an earlier run left there
-    can mislead. `done` may raise OSError or, over half a file, ValueError: not yet. Time in which the disk cannot be
-    read is not silence of the other host; after `disk_patience` seconds of it this raises OSError.
+    can mislead. An OSError of `done`, or a ValueError over half a file, means not yet. While the
+    disk cannot be read the other host is not silent; after `disk_patience` seconds of that this
+    raises OSError.
     """
     heard, silent, unreadable = _read(path), 0.0, 0.0
     before = time.monotonic()

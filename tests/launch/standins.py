@@ -19,6 +19,12 @@ flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
 words = [a for a in arguments if not a.startswith("--")]
 folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
 kind, verb = words[2:4]
+fails = folder / "describe_fails"
+if verb == "describe" and fails.exists():
+    times, message = fails.read_text().split("\\n")
+    fails.write_text(f"{int(times) - 1}\\n{message}")
+    if int(times) > 0:
+        sys.exit(message)
 if verb == "describe":
     answer = folder / f"{kind}-{words[4]}.json"
     if not answer.exists():
@@ -52,20 +58,51 @@ for home in workers:
 sys.exit(status)
 """
 
-# Answers from files in FOLDER; `get jobset` gives one line of `states` after the other.
+# A cluster with one namespace. FOLDER/applied.yaml is its JobSet; every look at it takes one line
+# of FOLDER/states, and the last one stays. FOLDER/pending is how often the first host's pod is not
+# ready yet, FOLDER/events why; FOLDER/failed_pods are the names of pods that failed.
 KUBECTL = """
-import os, pathlib, sys
+import json, os, pathlib, re, sys
 
 folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
-verb = sys.argv[1]
+applied, states, pending = folder / "applied.yaml", folder / "states", folder / "pending"
+verb, *rest = sys.argv[1:]
+
+def spec(text):
+    return re.search('saber-jax/spec: "(.*)"', text)[1]
+
+def lines(name):
+    return (folder / name).read_text() if (folder / name).exists() else ""
+
 if verb == "apply":
-    (folder / "applied.yaml").write_text(sys.stdin.read())
-elif verb == "get":
-    first, *rest = (folder / "states").read_text().split("\\n")
-    (folder / "states").write_text("\\n".join(rest))
-    print(first)
+    wanted = sys.stdin.read()
+    if applied.exists() and spec(wanted) != spec(applied.read_text()):
+        sys.exit('The JobSet "saber" is invalid: spec.replicatedJobs: field is immutable')
+    applied.write_text(wanted)
+elif verb == "delete":
+    if not applied.exists():
+        sys.exit('Error from server (NotFound): jobsets.jobset.x-k8s.io "saber" not found')
+    applied.unlink()
+elif verb == "get" and rest[0] == "jobset":
+    if (folder / "forbidden").exists():
+        sys.exit('Error from server (Forbidden): jobsets.jobset.x-k8s.io "saber" is forbidden')
+    if not applied.exists():
+        sys.exit('Error from server (NotFound): jobsets.jobset.x-k8s.io "saber" not found')
+    first, *rest = states.read_text().split("\\n")
+    if rest:
+        states.write_text("\\n".join(rest))
+    annotations = {"saber-jax/spec": spec(applied.read_text())}
+    status = {"terminalState": first} if first else {}
+    print(json.dumps({"metadata": {"name": "saber", "annotations": annotations}, "status": status}))
+elif verb == "get" and rest[0] == "events":
+    print(lines("events"))
+elif verb == "get" and rest[0] == "pods":
+    print(lines("failed_pods"))
+elif verb == "wait" and pending.exists() and int(pending.read_text()) > 0:
+    pending.write_text(str(int(pending.read_text()) - 1))
+    sys.exit("error: timed out waiting for the condition on pods/saber-slice-0-0-x7k2p")
 elif verb == "logs":
-    print("the first host speaks")
+    print("the first host speaks" if "--follow" in rest else f"{rest[0]}: out of memory")
 """
 
 # Mounts a bucket as far as anybody here can see: the folder is there, `mountpoint` knows it.

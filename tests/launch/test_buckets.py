@@ -65,3 +65,27 @@ def test_a_missing_gcsfuse_is_said_with_what_to_do(host):
     done = launch(host, "--config.root=gs://runs/7b")
     assert done.returncode == 1
     assert "gs://runs is mounted by gcsfuse, which is not here. Install it" in done.stderr
+
+
+# What `sudo apt-get install gcsfuse` leaves.
+SUDO = """
+import os, pathlib, sys
+
+there = pathlib.Path(os.environ["STANDIN_FOLDER"])
+if "install" in sys.argv:
+    os.rename(there / "gcsfuse_package", there / "bin" / "gcsfuse")
+"""
+
+
+def test_a_tpu_vm_gets_gcsfuse_by_itself(host):
+    device = host.folder / "sys/bus/pci/devices/0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x1ae0")
+    (device / "device").write_text("0x0063")
+    (host.folder / "bin" / "gcsfuse").rename(host.folder / "gcsfuse_package")
+    host.add("sudo", SUDO)
+    host.add("curl", "")
+    host.add("lsb_release", "print('jammy')")
+    done = launch(host, "--config.root=gs://runs/7b")
+    assert done.returncode == 0, done.stderr
+    assert host.calls("gcsfuse") and host.calls("sudo", "-n", "apt-get", "-qq", "update")

@@ -26,7 +26,7 @@ def cluster(tmp_path):
 
 
 def rendered(cluster, **change):
-    shown = cluster.run("python3", "launch/gke.py", "--print", *RUN[1:], **(WHERE | change))
+    shown = cluster.run("python3", "-m", "launch.gke", "--print", *RUN[1:], **(WHERE | change))
     assert shown.returncode == 0, shown.stderr
     jobset = yaml.safe_load(shown.stdout)
     jsonschema.Draft202012Validator(SCHEMA).validate(jobset)
@@ -68,12 +68,17 @@ def test_a_preempted_run_does_not_use_up_restarts(cluster):
 
 
 @pytest.mark.parametrize(
-    ("kind", "hosts", "chips"), [("v5p:4x4x8", 32, 4), ("v6e:2x2", 1, 4), ("v5e:1x1", 1, 1)]
+    ("kind", "hosts", "chips"),
+    [("v5p:4x4x8", 32, 4), ("v6e:2x2", 1, 4), ("v5e:1x1", 1, 1), ("tpu7x:2x2x2", 2, 4)],
 )
 def test_hosts_follow_from_the_topology(cluster, kind, hosts, chips):
     _, spec, pod = parts(rendered(cluster, TPU_TYPE=kind))
     assert spec["parallelism"] == hosts
     assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == chips
+
+
+def verbs(cluster):
+    return [call[1] for call in cluster.calls("kubectl")]
 
 
 def test_the_run_is_applied_and_followed_to_its_end(cluster):
@@ -83,32 +88,107 @@ def test_the_run_is_applied_and_followed_to_its_end(cluster):
     assert done.stdout.count("the first host speaks") == 2
     applied = yaml.safe_load((cluster.folder / "applied.yaml").read_text())
     assert applied == rendered(cluster)
-    look = ["get", "jobset", "saber", "-o", "jsonpath={.status.terminalState}"]
+    look = ["get", "jobset", "saber", "-o", "json"]
+    failed = [
+        *("get", "pods", "--selector=jobset.sigs.k8s.io/jobset-name=saber"),
+        *("--field-selector=status.phase=Failed", "-o"),
+        'jsonpath={range .items[*]}{.metadata.name}{"\\n"}{end}',
+    ]
     ready = ["wait", "pod", f"--selector={POD}", "--for=condition=Ready", "--timeout=60s"]
     logs = ["logs", "--follow", f"--selector={POD}", "--tail=-1"]
     assert [call[1:] for call in cluster.calls("kubectl")] == [
-        ["apply", "-f", "-"],
-        *2 * [look, ready, logs],
         look,
+        ["apply", "-f", "-"],
+        *2 * [look, failed, ready, logs],
+        *(look, failed),
     ]
 
 
-def test_a_failed_jobset_is_a_failure(cluster):
+def test_a_failed_jobset_is_a_failure_that_quotes_the_pods_that_failed(cluster):
+    (cluster.folder / "states").write_text("\nFailed")
+    (cluster.folder / "failed_pods").write_text("saber-slice-0-7-abcde")
+    done = cluster.run(*RUN, **WHERE)
+    assert done.returncode == 1
+    assert done.stderr.count("saber-slice-0-7-abcde: out of memory") == 1
+    assert ["logs", "saber-slice-0-7-abcde", "--tail=30"] in [
+        call[1:] for call in cluster.calls("kubectl")
+    ]
+
+
+def test_the_same_command_starts_a_failed_jobset_again_and_joins_a_running_one(cluster):
     (cluster.folder / "states").write_text("Failed")
     assert cluster.run(*RUN, **WHERE).returncode == 1
+    (cluster.folder / "states").write_text("Failed\n\nCompleted")
+    done = cluster.run(*RUN, **WHERE)
+    assert done.returncode == 0 and "Failed earlier; starting it again" in done.stdout
+    assert verbs(cluster).count("delete") == 1 and verbs(cluster).count("apply") == 2
+
+    (cluster.folder / "states").write_text("\n\nCompleted")
+    done = cluster.run(*RUN, **WHERE)
+    assert done.returncode == 0 and "looking on" in done.stdout
+    assert verbs(cluster).count("apply") == 2
+
+
+def test_other_settings_wait_for_a_running_jobset_and_replace_one_that_ended(cluster):
+    (cluster.folder / "states").write_text("Completed")
+    assert cluster.run(*RUN, **WHERE).returncode == 0
+    (cluster.folder / "states").write_text("")
+    done = cluster.run(*RUN, "--config.seed=2", **WHERE)
+    assert done.returncode == 1 and "is running with other settings" in done.stderr
+    (cluster.folder / "states").write_text("Completed")
+    assert cluster.run(*RUN, "--config.seed=2", **WHERE).returncode == 0
+    assert "--config.seed=2" in (cluster.folder / "applied.yaml").read_text()
+
+
+def test_while_pods_wait_their_warnings_are_printed_once(cluster):
+    (cluster.folder / "states").write_text("\n\n\nCompleted")
+    (cluster.folder / "pending").write_text("2")
+    (cluster.folder / "events").write_text(
+        "saber-slice-0-0-x7k2p   FailedScheduling   0/3 nodes are available: google.com/tpu\n"
+        "saber-slice-0-1-qqqqq   FailedScheduling   0/3 nodes are available: google.com/tpu\n"
+        "another-0-0-x           Failed             something else\n"
+    )
+    done = cluster.run(*RUN, **WHERE)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("0/3 nodes are available: google.com/tpu") == 1
+    assert "something else" not in done.stderr
+
+
+def test_a_cluster_that_refuses_to_answer_is_quoted(cluster):
+    (cluster.folder / "forbidden").touch()
+    done = cluster.run(*RUN, **WHERE)
+    assert done.returncode == 1 and "is forbidden" in done.stderr
+    assert "apply" not in verbs(cluster)
+
+
+def test_a_bucket_is_mounted_with_the_options_that_a_run_needs(cluster):
+    jobset = rendered(cluster, CLAIM="", BUCKET="gs://runs-7b", SERVICE_ACCOUNT="trainer")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    template = job["template"]["spec"]["template"]
+    assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert template["spec"]["serviceAccountName"] == "trainer"
+    (volume,) = (v for v in template["spec"]["volumes"] if v["name"] == "runs")
+    assert volume["csi"] == {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "volumeAttributes": {
+            "bucketName": "runs-7b",
+            "mountOptions": "implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0",
+            "hostNetworkPodKSA": "true",
+        },
+    }
 
 
 def test_a_bucket_in_a_setting_is_refused_because_pods_see_it_through_their_volume(cluster):
     done = cluster.run(RUN[0], RUN[1], "--config.root=gs://runs/7b", **WHERE)
-    assert done.returncode == 1 and "Make CLAIM a claim on it" in done.stderr
+    assert done.returncode == 1 and "make CLAIM a claim on it" in done.stderr
     assert not cluster.calls("kubectl")
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"CLAIM": ""}, "CLAIM must be set"),
-        ({"TPU_TYPE": "v9:2x2"}, "Generations: v4, v5e, v5p, v6e"),
+        ({"CLAIM": ""}, "CLAIM or BUCKET must be set"),
+        ({"TPU_TYPE": "v9:2x2"}, "Generations: v4, v5e, v5p, v6e, tpu7x"),
         ({"TPU_TYPE": "v5p:16x16"}, "topologies of v5p have 3 numbers, got 16x16"),
         ({"SLICES": "two"}, "SLICES must be a whole number"),
         ({"NAME": "My_Run"}, "NAME must be small letters"),

@@ -73,6 +73,15 @@ def test_a_lost_connection_is_taken_up_again(cloud):
     assert done.stdout.count("connection lost, the run goes on") == 2
 
 
+def test_an_api_that_fails_for_a_moment_is_asked_again_and_a_refusal_is_quoted(cloud):
+    (cloud.folder / "describe_fails").write_text("2\nERROR: UNAVAILABLE: 503 backend error")
+    assert launch(cloud, *RUN).returncode == 0
+    (cloud.folder / "describe_fails").write_text("99\nERROR: PERMISSION_DENIED: tpu.nodes.get")
+    done = launch(cloud, *RUN)
+    assert done.returncode == 1
+    assert "tpu.nodes.get" in done.stderr and "roles/tpu.admin" in done.stderr
+
+
 def test_a_running_job_is_looked_on_at_and_stops_when_told_so(cloud):
     for worker in range(3):
         (cloud.folder / "pod" / str(worker) / "goes_on").touch()
@@ -110,6 +119,22 @@ def test_a_queued_resource_is_all_of_its_slices(cloud):
     assert "slice-1 worker 1 ended with status 4" in done.stderr
     for node in ("slice-0", "slice-1"):
         assert (cloud.folder / node / "0/saber_jax/runs/job/log").exists()
+
+
+def test_a_machine_that_was_started_anew_is_not_taken_for_one_that_runs(cloud):
+    assert launch(cloud, *RUN).returncode == 0
+    job = cloud.folder / "pod/1/saber_jax/runs/job"
+    (job / "status").unlink()
+    (job / "pid").write_text("1")  # Somebody else has that number now.
+    (job / "boot").write_text("an earlier start")
+    state = subprocess.run(
+        ["launch/job.sh", "state"],
+        cwd=job.parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert state.stdout == "exit 137\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,254 @@
+"""Every gcloud command line that the launchers issue for TPU VMs and queued resources.
+
+Needs nothing but Python and gcloud. What gcloud says about a failure is passed on, with what to do
+about the failures that everybody meets: no quota, no capacity, no permission.
+"""
+
+from __future__ import annotations  # A laptop's Python may be older than ours.
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch import topology
+
+FOLDER = "saber_jax"  # On the worker, under the home directory.
+LOST = 255  # What ssh exits with when the connection breaks.
+DESCRIBE_TRIES = 6
+
+# gcloud would wait for an answer, to the question whether to make an ssh key for instance.
+os.environ.setdefault("CLOUDSDK_CORE_DISABLE_PROMPTS", "1")
+
+# What gcloud's message contains, and what a person can do about it.
+NO_CAPACITY = (
+    *("no more capacity", "RESOURCE_EXHAUSTED", "Insufficient capacity", "stockout"),
+    *("resources exhausted", "ZONE_RESOURCE_POOL_EXHAUSTED"),
+)
+ADVICE = {
+    ("Quota limit", "QUOTA_EXCEEDED", "Quota exceeded"): (
+        "The project may not have that many chips of this kind here. Ask for quota (console, IAM & "
+        "Admin, Quotas, `TPU`), take a smaller slice, or try --spot, which has a quota of its own."
+    ),
+    NO_CAPACITY: (
+        "There are no such TPUs free in this zone now. Try another zone, --spot, or "
+        "launch/pod.sh watch, which goes on asking."
+    ),
+    ("ALREADY_EXISTS", "already exists"): (
+        "It exists already. Use it with launch/pod.sh run, or delete it with launch/pod.sh delete."
+    ),
+    ("PERMISSION_DENIED", "does not have permission"): (
+        "This account may not do that here. It needs the role roles/tpu.admin in the project, and "
+        "the TPU API must be enabled: gcloud services enable tpu.googleapis.com"
+    ),
+}
+FINAL = ("PERMISSION_DENIED", "INVALID_ARGUMENT", "UNAUTHENTICATED", "does not have permission")
+
+
+class Refused(Exception):
+    """gcloud refused. `no_capacity` says whether asking again later may help."""
+
+    def __init__(self, command: Sequence[str], said: str):
+        advice = next((a for words, a in ADVICE.items() if any(w in said for w in words)), "")
+        super().__init__(f"{shlex.join(command)} failed:\n{said.strip()}\n{advice}".rstrip())
+        self.no_capacity = any(word in said for word in NO_CAPACITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One slice: a TPU VM of `workers` hosts."""
+
+    name: str
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """Every gcloud command line that this file issues."""
+
+    name: str
+    zone: str
+    project: str
+
+    def _where(self) -> list[str]:
+        return [f"--zone={self.zone}", f"--project={self.project}"]
+
+    def describe(self, kind: str, name: str) -> dict[str, Any] | None:
+        """`kind` is tpu-vm or queued-resources. None when there is none of that name."""
+        command = ["gcloud", "compute", "tpus", kind, "describe", name, *self._where()]
+        for number in range(DESCRIBE_TRIES):
+            done = subprocess.run([*command, "--format=json"], capture_output=True, text=True)
+            if done.returncode == 0:
+                return json.loads(done.stdout)
+            if "NOT_FOUND" in done.stderr or "not found" in done.stderr:
+                return None
+            if any(word in done.stderr for word in FINAL):
+                break
+            # Somebody watches for days; an API that fails for a minute must not end that.
+            if number + 1 < DESCRIBE_TRIES:
+                time.sleep(pause())
+        raise Refused(command, done.stderr)
+
+    def create(self, shape: topology.Slices, *, spot: bool, disk: str = "") -> None:
+        """Asks for the slices as a queued resource, which waits until they are free.
+
+        `disk` names a disk of the same zone that is attached to every worker for reading. Raises
+        Refused.
+        """
+        about = topology.GENERATIONS[shape.generation]
+        many = [f"--node-count={shape.count}", f"--node-prefix={self.name}"]
+        source = f"projects/{self.project}/zones/{self.zone}/disks/{disk}"
+        self._do(
+            *("queued-resources", "create", self.name),
+            *(many if shape.count > 1 else [f"--node-id={self.name}"]),
+            f"--accelerator-type={shape.accelerator_type}",
+            f"--runtime-version={about.runtime}",
+            *(["--spot"] if spot else []),
+            *([f"--data-disk=source={source},mode=read-only"] if disk else []),
+        )
+
+    def delete(self) -> bool:
+        """Deletes the queued resource with its TPU VMs, or else the TPU VM; False when there is
+        neither. Raises Refused."""
+        if self.describe("queued-resources", self.name) is not None:
+            self._do("queued-resources", "delete", self.name, "--force", "--quiet")
+            return True
+        if self.describe("tpu-vm", self.name) is not None:
+            self._do("tpu-vm", "delete", self.name, "--quiet")
+            return True
+        return False
+
+    def _do(self, kind: str, verb: str, name: str, *flags: str) -> None:
+        command = ["gcloud", "compute", "tpus", kind, verb, name, *self._where(), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise Refused(command, done.stderr)
+
+    def state(self) -> str:
+        """One word for the whole: READY, PREEMPTED, MISSING, or what a queued resource or a TPU VM
+        says of itself, such as WAITING_FOR_RESOURCES."""
+        resource = self.describe("queued-resources", self.name)
+        if resource is not None:
+            word = resource.get("state", {}).get("state", "unknown")
+            if word == "SUSPENDED":  # Its TPU VMs were taken back.
+                return "PREEMPTED"
+            if word != "ACTIVE":
+                return word
+            names = node_names(self.name, resource)
+        else:
+            names = [self.name]
+        machines = [self.describe("tpu-vm", name) for name in names]
+        words = [m.get("state", "unknown") if m else "MISSING" for m in machines]
+        return next((word for word in words if word != "READY"), "READY")
+
+    def nodes(self) -> list[Node]:
+        """The slices, all ready. Exits with a sentence when there are none."""
+        machine = self.describe("tpu-vm", self.name)
+        if machine is not None:
+            return [self._node(self.name, machine)]
+        resource = self.describe("queued-resources", self.name)
+        if resource is None:
+            sys.exit(
+                f"launch/tpu_run.sh: {self.project} has no TPU VM and no queued resource named "
+                f"{self.name!r} in {self.zone}."
+            )
+        state = resource.get("state", {}).get("state", "unknown")
+        if state != "ACTIVE":
+            sys.exit(
+                f"launch/tpu_run.sh: queued resource {self.name} is {state}, not ACTIVE; its TPUs "
+                "are not there yet. Start this again when they are."
+            )
+        names = node_names(self.name, resource)
+        return [self._node(name, self.describe("tpu-vm", name)) for name in names]
+
+    def _node(self, name: str, machine: dict[str, Any] | None) -> Node:
+        if machine is None or machine.get("state") != "READY":
+            state = machine.get("state", "in no known state") if machine else "missing"
+            sys.exit(f"launch/tpu_run.sh: TPU VM {name} is {state}, not READY.")
+        return Node(name, len(machine["networkEndpoints"]))
+
+    def copy(self, node: Node, source: Path) -> int:
+        command = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(source)]
+        return subprocess.run(
+            [*command, f"{node.name}:{FOLDER}.tar.gz", "--worker=all", *self._where()],
+            stdout=subprocess.DEVNULL,
+        ).returncode
+
+    def on_all(self, node: Node, command: str) -> tuple[int, dict[int, str]]:
+        """(status of ssh, {worker: what `command` printed there})."""
+        with tempfile.TemporaryDirectory() as out:
+            status = subprocess.run(
+                [*self._ssh(node, "all", command), f"--output-directory={out}"],
+                stdout=subprocess.DEVNULL,
+            ).returncode
+            # Named after the worker, whatever else stands in the name.
+            said = {
+                int(re.findall(r"\d+", p.stem)[-1]): p.read_text() for p in Path(out).rglob("*.log")
+            }
+        return status, said
+
+    def watch(self, node: Node) -> int:
+        """Passes worker 0's output on; returns the status of the connection."""
+        return subprocess.run(
+            self._ssh(node, "0", f"cd {FOLDER} && launch/job.sh follow")
+        ).returncode
+
+    def _ssh(self, node: Node, worker: str, command: str) -> list[str]:
+        return [
+            *("gcloud", "compute", "tpus", "tpu-vm", "ssh", node.name),
+            *(f"--worker={worker}", *self._where(), f"--command={command}"),
+        ]
+
+
+def node_names(name: str, resource: dict[str, Any]) -> list[str]:
+    """The TPU VMs of the queued resource called `name`."""
+    names = []
+    for spec in resource["tpu"]["nodeSpec"]:
+        many = spec.get("multisliceParams") or spec.get("multiNodeParams")
+        if many:
+            prefix = many.get("nodeIdPrefix") or name
+            names += [f"{prefix}-{i}" for i in range(int(many["nodeCount"]))]
+        else:
+            names.append(spec["nodeId"])
+    return names
+
+
+def from_environment() -> Pod:
+    """TPU_NAME in ZONE of PROJECT. Exits with a sentence on what is missing."""
+    missing = [name for name in ("TPU_NAME", "ZONE", "PROJECT") if not os.environ.get(name)]
+    if missing:
+        sys.exit(
+            f"launch/tpu_run.sh: {' and '.join(missing)} not set. To run on a TPU elsewhere, set "
+            "TPU_NAME, ZONE and PROJECT; to run here, unset TPU_NAME."
+        )
+    return Pod(os.environ["TPU_NAME"], os.environ["ZONE"], os.environ["PROJECT"])
+
+
+def pause() -> float:
+    """Seconds between two tries."""
+    return float(os.environ.get("RECONNECT_SECONDS", "10"))
+
+
+def everywhere(nodes: list[Node], do: Callable[[Node], Any]) -> list:
+    """do(node) for all nodes at a time; results in order."""
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return list(pool.map(do, nodes))
+
+
+def ask(pod: Pod, nodes: list[Node], command: str) -> dict[tuple[str, int], str]:
+    """{(node, worker): answer}; a worker that does not answer is missing."""
+    answers = everywhere(nodes, lambda node: pod.on_all(node, command)[1])
+    return {
+        (nodes[i].name, worker): text.strip()
+        for i, said in enumerate(answers)
+        for worker, text in said.items()
+    }

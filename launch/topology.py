@@ -1,0 +1,105 @@
+"""TPU generations as Google's products call them, and the shapes of their slices.
+
+A slice is written GENERATION:TOPOLOGY, such as v5e:16x16 or v5p:4x4x8. Needs nothing but Python, so
+that a laptop can use it.
+"""
+
+from __future__ import annotations  # A laptop's Python may be older than ours.
+
+import ast
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs" / "pods.py"
+CHIPS_PER_HOST = 4
+# v5e and v6e also come as one host with eight chips, which the TPU API gives for this topology.
+WIDE_HOST = ("2x4", 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """`node_pool` is GKE's name. `accelerator` begins the TPU API's accelerator type, which goes on
+    with the number of chips, or of cores where a chip has `cores` of them that are sold one by one.
+    `runtime` is the TPU VM's image. A generation without these two exists on GKE alone.
+    """
+
+    node_pool: str
+    dimensions: int
+    accelerator: str = ""
+    cores: int = 1
+    runtime: str = ""
+
+
+GENERATIONS = {
+    "v4": Generation("tpu-v4-podslice", 3, "v4", 2, "tpu-ubuntu2204-base"),
+    "v5e": Generation("tpu-v5-lite-podslice", 2, "v5litepod", 1, "v2-alpha-tpuv5-lite"),
+    "v5p": Generation("tpu-v5p-slice", 3, "v5p", 2, "v2-alpha-tpuv5"),
+    "v6e": Generation("tpu-v6e-slice", 2, "v6e", 1, "v2-alpha-tpuv6e"),
+    "tpu7x": Generation("tpu7x", 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """`count` slices of one shape."""
+
+    generation: str
+    topology: str
+    count: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Of one slice."""
+        return math.prod(map(int, self.topology.split("x")))
+
+    @property
+    def hosts(self) -> int:
+        """Of one slice, where hosts have four chips."""
+        return max(1, self.chips // CHIPS_PER_HOST)
+
+    @property
+    def accelerator_type(self) -> str:
+        about = GENERATIONS[self.generation]
+        return f"{about.accelerator}-{self.chips * about.cores}"
+
+    def __str__(self) -> str:
+        many = f"{self.count}*" if self.count > 1 else ""
+        return f"{many}{self.generation}:{self.topology}"
+
+
+def parse(text: str, count: int = 1) -> Slices:
+    """Raises ValueError that says what is wrong with `text`, "v5e:16x16" or "2*v5e:8x16"."""
+    many, _, one = text.rpartition("*")
+    generation, _, topology = one.partition(":")
+    sizes = topology.split("x")
+    if generation not in GENERATIONS or not all(re.fullmatch("[1-9][0-9]*", s) for s in sizes):
+        raise ValueError(
+            "must be a generation and a topology such as v5e:16x16 or v5p:4x4x8, got "
+            f"{text!r}. Generations: {', '.join(GENERATIONS)}."
+        )
+    dimensions = GENERATIONS[generation].dimensions
+    if len(sizes) != dimensions:
+        raise ValueError(
+            f"has the wrong shape: topologies of {generation} have {dimensions} numbers, got "
+            f"{topology}."
+        )
+    return Slices(generation, topology, int(many) if many else count)
+
+
+def of_recipe(config: str) -> Slices | None:
+    """What the recipe that a config names is made for: configs/cadpo.py:7b-v5e-256 -> v5e:16x16.
+
+    None where `config` names no recipe. Reads configs/pods.py as text: a laptop need not be able to
+    import it.
+    """
+    variant = config.partition(":")[2]
+    for node in ast.walk(ast.parse(RECIPES.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Dict):
+            continue
+        for key, value in zip(node.keys, node.values):  # noqa: B905 (Python 3.9)
+            if isinstance(key, ast.Constant) and key.value == variant:
+                settings = {k.arg: k.value for k in getattr(value, "keywords", [])}
+                return parse(ast.literal_eval(settings["topology"]))
+    return None
