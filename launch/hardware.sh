@@ -19,3 +19,10 @@ has_tpu() { (($(tpu_chips) > 0)); }
 has_nvidia() {
   command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '
 }
+
+# The newest CUDA that the driver runs and jax is built for; 580 is the first driver of CUDA 13.
+cuda_of_driver() {
+  local version
+  version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+  if ((${version%%.*} >= 580)); then echo 13; else echo 12; fi
+}

@@ -8,6 +8,7 @@
 #   launch/setup.sh --demo   and what the demo page needs
 #   launch/setup.sh --aot    and the TPU compiler, which needs no TPU
 #   launch/setup.sh --tpu    and jax for TPUs, where none shows yet: in an image
+#   launch/setup.sh --python PATH   in .venv-3.12, say, made with that Python (3.11 or 3.12)
 #   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
 #   launch/setup.sh --bench  all that the benchmarks need, the peers that they compare with included
 #
@@ -25,12 +26,14 @@ if [[ -n "${SABER_PYTHON:-}" ]]; then
   echo "$SABER_PYTHON"; exit 0
 fi
 
-venv=${SABER_VENV:-.venv}
 layers=(requirements.txt)
 image_for_tpus=
 bench=
-for flag in "$@"; do
+interpreter=
+while (($#)); do
+  flag=$1; shift
   case "$flag" in
+    --python) interpreter=${1:?launch/setup.sh: --python needs the path of an interpreter}; shift ;;
     --prep) layers+=(requirements-prep.txt) ;;
     --test) layers+=(requirements-test.txt) ;;
     --demo) layers+=(requirements-demo.txt) ;;
@@ -39,26 +42,62 @@ for flag in "$@"; do
     --torch) layers+=(requirements-torch.txt) ;;
     --bench) layers+=(requirements-prep.txt requirements-torch.txt); bench=yes ;;
     *) echo "launch/setup.sh: unknown flag $flag;" \
-            "it knows --prep, --test, --demo, --aot, --tpu, --torch and --bench." >&2
+            "it knows --prep, --test, --demo, --aot, --tpu, --torch, --bench and --python." >&2
        exit 2 ;;
   esac
 done
+venv=.venv
+if [[ $interpreter ]]; then
+  venv=.venv-$("$interpreter" -c 'import sys; print("{}.{}".format(*sys.version_info))')
+fi
+venv=${SABER_VENV:-$venv}
 
+# The newest Python that all pins were checked on and that can make an environment: Debian keeps
+# ensurepip in a package of its own, python3.11-venv.
 find_python() {
-  for candidate in python3.11 python3.12 python3; do
-    if command -v "$candidate" >/dev/null && "$candidate" -c \
-        'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+  local candidate
+  for candidate in ${interpreter:-python3.12 python3.11 python3}; do
+    if "$candidate" -c 'import ensurepip, sys, venv
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
       echo "$candidate"; return
     fi
   done
-  echo "launch/setup.sh: Python 3.11 (or 3.12) is needed and none is on the PATH." >&2; return 1
+  return 1
 }
 
-if [[ ! -x "$venv/bin/python" ]]; then
-  python=$(find_python)
-  echo "setup: making $venv with $python" >&2
-  "$python" -m venv "$venv"
+# Where the system has no such Python (Ubuntu 22.04, so most TPU VMs), uv brings one along.
+make_venv() {
+  local python
+  if python=$(find_python); then
+    echo "setup: making $venv with $("$python" --version)" >&2
+    "$python" -m venv "$venv"
+  elif [[ $interpreter ]]; then
+    echo "launch/setup.sh: $interpreter cannot make the environment: Python 3.11 or 3.12 with its" \
+         "venv and ensurepip modules is needed. Name another with --python." >&2
+    return 1
+  elif has_uv && uv venv --quiet --seed --python 3.12 "$venv" >&2; then
+    echo "setup: no Python 3.11 or 3.12 here that can make environments; uv brought 3.12" >&2
+  else
+    echo "launch/setup.sh: no Python 3.11 or 3.12 with its venv module on the PATH, and no uv that" \
+         "could bring one. Install python3.11 and python3.11-venv (apt-get), or uv, and start again." >&2
+    return 1
+  fi
+}
+
+has_uv() {
+  export PATH="$PATH:$HOME/.local/bin"
+  command -v uv >/dev/null || python3 -m pip install -qq --user uv >&2 2>/dev/null
+  command -v uv >/dev/null
+}
+
+install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
+
+# An interrupted set-up leaves a folder without pip, which nothing can be installed into.
+if [[ -e "$venv" ]] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  echo "setup: $venv is half-made (its pip does not start); making it anew" >&2
+  rm -rf "$venv"
 fi
+[[ -e "$venv" ]] || make_venv
 
 # torch comes before anything that depends on it, so that its exact pin is what the others find.
 for layer in "${layers[@]}"; do
@@ -67,10 +106,9 @@ for layer in "${layers[@]}"; do
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
     echo "setup: installing $layer into $venv" >&2
     if [[ $layer == requirements-torch.txt ]]; then
-      "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-        "$(grep '^torch==' "$layer")" >&2
+      install "$(grep '^torch==' "$layer")"
     fi
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -r "$layer" >&2
+    install -r "$layer"
     echo "$want" > "$stamp"
   fi
 done
@@ -82,25 +120,24 @@ if [[ $bench ]]; then
   stamp="$venv/.installed-requirements-bench"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
     echo "setup: installing requirements-bench.txt into $venv/bench" >&2
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
-      --target "$venv/bench" -r requirements-bench.txt >&2
+    install --upgrade --no-deps --target "$venv/bench" -r requirements-bench.txt
     echo "$want" > "$stamp"
   fi
 fi
 
 # jax for the accelerator that is here, at the version that everything else is pinned to.
 add_jax() {
-  local extra=$1 stamp="$venv/.installed-jax-$1" pin
-  pin=$(grep '^jax==' requirements.txt)
-  if [[ "$(cat "$stamp" 2>/dev/null)" != "$pin" ]]; then
+  local extra=$1 stamp="$venv/.installed-jax-$1" want
+  want=$(sha256sum requirements.txt | cut -c1-16)
+  if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
     echo "setup: adding jax[$extra]" >&2
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check "jax[$extra]==${pin#jax==}" >&2
-    echo "$pin" > "$stamp"
+    install -c requirements.txt "jax[$extra]"
+    echo "$want" > "$stamp"
   fi
 }
 if [[ $image_for_tpus ]] || has_tpu; then
   add_jax tpu
 elif has_nvidia; then
-  add_jax cuda12
+  add_jax "cuda$(cuda_of_driver)"
 fi
 echo "$venv/bin/python"

@@ -3,13 +3,21 @@
 #
 #   launch/test.sh               everything but the tests marked slow
 #   launch/test.sh --no-torch    without installing torch; tests that need it are skipped by name
+#   launch/test.sh --python PATH in an environment of its own, .venv-3.12 say, made with that Python
 #   launch/test.sh -m slow       the slow ones; any other argument goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torch=(--torch)
-if [[ "${1:-}" == --no-torch ]]; then torch=(); shift; fi
-python=$(launch/setup.sh --prep --test --demo --aot "${torch[@]}")
+interpreter=()
+while true; do
+  case "${1:-}" in
+    --no-torch) torch=(); shift ;;
+    --python) interpreter=(--python "$2"); shift 2 ;;
+    *) break ;;
+  esac
+done
+python=$(launch/setup.sh --prep --test --demo --aot "${torch[@]}" "${interpreter[@]}")
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Files stay together, because their fixtures (goldens, a trained model) cost more than their tests.

@@ -8,13 +8,13 @@ import signal
 
 import numpy as np
 import pytest
-from tests.data.test_pipeline import Source, examples_of
 
 from saber_jax.data import loader
 from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget
 from saber_jax.data.planning import Plan, Position
 from tests import synthetic
+from tests.data.test_loader import Source, examples_of
 
 BUDGET = Budget(length=400, patches=72, chunks=3, targets=384, segments=3)
 EXAMPLES, BATCH_ROWS = 47, 5

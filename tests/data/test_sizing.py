@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from tests.data.test_pipeline import Source, examples_of
 
 from saber_jax.data import media, sizing
 from saber_jax.data.examples import encode_record, measure_record, size_of, thinned
@@ -13,6 +12,7 @@ from saber_jax.data.packing import Budget
 from saber_jax.data.quarantine import Entry, Quarantine, TooManyBadError
 from saber_jax.data.records import BadRecordError
 from tests import synthetic
+from tests.data.test_loader import Source, examples_of
 
 BUDGET = Budget(length=640, patches=216, chunks=3, targets=384, segments=3)
 

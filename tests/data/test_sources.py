@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data.sources import Draw, Sources, Weighted
-from tests.data.test_pipeline import Source
+from tests.data.test_loader import Source
 
 
 def draw_of(sizes: tuple[int, ...], weights: tuple[float, ...], unusable: int = 0) -> Draw:
