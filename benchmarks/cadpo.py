@@ -46,7 +46,8 @@ from saber_jax.models import saber
 from saber_jax.train import flops
 from saber_jax.train.objectives import Compute, target_log_probs
 from saber_jax.train.preference import Preference
-from saber_jax.train.step import TrainState, cadpo_step, flatten, gradients, partition
+from saber_jax.train.step import TrainState, cadpo_step, gradients, partition
+from saber_jax.tree import flatten
 
 CONFIG = dataclasses.replace(
     generate.CONFIG, text=dataclasses.replace(generate.CONFIG.text, layers=4)

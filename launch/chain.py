@@ -34,8 +34,8 @@ from configs.command_line import CONFIG, parse_flags
 from launch import hardware, turns
 from saber_jax.runs import distributed
 from saber_jax.runs.distributed import PREEMPTED
+from saber_jax.runs.files import write_json
 from saber_jax.runs.identity import identity
-from saber_jax.runs.journal import write_json
 
 TERMINATED = 128 + signal.SIGTERM
 

@@ -11,12 +11,13 @@ is tried again. No clock is compared with another host's.
 """
 
 import contextlib
-import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from saber_jax.runs.files import write_text
 
 BEAT_SECONDS = 10
 PATIENCE_SECONDS = 300
@@ -188,9 +189,7 @@ def _insist(do: Callable[[], None], deadline: float, every: float = 1.0) -> None
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(f"{text}\n")
-    os.replace(temporary, path)
+    write_text(path, f"{text}\n")
 
 
 def _read(path: Path) -> str | None:

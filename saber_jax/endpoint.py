@@ -27,7 +27,7 @@ from typing import Any
 import httpx2
 import openai
 
-from saber_jax.runs.journal import read_json, write_json
+from saber_jax.runs.files import read_json, write_json
 
 KEY_VARIABLE = "SABER_API_KEY"
 

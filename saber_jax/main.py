@@ -21,9 +21,10 @@ from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import distributed
+from saber_jax.runs import distributed, manifest
+from saber_jax.runs.files import read_json, write_json
 from saber_jax.runs.identity import identity
-from saber_jax.runs.journal import fingerprint, write_json
+from saber_jax.runs.manifest import fingerprint
 from saber_jax.train import checkpoint, loop, reference, samples, setup, start
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.preference import Preference
@@ -208,17 +209,12 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             f"{path.name} in it. Put config.root on a file system that all hosts share "
             "(docs/performance.md, `Disks`)."
         )
-    ours, theirs = identity(ours), identity(json.loads(path.read_text()))
-    changed = [
-        f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
-        for key in sorted(theirs | ours)
-        if theirs.get(key) != ours.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"{workdir} belongs to a run with another config ({'; '.join(changed)}). Choose "
-            "another directory with --config.workdir=DIR, or delete it to start again."
-        )
+    manifest.check(
+        identity(read_json(path)),
+        identity(ours),
+        what=f"{workdir} belongs to a run with another config",
+        remedy="Choose another directory with --config.workdir=DIR, or delete it to start again.",
+    )
 
 
 def finish(workdir: Path, summary: dict) -> None:

@@ -14,11 +14,11 @@ from data_prep.records import dataset
 from saber_jax import main, sharding
 from saber_jax import reference as reference_command
 from saber_jax.models import saber
-from saber_jax.runs.journal import write_jsonl
+from saber_jax.runs.files import write_jsonl
 from saber_jax.train import checkpoint, loop, setup
-from saber_jax.train.step import flatten, merge
+from saber_jax.tree import flatten, merge
 from tests import synthetic
-from tests.runs import load
+from tests.finished_run import load
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_the_reference_cache_is_used_again_and_refused_by_name_when_foreign(
     reference_command.run(config)
     config.init.checkpoint = str(whole / "cadpo")
     with pytest.raises(
-        ValueError, match=r"reference/whole holds .* another run: weights \w+ there"
+        ValueError, match=r"reference/whole holds .* another run \(weights: \w+ there"
     ):
         reference_command.run(config)
 

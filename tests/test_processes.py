@@ -14,10 +14,10 @@ from data_prep.records import dataset
 from saber_jax.data.records import RecordSource, write_outlines
 from saber_jax.runs import distributed
 from saber_jax.train.reference import Cache, Source
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 from tests import synthetic
+from tests.finished_run import load
 from tests.processes import running
-from tests.runs import load
 
 pytestmark = pytest.mark.slow
 

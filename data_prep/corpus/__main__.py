@@ -14,7 +14,6 @@ is copied into this project or its output.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -29,6 +28,8 @@ from tqdm import tqdm
 
 from data_prep.corpus import film, text, voice
 from data_prep.corpus.plan import SPLITS, Clip, Sizes, plan
+from saber_jax.runs import manifest
+from saber_jax.runs.files import replacing, write_json, write_jsonl
 
 VERSION = "1.0.0"
 # One per worker process, set by `_start_worker`.
@@ -73,39 +74,28 @@ def build(
             pool.imap_unordered(_make, missing, chunksize=4), total=len(missing), unit="clip"
         ):
             pass
-    labels = "".join(json.dumps(clip.labels) + "\n" for clip in clips)
-    _write(out / "labels.jsonl", labels)
+    write_jsonl(out / "labels.jsonl", [clip.labels for clip in clips])
     made_with = {name: version(name) for name in ("av", "espeakng-loader", "numpy", "pillow")}
     summary = {**settings, "counts": counts, "made_with": made_with}
-    _write(out / "corpus.json", json.dumps(summary, indent=2) + "\n")
+    write_json(out / "corpus.json", summary)
     print(f"{out}: {len(clips)} clips, " + ", ".join(f"{s} {counts[s]}" for s in SPLITS) + ".")
     return counts
 
 
 def _claim(out: Path, settings: dict):
     """Marks `out` as the home of this corpus, or raises when another one lives there."""
-    path = out / "settings.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != settings:
-            raise ValueError(
-                f"{out} holds a corpus built with other settings: it has {json.dumps(found)}, "
-                f"asked for {json.dumps(settings)}. Choose another --out or delete {out}."
-            )
-        return
+    manifest.claim(
+        out / "settings.json",
+        settings,
+        what=f"{out} holds a corpus built with other settings",
+        remedy=f"Choose another --out or delete {out}.",
+    )
     for folder in ("clips", "annotations"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(settings, indent=2) + "\n")
+        (out / folder).mkdir(exist_ok=True)
 
 
 def _names(folder: Path, suffix: str) -> set[str]:
     return {name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix)}
-
-
-def _write(path: Path, text: str):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _start_worker(out: Path):
@@ -123,12 +113,10 @@ def _end_with_parent():
 
 def _make(clip: Clip):
     frames, track = render(clip, _speaker)
-    partial = _out / "clips" / f".{clip.clip_id}.partial"
-    film.write_mp4(partial, frames, track)
-    os.replace(partial, _out / "clips" / f"{clip.clip_id}.mp4")
+    with replacing(_out / "clips" / f"{clip.clip_id}.mp4") as partial:
+        film.write_mp4(partial, frames, track)
     # Last, so that an annotation means a finished clip.
-    annotation = json.dumps(text.annotation(clip), ensure_ascii=False, indent=2)
-    _write(_out / "annotations" / f"{clip.clip_id}.json", annotation + "\n")
+    write_json(_out / "annotations" / f"{clip.clip_id}.json", text.annotation(clip))
 
 
 def _sizes(args: argparse.Namespace) -> Sizes:

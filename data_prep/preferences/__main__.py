@@ -30,7 +30,9 @@ from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
 from saber_jax.generate.generator import load_generator, model_fingerprint
 from saber_jax.runs import shares
-from saber_jax.runs.journal import Journal, batches, fingerprint, read_json, write_json, write_jsonl
+from saber_jax.runs.files import read_json, write_json, write_jsonl
+from saber_jax.runs.journal import Journal, batches
+from saber_jax.runs.manifest import fingerprint
 
 FEWEST_PAIRS = 8
 NAME = "decisions.jsonl"

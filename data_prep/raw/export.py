@@ -15,6 +15,7 @@ from pathlib import Path
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
 from saber_jax.data.records import LABELS
+from saber_jax.runs.files import replacing
 
 REASONS = {"missing": "the clip is no longer where it was"}
 
@@ -53,13 +54,11 @@ def _place(source: str, target: Path) -> None:
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with storage.local_copy(source) as path:
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with storage.local_copy(source) as path, replacing(target) as partial:
         try:
-            os.link(path, temporary)
+            os.link(path, partial)
         except OSError:  # Another disk.
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, target)
+            shutil.copyfile(path, partial)
 
 
 def _labels(row: Row) -> dict[str, str]:

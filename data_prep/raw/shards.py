@@ -30,6 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.raw import storage
+from saber_jax.runs import manifest
 
 Row = dict[str, Any]
 
@@ -114,8 +115,8 @@ class Stage:
 
     def fingerprint(self) -> str:
         """Changes with the settings of this stage and of every one before it."""
-        manifest = storage.read_json(self.file("manifest.json"))
-        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+        described = storage.read_json(self.file("manifest.json"))
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def claim(self, after: str) -> None:
         """Writes the manifest; ValueError when the folder was made from something else."""
@@ -127,18 +128,11 @@ class Stage:
         if not storage.exists(path):
             storage.write_json(path, ours)
             return
-        theirs = storage.read_json(path)
-        if theirs == ours:
-            return
-        old, new = _flat(theirs), _flat(ours)
-        changed = [
-            f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
-        ]
-        raise ValueError(
-            f"{self.folder} was made with other settings ({'; '.join(changed)}). Delete it to make "
-            "it anew (later stages too), or choose another output folder."
+        manifest.check(
+            storage.read_json(path),
+            ours,
+            what=f"{self.folder} was made with other settings",
+            remedy="Delete it to make it anew (later stages too), or choose another output folder.",
         )
 
     def missing(self) -> list[int]:
@@ -301,13 +295,3 @@ def _watch(stage: Stage, todo: int, finished: threading.Event) -> None:
         while not finished.wait(1.0):
             bar.update(todo - len(stage.missing()) - bar.n)
         bar.update(todo - len(stage.missing()) - bar.n)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

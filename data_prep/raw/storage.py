@@ -7,12 +7,13 @@ import contextlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from saber_jax.runs import files
 
 
 def join(folder: str, *names: str) -> str:
@@ -46,13 +47,7 @@ def write_text(path: str, text: str) -> None:
     if not is_local(path):
         fs.pipe_file(name, text.encode())  # Objects in a bucket appear whole.
         return
-    # Not only the process number: two machines may make the same shard on a shared disk.
-    temporary = f"{name}.{uuid.uuid4().hex[:8]}.partial"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, name)
+    files.write_text(name, text)
 
 
 def read_text(path: str) -> str:

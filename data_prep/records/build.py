@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data_prep.records import clips
 from saber_jax.data import decode, records, sed, tokenizer
+from saber_jax.runs.files import write_json, write_jsonl
 
 FORMAT = 2
 """Version of what a build leaves; part of its fingerprint."""
@@ -130,7 +131,7 @@ def build(arguments: argparse.Namespace) -> int:
         raise ValueError(f"None of the {len(videos)} clips in {arguments.clips} could be used.")
     summary = _write(ready, arguments, kept, refusals)
     summary |= {"clips": len(videos), **fingerprint}
-    _write_json(ready / "build.json", summary)
+    write_json(ready / "build.json", summary)
     if out.exists():
         out.rmdir()  # Known to be empty.
     os.rename(ready, out)
@@ -266,8 +267,7 @@ def _write(
 
     ready.mkdir(parents=True)
     vocabulary = _vocabulary(ready, arguments, jobs)
-    rows = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in refusals]
-    (ready / "refused.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(ready / "refused.jsonl", map(dataclasses.asdict, refusals))
     by_split: dict[str, list[clips.Job]] = {}
     for job in jobs:
         by_split.setdefault(job.split, []).append(job)
@@ -327,10 +327,6 @@ def _report(out: Path, summary: dict[str, Any], refusals: Sequence[clips.Refusal
         if count > SHOWN_REFUSALS:
             print(f"  and {count - SHOWN_REFUSALS} more in refused.jsonl.")
     return 1 if refusals else 0
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

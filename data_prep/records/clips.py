@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saber_jax.data import decode, records
+from saber_jax.runs.files import replacing
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".m4v", ".flv")
 
@@ -178,11 +178,8 @@ def decode_job(job: Job) -> Refusal | None:
     except OSError as error:
         return Refusal(file=job.path.name, reason="unreadable", detail=str(error))
     digest = hashlib.sha256(job.path.read_bytes()).hexdigest()
-    # Not named by process: on a cluster, those of two machines can have the same number.
-    temporary = job.staged.with_suffix(f".{uuid.uuid4().hex}")
-    with temporary.open("wb") as file:
+    with replacing(job.staged) as partial, partial.open("wb") as file:
         pickle.dump((clip, digest), file, protocol=pickle.HIGHEST_PROTOCOL)
-    os.replace(temporary, job.staged)
     return None
 
 

@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import sys
 import traceback
@@ -38,7 +37,7 @@ import numpy as np
 from data_prep.records import clips, dataset
 from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
 from saber_jax.data import decode, records, tokenizer
-from saber_jax.runs.journal import write_jsonl
+from saber_jax.runs.files import replacing_folder, write_jsonl
 
 SHOWN_REFUSALS = 20
 
@@ -157,16 +156,8 @@ def run(flags: argparse.Namespace) -> int:
     """Imports; returns the exit code. Raises ValueError or OSError if nothing can be imported."""
     if flags.out.exists() and any(flags.out.iterdir()):
         raise ValueError(f"{flags.out} is not empty; choose another --out.")
-    partial = flags.out.with_name(f"{flags.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(flags.out) as partial:  # In the place of an empty folder, if any.
         result = _import(flags, partial)
-        if flags.out.exists():
-            flags.out.rmdir()  # Known to be empty.
-        os.rename(partial, flags.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     others = "".join(f", {n} of split {name}" for name, n in result.of_other_splits.items())
     counts = f"{result.made} records, {result.pairs} pairs, {len(result.refused)} refused{others}"
     print(f"{result.rows} rows: {counts} in {flags.out}")

@@ -10,7 +10,7 @@ from saber_jax import sharding
 from saber_jax.generate import decoding
 from saber_jax.train import flops
 from saber_jax.train.setup import Setup
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 
 GENERATION = ("prefill", "decode")
 NAMES = ("train", "reference", *GENERATION)

@@ -8,7 +8,6 @@ of hosts.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +31,7 @@ from saber_jax.data.sources import Sources
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.withhold import MODALITIES, Modality, withhold
+from saber_jax.runs.files import replacing
 
 
 class References(Protocol):
@@ -185,9 +185,8 @@ def measure(examples: Examples, cache: Path, *, workers: int = 0) -> sizing.Meas
         *(_sum_over_processes(getattr(part, f.name)) for f in dataclasses.fields(part))
     )
     if first:
-        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
-        np.savez(temporary, **vars(whole))
-        os.replace(temporary, cache)
+        with replacing(cache) as partial, partial.open("wb") as file:
+            np.savez(file, **vars(whole))
     return whole
 
 

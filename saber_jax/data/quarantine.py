@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from saber_jax.runs.journal import read_jsonl, write_jsonl
+from saber_jax.runs.files import read_jsonl, write_jsonl
 
 REASONS = {
     "bad_record": "the stored record cannot be used",

@@ -11,7 +11,6 @@ import difflib
 import functools
 import json
 import multiprocessing
-import os
 import re
 import sys
 import time
@@ -22,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int16, UInt8
+
+from saber_jax.runs.files import replacing
 
 LANGUAGES = ("en", "zh")
 
@@ -298,11 +299,10 @@ def write_outlines(source: RecordSource, *, workers: int = 1) -> int:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    file = outlines_file(source.directory, source.split)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
     bad = 0
     with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(replacing(outlines_file(source.directory, source.split)))
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
         stack.callback(writer.close)
         lines = map(functools.partial(_outline, source), range(len(source)))
         if workers > 1 and len(source) > 1000:  # Starting processes costs about a second.
@@ -312,7 +312,6 @@ def write_outlines(source: RecordSource, *, workers: int = 1) -> int:
         for line in lines:
             bad += line.startswith(b'{"bad"')
             writer.write(line)
-    os.replace(temporary, file)
     return bad
 
 

@@ -10,7 +10,8 @@ from saber_jax.data.records import Record, RecordSource
 from saber_jax.evaluation import emer, emobench_m, emobench_m_scores, saber_test
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import ClipFile, ClipFiles, Material, Row, longest_first
-from saber_jax.runs.journal import fingerprint, read_jsonl
+from saber_jax.runs.files import read_jsonl
+from saber_jax.runs.manifest import fingerprint
 
 Settings = dict[str, Any] | None
 """How clips are decoded: the sampling of a checkpoint's model.json."""

@@ -10,7 +10,6 @@ elsewhere: style, script and charts are inline, clips are data: URIs.
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ import markupsafe
 
 from saber_jax.data.examples import CONFLICT_TYPES
 from saber_jax.evaluation import charts, report_examples, report_tables, saber_test
-from saber_jax.runs.journal import read_json, read_jsonl
+from saber_jax.runs.files import read_json, read_jsonl, write_text
+from saber_jax.tree import flatten
 
 STAGES = {"sft": "SED", "cadpo": "CA-DPO"}
 PAGE = Path(__file__).parent / "page"
@@ -128,7 +128,7 @@ def _run(workdir: Path) -> dict[str, Any]:
     if not metrics:
         raise ValueError(f"{workdir}/metrics.jsonl is empty: that run has not taken a step.")
     config = workdir / "config.json"
-    settings = _flat(read_json(config)) if config.exists() else {}
+    settings = flatten(read_json(config), ".") if config.exists() else {}
     return {
         "summary": read_json(workdir / "summary.json"),
         "metrics": metrics,
@@ -138,14 +138,6 @@ def _run(workdir: Path) -> dict[str, Any]:
             if not any(key == name or key.startswith(f"{name}.") for name in LOCATIONS)
         ),
     }
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat |= {prefix + name: value} if nested is None else nested
-    return flat
 
 
 def _charts(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -198,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = flags.out.with_name(flags.out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, flags.out)
+    write_text(flags.out, page)
     print(f"report in {flags.out} ({flags.out.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -22,7 +22,8 @@ from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import Material, Row, predict
 from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
 from saber_jax.runs import shares
-from saber_jax.runs.journal import Journal, read_jsonl, write_json, write_jsonl
+from saber_jax.runs.files import read_jsonl, write_json, write_jsonl
+from saber_jax.runs.journal import Journal
 from saber_jax.train import checkpoint
 
 

@@ -26,7 +26,7 @@ from saber_jax.generate import decoding
 from saber_jax.generate.prompts import Packer, Room
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs.journal import fingerprint
+from saber_jax.runs.manifest import fingerprint
 from saber_jax.train import checkpoint
 
 STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the device is never asked.

@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +44,8 @@ from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
+from saber_jax.runs import manifest
+from saber_jax.runs.files import replacing_folder
 from saber_jax.train import stream
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -138,16 +139,13 @@ def _job_like(
 
 def _check_source(params, cfg: SaberConfig, source: Source) -> None:
     ours, theirs = cfg.to_dict(), source.cfg.to_dict()
-    differ = [
-        f"{part}: {theirs[part]} there, {ours[part]} here"
-        for part in ours
-        if ours[part] != theirs[part] and part != "tokens"
-    ]
-    if differ:
-        raise ValueError(
-            f"{source.directory} is another model than the checkpoint ({'; '.join(differ)}). Give "
-            "the directory that the checkpoint was loaded from, or leave --source out."
-        )
+    ours["tokens"] = theirs["tokens"]
+    manifest.check(
+        theirs,
+        ours,
+        what=f"{source.directory} is another model than the checkpoint",
+        remedy="Give the directory that the checkpoint was loaded from, or leave --source out.",
+    )
     if source.tensors["lm_head.weight"] is source.tensors["model.embed_tokens.weight"]:
         head, embed = params["text"]["lm_head"][...], params["text"]["embed"][...]
         if not np.array_equal(np.asarray(head).T, np.asarray(embed)):
@@ -188,12 +186,8 @@ def _replacing(out: Path, expected: set[str]) -> Iterator[Path]:
                 f"{out} holds files that no export wrote: {sorted(foreign)[:5]}. Give --out a new "
                 "name."
             )
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with replacing_folder(out) as partial:
+        yield partial
 
 
 def _write_weights(

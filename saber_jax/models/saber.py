@@ -27,6 +27,7 @@ from saber_jax.models.shards import lookup, mark, whole_table
 from saber_jax.models.text import Block, Cache, Text, of_layer
 from saber_jax.models.tiles import tile
 from saber_jax.models.vision import Vision
+from saber_jax.tree import flatten
 
 Params = dict[str, Any]
 """{"vision": ..., "audio": ..., "text": ...}; repeated layers are stacked on a leading axis.
@@ -259,7 +260,7 @@ def check_tree(expected: Params, got: Params, *, dtypes: bool = True) -> None:
 
 
 def _differences(expected: Params, got: Params, *, dtypes: bool) -> list[str]:
-    want, have = _flat(expected), _flat(got)
+    want, have = flatten(expected), flatten(got)
     problems = [
         f"missing {name} {tuple(want[name].shape)}" for name in sorted(want.keys() - have.keys())
     ]
@@ -271,11 +272,6 @@ def _differences(expected: Params, got: Params, *, dtypes: bool) -> list[str]:
         elif (dtypes and a.dtype != b.dtype) or not jnp.issubdtype(b.dtype, jnp.floating):
             problems.append(f"{name}: expected {a.dtype}, got {b.dtype}")
     return problems
-
-
-def _flat(tree: Params) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
 def _report(problems: list[str]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from saber_jax.tree import flatten
+
 APART = (
     *("variant", "topology", "mesh", "root", "workdir", "reference", "generation"),
     *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
@@ -20,18 +22,8 @@ APART = (
 def identity(config: ConfigDict | dict) -> dict[str, Any]:
     """Setting -> value, keys like "data.length"; `config` or what json made of one."""
     tree = json.loads(config.to_json()) if isinstance(config, ConfigDict) else config
-    return {name: value for name, value in _flat(tree).items() if not _apart(name)}
+    return {name: value for name, value in flatten(tree, ".").items() if not _apart(name)}
 
 
 def _apart(name: str) -> bool:
     return any(name == part or name.startswith(f"{part}.") for part in APART)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"path": x}} -> {"data.path": x}"""
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

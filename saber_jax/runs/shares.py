@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saber_jax.runs.journal import batches, read_jsonl
+from saber_jax.runs.files import read_jsonl
+from saber_jax.runs.journal import batches
 
 
 @dataclasses.dataclass(frozen=True)

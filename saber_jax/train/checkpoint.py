@@ -27,8 +27,10 @@ from jax.typing import DTypeLike
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs.journal import write_json
-from saber_jax.train.step import TrainState, flatten, merge
+from saber_jax.runs import manifest
+from saber_jax.runs.files import write_json
+from saber_jax.train.step import TrainState
+from saber_jax.tree import flatten, merge
 
 MODEL_FILE = "model.json"
 
@@ -88,13 +90,14 @@ class Checkpoints:
         """
         stored = self.meta()
         step = stored["step"]
-        changed = [key for key in meta if key != "step" and stored.get(key) != meta[key]]
-        if changed:
-            detail = "; ".join(f"{k} was {stored.get(k)}, is {meta[k]}" for k in changed)
-            raise ValueError(
-                f"The checkpoint at step {step} belongs to another run: {detail}. Give the new run "
-                "a --workdir of its own, or go back to the settings and data of the old one."
-            )
+        ours = {key: value for key, value in meta.items() if key != "step"}
+        manifest.check(
+            {key: stored.get(key) for key in ours},
+            ours,
+            what=f"The checkpoint at step {step} belongs to another run",
+            remedy="Give the new run a --workdir of its own, or go back to the settings and data "
+            "of the old one.",
+        )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(

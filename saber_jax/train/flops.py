@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.parameters import Kind, Part
-from saber_jax.train.step import Batch, flatten
+from saber_jax.train.step import Batch
+from saber_jax.tree import flatten
 
 # Dense bfloat16 operations a second of one jax device, by `device_kind`, from the makers' data
 # sheets. A TPU7x chip is two devices.

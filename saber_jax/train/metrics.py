@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tensorboardX import SummaryWriter
 
+from saber_jax.runs.files import write_text
+
 MOST_SAMPLED = 1 << 16
 """Entries of a parameter that its histogram is drawn from."""
 
@@ -32,9 +34,7 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) < start]
-            temporary = path.with_name(f"{path.name}.{os.getpid()}")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self._wandb = _wandb_run(wandb, path.parent) if wandb else None
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start)

@@ -13,7 +13,6 @@ added to old ones. What is not in the key has to match as a whole, or the cache 
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,8 +27,10 @@ from tqdm import tqdm
 
 from saber_jax.data.examples import Example
 from saber_jax.data.withhold import VIEWS, View
-from saber_jax.runs.journal import read_json, write_json
-from saber_jax.train.step import Batch, flatten
+from saber_jax.runs import manifest
+from saber_jax.runs.files import replacing
+from saber_jax.train.step import Batch
+from saber_jax.tree import flatten
 
 KEY_BYTES = 16
 FLUSH_SECONDS = 30  # What a kill loses at most.
@@ -103,17 +104,13 @@ class Cache:
         self.values: dict[bytes, Float[np.ndarray, " n"]] = {}
         if jax.process_index() > 0:
             return
-        manifest, ours = self.folder / "manifest.json", dataclasses.asdict(source)
-        theirs = read_json(manifest) if manifest.exists() else ours
-        changed = [name for name in ours if theirs.get(name) != ours[name]]
-        if changed:
-            detail = "; ".join(f"{n} {theirs.get(n)} there, {ours[n]} here" for n in changed)
-            raise ValueError(
-                f"{self.folder} holds reference log-probs of another run: {detail}. Delete the "
-                "folder to compute them again, or choose another with --config.reference=DIR."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(manifest, ours)
+        manifest.claim(
+            self.folder / "manifest.json",
+            dataclasses.asdict(source),
+            what=f"{self.folder} holds reference log-probs of another run",
+            remedy="Delete the folder to compute them again, or choose another with "
+            "--config.reference=DIR.",
+        )
         for path in self._files():
             reader = ArrayRecordReader(str(path))
             for record in reader.read_all():
@@ -134,12 +131,11 @@ class Cache:
         if not values or jax.process_index() > 0:
             return
         path = self.folder / f"{len(self._files()):05d}.array_record"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        writer = ArrayRecordWriter(str(temporary), "group_size:64")
-        for key, value in values.items():
-            writer.write(key + value.astype("<f4").tobytes())
-        writer.close()
-        os.replace(temporary, path)
+        with replacing(path) as partial:
+            writer = ArrayRecordWriter(str(partial), "group_size:64")
+            for key, value in values.items():
+                writer.write(key + value.astype("<f4").tobytes())
+            writer.close()
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.array_record"))

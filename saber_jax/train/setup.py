@@ -24,15 +24,8 @@ from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.objectives import Batch, Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
-from saber_jax.train.step import (
-    Metrics,
-    TrainState,
-    cadpo_step,
-    flatten,
-    merge,
-    partition,
-    sft_step,
-)
+from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
+from saber_jax.tree import flatten, merge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint
 from saber_jax.train.setup import Setup
-from saber_jax.train.step import TrainState, flatten, merge
+from saber_jax.train.step import TrainState
+from saber_jax.tree import flatten, merge
 
 
 def base_checkpoint(config: ConfigDict, stage: Setup, workdir: Path) -> Path | None:

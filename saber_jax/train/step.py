@@ -6,7 +6,7 @@ Pure functions of a state and a batch; the caller jits them, donating the state.
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 import jax
@@ -19,6 +19,7 @@ from saber_jax.models.config import SaberConfig
 from saber_jax.train.losses import Tally, means
 from saber_jax.train.objectives import Batch, Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
+from saber_jax.tree import flatten, merge
 
 Metrics = dict[str, Array]
 Objective = Callable[[dict, Batch], tuple[Array, Array, Tally]]
@@ -41,24 +42,6 @@ class TrainState(Generic[Leaf]):
     @property
     def params(self) -> dict:
         return merge(self.trainable, self.frozen)
-
-
-def flatten(params: dict) -> dict[str, Any]:
-    """{"text": {"norm": x}} -> {"text/norm": x}, whatever the leaves are: arrays, shapes, names."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def merge(*parts: Mapping[str, Any]) -> dict:
-    """Inverse of `flatten`, over the union of `parts`."""
-    tree: dict[str, Any] = {}
-    for name, leaf in (item for part in parts for item in part.items()):
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def partition(params: dict, patterns: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint, page_cache
-from saber_jax.train.step import flatten, merge
+from saber_jax.tree import flatten, merge
 
 CHUNK_BYTES = 8 * 2**20
 NARROWEST = 64  # Of the cut axis: below that, a chunk is gathered from runs shorter than a page.

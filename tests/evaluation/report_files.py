@@ -6,7 +6,7 @@ from typing import Any
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS
 from saber_jax.evaluation import probes, saber_test
-from saber_jax.runs.journal import write_json, write_jsonl
+from saber_jax.runs.files import write_json, write_jsonl
 
 CONFLICT = {"emotion": "contempt", "face": "happy", "voice": "angry", "conflict_type": "sarcasm"}
 AGREEMENT = {"emotion": "sad", "face": "sad", "voice": "sad", "conflict_type": "none"}

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from saber_jax.evaluation import charts, report, report_examples, report_tables, saber_test
-from saber_jax.runs.journal import read_json, write_json, write_jsonl
+from saber_jax.runs.files import read_json, write_json, write_jsonl
 from tests.evaluation.report_files import CADPO, SED, write_run
 
 

@@ -8,7 +8,7 @@ from saber_jax.data import sed
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.withhold import GREY
 from saber_jax.evaluation import probes, run
-from saber_jax.runs.journal import read_json, read_jsonl, write_jsonl
+from saber_jax.runs.files import read_json, read_jsonl, write_jsonl
 from tests import media_files
 from tests.loopback import Answer, chat_server
 

@@ -24,7 +24,7 @@ from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig
 from saber_jax.train import checkpoint, stream
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 from tests.models.batches import CONFIG
 from tests.processes import running
 
@@ -293,7 +293,7 @@ from saber_jax import distributed, sharding
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 
 def read():
     return int(Path("/proc/self/io").read_text().split()[1])

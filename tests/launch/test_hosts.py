@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saber_jax.data.records import RecordSource
-from saber_jax.runs.journal import write_jsonl
+from saber_jax.runs.files import write_jsonl
 from tests.processes import running
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from saber_jax import sharding
 from saber_jax.models import lora, saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.models.parameters import Kind, Role
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 from tests.models.batches import CONFIG, Audio, Image, Text, conversation, pack, text_batch
 
 TALK = conversation(1, Text(3), Image((1, 4, 6)), Audio(230), Text(5))

@@ -75,7 +75,7 @@ def worker(folder: str) -> None:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    command = ["-m", "tests.test_distributed", str(folder)]
+    command = ["-m", "tests.runs.test_distributed", str(folder)]
     with running(command, folder, count=2, devices=4) as processes:
         statuses = processes.wait(120)
         results = [folder / f"result{i}.json" for i in range(2)]

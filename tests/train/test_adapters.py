@@ -14,7 +14,8 @@ from saber_jax.data.records import FIELDS
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig
 from saber_jax.train.objectives import Compute
-from saber_jax.train.step import TrainState, flatten, partition, sft_step
+from saber_jax.train.step import TrainState, partition, sft_step
+from saber_jax.tree import flatten
 from tests.models.batches import CONFIG, text_batch
 
 ROWS, LENGTH = 4, 16

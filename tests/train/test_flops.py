@@ -13,7 +13,8 @@ from saber_jax.models import masks, saber
 from saber_jax.models.config import AudioConfig, TextConfig, VisionConfig, saber_config
 from saber_jax.train import flops
 from saber_jax.train.objectives import Compute, sft_objective
-from saber_jax.train.step import flatten, merge, partition
+from saber_jax.train.step import partition
+from saber_jax.tree import flatten, merge
 from tests import synthetic
 
 PAIRS = Budget(length=512, response=96, patches=144, chunks=3, targets=256, segments=2)

@@ -9,7 +9,7 @@ import pytest
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, saber_config
 from saber_jax.train.optimizer import OptimizerConfig, make_optimizer, schedules
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 
 CONFIG = OptimizerConfig(
     peak_lr=1e-2,

@@ -11,7 +11,7 @@ from saber_jax.data.examples import encode_record
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.train.objectives import Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
-from saber_jax.train.step import flatten
+from saber_jax.tree import flatten
 from tests import synthetic
 
 COMPUTE = Compute(dtype="float32", remat="none", head_chunk=64, frame_patches=36)

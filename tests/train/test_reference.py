@@ -74,7 +74,7 @@ def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Source)])
 def test_a_cache_of_anything_else_is_refused_by_name(tmp_path, name):
     Cache(tmp_path, "whole", SOURCE)
-    with pytest.raises(ValueError, match=rf"{name} {getattr(SOURCE, name)} there, other here"):
+    with pytest.raises(ValueError, match=rf"{name}: {getattr(SOURCE, name)} there, other here"):
         Cache(tmp_path, "whole", dataclasses.replace(SOURCE, **{name: "other"}))
 
 

@@ -27,7 +27,8 @@ from saber_jax.train.objectives import (
     withheld,
 )
 from saber_jax.train.preference import Preference
-from saber_jax.train.step import TrainState, cadpo_step, flatten, merge, partition, sft_step
+from saber_jax.train.step import TrainState, cadpo_step, partition, sft_step
+from saber_jax.tree import flatten, merge
 from tests import synthetic
 
 COMPUTE = Compute(dtype="float32", remat="none", head_chunk=64, frame_patches=36)

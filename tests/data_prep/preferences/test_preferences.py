@@ -7,7 +7,8 @@ from data_prep.preferences import __main__ as preferences
 from saber_jax.data import sed
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import FIELDS, Record
-from saber_jax.runs.journal import Journal, read_jsonl
+from saber_jax.runs.files import read_jsonl
+from saber_jax.runs.journal import Journal
 
 SARCASM = {"emotion": "contempt", "face": "happy", "voice": "angry", "conflict_type": "sarcasm"}
 
@@ -192,7 +193,7 @@ def test_the_command_leaves_pairs_that_training_reads_and_then_does_nothing(
 def test_another_checkpoint_in_the_same_folder_is_refused(command, capsys):
     command()
     assert command(checkpoint="other") == 1
-    assert "checkpoint: '1', now '2'" in capsys.readouterr().err
+    assert "checkpoint: 1 there, 2 here" in capsys.readouterr().err
 
 
 def test_shares_of_several_hosts_join_into_the_run_of_one(tmp_path, command, monkeypatch, capsys):

@@ -291,7 +291,7 @@ def test_other_settings_do_not_mix_with_finished_work(finished, drawn, tmp_path,
     changed = {"least_height = 64": "least_height = 65"}
     path = config(tmp_path, drawn, "http://127.0.0.1:9/v1", **changed)
     assert run.main(["--config", str(path), "--stage", "filter"]) == 1
-    assert "least_height: 64 there, 65 now" in capsys.readouterr().err
+    assert "least_height: 64 there, 65 here" in capsys.readouterr().err
 
 
 def test_the_example_settings_are_valid():

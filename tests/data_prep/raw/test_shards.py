@@ -100,7 +100,7 @@ def test_work_that_loses_or_doubles_rows_is_stopped(tmp_path, work, complaint):
 def test_other_settings_here_or_before_are_refused(tmp_path):
     source = make_source(tmp_path)
     shards.run(make_stage("even", tmp_path, limit=1), source, drop_odd)
-    with pytest.raises(ValueError, match=r"settings\.limit: 1 there, 2 now"):
+    with pytest.raises(ValueError, match=r"settings\.limit: 1 there, 2 here"):
         shards.run(make_stage("even", tmp_path, limit=2), source, drop_odd)
     other = make_stage("source", tmp_path, seed=1)
     storage.write_json(other.file("manifest.json"), {"settings": {"seed": 1}})

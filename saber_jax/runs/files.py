@@ -1,0 +1,98 @@
+"""Files that are either whole or not there: written beside their place, then moved into it.
+
+A process may be killed at any moment and a disk may be full. Whoever reads a file written here sees
+the old content or the new one, never a part of it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write a file to, which takes the place of `path` when the block ends well.
+
+    The file is on the disk before it is moved. When the block raises, `path` stays as it was and
+    nothing is left beside it.
+    """
+    path = Path(path)
+    # A name of its own for every writer: processes of several machines may write the same file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of the folder `path` at the end.
+
+    What an earlier attempt left beside it is removed first. When the block raises, `path` stays as
+    it was. Between removing an old `path` and moving the new one there is a moment without any.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes indented JSON in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike, items: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line, in one step."""
+    write_text(path, "".join(map(json_line, items)))
+
+
+def json_line(item: dict[str, Any]) -> str:
+    return json.dumps(item, ensure_ascii=False) + "\n"
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads what `write_json` wrote. Raises ValueError naming a damaged file and the line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # Of JSON or of UTF-8.
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads one JSON object a line. Raises ValueError naming the file and line that is none."""
+    items = []
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error}).") from error
+            if not isinstance(item, dict):
+                kind = type(item).__name__
+                raise ValueError(f"{path}:{number} is not a JSON object but a {kind}.")
+            items.append(item)
+    return items

@@ -1,0 +1,73 @@
+"""Whose folder is this? What a folder's results were computed from, and what differs.
+
+A folder that a job may resume holds a manifest: JSON of the inputs that decide its results. A job
+with other inputs is refused with the list of what differs, so that one folder never mixes two
+models, two corpora or two configs.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saber_jax.runs.files import read_json, write_json
+from saber_jax.tree import flatten
+
+EDGE_BYTES = 1 << 20
+
+
+class OtherInputsError(ValueError):
+    """A folder belongs to a job with other inputs."""
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """["data.length: 4096 there, 2048 here", ...], sorted; nested dicts have dotted names."""
+    old, new = flatten(there, "."), flatten(here, ".")
+    nothing = "nothing"
+    return [
+        f"{name}: {old.get(name, nothing)} there, {new.get(name, nothing)} here"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def check(there: Mapping[str, Any], here: Mapping[str, Any], *, what: str, remedy: str) -> None:
+    """Raises OtherInputsError "WHAT (what differs). REMEDY" unless both are equal."""
+    if differ := differences(there, here):
+        raise OtherInputsError(f"{what} ({'; '.join(differ)}). {remedy}")
+
+
+def claim(path: str | os.PathLike, inputs: Mapping[str, Any], *, what: str, remedy: str) -> None:
+    """Writes the manifest `path`, or checks that it was written from the same `inputs`.
+
+    `inputs` are JSON values. Raises OtherInputsError as `check` does, ValueError if the file is
+    damaged.
+    """
+    path = Path(path)
+    if path.exists():
+        check(read_json(path), inputs, what=what, remedy=remedy)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, inputs)
+
+
+def fingerprint(folder: str | os.PathLike, *patterns: str) -> str:
+    """A short hash of the files below `folder` that match any of the glob `patterns`.
+
+    Covers names, sizes and the first and last MiB of each, so it takes seconds for any model.
+    Raises FileNotFoundError when nothing matches.
+    """
+    folder = Path(folder)
+    files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no {' or '.join(patterns)}. Check the path.")
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as f:
+            digest.update(f.read(EDGE_BYTES))
+            f.seek(max(EDGE_BYTES, size - EDGE_BYTES))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
