@@ -23,6 +23,12 @@ source launch/hardware.sh
 # shellcheck source=launch/buckets.sh
 source launch/buckets.sh
 
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+  sed -n '2,/^set -/{ s/^# \{0,1\}//p }' launch/tpu_run.sh
+  echo
+  echo "All settings of a config: launch/tpu_run.sh configs/cadpo.py:tiny --help"
+  exit
+fi
 if [[ $# -lt 1 || ( "$1" == -* && "$1" != --stop ) ]]; then
   echo "usage: launch/tpu_run.sh configs/NAME.py:VARIANT [--config.key=value ...]," \
        "for example launch/tpu_run.sh configs/cadpo.py:tiny" >&2

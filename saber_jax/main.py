@@ -3,6 +3,11 @@
 Reads from top to bottom: flags, mesh, data, state, loop. The train step itself is in train/step.py.
 """
 
+from configs.command_line import CONFIG, answer_early, parse_flags
+
+if __name__ == "__main__":
+    answer_early()  # Before jax is imported, which takes seconds.
+
 import dataclasses
 import functools
 import json
@@ -14,7 +19,6 @@ import jax
 from absl import app, logging
 from ml_collections import ConfigDict
 
-from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.pairs import Pair, read_pairs

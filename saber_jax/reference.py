@@ -6,13 +6,17 @@ Training computes what is missing by itself; this is for doing it elsewhere or e
 devices, on another mesh, or while pairs are still being added. Killed, it goes on where it was.
 """
 
+from configs.command_line import CONFIG, answer_early, parse_flags
+
+if __name__ == "__main__":
+    answer_early()  # Before jax is imported, which takes seconds.
+
 import sys
 from pathlib import Path
 
 from absl import app, logging
 from ml_collections import ConfigDict
 
-from configs.command_line import CONFIG, parse_flags
 from saber_jax import main, sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tensorboardX import SummaryWriter
 
 from saber_jax.runs.files import write_text
 
@@ -37,6 +36,9 @@ class MetricsWriter:
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._wandb = _wandb_run(wandb, path.parent) if wandb else None
         self._file = path.open("a", encoding="utf-8")
+        # Imported here: it imports torch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -39,7 +39,7 @@ def test_a_setting_changes_the_config():
             "no setting 'peek_lr'; did you mean 'peak_lr'?",
         ),
         (("--config=configs/sft.py:tiny", "--config.steps=many"), "--config.steps=many"),
-        ((), "--config"),
+        ((), "Give a config: --config=configs/NAME.py:VARIANT"),
     ],
 )
 def test_a_mistake_gets_one_line(arguments, hint):
@@ -47,3 +47,34 @@ def test_a_mistake_gets_one_line(arguments, hint):
     assert answer.returncode != 0
     assert hint in answer.stderr and "Traceback" not in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def help_of(*arguments: str) -> str:
+    command = [sys.executable, "-m", "saber_jax.main", *arguments, "--help"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    return answer.stdout
+
+
+def test_help_lists_every_setting_with_its_value_and_what_the_config_says_about_it():
+    lines = help_of("--config=configs/cadpo.py:7b").splitlines()
+    for name in ("loss.beta=0.1", "data.length=3072", "lora.dropout=0.05", "root=runs/7b"):
+        assert f"  --config.{name}" in lines
+    explained = lines.index("  --config.loss.margin=0.0") - 1
+    assert lines[explained] == "  # m: how far beta * Delta has to be above 0."
+    assert "  --config.steps=500" in help_of().splitlines()
+
+
+def test_main_answers_a_typing_error_before_it_imports_jax():
+    program = """
+import runpy, sys
+sys.argv[1:] = ["--config=configs/sft.py:tiny", "--config.stpes=4"]
+try:
+    runpy.run_module("saber_jax.main", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print(end)
+print("jax" in sys.modules)
+"""
+    command = [sys.executable, "-c", program]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "did you mean 'steps'?" in answer.stdout and answer.stdout.endswith("False\n")
