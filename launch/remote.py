@@ -23,6 +23,7 @@ from launch.gcloud import FOLDER, LOST, Node, Pod, ask, everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
 PREEMPTED = 75
+UNPACK = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER}"
 RECONNECTS = 20
 LASTING_SECONDS = 60
 
@@ -42,8 +43,8 @@ def pack(target: Path) -> None:
                 tar.add(ROOT / name, arcname=name, recursive=False)
 
 
-def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
-    """Copies and starts on all workers. Exits when any of them cannot."""
+def ship(pod: Pod, nodes: list[Node]) -> None:
+    """Copies this checkout to all workers, to be unpacked there. Exits when that fails."""
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / f"{FOLDER}.tar.gz"
         pack(archive)
@@ -51,11 +52,13 @@ def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
         print(f"copying this checkout ({size:.1f} MiB) to {where(nodes)}", flush=True)
         if any(everywhere(nodes, lambda node: pod.copy(node, archive))):
             sys.exit("launch/tpu_run.sh: copying failed, see above.")
+
+
+def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
+    """Copies and starts on all workers. Exits when any of them cannot."""
+    ship(pod, nodes)
     run = shlex.join(["launch/job.sh", "start", *arguments])
-    unpack = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER}"
-    statuses = everywhere(
-        nodes, lambda node: pod.on_all(node, f"{unpack} && cd {FOLDER} && {run}")[0]
-    )
+    statuses = everywhere(nodes, lambda node: pod.on_all(node, f"{UNPACK} && {run}")[0])
     if any(statuses):
         ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
         sys.exit(
@@ -99,16 +102,8 @@ def where(nodes: list[Node]) -> str:
     return ", ".join(f"{node.name} ({node.workers} workers)" for node in nodes)
 
 
-def main(arguments: list[str]) -> int:
-    pod = gcloud.from_environment()
-    try:
-        nodes = pod.nodes()
-    except gcloud.Refused as refused:
-        sys.exit(f"launch/tpu_run.sh: {refused}")
-    if arguments == ["--stop"]:
-        ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
-        print("told to stop; the command that started it shows how it ends")
-        return 0
+def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
+    """Starts the run, or looks on at the one that is going on; the worst worker's status."""
     states = ask(pod, nodes, f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh state || echo none")
     if any(state == "running" for state in states.values()):
         print(f"a run is going on on {where(nodes)}; looking on", flush=True)
@@ -125,6 +120,19 @@ def main(arguments: list[str]) -> int:
     ending = f"the worst worker ended with status {status}" if status else "done"
     print(f"{where(nodes)}: {ending}")
     return status
+
+
+def main(arguments: list[str]) -> int:
+    pod = gcloud.from_environment()
+    try:
+        nodes = pod.nodes()
+    except gcloud.Refused as refused:
+        sys.exit(f"launch/tpu_run.sh: {refused}")
+    if arguments == ["--stop"]:
+        ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
+        print("told to stop; the command that started it shows how it ends")
+        return 0
+    return run(pod, nodes, arguments)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Workers are folders: FOLDER/NODE/INDEX is the home directory of worker INDEX of that TPU VM.
 GCLOUD = """
-import os, pathlib, shutil, subprocess, sys
+import json, os, pathlib, shutil, subprocess, sys
 
 arguments = sys.argv[1:]
-flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
+flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
 words = [a for a in arguments if not a.startswith("--")]
 folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
+if words[0] == "storage":  # cp - gs://BUCKET/FILE and rm gs://BUCKET/FILE
+    bucket = words[-1].split("/")[2]
+    sys.exit(f"ERROR: 403 no storage.objects.create in {bucket}" if bucket == "locked" else 0)
 kind, verb = words[2:4]
 fails = folder / "describe_fails"
 if verb == "describe" and fails.exists():
@@ -25,11 +28,53 @@ if verb == "describe" and fails.exists():
     fails.write_text(f"{int(times) - 1}\\n{message}")
     if int(times) > 0:
         sys.exit(message)
-if verb == "describe":
+if verb in ("describe", "create", "delete"):
     answer = folder / f"{kind}-{words[4]}.json"
+    error = f"ERROR: (gcloud.compute.tpus.{kind}.{verb})"
+if verb == "describe":
     if not answer.exists():
-        sys.exit(f"ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource not found")
+        sys.exit(f"{error} NOT_FOUND: Resource not found")
     print(answer.read_text())
+    # A queued resource that waits is there at the next look.
+    print_later = folder / "waits"
+    if kind == "queued-resources" and print_later.exists():
+        print_later.unlink()
+        made = json.loads(answer.read_text())
+        made["state"]["state"] = "ACTIVE"
+        answer.write_text(json.dumps(made))
+    sys.exit(0)
+if verb == "create":
+    refusals = folder / "create_refuses"
+    if refusals.exists():
+        first, *more = refusals.read_text().splitlines()
+        refusals.write_text("\\n".join(more)) if more else refusals.unlink()
+        sys.exit(f"{error} {first}")
+    if answer.exists():
+        sys.exit(f"{error} ALREADY_EXISTS: Resource already exists")
+    if "node-count" in flags:
+        count, prefix = int(flags["node-count"]), flags["node-prefix"]
+        nodes = [f"{prefix}-{i}" for i in range(count)]
+        spec = {"multisliceParams": {"nodeCount": count, "nodeIdPrefix": prefix}}
+    else:
+        nodes, spec = [flags["node-id"]], {"nodeId": flags["node-id"]}
+    state = "WAITING_FOR_RESOURCES" if (folder / "waits").exists() else "ACTIVE"
+    answer.write_text(json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [spec]}}))
+    workers = max(1, int(flags["accelerator-type"].split("-")[1]) // 4)
+    for node in nodes:
+        for worker in range(workers):
+            (folder / node / str(worker)).mkdir(parents=True)
+        about = {"state": "READY", "networkEndpoints": [{"ipAddress": "10.0.0.1"}] * workers}
+        (folder / f"tpu-vm-{node}.json").write_text(json.dumps(about))
+    sys.exit(0)
+if verb == "delete":
+    if not answer.exists():
+        sys.exit(f"{error} NOT_FOUND: Resource not found")
+    answer.unlink()
+    if kind == "queued-resources" and "--force" not in arguments:
+        sys.exit(f"{error} FAILED_PRECONDITION: it still has nodes; use --force")
+    for machine in folder.glob(f"tpu-vm-{words[4]}*.json"):
+        machine.unlink()
+        shutil.rmtree(folder / machine.stem[len("tpu-vm-"):])
     sys.exit(0)
 node = words[5].split(":")[0] if verb == "scp" else words[4]
 workers = sorted(p for p in (folder / node).iterdir() if flags["worker"] in ("all", p.name))
@@ -123,13 +168,24 @@ sys.exit(not mounted.exists() or sys.argv[-1] not in mounted.read_text().splitli
 """
 
 # Stands where the project's interpreter would: `-m launch.chain ...` ends as HOME/ends_with says.
+# With FOLDER/taken_back, the TPU VM that it runs on is taken back under it, once.
 PYTHON = """
-import os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
+
+def take_back(folder, name):
+    (folder / "taken_back").unlink()
+    for kind, state in (("queued-resources", {"state": "SUSPENDED"}), ("tpu-vm", "PREEMPTED")):
+        path = folder / f"{kind}-{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state}))
 
 if sys.argv[1] == "-m" and sys.argv[2] == "launch.chain":
     home = pathlib.Path(os.environ["HOME"])
     signal.signal(signal.SIGTERM, lambda *_: (print("saving", flush=True), os._exit(75)))
     print("chain with", *sys.argv[3:], flush=True)
+    folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
+    if home.name == "0" and (folder / "taken_back").exists():
+        take_back(folder, home.parent.name)
+        sys.exit(75)
     while (home / "goes_on").exists():
         time.sleep(0.05)
     sys.exit(int((home / "ends_with").read_text()) if (home / "ends_with").exists() else 0)
@@ -164,6 +220,7 @@ class Standins:
             "STANDIN_FOLDER": str(self.folder),
             "SYSFS": str(self.folder / "sys"),
             "RECONNECT_SECONDS": "0.1",
+            "TAKEN_BACK_SECONDS": "0.2",
             **more,
         }
 

@@ -1,0 +1,288 @@
+"""The life of a TPU pod, from a laptop: launch/pod.sh says how it is used."""
+
+from __future__ import annotations  # A laptop's Python may be older than ours.
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+
+from launch import gcloud, remote, topology
+from launch.gcloud import Node, Pod
+
+# States out of which nothing comes back: what is there has to be deleted and asked for again.
+GONE = ("PREEMPTED", "MISSING", "FAILED", "TERMINATED", "STOPPED", "SUSPENDED")
+# A TPU VM that is taken back still looks READY when its run has been told so.
+TAKEN_BACK_SECONDS = 180
+NO_CAPACITY_SECONDS = 300
+# A run that fails again and again for a reason of its own is not helped by another start.
+MOST_FAILURES = 3
+LASTING_SECONDS = 3600
+LEAST_FREE_GIB = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What was typed behind the verb. `run` is what launch/tpu_run.sh gets."""
+
+    run: list[str]
+    spot: bool = False
+    disk: str = ""
+    delete: bool = False
+
+    @property
+    def root(self) -> str:
+        settings = [a for a in self.run if a.startswith("--config.root=")]
+        return settings[-1].partition("=")[2] if settings else ""
+
+    def shape(self) -> topology.Slices:
+        """TPU_TYPE, or what the recipe is made for. Exits with a sentence where neither says it."""
+        recipe = topology.of_recipe(self.run[0]) if self.run else None
+        asked = os.environ.get("TPU_TYPE")
+        if asked:
+            try:
+                shape = topology.parse(asked)
+            except ValueError as error:
+                sys.exit(f"launch/pod.sh: TPU_TYPE {error}")
+        elif recipe is not None:
+            shape = recipe
+        else:
+            sys.exit(
+                "launch/pod.sh: which TPUs? Name a recipe of configs/pods.py, such as "
+                "configs/cadpo.py:7b-v5e-256, or set TPU_TYPE, such as v5e:16x16."
+            )
+        if recipe is not None and shape != recipe:
+            sys.exit(
+                f"launch/pod.sh: TPU_TYPE is {shape}, but {self.run[0]} is made for {recipe}. "
+                "Leave TPU_TYPE away, or choose another recipe (configs/pods.py)."
+            )
+        if not topology.GENERATIONS[shape.generation].accelerator:
+            sys.exit(
+                f"launch/pod.sh: {shape.generation} exists on GKE alone; see launch/tpu_run.sh."
+            )
+        return shape
+
+
+def read(arguments: list[str]) -> Wish:
+    """Exits with a sentence on a flag that nobody knows."""
+    flags = [a for a in arguments if re.match(r"--(spot|delete|disk=.+)$", a)]
+    rest = [a for a in arguments if a not in flags]
+    if rest and rest[0] != "--stop" and not rest[0].startswith("configs/"):
+        sys.exit(f"launch/pod.sh: expected configs/NAME.py:VARIANT, got {rest[0]!r}")
+    strange = [a for a in rest[1:] if not a.startswith("--config.")]
+    if strange:
+        sys.exit(
+            f"launch/pod.sh: unknown {strange[0]}; there are --spot, --disk=NAME, --delete and "
+            "settings such as --config.seed=1"
+        )
+    disk = next((a.partition("=")[2] for a in flags if a.startswith("--disk=")), "")
+    return Wish(rest, spot="--spot" in flags, disk=disk, delete="--delete" in flags)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def create(pod: Pod, wish: Wish) -> None:
+    shape = wish.shape()
+    kind = "spot" if wish.spot else "on demand"
+    say(f"asking for {shape} ({shape.accelerator_type}, {kind}) as {pod.name} in {pod.zone}")
+    pod.create(shape, spot=wish.spot, disk=wish.disk)
+    state = wait_for(pod)
+    if state != "READY":
+        sys.exit(
+            f"launch/pod.sh: {pod.name} is {state}. Look at it with gcloud compute tpus "
+            f"queued-resources describe {pod.name}, and delete it with launch/pod.sh delete."
+        )
+
+
+def wait_for(pod: Pod) -> str:
+    """Returns when the TPUs are READY or gone, saying every change. A request stays in the queue
+    when this is interrupted."""
+    before = ""
+    while True:
+        state = pod.state()
+        if state != before:
+            say(f"{pod.name} is {state}")
+        if state == "READY" or state in GONE:
+            return state
+        before = state
+        time.sleep(gcloud.pause())
+
+
+def preflight(pod: Pod, wish: Wish) -> int:
+    """Prints what is wrong with which workers; 1 when a run could not work, else 0."""
+    nodes = pod.nodes()
+    shape = wish.shape()
+    remote.ship(pod, nodes)
+    command = shlex.join(["launch/preflight.sh", *([wish.root] if wish.root else [])])
+    answers = gcloud.ask(pod, nodes, f"{remote.UNPACK} && {command}")
+    problems, hints = judge(shape, nodes, answers)
+    for title, found in (("PROBLEM", problems), ("hint", hints)):
+        for text, workers in found.items():
+            print(f"{title}: {text}  [{_named(workers)}]")
+    count = sum(node.workers for node in nodes)
+    print(f"{count} workers looked at: {len(problems)} problems, {len(hints)} hints")
+    return 1 if problems else 0
+
+
+Found = dict  # text -> workers of whom it is true
+
+
+def judge(
+    shape: topology.Slices, nodes: list[Node], answers: Mapping[tuple[str, int], str]
+) -> tuple[Found, Found]:
+    """(problems, hints) in what the workers said, each with the workers it concerns."""
+    problems: Found = {}
+    hints: Found = {}
+    chips = {}
+    for node in nodes:
+        for worker in range(node.workers):
+            who = (node.name, worker)
+            lines = answers.get(who, "").splitlines()
+            facts = {name: fact for name, _, fact in (line.partition(" ") for line in lines)}
+            if not facts:
+                problems.setdefault("does not answer over ssh", []).append(who)
+                continue
+            chips[who] = int(facts.get("chips", 0))
+            for found, texts in zip((problems, hints), _of_worker(facts)):  # noqa: B905
+                for text in texts:
+                    found.setdefault(text, []).append(who)
+    for node in nodes:
+        there = sum(n for (name, _), n in chips.items() if name == node.name)
+        if there != shape.chips:
+            text = f"{there} chips are attached, the recipe is made for {shape.chips} ({shape})"
+            problems.setdefault(text, []).extend(who for who in chips if who[0] == node.name)
+    if len(nodes) != shape.count:
+        text = f"{len(nodes)} slices are there, the recipe is made for {shape.count} ({shape})"
+        problems[text] = list(chips)
+    return problems, hints
+
+
+def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    problems, hints = [], []
+    if facts.get("root", "ok") != "ok":
+        problems.append(f"the run's folder: {facts['root']}")
+    if int(facts["free_gib"]) < LEAST_FREE_GIB:
+        problems.append(
+            f"less than {LEAST_FREE_GIB} GiB are free in the home directory; the environment and "
+            "what it installs from need that much"
+        )
+    pythons = re.findall(r"3\.(\d+)", facts["python"])
+    if not any(minor in ("11", "12") for minor in pythons):
+        hints.append(
+            f"no Python 3.11 or 3.12 (there is{facts['python'] and ' ' + facts['python']}); "
+            "launch/setup.sh looks for another way"
+        )
+    if facts.get("huge_pages", "always") != "always":
+        hints.append("transparent huge pages are off; launch/job.sh switches them on")
+    return problems, hints
+
+
+def _named(workers: list[tuple[str, int]]) -> str:
+    first = ", ".join(f"{name} worker {worker}" for name, worker in workers[:3])
+    return first + (f" and {len(workers) - 3} more" if len(workers) > 3 else "")
+
+
+def watch(pod: Pod, wish: Wish) -> int:
+    """Runs to the end through preemptions; the run's exit status."""
+    failures = 0
+    while True:
+        state = pod.state()
+        if state in GONE:
+            renew(pod, wish, state)
+            continue
+        if state != "READY":
+            wait_for(pod)
+            continue
+        began = time.monotonic()
+        status = attempt(pod, wish)
+        if status == 0:
+            if wish.delete:
+                pod.delete()
+                say(f"{pod.name} is deleted")
+            else:
+                say(f"{pod.name} is still there and costs money: launch/pod.sh delete")
+            return 0
+        if taken_back(pod):
+            say(f"{pod.name} was taken back")
+            continue
+        if status == remote.PREEMPTED:
+            say("the run was told to stop, and its TPUs are still there; not starting it again")
+            return status
+        failures = 1 if time.monotonic() - began > LASTING_SECONDS else failures + 1
+        if failures >= MOST_FAILURES:
+            say(f"the run failed {failures} times in a row; giving up with status {status}")
+            return status
+        say(f"the run failed with status {status}; starting it again")
+
+
+def attempt(pod: Pod, wish: Wish) -> int:
+    """One start of the run; what would end this command is a failure of it here."""
+    try:
+        return remote.run(pod, pod.nodes(), wish.run)
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int):
+            return stopped.code
+        print(stopped.code, file=sys.stderr, flush=True)
+        return 1
+
+
+def taken_back(pod: Pod) -> bool:
+    """Whether the TPUs are gone, or go within the time that a cloud takes to say so."""
+    deadline = time.monotonic() + float(os.environ.get("TAKEN_BACK_SECONDS", TAKEN_BACK_SECONDS))
+    while pod.state() == "READY":
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(gcloud.pause())
+    return True
+
+
+def renew(pod: Pod, wish: Wish, state: str) -> None:
+    """Deletes what is left and asks again, for as long as there is no capacity."""
+    if state != "MISSING":
+        pod.delete()
+    while True:
+        try:
+            create(pod, wish)
+            return
+        except gcloud.Refused as refused:
+            if not refused.no_capacity:
+                raise
+            say(f"no capacity in {pod.zone}; asking again in a while")
+            time.sleep(min(NO_CAPACITY_SECONDS, 30 * gcloud.pause()))
+
+
+def main(arguments: list[str]) -> int:
+    verb, rest = (arguments or ["--help"])[0], arguments[1:]
+    if verb not in ("create", "preflight", "run", "watch", "delete"):
+        usage = (remote.ROOT / "launch/pod.sh").read_text().split("set -euo")[0]
+        print(re.sub(r"(?m)^#!.*\n|^# ?", "", usage))
+        return 0 if verb in ("-h", "--help", "help") else 2
+    wish, pod = read(rest), gcloud.from_environment()
+    if verb != "delete" and not wish.run and not os.environ.get("TPU_TYPE"):
+        sys.exit(f"launch/pod.sh: {verb} what? Name a config, such as configs/cadpo.py:7b-v5e-256.")
+    try:
+        if verb == "create":
+            create(pod, wish)
+        elif verb == "preflight":
+            return preflight(pod, wish)
+        elif verb == "run":
+            return remote.main(wish.run)
+        elif verb == "watch":
+            return watch(pod, wish)
+        else:
+            there = pod.delete()
+            print(f"{pod.name} {'is deleted' if there else 'was not there'}")
+    except gcloud.Refused as refused:
+        sys.exit(f"launch/pod.sh: {refused}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nlaunch/pod.sh: interrupted; {pod.name} stays as it is. launch/pod.sh delete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

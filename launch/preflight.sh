@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What launch/pod.sh wants to know of one worker: a line a fact, its name first.
+#
+#   launch/preflight.sh [ROOT]    ROOT is the run's folder or gs://BUCKET/PATH
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+# shellcheck source=launch/hardware.sh
+source launch/hardware.sh
+
+root=${1:-}
+echo "chips $(tpu_chips)"
+pythons=
+for candidate in python3.12 python3.11 python3; do
+  if command -v "$candidate" >/dev/null; then
+    pythons+=" $("$candidate" -c 'import platform; print(platform.python_version())')"
+  fi
+done
+echo "python${pythons:- none}"
+echo "free_gib $(($(df --output=avail -k "$HOME" | tail -n 1) / 1048576))"
+echo "memory_gib $(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1048576))"
+pages=/sys/kernel/mm/transparent_hugepage/enabled
+if [[ -e $pages ]]; then echo "huge_pages $(tr -d '[]' < <(grep -o '\[.*\]' $pages))"; fi
+echo "gcsfuse $(gcsfuse --version 2>/dev/null | grep -o '[0-9][0-9.]*' | head -n 1 || true)"
+
+# Every worker writes a file of its own and removes it.
+mark=".preflight_$(hostname)_$$"
+case "$root" in
+  "") ;;
+  gs://*)
+    if said=$(echo ok | gcloud storage cp - "$root/$mark" 2>&1 &&
+      gcloud storage rm "$root/$mark" 2>&1); then echo "root ok"; else
+      echo "root ${said##*$'\n'}"; fi ;;
+  *)
+    if said=$(mkdir -p "$root" && touch "$root/$mark" && rm "$root/$mark" 2>&1); then
+      echo "root ok"; else echo "root cannot write to $root: ${said##*$'\n'}"; fi ;;
+esac

@@ -1,0 +1,181 @@
+"""A pod's life from a laptop: what gcloud is asked for, and what a person reads."""
+
+import pytest
+
+from launch import topology
+from tests.launch import standins
+
+WHERE = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "PROJECT": "lab"}
+FLAGS = ["--zone=us-west4-a", "--project=lab"]
+QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+SMALL = {"TPU_TYPE": "v5e:2x4"}  # Two workers of the stand-in.
+CONFIG = "configs/sft.py:7b"
+NO_CAPACITY = 'RESOURCE_EXHAUSTED: There is no more capacity in the zone "us-west4-a"'
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    made = standins.Standins(tmp_path)
+    made.add("gcloud", standins.GCLOUD)
+    made.python = str(made.add("project_python", standins.PYTHON))
+    return made
+
+
+def pod(cloud, *command, **environ):
+    environ = WHERE | {"SABER_PYTHON": cloud.python} | environ
+    return cloud.run("launch/pod.sh", *command, **environ)
+
+
+def plug_chips(cloud, count):
+    for slot in range(count):
+        folder = cloud.folder / "sys/bus/pci/devices" / str(slot)
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text("0x1ae0")
+        (folder / "device").write_text("0x0063")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        (
+            "configs/cadpo.py:7b-v5e-256",
+            [
+                *("--node-id=pod", "--accelerator-type=v5litepod-256"),
+                "--runtime-version=v2-alpha-tpuv5-lite",
+            ],
+        ),
+        (
+            "configs/sft.py:7b-2xv5e-128",
+            [
+                *("--node-count=2", "--node-prefix=pod", "--accelerator-type=v5litepod-128"),
+                "--runtime-version=v2-alpha-tpuv5-lite",
+            ],
+        ),
+        (
+            "configs/sft.py:7b-v5p-128",
+            [
+                *("--node-id=pod", "--accelerator-type=v5p-128"),
+                "--runtime-version=v2-alpha-tpuv5",
+            ],
+        ),
+        (
+            "configs/sft.py:7b-lora-v6e-8",
+            ["--node-id=pod", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e"],
+        ),
+    ],
+)
+def test_create_asks_for_what_the_recipe_is_made_for(cloud, recipe, flags):
+    done = pod(cloud, "create", recipe)
+    assert done.returncode == 0, done.stderr
+    (create,) = cloud.calls(*QUEUED, "create")
+    assert create[5:] == ["pod", *FLAGS, *flags]
+
+
+def test_every_recipe_has_tpus_that_can_be_asked_for():
+    from configs.pods import RECIPES
+
+    for name, recipe in RECIPES.items():
+        shape = topology.of_recipe(f"configs/sft.py:{name}")
+        assert str(shape) == recipe.topology and shape.count == recipe.slices
+
+
+def test_create_waits_in_the_queue_and_says_how_it_goes(cloud):
+    (cloud.folder / "waits").touch()
+    done = pod(cloud, "create", CONFIG, "--spot", "--disk=records", **SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "pod is WAITING_FOR_RESOURCES" in done.stdout and "pod is READY" in done.stdout
+    (create,) = cloud.calls(*QUEUED, "create")
+    disk = "--data-disk=source=projects/lab/zones/us-west4-a/disks/records,mode=read-only"
+    assert create[-2:] == ["--spot", disk]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "advice"),
+    [
+        (NO_CAPACITY, "launch/pod.sh watch, which goes on asking"),
+        ("Quota limit 'TPUV5sLitepodPerProject' has been exceeded. Limit: 0", "Ask for quota"),
+        ("PERMISSION_DENIED: tpu.nodes.create", "roles/tpu.admin"),
+        ("ALREADY_EXISTS: Resource already exists", "launch/pod.sh run"),
+    ],
+)
+def test_a_refusal_is_quoted_with_what_to_do(cloud, refusal, advice):
+    (cloud.folder / "create_refuses").write_text(refusal)
+    done = pod(cloud, "create", CONFIG, **SMALL)
+    assert done.returncode == 1
+    assert refusal in done.stderr and advice in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "complaint"),
+    [
+        (("create", CONFIG), {}, "Name a recipe of configs/pods.py"),
+        (("create", CONFIG), {"TPU_TYPE": "tpu7x:2x2x1"}, "exists on GKE alone"),
+        (("create", CONFIG), {"TPU_TYPE": "v5e:16"}, "have 2 numbers"),
+        (
+            ("create", "configs/sft.py:7b-v5e-256"),
+            {"TPU_TYPE": "v5e:8x16"},
+            "TPU_TYPE is v5e:8x16, but configs/sft.py:7b-v5e-256 is made for v5e:16x16",
+        ),
+        (("create", CONFIG, "--spots"), SMALL, "unknown --spots"),
+        (("watch",), {}, "watch what?"),
+        (("delete",), {"ZONE": ""}, "ZONE not set"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_asked_for(cloud, command, environ, complaint):
+    done = pod(cloud, *command, **environ)
+    assert done.returncode == 1 and complaint in done.stderr
+    assert not cloud.calls(*QUEUED, "create") and not cloud.calls(*QUEUED, "delete")
+
+
+def test_preflight_finds_nothing_wrong_where_nothing_is(cloud):
+    plug_chips(cloud, 4)
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    done = pod(cloud, "preflight", CONFIG, "--config.root=gs://runs/7b", **SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 workers looked at: 0 problems" in done.stdout
+
+
+def test_preflight_names_the_workers_with_each_problem(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    done = pod(cloud, "preflight", CONFIG, "--config.root=gs://locked/7b", **SMALL)
+    assert done.returncode == 1
+    both = "[pod worker 0, pod worker 1]"
+    assert f"403 no storage.objects.create in locked  {both}" in done.stdout
+    assert f"0 chips are attached, the recipe is made for 8 (v5e:2x4)  {both}" in done.stdout
+
+
+def test_watch_gets_tpus_again_whenever_they_are_taken_back_and_gives_them_up_at_the_end(cloud):
+    (cloud.folder / "create_refuses").write_text(NO_CAPACITY)
+    (cloud.folder / "taken_back").touch()
+    done = pod(cloud, "watch", CONFIG, "--spot", "--delete", **SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no capacity in us-west4-a" in done.stdout and "pod was taken back" in done.stdout
+    assert done.stdout.count("chain with") == 2
+    # Refused, given, taken back, given again.
+    assert len(cloud.calls(*QUEUED, "create")) == 3
+    deletes = [call[5:] for call in cloud.calls(*QUEUED, "delete")]
+    assert deletes == 2 * [["pod", *FLAGS, "--force", "--quiet"]]
+    assert not (cloud.folder / "queued-resources-pod.json").exists()
+
+
+def test_watch_gives_up_on_a_run_that_fails_by_itself_and_leaves_the_tpus(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    (cloud.folder / "pod/1/ends_with").write_text("3")
+    done = pod(cloud, "watch", CONFIG, **SMALL)
+    assert done.returncode == 3
+    assert "failed 3 times in a row" in done.stdout
+    assert (cloud.folder / "queued-resources-pod.json").exists()
+
+
+def test_watch_does_not_start_again_what_a_person_stopped(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    for worker in "01":
+        (cloud.folder / "pod" / worker / "ends_with").write_text("75")
+    done = pod(cloud, "watch", CONFIG, **SMALL)
+    assert done.returncode == 75 and "told to stop" in done.stdout
+
+
+def test_delete_gives_back_what_is_there(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    assert pod(cloud, "delete").stdout == "pod is deleted\n"
+    assert pod(cloud, "delete").stdout == "pod was not there\n"
