@@ -92,10 +92,10 @@ def clips(count: int) -> list[Record]:
     """Random pixels and noise; 60 tokens a frame pair and 25 a second of sound."""
     rng = np.random.default_rng(0)
     seconds = np.clip(np.exp(np.log(4.5) + 0.6 * rng.standard_normal(count)), 1, 30)
-    return [_clip(rng, number, float(s)) for number, s in enumerate(seconds)]
+    return [clip(rng, number, float(s)) for number, s in enumerate(seconds)]
 
 
-def _clip(rng: np.random.Generator, number: int, seconds: float) -> Record:
+def clip(rng: np.random.Generator, number: int, seconds: float) -> Record:
     frames = max(4, 2 * int(seconds))
     return Record(
         clip_id=f"clip{number}",

@@ -56,6 +56,7 @@ def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lower
         greedy=True,
         prompt_slots=given["tokens"].shape[1],
         max_new_tokens=config.generation.max_new_tokens,
+        samples=1,
         max_frame_patches=stage.compute.frame_patches,
         cache=cached,
     )

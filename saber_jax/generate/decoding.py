@@ -1,6 +1,7 @@
 """The two device programs behind saber_jax.generate: read the prompts, then go on token by token.
 
-Axis letters: B rows   D width   V vocabulary   N new tokens.
+Axis letters: C prompts   B rows, equally many answers to each prompt   D width   V vocabulary
+N new tokens.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ class Sampling:
     """How the next token is picked: temperature 0 takes the likeliest one.
 
     Otherwise one is drawn from the smallest set of tokens that holds `top_p` of the probability. A
-    draw depends on `seed`, the record's place in the call and the token's, not on the batch size.
+    draw depends on `seed`, on the numbers of the record, of the answer to it and of the token, and
+    not on the batch size.
     """
 
     temperature: float = 0.0
@@ -50,6 +52,7 @@ class Program:
     greedy: bool
     prompt_slots: int  # The longest prompt.
     max_new_tokens: int
+    samples: int  # Answers to every prompt, next to each other among the rows.
     max_frame_patches: int | None  # Most patches of one frame pair.
     cache: NamedSharding | None = None  # How the cache lies on the devices, see sharding.py.
 
@@ -60,7 +63,7 @@ class State(TypedDict):
     step: Int[Array, ""]  # New tokens so far.
     tokens: Int[Array, "B"]  # The newest one, not read by the model yet.
     positions: Int[Array, "B"]  # Its TMRoPE position, the same on all three axes.
-    first: Int[Array, "B"]  # Where in the cache the row's prompt begins.
+    first: Int[Array, "C"]  # Where in its slots of the cache the prompt begins.
     finished: Bool[Array, "B"]
     out: Int[Array, "B N"]
 
@@ -69,7 +72,7 @@ class Pick(NamedTuple):
     """What decides the next token besides the model."""
 
     seed: Int[Array, ""]
-    rows: Int[Array, "B"]  # Place of each row's record in the call.
+    rows: Int[Array, "B"]  # Number of each row's answer: different rows draw differently.
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     end: Int[Array, ""]  # The token that ends an answer.
@@ -85,7 +88,7 @@ def start(
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Reads the prompts and picks the first token of each row. `finished` rows stay silent.
+    """Reads every prompt once and picks the first token of each row. `finished` rows stay silent.
 
     `batch` is packed as `saber.prefill` has it, with `prompt_lengths` beside `prompt_ends`.
     """
@@ -95,7 +98,8 @@ def start(
         batch,
         program.cfg,
         prompt_slots=program.prompt_slots,
-        cache_slots=program.prompt_slots + program.max_new_tokens,
+        answer_slots=program.max_new_tokens,
+        samples=program.samples,
         dtype=program.dtype,
         max_frame_patches=program.max_frame_patches,
     )
@@ -103,8 +107,9 @@ def start(
         cache = jax.lax.with_sharding_constraint(cache, program.cache)
     # A prompt ends in text, whose three positions are equal and the largest so far.
     positions = cut(batch["positions"][:, 0], ends, 1)[:, 0]
+    positions, last = (jnp.repeat(x, program.samples, axis=0) for x in (positions, last))
     tokens = _next_token(params, last, jnp.int32(0), pick, program)
-    out = jnp.full((ends.size, program.max_new_tokens), pick.end, jnp.int32)
+    out = jnp.full((tokens.size, program.max_new_tokens), pick.end, jnp.int32)
     state = State(
         step=jnp.int32(1),
         tokens=tokens,
@@ -145,7 +150,7 @@ def proceed(
             state["positions"],
             cache,
             state["first"],
-            program.prompt_slots + state["step"] - 1,
+            state["step"] - 1,
             program.cfg,
             program.dtype,
             layers,
@@ -180,21 +185,26 @@ def _next_token(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     root = jax.random.key(pick.seed)
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), step))(pick.rows)
-    draw = jax.vmap(sample, in_axes=(0, 0, None, None))
-    return draw(logits, keys, pick.temperature, pick.top_p)
+    return sample(logits, keys, pick.temperature, pick.top_p)
 
 
 def sample(
-    logits: Float[Array, "V"], key: Key[Array, ""], temperature: Array, top_p: Array
-) -> Int[Array, ""]:
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], temperature: Array, top_p: Array
+) -> Int[Array, "B"]:
     """Draws from the likeliest tokens that together hold at least `top_p`.
 
     Nucleus sampling, https://arxiv.org/abs/1904.09751.
     """
     logits = logits / temperature
-    ordered = jnp.sort(logits)[::-1]
-    probabilities = jax.nn.softmax(ordered)
-    before = jnp.cumsum(probabilities) - probabilities
-    threshold = jnp.where(before < top_p, ordered, jnp.inf).min()
-    kept = jnp.where(logits >= threshold, logits, -jnp.inf)
-    return jax.random.categorical(key, kept).astype(jnp.int32)
+    # Sorting a vocabulary takes longer than a small model takes to make the logits.
+    kept = jax.lax.cond(top_p < 1, nucleus, lambda logits, _: logits, logits, top_p)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """-inf in place of the logits of tokens that `sample` does not draw."""
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    threshold = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)

@@ -75,7 +75,8 @@ class Generator:
             groups = sharding.shards(sharding.BATCH_AXES, mesh)
         self._packer = Packer(tokenizer, groups=groups, prompts=-(-batch_size // groups))
         self._batch_size = self._packer.batch_size
-        self._answered: Room | None = None  # What the programs are compiled for.
+        # What the programs are compiled for: a room, and answers to each prompt.
+        self._answered: tuple[Room, int] | None = None
 
     def reserve(self, sizes: Iterable[Size]) -> None:
         """Makes room for clips of these sizes, in batches in this order; see RecordSource.sizes."""
@@ -113,13 +114,45 @@ class Generator:
 
         Batches hold at most `batch_size` records; their sizes should have been reserved.
         """
+        answers = self._batches(
+            batches, 1, sampling, itertools.count(step=self._batch_size), on_text
+        )
+        return ([text for (text,) in batch] for batch in answers)
+
+    def sample_batches(
+        self,
+        batches: Iterable[Sequence[Record]],
+        samples: int,
+        *,
+        sampling: decoding.Sampling,
+        firsts: Iterable[int] | None = None,
+    ) -> Iterator[list[list[str]]]:
+        """`samples` answers to each record of batch after batch, as `respond_batches` answers them.
+
+        A record's prompt is read once, and its answers grow together from the one cache of it.
+        `firsts` are the numbers of each batch's first record, by default counted from 0. With the
+        same numbers and seed, batches answered in several calls get what one call would give them.
+        """
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}.")
+        if firsts is None:
+            firsts = itertools.count(step=self._batch_size)
+        return self._batches(batches, samples, sampling, firsts, None)
+
+    def _batches(
+        self,
+        batches: Iterable[Sequence[Record]],
+        samples: int,
+        sampling: decoding.Sampling,
+        firsts: Iterable[int],
+        on_text: Callable[[int, str], None] | None,
+    ) -> Iterator[list[list[str]]]:
         # Programs with collectives, started from two threads, could wait for each other for ever.
         alone = on_text is not None or len(self._devices) > 1
-        compiled = self._packer.room == self._answered
-        starts = itertools.count(step=self._batch_size)
+        compiled = self._answered == (self._packer.room, samples)
         work = (
-            functools.partial(self._answer, first, batch, sampling, on_text)
-            for first, batch in zip(starts, batches, strict=False)
+            functools.partial(self._answer, first, batch, samples, sampling, on_text)
+            for first, batch in zip(firsts, batches, strict=False)
         )
         return _in_flight(work, 1 if alone else 2, first_alone=not compiled)
 
@@ -127,20 +160,22 @@ class Generator:
         self,
         first: int,
         records: Sequence[Record],
+        samples: int,
         sampling: decoding.Sampling,
         on_text: Callable[[int, str], None] | None,
-    ) -> list[str]:
-        """Answers one batch, whose first record is number `first`."""
-        texts: list[str] = []
+    ) -> list[list[str]]:
+        """`samples` answers to each record of one batch, whose first record is number `first`."""
+        texts: list[list[str]] = []
         if not records:
             return texts
         examples = [encode_record(r, self._tokenizer, responses=()) for r in records]
         streaming = on_text is not None
-        for state in self._run(examples, first, sampling, streaming=streaming):
+        for state in self._run(examples, first, samples, sampling, streaming=streaming):
             out, step = jax.device_get((state["out"], state["step"]))
-            texts = [self._text(row[:step]) for row in out[: len(records)]]
+            answers = out.reshape(self._batch_size, samples, -1)[: len(records), :, :step]
+            texts = [[self._text(tokens) for tokens in of_record] for of_record in answers]
             if on_text is not None:
-                for row, text in enumerate(texts):
+                for row, (text,) in enumerate(texts):
                     on_text(first + row, text)
         return texts
 
@@ -148,25 +183,27 @@ class Generator:
         self,
         examples: Sequence[Example],
         first: int,
+        samples: int,
         sampling: decoding.Sampling,
         *,
         streaming: bool,
     ) -> Iterator[decoding.State]:
         """States of one batch: every few tokens when streaming, else only the last."""
         batch, room = self._packer.pack(examples)
-        row = np.arange(self._batch_size)
+        row = np.arange(self._batch_size * samples)
         program = decoding.Program(
             cfg=self._cfg,
             dtype=self._dtype,
             greedy=sampling.temperature == 0,
             prompt_slots=room.prompt,
             max_new_tokens=self._max_new_tokens,
+            samples=samples,
             max_frame_patches=room.frame_patches or None,
             cache=self._cache,
         )
         pick = decoding.Pick(
             seed=self._put(np.uint32(sampling.seed)),
-            rows=self._put_rows((first + row).astype(np.uint32)),
+            rows=self._put_rows((first * samples + row).astype(np.uint32)),
             temperature=self._put(np.float32(sampling.temperature)),
             top_p=self._put(np.float32(sampling.top_p)),
             end=self._put(np.int32(self._end)),
@@ -175,7 +212,7 @@ class Generator:
         state, cache = decoding.start(
             self._params,
             self._put_rows(batch),
-            self._put_rows(row >= len(examples)),
+            self._put_rows(row >= len(examples) * samples),
             pick,
             program=program,
         )
@@ -188,7 +225,7 @@ class Generator:
             yield state
             if streaming and jax.device_get(state["finished"]).all():
                 break
-        self._answered = room
+        self._answered = room, samples
 
     def _put(self, values: Any) -> Any:
         return jax.device_put(values, self._everywhere)

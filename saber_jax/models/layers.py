@@ -150,18 +150,44 @@ def _blocks(
 
 def attend_cached(
     q: Float[Array, "B 1 N H"],
-    k: Float[Array, "B K H S"],
-    v: Float[Array, "B K S H"],
+    prompt: tuple[Float[Array, "C K H P"], Float[Array, "C K P H"]],
+    answer: tuple[Float[Array, "B K H A"], Float[Array, "B K A H"]],
     visible: Visibility,
 ) -> Float[Array, "B 1 N H"]:
-    """`attend` of one query per row over a cache."""
-    batch, _, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BKGH,BKHS->BKGS", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible.dense()[:, None], scores * head_dim**-0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", weights, v).reshape(q.shape)
+    """`attend` of one query per row over cached keys and values: its prompt's, then its own.
+
+    Every B / C rows in a row answer one prompt, whose keys are read once for all of them. `visible`
+    is what a prompt's rows see of its P slots and of their A.
+    """
+    rows, _, heads, head_dim = q.shape
+    (prompt_k, prompt_v), (k, v) = prompt, answer
+    prompts, kv_heads, _, slots = prompt_k.shape
+    group, samples = heads // kv_heads, rows // prompts
+    by_row = (rows, kv_heads, group)
+    apart, together = (prompts, samples, kv_heads, group), (prompts, kv_heads, samples * group)
+
+    def of_prompts(x):
+        """[rows, K, G, ...] as [prompts, K, every query of a prompt, ...]."""
+        return x.reshape(*apart, x.shape[-1]).swapaxes(1, 2).reshape(*together, x.shape[-1])
+
+    def of_rows(x):
+        x = x.reshape(prompts, kv_heads, samples, group, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(*by_row, x.shape[-1])
+
+    queries = (q * head_dim**-0.5).reshape(*by_row, head_dim)
+    seen = visible.dense()[:, None]
+    early = jnp.matmul(of_prompts(queries), prompt_k, preferred_element_type=jnp.float32)
+    early = jnp.where(seen[..., :slots], early, MASKED)
+    late = of_prompts(jnp.matmul(queries, k, preferred_element_type=jnp.float32))
+    late = jnp.where(seen[..., slots:], late, MASKED)
+    # One softmax over both parts, which never stand in one array: the output is divided instead.
+    top = jnp.maximum(early.max(-1, keepdims=True), late.max(-1, keepdims=True))
+    early, late = jnp.exp(early - top), jnp.exp(late - top)
+    total = early.sum(-1, keepdims=True) + late.sum(-1, keepdims=True)
+    early, late = early.astype(v.dtype), of_rows(late).astype(v.dtype)
+    out = jnp.matmul(early, prompt_v, preferred_element_type=jnp.float32)
+    out += of_prompts(jnp.matmul(late, v, preferred_element_type=jnp.float32))
+    return of_rows(out / total).astype(q.dtype).reshape(q.shape)
 
 
 def attend_nearby(

@@ -86,14 +86,15 @@ def packed_text(
     )
 
 
-def cached_text(first: Int[Array, " B"], slot: Int[Array, ""], length: int) -> Visibility:
-    """One new token per row, in the same cache slot of all rows, sees its row's slots so far.
+def cached_text(first: Int[Array, " C"], slot: Int[Array, ""], length: int) -> Visibility:
+    """A new token, in the same cache slot of all rows, sees its prompt and what was said since.
 
-    The prompts of two rows begin in slots 2 and 0 of a cache of 5; the new tokens are in slot 3:
+    One row per prompt. Two prompts begin in slots 2 and 0 of a cache of 5 and end in slot 2; the
+    new tokens are in slot 3:
 
-        cache     0 1 2 3 4
-        row 0         x x
-        row 1     x x x x
+        cache       0 1 2 3 4
+        prompt 0        x x
+        prompt 1    x x x x
     """
     slots = jnp.arange(length)[None, :]
     seen = (slots >= first[:, None]) & (slots <= slot)

@@ -1,6 +1,6 @@
 """The network as pure functions over a nested dict of arrays; nothing outside sees a module.
 
-Axis letters: B batch   L length   D width   V vocabulary   S cache slots.
+Axis letters: B batch   L length   C prompts   D width   V vocabulary.
 """
 
 import dataclasses
@@ -182,21 +182,22 @@ def prefill(
     cfg: SaberConfig,
     *,
     prompt_slots: int,
-    cache_slots: int,
+    answer_slots: int,
+    samples: int = 1,
     dtype: DTypeLike = jnp.float32,
     max_frame_patches: int | None = None,
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads packed prompts: each one's last hidden state, and a cache with a row for each.
+) -> tuple[Float[Array, "C D"], Cache]:
+    """Reads packed prompts: each one's last hidden state, and a cache to answer each from.
 
-    `batch["prompt_ends"]` [G, P] says where prompts end: the rows are G groups of equally many, and
-    an end counts slots from the start of its group; B = G P. No prompt is longer than
-    `prompt_slots`, and every one ends in slot `prompt_slots` - 1 of the cache. Raises ValueError if
-    the cache has no room to go on.
+    `batch["prompt_ends"]` [G, c] says where prompts end: the rows are G groups of equally many, and
+    an end counts slots from the start of its group; C = G c. No prompt is longer than
+    `prompt_slots`. The cache keeps each prompt once, for `samples` answers of up to `answer_slots`
+    tokens. Raises ValueError if it would have no room for an answer.
     """
-    if cache_slots <= prompt_slots:
+    if answer_slots < 1 or samples < 1:
         raise ValueError(
-            f"The cache must hold the prompts and what is generated, got {cache_slots} slots for "
-            f"prompts of {prompt_slots}."
+            "The cache must have room for at least one answer of one token, got "
+            f"{samples} answers of {answer_slots}."
         )
     model = _bind(params, cfg, dtype)
     x = _embed(model, batch, cfg, dtype, "none", max_frame_patches)
@@ -207,7 +208,8 @@ def prefill(
         cfg.text,
         ends=batch["prompt_ends"],
         prompt_slots=prompt_slots,
-        cache_slots=cache_slots,
+        answer_slots=answer_slots,
+        samples=samples,
     )
 
 
@@ -229,7 +231,7 @@ def decode(
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     cache: Cache,
-    first: Int[Array, " B"],
+    first: Int[Array, " C"],
     slot: Int[Array, ""],
     cfg: SaberConfig,
     dtype: DTypeLike = jnp.float32,
@@ -237,8 +239,9 @@ def decode(
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Reads one token per row and returns its hidden state and the new cache.
 
-    Keys and values go to `slot`, the same in all rows, and a row sees its slots from `first[row]`,
-    where its prompt begins, up to that one. The first generated token goes to slot `prompt_slots`.
+    Keys and values go to `slot` of the answers' slots, the same in all rows: 0 for the first token
+    that was generated. A row sees its prompt from slot `first[prompt]` on, where that begins, and
+    its own slots up to this one.
     `layers` are those of `text_layers`, to be read instead of `params`'.
     """
     text = _bind(params, cfg, dtype).text

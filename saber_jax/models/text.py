@@ -1,7 +1,8 @@
 """Text tower: the decoder that reads words, patches and sound as one sequence.
 
-Axis letters: B batch   R packed rows, in G groups of P prompts   L length   S cache slots
-D width   F mlp width   N query heads   K kv heads   H head dim   V vocabulary.
+Axis letters: B batch   R packed rows, in G groups of prompts   L length   C prompts
+P slots of a prompt   A slots of an answer   D width   F mlp width   N query heads   K kv heads
+H head dim   V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -41,15 +42,19 @@ from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
 class LayerCache(TypedDict):
     """Keys and values of one layer for the tokens read so far, one slot each.
 
-    Every row's prompt ends in the same slot, and what comes before a short one is meaningless: so
+    A prompt is kept once, however many rows answer it: of n = B / C rows
+    a prompt, n i up to n (i + 1) answer prompt i.
+    Every prompt ends in the last of its slots, and what comes before a short one is meaningless: so
     all rows write each new token into one and the same slot, a plain slice of the array.
 
     Laid out as the two matrix products of one decoding step read them; with slots before heads,
     XLA on CPUs would transpose the whole cache for every token.
     """
 
-    k: Float[Array, "B K H S"]
-    v: Float[Array, "B K S H"]
+    prompt_k: Float[Array, "C K H P"]
+    prompt_v: Float[Array, "C K P H"]
+    k: Float[Array, "B K H A"]
+    v: Float[Array, "B K A H"]
 
 
 Cache = list[LayerCache]
@@ -131,15 +136,15 @@ class Block(nnx.Module):
         *,
         eps: float,
     ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """Reads one token per row and writes its key and value into `slot`."""
+        """Reads one token per row and writes its key and value into `slot` of the answer's."""
         q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        cache = LayerCache(
-            k=jax.lax.dynamic_update_slice(cache["k"], k, (0, 0, 0, slot)),
-            v=jax.lax.dynamic_update_slice(cache["v"], v, (0, 0, slot, 0)),
-        )
-        x = x + self.attn.out(attend_cached(q, cache["k"], cache["v"], visible))
-        return x + self.mlp(rms_norm(x, self.mlp_norm, eps)), cache
+        k = jax.lax.dynamic_update_slice(cache["k"], k, (0, 0, 0, slot))
+        v = jax.lax.dynamic_update_slice(cache["v"], v, (0, 0, slot, 0))
+        prompt = cache["prompt_k"], cache["prompt_v"]
+        x = x + self.attn.out(attend_cached(q, prompt, (k, v), visible))
+        x = x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+        return x, LayerCache(prompt_k=prompt[0], prompt_v=prompt[1], k=k, v=v)
 
 
 class Text(nnx.Module):
@@ -186,28 +191,31 @@ class Text(nnx.Module):
         visible: Visibility,
         cfg: TextConfig,
         *,
-        ends: Int[Array, "G P"],
+        ends: Int[Array, "G c"],
         prompt_slots: int,
-        cache_slots: int,
-    ) -> tuple[Float[Array, "B D"], Cache]:
+        answer_slots: int,
+        samples: int = 1,
+    ) -> tuple[Float[Array, "C D"], Cache]:
         """Each prompt's last hidden state after the final norm, and a cache with room to go on.
 
-        Prompts are packed into the rows. See `cut` for `ends`; each fills the `prompt_slots` first
-        slots of its row of the cache up to the last.
+        Prompts are packed into the rows, see `cut` for `ends`. Each ends in the last of its
+        `prompt_slots` and gets room for `samples` answers of `answer_slots`.
         """
         rotary = self._rotary(positions, cfg, x.dtype)
-        room = (0, cache_slots - prompt_slots)
 
         def layer(x, block):
             x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps)
             # Cut layer by layer: keys and values of all the packed rows never stand side by side.
             k, v = (cut(kept, ends, prompt_slots) for kept in (k, v))
-            k = jnp.pad(k.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [room])
-            v = jnp.pad(v.transpose(0, 2, 1, 3), [(0, 0)] * 2 + [room, (0, 0)])
-            return x, LayerCache(k=k, v=v)
+            return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
         x, stacked = jax.lax.scan(layer, x, self.blocks)
-        cache = [of_layer(stacked, index) for index in range(cfg.layers)]
+        rows, heads = ends.size * samples, (cfg.kv_heads, cfg.head_dim)
+        cache = []
+        for index in range(cfg.layers):
+            prompt_k, prompt_v = of_layer(stacked, index)
+            k = jnp.zeros((rows, *heads, answer_slots), x.dtype)
+            cache.append(LayerCache(prompt_k=prompt_k, prompt_v=prompt_v, k=k, v=k.swapaxes(2, 3)))
         return rms_norm(cut(x, ends, 1)[:, 0], self.norm, cfg.norm_eps), cache
 
     def decode(
@@ -215,7 +223,7 @@ class Text(nnx.Module):
         x: Float[Array, "B D"],
         positions: Int[Array, " B"],
         cache: Cache,
-        first: Int[Array, " B"],
+        first: Int[Array, " C"],
         slot: Int[Array, ""],
         cfg: TextConfig,
         *,
@@ -227,7 +235,9 @@ class Text(nnx.Module):
         """
         axes = jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1))
         rotary = self._rotary(axes, cfg, x.dtype)
-        visible = cached_text(first, slot, cache[0]["v"].shape[2])
+        prompt_slots = cache[0]["prompt_v"].shape[2]
+        length = prompt_slots + cache[0]["v"].shape[2]
+        visible = cached_text(first, prompt_slots + slot, length)
 
         x, cache = x[:, None], list(cache)
         for index, layer in enumerate(cache):
@@ -251,8 +261,8 @@ def of_layer(stacked: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
-def cut(x: Shaped[Array, "R L ..."], ends: Int[Array, "G P"], length: int) -> Array:
-    """The last `length` slots of every prompt of packed rows: [B, length, ...], B = G P.
+def cut(x: Shaped[Array, "R L ..."], ends: Int[Array, "G c"], length: int) -> Array:
+    """The last `length` slots of every prompt of packed rows: [C, length, ...], C = G c.
 
     The rows are G groups of equally many, and `ends` counts slots from the start of a group. Only
     a group's own rows are looked into, so that a mesh that holds each group on its own devices has

@@ -145,6 +145,9 @@ def test_a_mesh_gives_the_same_answers_from_a_cache_in_parts(
     generator.reserve(map(generating.size_of, RECORDS))
     assert generator.respond(RECORDS) == [tokenizer.decode(tokens) for tokens in greedy]
     assert set(shapes) == {part}  # Of two rows and two kv heads.
+    shapes.clear()
+    assert _sampled(generator, 3) == [[tokenizer.decode(tokens)] * 3 for tokens in greedy]
+    assert set(shapes) == {(3 * part[0], part[1])}
 
 
 COLLECTIVE = re.compile(r"= \w+\[([\d,]*)\]\S* (?:all|reduce|collective)-[a-z]+(?:-start)?\(")
@@ -165,10 +168,9 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
         saber.shardings(cfg, mesh),
     )
     heads, size = cfg.text.kv_heads, cfg.text.head_dim
-    layer = {
-        "k": shaped((2, heads, size, 64 + new), jnp.float32, cache),
-        "v": shaped((2, heads, 64 + new, size), jnp.float32, cache),
-    }
+    slots = {"prompt_": 64, "": new}
+    layer = {f"{of}k": shaped((2, heads, size, n), jnp.float32, cache) for of, n in slots.items()}
+    layer |= {f"{of}v": shaped((2, heads, n, size), jnp.float32, cache) for of, n in slots.items()}
     state = {name: shaped((2,), jnp.int32) for name in ("tokens", "positions", "first")}
     state |= {"step": shaped((), jnp.int32, everywhere), "finished": shaped((2,), bool)}
     one = shaped((), jnp.int32, everywhere)
@@ -178,6 +180,7 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
         greedy=True,
         prompt_slots=64,
         max_new_tokens=new,
+        samples=1,
         max_frame_patches=None,
         cache=cache,
     )
@@ -243,6 +246,39 @@ def test_sampling_depends_on_the_seed_and_the_place_in_the_call(params, tokenize
     assert not set(answers) & set(generator.respond(same, sampling=other))
 
 
+WARM = decoding.Sampling(temperature=1.0, seed=3)
+
+
+def _sampled(generator, samples, sampling=decoding.GREEDY):
+    """`samples` answers to every one of RECORDS, asked in batches of two."""
+    batches = generator.sample_batches([RECORDS[:2], RECORDS[2:]], samples, sampling=sampling)
+    return [answers for batch in batches for answers in batch]
+
+
+def test_answers_that_share_a_prompt_are_what_separate_prompts_give(params, tokenizer, greedy):
+    answers = _sampled(_generator(params, tokenizer), 3)
+    assert answers == [[tokenizer.decode(tokens)] * 3 for tokens in greedy]
+
+
+def test_a_prompt_is_kept_once_for_all_of_its_answers(params, tokenizer, monkeypatch):
+    def proceed(params, layers, state, cache, *args, **options):
+        shapes.append({name: len(kept) for name, kept in cache[0].items()})
+        return original(params, layers, state, cache, *args, **options)
+
+    original, shapes = decoding.proceed, []
+    monkeypatch.setattr(decoding, "proceed", proceed)
+    _sampled(_generator(params, tokenizer), 3)
+    assert shapes == [{"prompt_k": 2, "prompt_v": 2, "k": 6, "v": 6}] * 2
+
+
+def test_answers_to_one_prompt_differ_and_do_not_depend_on_the_call(params, tokenizer):
+    generator = _generator(params, tokenizer)
+    answers = _sampled(generator, 3, WARM)
+    assert [len(set(of_record)) for of_record in answers] == [3] * 3
+    (again,) = generator.sample_batches([RECORDS[2:]], 3, sampling=WARM, firsts=[2])
+    assert again == answers[2:]
+
+
 def test_a_tiny_top_p_takes_the_likeliest_token(params, tokenizer):
     generator = _generator(params, tokenizer)
     narrow = decoding.Sampling(temperature=1.0, top_p=1e-6)
@@ -253,7 +289,7 @@ def test_top_p_draws_only_from_the_smallest_sufficient_set():
     # The two likeliest hold 0.75 of the probability, so 0.7 needs both and nothing else.
     logits = jnp.log(jnp.array([0.1, 0.45, 0.15, 0.3]))
     keys = jax.random.split(jax.random.key(0), 200)
-    drawn = jax.vmap(lambda key: decoding.sample(logits, key, jnp.array(1.0), jnp.array(0.7)))(keys)
+    drawn = decoding.sample(jnp.tile(logits, (200, 1)), keys, jnp.array(1.0), jnp.array(0.7))
     assert set(drawn.tolist()) == {1, 3}
 
 

@@ -23,6 +23,7 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
         greedy=True,
         prompt_slots=int(lengths.max()),
         max_new_tokens=NEW_TOKENS,
+        samples=1,
         max_frame_patches=None,
     )
     pick = decoding.Pick(

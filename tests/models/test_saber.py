@@ -134,7 +134,7 @@ def test_packed_prefill_and_decode_equal_one_forward_pass(params):
 
     @jax.jit
     def start(params, batch):
-        return saber.prefill(params, batch, CONFIG, prompt_slots=slots, cache_slots=slots + steps)
+        return saber.prefill(params, batch, CONFIG, prompt_slots=slots, answer_slots=steps)
 
     step = jax.jit(lambda p, *args: saber.decode(p, *args, CONFIG))
     out, cache = start(params, packed)
@@ -144,7 +144,7 @@ def test_packed_prefill_and_decode_equal_one_forward_pass(params):
         now = lengths + offset
         tokens = np.array([talk.tokens[i] for talk, i in zip(talks, now, strict=True)])
         positions = np.array([talk.positions[0, i] for talk, i in zip(talks, now, strict=True)])
-        out, cache = step(params, tokens, positions, cache, slots - lengths, slots + offset)
+        out, cache = step(params, tokens, positions, cache, slots - lengths, offset)
         np.testing.assert_allclose(out, whole[rows, now], atol=2e-5)
 
 
@@ -160,8 +160,8 @@ def test_the_drawing_of_cut():
 
 def test_a_cache_without_room_for_an_answer_is_refused(params):
     batch = text_batch(1, 12) | {"prompt_ends": np.array([[12]])}
-    with pytest.raises(ValueError, match="got 12 slots for prompts of 12"):
-        saber.prefill(params, batch, CONFIG, prompt_slots=12, cache_slots=12)
+    with pytest.raises(ValueError, match="got 1 answers of 0"):
+        saber.prefill(params, batch, CONFIG, prompt_slots=12, answer_slots=0)
 
 
 def test_bfloat16_stays_near_float32_and_logits_are_float32(params, batch):

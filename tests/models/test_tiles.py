@@ -28,8 +28,10 @@ def test_layers_in_tiles_decode_the_same(width):
 
     rows = jnp.arange(3, dtype=jnp.int32)
     random = jax.random.normal(jax.random.key(1), (3, size.kv_heads, size.head_dim, 8))
-    cache = [{"k": random, "v": random.swapaxes(2, 3)}] * size.layers
-    step = jax.jit(lambda **k: saber.decode(params, rows + 5, rows, cache, rows, 5, cfg, **k))
+    keys = {"k": random, "prompt_k": random[:1]}
+    values = {"v": random.swapaxes(2, 3), "prompt_v": random[:1].swapaxes(2, 3)}
+    cache = [keys | values] * size.layers
+    step = jax.jit(lambda **k: saber.decode(params, rows + 5, rows, cache, rows[:1], 5, cfg, **k))
     want, got = jax.tree.leaves(step()), jax.tree.leaves(step(layers=layers))
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
