@@ -1,6 +1,7 @@
 """Imports point one way; docs/architecture.md says which."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,16 @@ def test_only_the_loader_brings_jax_into_data():
         if any(name.split(".")[0] in ("jax", "flax") for name in imports(path))
     }
     assert importers == {"loader.py"}
+
+
+def test_no_module_of_data_imports_itself_by_a_detour():
+    folder = ROOT / "saber_jax/data"
+    imported = {
+        path.stem: {
+            name.split(".")[2]
+            for name in imports(path)
+            if name.startswith("saber_jax.data.") and (folder / f"{name.split('.')[2]}.py").exists()
+        }
+        for path in folder.glob("*.py")
+    }
+    tuple(graphlib.TopologicalSorter(imported).static_order())  # Raises CycleError.

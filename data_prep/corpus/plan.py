@@ -17,6 +17,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from saber_jax.data.conflicts import NO_CONFLICT
+
 EMOTIONS = ("happy", "sad", "angry", "neutral")
 VALENCES = ("positive", "negative", "neutral")
 SPLITS = ("train", "preference", "test")
@@ -168,7 +170,7 @@ def _plan_split(split: str, consistent: int, inconsistent: int, seed: int) -> li
 
 def _plan_pair(rng: np.random.Generator, split: str, face: str, voice: str, n: int) -> list[dict]:
     """Latents of the `n` clips of one face and voice pair, everything else balanced within it."""
-    emotion, conflict_type = CONFLICTS.get((face, voice), (face, "none"))
+    emotion, conflict_type = CONFLICTS.get((face, voice), (face, NO_CONFLICT))
     words = _WORDS[face] if face == voice else VALENCES
     # English twice: two thirds of the clips are English, independently of the words.
     said = _spread(rng, [(w, lang) for w in words for lang in ("en", "en", "zh")], n)

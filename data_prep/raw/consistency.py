@@ -20,6 +20,7 @@ from data_prep.corpus.plan import CONFLICTS
 from data_prep.raw import answers, wording
 from data_prep.raw.answers import EndpointSettings
 from data_prep.raw.shards import Outcome, Row
+from saber_jax.data.conflicts import NO_CONFLICT, OTHER_CONFLICT
 
 REASONS = answers.REASONS
 
@@ -45,7 +46,7 @@ _COARSE = {
 }
 # (sign of the face's valence, of the voice's) -> conflict type, where no emotion is known.
 _BY_SIGN = {
-    (1, -1): "other",
+    (1, -1): OTHER_CONFLICT,
     (1, 0): "masking",
     (0, -1): "suppression",
     (0, 1): "leakage",
@@ -119,25 +120,25 @@ def relate(face: Cue, voice: Cue, words: Cue | None, settings: ConsistencySettin
     signs = (face.sign(settings.neutral), voice.sign(settings.neutral))
     if pair[0] and pair[1]:
         differ = pair[0] != pair[1]
-        kind = CONFLICTS[pair][1] if differ else "none"
+        kind = CONFLICTS[pair][1] if differ else NO_CONFLICT
     else:
         differ = signs[0] != signs[1]
-        kind = _BY_SIGN.get(signs, "none")
+        kind = _BY_SIGN.get(signs, NO_CONFLICT)
         kappa = min(1.0, abs(face.point[0] - voice.point[0]) / 2)
     if differ:
         clear = kappa >= settings.least_kappa
         return Relation(
             relation="inconsistent" if clear else "unclear",
-            conflict_type=kind if clear else "none",
+            conflict_type=kind if clear else NO_CONFLICT,
             kappa=round(kappa, 3),
         )
     said = 0 if words is None else words.sign(settings.neutral)
     if words is not None and said and signs[0] == signs[1] == -said:
         apart = abs(words.point[0] - face.point[0]) / 2
-        kind = "sarcasm" if said > 0 else "other"
+        kind = "sarcasm" if said > 0 else OTHER_CONFLICT
         if apart >= settings.least_kappa:
             return Relation(relation="inconsistent", conflict_type=kind, kappa=round(apart, 3))
-    return Relation(relation="consistent", conflict_type="none", kappa=0.0)
+    return Relation(relation="consistent", conflict_type=NO_CONFLICT, kappa=0.0)
 
 
 _FARTHEST = math.dist(AFFECT["happy"], AFFECT["sad"])

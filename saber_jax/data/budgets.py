@@ -82,7 +82,7 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
     if not tried:
         raise ValueError(
             f"No example fits into rows of {length}. Raise --length, or look at the records with "
-            "python -m saber_jax.data.records --show."
+            "python -m saber_jax.data.show."
         )
     return max(tried, key=Choice.score), tried
 

@@ -7,16 +7,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from saber_jax.data import chat, media, sed
+from saber_jax.data.conflicts import IGNORED, NO_CONFLICT, conflict_index
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
-from saber_jax.data.withhold import MODALITIES
-
-# Index in batch["conflict"]; "other" takes every name that a corpus has and we don't.
-CONFLICT_TYPES = ("none", "sarcasm", "masking", "suppression", "leakage", "other")
-
-# Index in batch["ignored"]; "" where nobody knows.
-IGNORED = ("", *MODALITIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +146,7 @@ def encode_record(
         patches = media.patchify(record.frames)[layout.order]
     mel = media.log_mel(record.audio)
     chunks, lengths = media.audio_chunks(mel)
-    conflict = record.labels.get("conflict_type", "none")
+    conflict = record.labels.get("conflict_type", NO_CONFLICT)
     return Example(
         clip_id=record.clip_id,
         prompt=_prompt(record, tokenizer, request, len(mel)),
@@ -162,7 +156,7 @@ def encode_record(
         mel_lengths=lengths,
         responses=_responses(record, tokenizer, request, responses),
         kappa=float(record.labels.get("kappa", 0.0) if kappa is None else kappa),
-        conflict=CONFLICT_TYPES.index(conflict if conflict in CONFLICT_TYPES else "other"),
+        conflict=conflict_index(conflict),
         ignored=IGNORED.index(ignored),
         reference=reference,
     )

@@ -4,7 +4,6 @@ Records are written by `python -m data_prep.build` through tensorflow-datasets a
 Reading needs neither TensorFlow nor the original video.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -12,9 +11,10 @@ import functools
 import json
 import multiprocessing
 import re
+import runpy
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -343,37 +343,8 @@ def _splits(directory: Path) -> dict[str, list[int]]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """python -m saber_jax.data.records --show PATH [--split train] [--index 0 | --clip ID]"""
-    from saber_jax.data import show
-    from saber_jax.data.tokenizer import load_tokenizer
-
-    parser = argparse.ArgumentParser(
-        prog="python -m saber_jax.data.records",
-        description="Draws one record: fields, frames, sound, and the tokens it becomes.",
-    )
-    parser.add_argument("--show", required=True, metavar="PATH", help="records, as built")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--clip", help="a clip id, instead of --index")
-    parser.add_argument("--tokenizer", help="default: the one beside the records")
-    parser.add_argument("--out", type=Path, default=Path("record"), help="directory to write")
-    flags = parser.parse_args(argv)
-    try:
-        source = RecordSource(flags.show, flags.split)
-        index = source.index(flags.clip) if flags.clip else flags.index
-        record, vocabulary = source[index], load_tokenizer(flags.tokenizer or flags.show)
-        show.write(record, vocabulary, flags.out)
-    except (ValueError, OSError, LookupError) as error:
-        print(f"saber_jax.data.records: {error}", file=sys.stderr)
-        return 1
-    print((flags.out / "record.txt").read_text(encoding="utf-8"), end="")
-    print(f"\n{source.where(index)}; see {flags.out / 'record.html'}")
-    return 0
-
-
 if __name__ == "__main__":
-    # By its own name: a record made by __main__ would be of another class than everybody's.
-    from saber_jax.data import records
-
-    sys.exit(records.main())
+    # `python -m saber_jax.data.records --show RECORDS` is the older name of
+    # `python -m saber_jax.data.show RECORDS`.
+    sys.argv[1:] = [part.removeprefix("--show=") for part in sys.argv[1:] if part != "--show"]
+    runpy.run_module("saber_jax.data.show", run_name="__main__")

@@ -1,7 +1,13 @@
-"""Draws one record for a person: its fields, frames, sound, and the exact tokens it becomes."""
+"""Draws one record for a person: its fields, frames, sound, and the exact tokens it becomes.
 
+python -m saber_jax.data.show RECORDS [--split train] [--index 0 | --clip ID] [--out record]
+"""
+
+import argparse
 import html
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +16,8 @@ from PIL import Image
 from saber_jax.data import chat
 from saber_jax.data.examples import encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.records import FIELDS, Record
-from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.data.records import FIELDS, Record, RecordSource
+from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 SHEET_COLUMNS, THUMBNAIL = 8, 160
 PLOT = (960, 160)
@@ -159,3 +165,33 @@ def _page(fields: dict[str, str], runs: list[dict[str, str]], pictures: dict) ->
         f"<p>Blue: video, green: sound, orange: what the loss is about.</p>"
         f"<table>{row(runs[0], 'th')}{body}</table>"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; see the module docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m saber_jax.data.show",
+        description="Draws one record: fields, frames, sound, and the tokens it becomes.",
+    )
+    parser.add_argument("records", metavar="RECORDS", help="the folder that a build wrote")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--clip", help="a clip id, instead of --index")
+    parser.add_argument("--tokenizer", help="default: the one beside the records")
+    parser.add_argument("--out", type=Path, default=Path("record"), help="directory to write")
+    flags = parser.parse_args(argv)
+    try:
+        source = RecordSource(flags.records, flags.split)
+        index = source.index(flags.clip) if flags.clip else flags.index
+        record, vocabulary = source[index], load_tokenizer(flags.tokenizer or flags.records)
+        write(record, vocabulary, flags.out)
+    except (ValueError, OSError, LookupError) as error:
+        print(f"saber_jax.data.show: {error}", file=sys.stderr)
+        return 1
+    print((flags.out / "record.txt").read_text(encoding="utf-8"), end="")
+    print(f"\n{source.where(index)}; see {flags.out / 'record.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from saber_jax.data.examples import CONFLICT_TYPES
+from saber_jax.data.conflicts import CONFLICT_TYPES
 from saber_jax.evaluation import charts, report_examples, report_tables, saber_test
 from saber_jax.runs.files import read_json, read_jsonl, write_text
 from saber_jax.tree import flatten

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from saber_jax.data import sed, speech
+from saber_jax.data.conflicts import NO_CONFLICT
 from saber_jax.data.records import FIELDS
 from saber_jax.evaluation import bootstrap
 
@@ -76,7 +77,7 @@ def conclusion(response: str, names: Sequence[str]) -> str | None:
 def is_consistent(labels: Mapping[str, str]) -> bool:
     """By conflict_type where given, else by whether face and voice agree."""
     if "conflict_type" in labels:
-        return labels["conflict_type"] == "none"
+        return labels["conflict_type"] == NO_CONFLICT
     return labels["face"] == labels["voice"]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from saber_jax import sharding
-from saber_jax.data.examples import CONFLICT_TYPES
+from saber_jax.data.conflicts import CONFLICT_TYPES
 from saber_jax.data.records import FIELDS
 from saber_jax.data.withhold import GREY, MODALITIES, SILENT_MEL, VIEWS, Modality, View
 from saber_jax.models import saber

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saber_jax.data.examples import IGNORED
+from saber_jax.data.conflicts import IGNORED
 from saber_jax.data.withhold import MODALITIES, Modality, View
 
 Form = Literal["sigmoid", "robust", "ipo", "hinge"]

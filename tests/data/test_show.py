@@ -1,5 +1,8 @@
 """A record drawn for a person."""
 
+import subprocess
+import sys
+
 import numpy as np
 from PIL import Image
 
@@ -13,7 +16,7 @@ def test_the_command_draws_fields_frames_sound_and_tokens(tmp_path, tokenizer, c
     dataset.write(tmp_path, {"train": [synthetic.record(3)]}, lambda record: record)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     out = tmp_path / "drawn"
-    assert records.main(["--show", str(tmp_path), "--clip", "clip3", "--out", str(out)]) == 0
+    assert show.main([str(tmp_path), "--clip", "clip3", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "[0]; see" in text and "sarcasm" in text and "sentiment_analysis" in text
     page = (out / "record.html").read_text()
@@ -22,7 +25,7 @@ def test_the_command_draws_fields_frames_sound_and_tokens(tmp_path, tokenizer, c
         assert sheet.size == (4 * 164, 164)
     with Image.open(out / "waveform.png") as plot:
         assert len(np.unique(np.asarray(plot))) > 2
-    assert records.main(["--show", str(tmp_path), "--clip", "nobody", "--out", str(out)]) == 1
+    assert show.main([str(tmp_path), "--clip", "nobody", "--out", str(out)]) == 1
     assert "nobody" in capsys.readouterr().err
 
 
@@ -41,3 +44,10 @@ def test_the_layout_weighs_exactly_the_answer(tokenizer):
 def test_a_record_without_media_is_drawn_without_pictures(tokenizer, tmp_path):
     show.write(synthetic.record(5, frames=0, seconds=0.0), tokenizer, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["record.html", "record.txt"]
+
+
+def test_the_older_name_of_the_command_still_works(tmp_path):
+    command = [sys.executable, "-m", "saber_jax.data.records", "--show", str(tmp_path / "none")]
+    done = subprocess.run([*command, "--clip", "a"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "saber_jax.data.show: No records in" in done.stderr

@@ -1,6 +1,7 @@
 """Hosts that wait for the first one: until it is done, has failed, or is silent for too long."""
 
 import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -106,7 +107,8 @@ def test_a_host_that_is_late_or_on_another_disk_is_missed_by_number(tmp_path):
 # Every host is a process with its own random faults and its own idea of the time. In each round all
 # of them meet, one works, and the others wait for what it leaves.
 BAD_DISK = """
-import errno, os, random, sys, time
+import errno
+import os, os, random, sys, time
 from pathlib import Path
 from launch import turns
 
@@ -195,14 +197,14 @@ def test_a_disk_that_cannot_be_read_is_not_taken_for_a_silent_host(tmp_path, mon
 
 def test_a_beacon_goes_on_after_a_write_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "BEAT_SECONDS", 0.02)
-    replace, failures = turns.os.replace, iter([True] * 5)
+    replace, failures = os.replace, iter([True] * 5)
 
     def replacing(source, target):
         if next(failures, False):
             raise OSError(errno.EIO, "Input/output error", str(target))
         replace(source, target)
 
-    monkeypatch.setattr(turns.os, "replace", replacing)
+    monkeypatch.setattr(os, "replace", replacing)
     with turns.beacon(tmp_path / "beacon"):
         assert turns.wait((tmp_path / "beacon").exists, tmp_path / "beacon", every=0.01)
     assert (tmp_path / "beacon").read_text().startswith("done")

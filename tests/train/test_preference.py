@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saber_jax.data.examples import IGNORED
+from saber_jax.data.conflicts import IGNORED
 from saber_jax.data.withhold import VIEWS
 from saber_jax.train import objectives
 from saber_jax.train.preference import Form, Pairs, Preference, Scores, cadpo_loss

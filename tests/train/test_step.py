@@ -11,7 +11,8 @@ import pytest
 
 from configs import sft
 from saber_jax import sharding
-from saber_jax.data.examples import CONFLICT_TYPES, common_prefix, encode_record
+from saber_jax.data.conflicts import CONFLICT_TYPES
+from saber_jax.data.examples import common_prefix, encode_record
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.withhold import MODALITIES, VIEWS, withhold
 from saber_jax.models import saber
