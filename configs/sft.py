@@ -108,6 +108,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.checkpoint_every = 100
+    # A damaged checkpoint ends the run instead of being set aside for the one before it.
+    c.strict_restore = False
     c.metrics_every = 100  # Steps between measurements too costly for every step; stage 2 has some.
     c.log_every = 25 if tiny else 10  # Steps a console line is the mean of.
     c.wandb = ""  # A Weights & Biases project to log to as well; it must be installed.

@@ -50,17 +50,22 @@ def train(config: ConfigDict) -> None:
     meta = {"plan": inputs.plan.fingerprint(), "batch_rows": config.data.batch_rows}
 
     checkpoints = checkpoint.Checkpoints(
-        workdir, every=config.checkpoint_every, frozen=base is None
+        workdir,
+        every=config.checkpoint_every,
+        frozen=base is None,
+        strict=config.strict_restore,
     )
     params = None
     if config.stage == "cadpo":
         params = start.params(config, stage, base)
         inputs = with_references(config, params, inputs, stage)
-    if checkpoints.latest() is None:
-        state = stage.begin(start.params(config, stage, base) if params is None else params)
-    else:
+    state = None
+    if checkpoints.latest() is not None:
         params = None  # Freed first: both at once may not fit.
         state = checkpoints.restore(start.layout(stage, base), meta)
+    if state is None:
+        state = stage.begin(start.params(config, stage, base) if params is None else params)
+    else:
         inputs = inputs.resumed(checkpoints.meta()["data"])
         say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
 

@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(partial, ignore_errors=True)
         print(f"writing {args.out}")
     distributed.barrier("hf.load: the way is clear")
-    stream.save(partial / "checkpoints" / "0" / "params", leaves(source))
+    stream.save(partial / "checkpoints" / "0", leaves(source))
     if first:
         checkpoint.write_model_files(partial, source.cfg, tokenizer, source=str(args.hf_dir))
         os.replace(partial, args.out)

@@ -14,7 +14,7 @@ from saber_jax.hf import tensors
 from saber_jax.hf.names import Entry, entries
 from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
-from saber_jax.train import checkpoint, stream
+from saber_jax.train import checkpoint, saved, stream
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +32,7 @@ def write(workdir: str | Path, out: Path) -> None:
         raise ValueError(
             f"{workdir} has no adapters: it was trained without config.lora. Leave --peft out."
         )
-    trained = stream.open_leaves(checkpoint.latest(workdir) / "params")
+    trained = stream.open_leaves(saved.newest(workdir))
     weights, modules, unfit = {}, [], [n for n in trained if not n.startswith(lora.ADAPTERS)]
     for entry in entries(cfg).values():
         name = "/".join((lora.ADAPTERS, *entry.path))

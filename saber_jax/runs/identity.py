@@ -16,6 +16,7 @@ APART = (
     *("variant", "topology", "mesh", "root", "workdir", "reference", "generation"),
     *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
     *("checkpoint_every", "log_every", "metrics_every", "profile", "heartbeat_seconds", "wandb"),
+    "strict_restore",
 )
 
 

@@ -2,7 +2,10 @@
 
 WORKDIR/model.json            the network's shape, how media was sampled, which stage made it
 WORKDIR/tokenizer.model|json  the vocabulary
-WORKDIR/checkpoints/STEP/     Orbax: params, opt_state and meta, each an item of its own
+WORKDIR/checkpoints/STEP/     Orbax: params, opt_state, meta and digests, each an item of its own
+
+Every array's digest is saved with it and compared when it is read (train/saved.py), so that what a
+disk damaged is never trained on.
 
 A run with LoRA saves only what it trains: model.json's `base` names the checkpoint that holds the
 frozen weights, its step and a hash, so that another one that took its place is refused. Whoever
@@ -15,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +31,14 @@ from jax.typing import DTypeLike
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import manifest
+from saber_jax.runs import distributed, manifest
 from saber_jax.runs.files import write_json
+from saber_jax.train import saved
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
 
 MODEL_FILE = "model.json"
+ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
 
 # Items that a CheckpointManager wrote have no metadata file of their own, and need none.
 logging.getLogger("absl").addFilter(
@@ -44,15 +50,17 @@ class Checkpoints:
     """Saves asynchronously, keeps the last two, and restores onto any mesh.
 
     With `frozen` False the frozen weights are neither saved nor restored: they lie in the base.
+    With `strict` a damaged step is refused; otherwise it is set aside and the one before it used.
     """
 
-    def __init__(self, workdir: str | Path, *, every: int, frozen: bool = True):
-        self._every, self._frozen = every, frozen
+    def __init__(
+        self, workdir: str | Path, *, every: int, frozen: bool = True, strict: bool = False
+    ):
+        self._workdir, self._every = Path(workdir), every
+        self._frozen, self._strict = frozen, strict
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(),
-            options=options,
-            item_names=("params", "opt_state", "meta"),
+            (Path(workdir) / "checkpoints").absolute(), options=options, item_names=ITEMS
         )
 
     def latest(self) -> int | None:
@@ -67,28 +75,47 @@ class Checkpoints:
         step = int(meta["step"])
         if step == self.latest():
             return
+        about = saved.described(self._arrays(state)) | {"meta": saved.checksum(meta)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(self._saved(state)),
                 opt_state=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave(meta),
+                digests=ocp.args.JsonSave(about),
             ),
             force=True,
         )
 
     def meta(self) -> dict[str, Any]:
         """What was saved beside the latest state."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest(), args=args)["meta"]
+        return saved.read_meta(self._folder(self.latest()))
 
-    def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState:
-        """The latest state, laid out as `abstract` says.
+    def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState | None:
+        """The newest state that is what was saved, laid out as `abstract` says; None if there is
+        none.
 
-        Frozen weights that were not saved come back as `abstract` has them. Raises ValueError when
-        its meta differs in anything but the step.
+        Damaged steps newer than it are renamed to STEP.damaged, which process 0 says. Frozen
+        weights that were not saved come back as `abstract` has them. Raises ValueError when its
+        meta differs in anything but the step, and DamagedError for a damaged one if `strict`, or
+        where only this one of several processes sees the damage: the next start then finds it set
+        aside.
         """
-        stored = self.meta()
+        while (step := self.latest()) is not None:
+            try:
+                return self._restored(self._folder(step), abstract, meta)
+            except saved.DamagedError as error:
+                if self._strict:
+                    raise saved.DamagedError(
+                        f"{error} Set config.strict_restore to False to go on from the step before."
+                    ) from error
+                self._set_aside(step, error)
+        return None
+
+    def _restored(self, folder: Path, abstract: TrainState, meta: dict[str, Any]) -> TrainState:
+        if why := saved.problem(folder, ITEMS):
+            raise saved.DamagedError(f"{folder} is damaged: {why}.")
+        stored = saved.read_meta(folder)
         step = stored["step"]
         ours = {key: value for key, value in meta.items() if key != "step"}
         manifest.check(
@@ -98,12 +125,12 @@ class Checkpoints:
             remedy="Give the new run a --workdir of its own, or go back to the settings and data "
             "of the old one.",
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(self._saved(abstract)),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            ),
+        saved.check_shapes(folder, self._arrays(abstract))
+        restored = self._read(folder, abstract)
+        saved.check(
+            folder,
+            saved.named(restored["params"], "params")
+            | saved.named(restored["opt_state"], "opt_state"),
         )
         params = flatten(restored["params"])
         return TrainState(
@@ -113,8 +140,41 @@ class Checkpoints:
             opt_state=restored["opt_state"],
         )
 
+    def _read(self, folder: Path, abstract: TrainState) -> Any:
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(self._saved(abstract)),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
+        )
+        try:
+            return saved.reading(lambda: self._manager.restore(int(folder.name), args=args))
+        except saved.UNREADABLE as error:
+            damaged = saved.DamagedError(saved.damage(folder, error))
+            if jax.process_count() > 1 and not self._strict:
+                # The other processes wait inside Orbax for this one, which has to end.
+                place = saved.set_aside(folder)
+                raise SystemExit(f"{damaged} It is {place.name} now; start again.") from error
+            raise damaged from error
+
+    def _set_aside(self, step: int, error: saved.DamagedError) -> None:
+        distributed.barrier("all have read the damaged step")
+        if jax.process_index() == 0:
+            place = saved.set_aside(self._folder(step))
+            print(f"WARNING: {error} It is kept as {place.name}.", file=sys.stderr, flush=True)
+        distributed.barrier("it is set aside")
+        self._manager.reload()
+        if jax.process_index() == 0:
+            before = self.latest()
+            text = "the run begins again at step 0" if before is None else f"step {before} is used"
+            print(f"WARNING: {text} instead.", file=sys.stderr, flush=True)
+
+    def _folder(self, step: int | None) -> Path:
+        return (self._workdir / "checkpoints" / str(step)).absolute()
+
     def _saved(self, state: TrainState) -> dict:
         return state.params if self._frozen else merge(state.trainable)
+
+    def _arrays(self, state: TrainState) -> dict[str, Any]:
+        return saved.named(self._saved(state), "params") | saved.named(state.opt_state, "opt_state")
 
     def close(self) -> None:
         """Waits for what is still being written."""
@@ -190,20 +250,24 @@ def _restore(
     expected = flatten(saber.abstract(cfg))
     places = flatten(shardings) if shardings is not None else {}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    item = latest(workdir) / "params"
+    step = saved.newest(workdir)
+    item = step / "params"
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = flatten(checkpointer.metadata(item).item_metadata.tree)
+        with saved.readable(step):
+            stored = flatten(checkpointer.metadata(item).item_metadata.tree)
         held = {name: leaf for name, leaf in expected.items() if base is None or name in stored}
         saber.check_tree(merge(held), merge(stored), dtypes=False)
         layout = {
             name: jax.ShapeDtypeStruct(
-                leaf.shape,
-                dtypes.get(name, stored[name].dtype),
-                sharding=places.get(name, here),
+                leaf.shape, stored[name].dtype, sharding=places.get(name, here)
             )
             for name, leaf in held.items()
         }
-        params = flatten(checkpointer.restore(item, merge(layout)))
+        with saved.readable(step):
+            params = flatten(checkpointer.restore(item, merge(layout)))
+            saved.check(step, {f"params/{n}": leaf for n, leaf in params.items()}, partly=True)
+    for name in params.keys() & dtypes.keys():
+        params[name] = params[name].astype(dtypes[name])  # One at a time: both may not fit.
     if base is not None:
         bare = dataclasses.replace(cfg, lora=None)
         under = shardings and saber.without_lora(shardings)
@@ -212,25 +276,18 @@ def _restore(
     return merge(params)
 
 
-def latest(workdir: str | Path) -> Path:
-    """The newest step that WORKDIR holds. Raises FileNotFoundError if there is none."""
-    directory = Path(workdir) / "checkpoints"
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
-    if not steps:
-        raise FileNotFoundError(f"{workdir} has no finished checkpoint yet; train it first.")
-    return (directory / str(steps[-1])).absolute()
-
-
 def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: Any) -> None:
     """A checkpoint of weights alone, complete when its model.json is there."""
+    step = (Path(workdir) / "checkpoints" / "0").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((Path(workdir) / "checkpoints" / "0" / "params").absolute(), params)
+        checkpointer.save(step / "params", params)
+    saved.write_digests(step, saved.described(saved.named(params, "params")))
     write_model_file(workdir, cfg, **about)
 
 
 def describe_base(workdir: str | Path, base: str | Path) -> dict[str, str]:
     """What model.json of `workdir` says about the checkpoint that holds its frozen weights."""
-    newest = latest(base)
+    newest = saved.newest(base)
     return {
         "checkpoint": os.path.relpath(base, workdir),
         "step": newest.name,
@@ -244,7 +301,7 @@ def find_base(workdir: str | Path, described: dict[str, str]) -> Path:
     Raises ValueError if it holds other weights by now.
     """
     base = Path(os.path.normpath(Path(workdir) / described["checkpoint"]))
-    newest = latest(base)
+    newest = saved.newest(base)
     if (newest.name, _identity(newest)) != (described["step"], described["saved"]):
         raise ValueError(
             f"{workdir} holds adapters for step {described['step']} of {base}, which now holds "

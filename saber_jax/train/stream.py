@@ -22,11 +22,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train import checkpoint, page_cache
+from saber_jax.train import checkpoint, digests, page_cache, saved
 from saber_jax.tree import flatten, merge
 
 CHUNK_BYTES = 8 * 2**20
@@ -71,16 +72,30 @@ class Leaf:
         return tuple(chunk)
 
 
-def save(directory: str | Path, leaves: dict[str, Any]) -> None:
-    """Writes a nested dict of `Leaf`s as an Orbax item of parameters."""
-    handlers = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
+def save(step: str | Path, leaves: dict[str, Any]) -> None:
+    """Writes a nested dict of `Leaf`s as the parameters of a step, and their digests."""
+    step = Path(step).absolute()
+    writing = _LeafHandler()
+    handlers = ocp.type_handlers.create_type_handler_registry((Leaf, writing))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(Path(directory).absolute(), ocp.args.PyTreeSave(leaves))
+        checkpointer.save(step / "params", ocp.args.PyTreeSave(leaves))
+    flat = flatten(leaves)
+    mine = np.array([writing.sums.get(name, 0) for name in flat], np.uint32)
+    sums = np.atleast_2d(multihost_utils.process_allgather(mine)).sum(axis=0, dtype=np.uint32)
+    entries = zip(flat.items(), sums.tolist(), strict=True)
+    saved.write_digests(step, {f"params/{n}": saved.entry(leaf, d) for (n, leaf), d in entries})
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves piece by piece; to Orbax they are arrays like others."""
+    """Writes leaves piece by piece; to Orbax they are arrays like others.
+
+    `sums` are then this process's shares in their digests, by flattened name.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sums: dict[str, int] = {}
 
     async def serialize(
         self,
@@ -97,7 +112,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         ]
         work.sort(key=lambda item: item[0].place)
         mine = _share([piece.nbytes for piece, _, _ in work])
-        _write(work[mine], page_cache.Passing(Path(infos[0].parent_dir)))
+        self.sums = _write(work[mine], page_cache.Passing(Path(infos[0].parent_dir)))
         return []
 
 
@@ -111,30 +126,36 @@ def _share(sizes: Sequence[int]) -> slice:
 
 def _write(
     work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]], passing: page_cache.Passing
-) -> None:
+) -> dict[str, int]:
+    """Returns the sum of the digests of what was written, by flattened name."""
     room = _Room(IN_FLIGHT_BYTES)
     stores = {info.name: _create(leaf, info) for _, leaf, info in work}
     total = sum(piece.nbytes for piece, _, _ in work)
     bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 2**30)
 
-    def copy(piece: Piece, leaf: Leaf, name: str) -> None:
+    def copy(piece: Piece, leaf: Leaf, name: str) -> int:
         try:
-            _copy(piece, leaf, stores[name])
+            digest = _copy(piece, leaf, stores[name])
         finally:
             room.leave(piece.nbytes)
         passing.report(piece.nbytes)
         bar.update(piece.nbytes)
+        return digest
 
     with bar, ThreadPoolExecutor(THREADS) as pool:
         jobs = []
         for piece, leaf, info in work:
             room.enter(piece.nbytes)
-            jobs.append(pool.submit(copy, piece, leaf, info.name))
-        for job in jobs:
-            job.result()
+            name = info.name.replace(".", "/")
+            jobs.append((name, pool.submit(copy, piece, leaf, info.name)))
+        sums = collections.Counter()
+        for name, job in jobs:
+            sums[name] += job.result()
+    return {name: total % 2**32 for name, total in sums.items()}
 
 
-def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> None:
+def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> int:
+    """Returns the piece's share in the digest of its parameter."""
     target = store if piece.layer is None else store[piece.layer]
     array = piece.read()
     chunk = leaf.chunks if piece.layer is None else leaf.chunks[1:]
@@ -142,13 +163,18 @@ def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> None:
     # TensorStore would transpose as well, but a few times slower.
     if axis == 0:  # Then its parts are, too; along other axes each of them is copied anyway.
         array = contiguous(array)
-    writes = []
+    writes, digest = [], 0
+    strides = digests.c_strides(array.shape)
+    first = (piece.layer or 0) * array.size
     for start in range(0, array.shape[axis], chunk[axis]):
         here = (slice(None),) * axis + (slice(start, start + chunk[axis]),)
         part = contiguous(array[here])
         writes.append(target[here].write(part, can_reference_source_data_indefinitely=True))
+        at = first + start * strides[axis] if strides else first
+        digest += digests.of_numpy(part, first=at, strides=strides)
     for write in writes:
         write.result()
+    return digest
 
 
 def _create(leaf: Leaf, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
@@ -214,10 +240,15 @@ class _Room:
 
 
 class Stored:
-    """A parameter on disk; indexing reads."""
+    """A parameter on disk; indexing reads.
 
-    def __init__(self, store: ts.TensorStore, passing: page_cache.Passing):
-        self._store, self._passing = store, passing
+    Raises DamagedError when all of it was read, at once or layer by layer, and is not what was
+    saved.
+    """
+
+    def __init__(self, store: ts.TensorStore, passing: page_cache.Passing, step: Path, name: str):
+        self._store, self._passing, self._step, self._name = store, passing, step, name
+        self._sums: dict[int, int] = {}  # Of the digest, by layer.
         self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
         self.chunks = tuple(store.chunk_layout.read_chunk.shape or store.shape)
 
@@ -225,9 +256,21 @@ class Stored:
         source = self._store[index]
         # NumPy's memory comes in large pages, TensorStore's own in small ones.
         array = np.empty(source.shape, self.dtype)
-        ts.array(array).write(source).result()
+        with saved.readable(self._step):
+            ts.array(array).write(source).result()
+            self._check(index, array)
         self._passing.report(array.nbytes)
         return array
+
+    def _check(self, index: Any, array: np.ndarray) -> None:
+        if array.shape == self.shape:
+            self._sums = {0: digests.of_numpy(array)}
+        elif isinstance(index, int):
+            self._sums[index] = digests.of_numpy(array, first=index * array.size)
+        else:
+            return  # A part that tells nothing.
+        if array.shape == self.shape or len(self._sums) == self.shape[0]:
+            saved.check_one(self._step, self._name, self, sum(self._sums.values()) % 2**32)
 
 
 class Merged:
@@ -251,7 +294,7 @@ def open_model(workdir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
     """
     about = checkpoint.read_model_file(workdir)
     cfg = SaberConfig.from_dict(about["model"])
-    leaves: dict[str, Any] = open_leaves(checkpoint.latest(workdir) / "params")
+    leaves: dict[str, Any] = open_leaves(saved.newest(workdir))
     if "base" in about:
         base, _ = open_model(checkpoint.find_base(workdir, about["base"]))
         leaves = flatten(base) | leaves
@@ -265,9 +308,10 @@ def open_model(workdir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
     return merge(params), dataclasses.replace(cfg, lora=None)
 
 
-def open_leaves(item: Path) -> dict[str, Stored]:
-    """The parameters that one Orbax item holds, by flattened name."""
-    with ocp.StandardCheckpointer() as checkpointer:
+def open_leaves(step: Path) -> dict[str, Stored]:
+    """The parameters that one step holds, by flattened name."""
+    item = step / "params"
+    with saved.readable(step), ocp.StandardCheckpointer() as checkpointer:
         names = flatten(checkpointer.metadata(item).item_metadata.tree)
     # Nothing is read twice; and every reading at once takes a chunk's memory, new from the system.
     few = {"limit": THREADS}
@@ -287,6 +331,8 @@ def open_leaves(item: Path) -> dict[str, Stored]:
             "path": name.replace("/", ".") + "/",
         }
         spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-        return Stored(ts.open(spec, open=True, read=True, context=context).result(), passing)
+        store = ts.open(spec, open=True, read=True, context=context).result()
+        return Stored(store, passing, step, f"params/{name}")
 
-    return {name: opened(name) for name in names}
+    with saved.readable(step):
+        return {name: opened(name) for name in names}

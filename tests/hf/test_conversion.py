@@ -23,7 +23,7 @@ from saber_jax.hf.names import entries
 from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig
-from saber_jax.train import checkpoint, stream
+from saber_jax.train import checkpoint, saved, stream
 from saber_jax.tree import flatten
 from tests.models.batches import CONFIG
 from tests.processes import running
@@ -200,8 +200,7 @@ def test_chunks_are_layers_cut_where_fsdp_cuts(workdir):
         3584,
         18944 // 32,
     )
-    item = checkpoint.latest(workdir) / "params"
-    chunk = stream.open_leaves(item)["text/blocks/mlp/w_up"].chunks
+    chunk = stream.open_leaves(saved.newest(workdir))["text/blocks/mlp/w_up"].chunks
     assert chunk == (1, CONFIG.text.width, CONFIG.text.mlp_dim)
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
     split = checkpoint.load_params(workdir, CONFIG, saber.shardings(CONFIG, mesh))
@@ -247,7 +246,7 @@ SHARE = """
 import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from saber_jax import distributed
+from saber_jax.runs import distributed
 from saber_jax.hf import load, tensors
 distributed.initialize()
 read, whole = [], tensors.Tensor.read
@@ -289,9 +288,10 @@ RESTORE = """
 import sys
 from pathlib import Path
 import jax
-from saber_jax import distributed, sharding
+from saber_jax import sharding
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs import distributed
 from saber_jax.train import checkpoint
 from saber_jax.tree import flatten
 

@@ -1,0 +1,162 @@
+"""What a disk damaged is named, never used, and costs the steps since the checkpoint before it."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saber_jax import sharding
+from saber_jax.train import saved
+from saber_jax.train.checkpoint import Checkpoints
+from saber_jax.train.step import TrainState
+
+# Orbax drops tasks whose exceptions nobody fetched.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def state(step):
+    everywhere = sharding.replicated(sharding.make_mesh(data=1, fsdp=-1, tensor=1))
+    w = jnp.arange(12.0).reshape(3, 4) + step
+    tree = TrainState(jnp.int32(step), {"text/w": w}, {}, {"mu": -w})
+    return jax.device_put(tree, everywhere)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    """Steps 2 and 4 of a run."""
+    folder = tmp_path_factory.mktemp("intact")
+    checkpoints = Checkpoints(folder, every=2)
+    for step in (2, 4):
+        checkpoints.save(state(step), {"step": step, "plan": "abc"})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def workdir(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "run")
+
+
+def restore(workdir, **options):
+    checkpoints = Checkpoints(workdir, every=2, **options)
+    restored = checkpoints.restore(state(0), {"plan": "abc"})
+    checkpoints.close()
+    return restored
+
+
+def flip(path, byte, bit):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def names(workdir):
+    return sorted(p.name for p in (workdir / "checkpoints").iterdir())
+
+
+def test_an_intact_step_comes_back(workdir):
+    restored = restore(workdir)
+    np.testing.assert_array_equal(restored.trainable["text/w"], state(4).trainable["text/w"])
+    assert names(workdir) == ["2", "4"]
+
+
+def files_of(step):
+    return sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def test_no_flipped_bit_changes_what_is_restored(workdir, intact, tmp_path):
+    """One in every file of the newest step: it is harmless, or the step before is used."""
+    found = files_of(workdir / "checkpoints/4")
+    assert len(found) > 10
+    aside = 0
+    for number, path in enumerate(found):
+        run = shutil.copytree(intact, tmp_path / f"flipped{number}")
+        target = run / path.relative_to(workdir)
+        flip(target, target.stat().st_size * 2 // 3, number % 8)
+        restored = restore(run)
+        step = int(restored.step)
+        aside += step == 2
+        assert names(run) == (["2", "4"] if step == 4 else ["2", "4.damaged"])
+        np.testing.assert_array_equal(restored.trainable["text/w"], state(step).trainable["text/w"])
+        np.testing.assert_array_equal(restored.opt_state["mu"], state(step).opt_state["mu"])
+    assert aside >= 4
+
+
+DAMAGES = {
+    "an empty folder": lambda step: (shutil.rmtree(step), step.mkdir()),
+    "an item gone": lambda step: shutil.rmtree(step / "opt_state"),
+    "the digests gone": lambda step: shutil.rmtree(step / "digests"),
+    "a data file gone": lambda step: max(files_of(step), key=lambda p: "/d/" in str(p)).unlink(),
+    "a data file cut short": lambda step: [
+        p.write_bytes(p.read_bytes()[:-9]) for p in files_of(step) if p.parent.name == "d"
+    ],
+    "meta of another step": lambda step: (step / "meta/metadata").write_text(
+        json.dumps({"step": 3, "plan": "abc"})
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_newest_step_is_kept_aside_loudly_and_the_one_before_used(workdir, how, capsys):
+    DAMAGES[how](workdir / "checkpoints/4")
+    assert int(restore(workdir).step) == 2
+    assert names(workdir) == ["2", "4.damaged"]
+    said = capsys.readouterr().err
+    assert "checkpoints/4 is damaged" in said and "kept as 4.damaged" in said
+    assert "step 2 is used instead" in said
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_strict_run_refuses_it_and_touches_nothing(workdir, how):
+    DAMAGES[how](workdir / "checkpoints/4")
+    with pytest.raises(saved.DamagedError, match=r"checkpoints/4 is damaged.*strict_restore"):
+        restore(workdir, strict=True)
+    assert names(workdir) == ["2", "4"]
+
+
+@pytest.mark.parametrize("how", ["an empty folder", "an item gone", "the digests gone"])
+def test_readers_name_a_step_that_is_not_whole_and_the_one_before(workdir, how):
+    DAMAGES[how](workdir / "checkpoints/4")
+    if how == "an item gone":
+        shutil.rmtree(workdir / "checkpoints/4/params")
+    with pytest.raises(saved.DamagedError, match=r"4 is damaged: .*missing.* goes on from step 2"):
+        saved.newest(workdir)
+
+
+def test_when_all_are_damaged_the_run_begins_again(workdir, capsys):
+    for step in (2, 4):
+        shutil.rmtree(workdir / f"checkpoints/{step}/params")
+    assert restore(workdir) is None
+    assert "begins again at step 0" in capsys.readouterr().err
+    assert names(workdir) == ["2.damaged", "4.damaged"]
+
+
+def test_a_step_damaged_twice_keeps_both(workdir):
+    (workdir / "checkpoints/4.damaged").mkdir()
+    shutil.rmtree(workdir / "checkpoints/4/meta")
+    assert int(restore(workdir).step) == 2
+    assert names(workdir) == ["2", "4.damaged", "4.damaged-2"]
+
+
+def test_another_network_is_refused_and_nothing_is_called_damaged(workdir):
+    checkpoints = Checkpoints(workdir, every=2)
+    other = state(0)
+    wide = TrainState(other.step, {"text/w": jnp.zeros((3, 8))}, {}, other.opt_state)
+    with pytest.raises(ValueError, match="holds another network or optimizer: params/text/w"):
+        checkpoints.restore(wide, {"plan": "abc"})
+    assert names(workdir) == ["2", "4"]
+
+
+def test_reading_is_tried_again_while_storage_is_out_of_reach(monkeypatch):
+    monkeypatch.setattr(saved, "PAUSES", (0, 0))
+    left = [OSError(5, "Input/output error"), ValueError("UNAVAILABLE: try later")]
+
+    def read():
+        if left:
+            raise left.pop()
+        return "read"
+
+    assert saved.reading(read) == "read" and not left
