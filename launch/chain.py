@@ -5,9 +5,6 @@ type; it is printed before it runs. A step that ended well leaves ROOT/done/STEP
 its command and the steps it stands on, so the same call starts, goes on after a kill, and finds in
 seconds that all is done.
 
-What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your own, the
-steps that would make them are left out.
-
 On a pod every host runs this. Training is the work of all of them at once; of mining and evaluation
 each does a share, and the first host joins them; everything else is the first host's, while the
 others wait for its stamp (turns.py).
@@ -22,187 +19,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app
 from ml_collections import ConfigDict
 
-from configs import sft
 from configs.command_line import CONFIG, parse_flags
-from launch import hardware, turns
-from saber_jax.runs import distributed
+from launch import hardware, outcome, turns
+from launch.steps import Step, steps, with_own_workdir
+from saber_jax.runs import distributed, manifest
 from saber_jax.runs.distributed import PREEMPTED
-from saber_jax.runs.files import write_json
+from saber_jax.runs.files import read_json, write_json
 from saber_jax.runs.identity import identity
 
 TERMINATED = 128 + signal.SIGTERM
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """`after` are the steps whose results this one reads; `leaves` is what to look at when done;
-    `together` is a step that all hosts run at once. Before `command`, several hosts each run
-    `share`, if there is one, with --share I/N. `does` is what a done step must have done to be done
-    now too, where that is not the command."""
-
-    name: str
-    says: str
-    command: tuple[str, ...]
-    leaves: str
-    after: tuple[str, ...] = ()
-    together: bool = False
-    share: tuple[str, ...] = ()
-    does: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:
-    """The whole chain of config `name`, the steps of the config it starts from included.
-
-    `settings` are the `--config.key=value` that were typed; they belong to the stage named, but for
-    the seed, which is everybody's.
-    """
-    root, data = Path(config.root), Path(config.data.path)
-    own_records = data != root / "records"
-    chain = [] if own_records or not config.embedded else _embedded_corpus(config, root)
-    after = ("records",) if chain else ()
-    if config.stage == "sft":
-        return [*chain, _train(config, name, settings, after)]
-    if Path(config.init.checkpoint) == root / "sft":
-        chain.append(_stage_1(config, own_records, after))
-    if Path(config.data.pairs) == root / "pairs":
-        chain.append(_pairs(config, data))
-    stage_2 = _train(config, name, settings, ("sft", "pairs"))
-    return [*chain, stage_2, *_results(config, root, data)]
-
-
-STAGES = {
-    "sft": "stage 1, SED: evidence first, then the reasoning",
-    "cadpo": "stage 2, CA-DPO: prefer the answer that weighs all modalities",
-}
-
-
-def _train(
-    config: ConfigDict, name: str, settings: tuple[str, ...], after: tuple[str, ...]
-) -> Step:
-    return Step(
-        name=config.stage,
-        says=STAGES[config.stage],
-        command=("python", "-m", "saber_jax.main", f"--config={name}", *settings),
-        leaves=config.workdir,
-        after=after,
-        together=True,
-        does=identity(config),
-    )
-
-
-def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> Step:
-    """What stage 2 starts from, by the config that suits it."""
-    start = sft.get_config(config.variant)
-    start.root, start.seed = config.root, config.seed
-    inherited = [f"--config.root={config.root}"]
-    if own_records:
-        start.data.path = config.data.path
-        inherited.append(f"--config.data.path={config.data.path}")
-    if config.seed:
-        inherited.append(f"--config.seed={config.seed}")
-    return _train(start, f"configs/sft.py:{config.variant}", tuple(inherited), after)
-
-
-def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
-    corpus = root / "corpus"
-    return [
-        Step(
-            name="corpus",
-            says="the embedded corpus saber_mini: drawn faces, synthetic voices, known conflicts",
-            command=(
-                *("python", "-m", "data_prep.corpus", "--out", str(corpus)),
-                *("--seed", str(config.seed)),
-            ),
-            leaves=str(corpus),
-        ),
-        Step(
-            name="records",
-            says="clips and annotations -> SABER records and a vocabulary",
-            command=(
-                *("python", "-m", "data_prep.build", "--out", str(root / "records")),
-                *("--clips", str(corpus / "clips"), "--annotations", str(corpus / "annotations")),
-                *("--labels", str(corpus / "labels.jsonl"), *config.sampling),
-            ),
-            leaves=str(root / "records"),
-            after=("corpus",),
-        ),
-    ]
-
-
-def _pairs(config: ConfigDict, data: Path) -> Step:
-    command = (
-        *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
-        *("--records", str(data), "--split", config.data.split),
-        *("--out", config.data.pairs, *_generation(config)),
-    )
-    return Step(
-        name="pairs",
-        says="preference pairs: what the SED model says with one modality withheld",
-        command=command,
-        share=command,
-        leaves=config.data.pairs,
-        after=("sft",),
-    )
-
-
-def _results(config: ConfigDict, root: Path, data: Path) -> list[Step]:
-    stages = {"sft": config.init.checkpoint, "cadpo": config.workdir}
-    evaluations = []
-    for stage, checkpoint in stages.items():
-        answer = (
-            *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
-            *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
-            *("--out", str(root / "eval" / stage), *_generation(config)),
-        )
-        evaluations.append(
-            Step(
-                name=f"evaluate_{stage}",
-                says=f"held-out clips, consistent and not, and each modality's part, {stage} model",
-                command=(*answer, "--probes"),
-                share=answer,
-                leaves=str(root / "eval" / stage / "scores.json"),
-                after=(stage,),
-            )
-        )
-    export = Step(
-        name="export",
-        says="the CA-DPO model as a HuggingFace directory",
-        command=(
-            *("python", "-m", "saber_jax.hf.export", "--checkpoint", config.workdir),
-            *("--out", str(root / "hf")),
-        ),
-        leaves=str(root / "hf"),
-        after=("cadpo",),
-    )
-    corpus = root / "corpus"
-    made_here = ("--corpus", str(corpus)) if config.embedded and data == root / "records" else ()
-    mined = Path(config.data.pairs) == root / "pairs"
-    report = Step(
-        name="report",
-        says="one page of what was learnt",
-        command=(
-            *("python", "-m", "saber_jax.evaluation.report", "--out", str(root / "report.html")),
-            *("--sft", stages["sft"], "--cadpo", stages["cadpo"]),
-            *("--sft_scores", str(root / "eval/sft"), "--cadpo_scores", str(root / "eval/cadpo")),
-            *(("--pairs", config.data.pairs) if mined else ()),
-            *made_here,
-        ),
-        leaves=str(root / "report.html"),
-        after=("evaluate_sft", "evaluate_cadpo"),
-    )
-    return [*evaluations, export, report]
-
-
-def _generation(config: ConfigDict) -> tuple[str, ...]:
-    g = config.generation
-    return ("--batch_size", str(g.batch_size), "--max_new_tokens", str(g.max_new_tokens))
 
 
 def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
@@ -219,7 +51,7 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
         stamp = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
         stamps[step.name] = stamp
         title = f"[{number}/{len(chain)}] {step.name}"
-        if _stamped(root, step.name, stamp):
+        if _stamped(root, step.name, stamp) and Path(step.leaves).exists():
             print(f"{title}: done, see {step.leaves}", flush=True)
             continue
         clock = time.perf_counter()
@@ -229,7 +61,9 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
         print(f"{title}: took {seconds:.0f} s, left {step.leaves}", flush=True)
     total = time.perf_counter() - began
     what = f"{ran} steps run in {total:.0f} s" if ran else "nothing left to do"
-    print(f"\nAll {len(chain)} steps are done ({what}). Look at {chain[-1].leaves}", flush=True)
+    print(f"\nAll {len(chain)} steps are done ({what}).", flush=True)
+    if place[0] == 0:
+        print(outcome.text(chain), flush=True)
 
 
 def _do(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) -> None:
@@ -350,6 +184,27 @@ def refuse_hopeless(config: ConfigDict) -> None:
         )
 
 
+def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
+    """Does the work directory hold a run with other settings? Asked before anything is run."""
+    config, _ = with_own_workdir(config, settings)
+    taken = Path(config.workdir) / "config.json"
+    if not taken.exists():
+        return
+    carried = "; stage 1, the pairs and their evaluation are used again" * (config.stage == "cadpo")
+    try:
+        manifest.check(
+            identity(read_json(taken)),
+            identity(config),
+            what=f"{config.workdir} holds a run with other settings",
+            remedy=(
+                f"To keep both, add --config.workdir={Path(config.workdir).parent / 'NAME'}: what "
+                f"this run leaves goes there{carried}."
+            ),
+        )
+    except ValueError as error:
+        sys.exit(f"launch/tpu_run.sh: {error}")
+
+
 def main(argv: list[str]) -> None:
     config = CONFIG.value
     if len(argv) > 1:
@@ -358,6 +213,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: _stop("launch/tpu_run.sh"))
     name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
     settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))
+    refuse_taken(config, settings)
     run(steps(config, name, settings), Path(config.root), distributed.place())
 
 

@@ -222,7 +222,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         identity(read_json(path)),
         identity(ours),
         what=f"{workdir} belongs to a run with another config",
-        remedy="Choose another directory with --config.workdir=DIR, or delete it to start again.",
+        remedy="Choose another directory with --config.workdir=DIR.",
     )
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def step(name: str, code: str, after: tuple[str, ...] = ()) -> chain.Step:
     return chain.Step(
-        name=name, says="a test", command=("python", "-c", code), leaves="nothing", after=after
+        name=name, says="a test", command=("python", "-c", code), leaves=str(ROOT), after=after
     )
 
 
@@ -59,7 +59,8 @@ def test_a_changed_step_is_run_again_with_everything_that_stands_on_it(tmp_path)
 def training(config: ConfigDict, *settings: str) -> chain.Step:
     links = chain.steps(config, "configs/cadpo.py:tiny", settings)
     step = next(link for link in links if link.name == "cadpo")
-    return dataclasses.replace(step, command=("python", "-c", "print('trained')"), after=())
+    trains = ("python", "-c", "print('trained')")
+    return dataclasses.replace(step, command=trains, after=(), leaves=str(ROOT))
 
 
 def test_an_edited_config_is_another_run_and_a_chattier_one_is_not(tmp_path, capfd):
@@ -113,6 +114,70 @@ def test_every_path_follows_the_root():
     config.root = "/elsewhere"
     paths = json.dumps([s.command for s in chain.steps(config, "configs/cadpo.py:tiny", ())])
     assert "runs/tiny" not in paths and "/elsewhere/cadpo" in paths
+
+
+def test_what_was_deleted_is_made_again(tmp_path):
+    made = tmp_path / "made"
+    link = chain.Step(
+        name="a",
+        says="a test",
+        command=("python", "-c", f"import pathlib; pathlib.Path({str(made)!r}).mkdir()"),
+        leaves=str(made),
+    )
+    chain.run([link], tmp_path)
+    made.rmdir()
+    chain.run([link], tmp_path)
+    assert made.exists()
+
+
+def stamps(config: ConfigDict, *settings: str) -> dict[str, tuple]:
+    """What each step of a chain would do, by its name."""
+    links = chain.steps(config, "configs/cadpo.py:tiny", settings)
+    return {s.name: (s.command, s.does, s.after, s.leaves) for s in links}
+
+
+@pytest.mark.parametrize("kind", ["adapters", "workdir"])
+def test_another_stage_2_starts_from_the_same_stage_1_and_lies_beside_the_first(kind):
+    first = stamps(cadpo.get_config("tiny"))
+    config = cadpo.get_config("tiny")
+    if kind == "adapters":
+        config.lora.rank = 8
+        typed, place = "--config.lora.rank=8", "runs/tiny/cadpo-lora8"
+    else:
+        config.workdir = place = "runs/tiny/other"
+        typed = "--config.workdir=runs/tiny/other"
+    second, name = stamps(config, typed), Path(place).name
+    shared = ["corpus", "records", "sft", "pairs", "evaluate_sft"]
+    assert {step: second[step] for step in shared} == {step: first[step] for step in shared}
+    own = {step: leaves for step, (*_, leaves) in second.items() if step not in shared}
+    assert own == {
+        name: place,
+        f"evaluate_{name}": f"{place}/eval/cadpo/scores.json",
+        f"export_{name}": f"{place}/hf",
+        f"report_{name}": f"{place}/report.html",
+    }
+    assert f"--config.workdir={place}" in second[name][0]
+
+
+def test_two_work_directories_are_two_runs_though_their_settings_are_equal():
+    config = cadpo.get_config("tiny")
+    config.workdir = "/elsewhere/cadpo"
+    does = next(does for name, (_, does, *_) in stamps(config).items() if "elsewhere" in name)
+    assert does != stamps(cadpo.get_config("tiny"))["cadpo"][1]
+
+
+def test_a_work_directory_of_other_settings_is_refused_before_anything_is_run(tmp_path):
+    config = cadpo.get_config("tiny")
+    config.root = str(tmp_path)
+    chain.refuse_taken(config, ())
+    (tmp_path / "cadpo").mkdir()
+    (tmp_path / "cadpo/config.json").write_text(config.to_json())
+    chain.refuse_taken(config, ())
+    config.loss.beta = 0.5
+    with pytest.raises(SystemExit, match=r"loss.beta: 0.1 there, 0.5 here.*--config.workdir="):
+        chain.refuse_taken(config, ())
+    config.lora.rank = 8
+    chain.refuse_taken(config, ("--config.lora.rank=8",))
 
 
 HOST = """

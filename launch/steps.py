@@ -1,0 +1,206 @@
+"""Which commands a config needs, from nothing to a report, and what each of them leaves.
+
+Stage 2 can be run again with other settings beside what is there: with a work directory of its own
+(--config.workdir), or as adapters (--config.lora.rank), which get one by themselves. It then starts
+from the same stage 1 and the same pairs, and its evaluation, export and report lie in that
+directory. What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your
+own, the steps that would make them are left out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import sft
+from saber_jax.runs.identity import identity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """`after` are the steps whose results this one reads; `leaves` is what to look at when done;
+    `together` is a step that all hosts run at once. Before `command`, several hosts each run
+    `share`, if there is one, with --share I/N. `does` is what decides the step's result, where that
+    is not the command: a step is run again when it changes."""
+
+    name: str
+    says: str
+    command: tuple[str, ...]
+    leaves: str
+    after: tuple[str, ...] = ()
+    together: bool = False
+    share: tuple[str, ...] = ()
+    does: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:
+    """The whole chain of config `name`, the steps of the config it starts from included.
+
+    `settings` are the `--config.key=value` that were typed; they belong to the stage named, but for
+    the seed, which is everybody's.
+    """
+    root, data = Path(config.root), Path(config.data.path)
+    config, settings = with_own_workdir(config, settings)
+    own_records = data != root / "records"
+    chain = [] if own_records or not config.embedded else _embedded_corpus(config, root)
+    after = ("records",) if chain else ()
+    if config.stage == "sft":
+        return [*chain, _train(config, name, settings, after)]
+    if Path(config.init.checkpoint) == root / "sft":
+        chain.append(_stage_1(config, own_records, after))
+    if Path(config.data.pairs) == root / "pairs":
+        chain.append(_pairs(config, data))
+    stage_2 = _train(config, name, settings, ("sft", "pairs"))
+    return [*chain, stage_2, *_results(config, root, data, stage_2.name)]
+
+
+def with_own_workdir(
+    config: ConfigDict, settings: tuple[str, ...]
+) -> tuple[ConfigDict, tuple[str, ...]]:
+    """Adapters asked for with --config.lora.rank=R go to WORKDIR-loraR: WORKDIR itself belongs to
+    the run that trains all weights."""
+    asked = any(setting.startswith("--config.lora.rank=") for setting in settings)
+    placed = any(setting.startswith("--config.workdir=") for setting in settings)
+    if not asked or placed or not config.lora.rank:
+        return config, settings
+    config = config.copy_and_resolve_references()
+    config.workdir = f"{config.workdir}-lora{config.lora.rank}"
+    return config, (*settings, f"--config.workdir={config.workdir}")
+
+
+STAGES = {
+    "sft": "stage 1, SED: evidence first, then the reasoning",
+    "cadpo": "stage 2, CA-DPO: prefer the answer that weighs all modalities",
+}
+
+
+def _train(
+    config: ConfigDict, name: str, settings: tuple[str, ...], after: tuple[str, ...]
+) -> Step:
+    root, workdir = Path(config.root), Path(config.workdir)
+    place = workdir.relative_to(root) if workdir.is_relative_to(root) else workdir
+    return Step(
+        # A stage's usual place is ROOT/STAGE; elsewhere it is another step, done beside that one.
+        name=config.stage if place == Path(config.stage) else str(place).replace("/", "_"),
+        says=STAGES[config.stage],
+        command=("python", "-m", "saber_jax.main", f"--config={name}", *settings),
+        leaves=config.workdir,
+        after=after,
+        together=True,
+        does=identity(config) | {"workdir": str(place)},
+    )
+
+
+def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> Step:
+    """What stage 2 starts from, by the config that suits it."""
+    start = sft.get_config(config.variant)
+    start.root, start.seed = config.root, config.seed
+    inherited = [f"--config.root={config.root}"]
+    if own_records:
+        start.data.path = config.data.path
+        inherited.append(f"--config.data.path={config.data.path}")
+    if config.seed:
+        inherited.append(f"--config.seed={config.seed}")
+    return _train(start, f"configs/sft.py:{config.variant}", tuple(inherited), after)
+
+
+def _embedded_corpus(config: ConfigDict, root: Path) -> list[Step]:
+    corpus = root / "corpus"
+    return [
+        Step(
+            name="corpus",
+            says="the embedded corpus saber_mini: drawn faces, synthetic voices, known conflicts",
+            command=(
+                *("python", "-m", "data_prep.corpus", "--out", str(corpus)),
+                *("--seed", str(config.seed)),
+            ),
+            leaves=str(corpus),
+        ),
+        Step(
+            name="records",
+            says="clips and annotations -> SABER records and a vocabulary",
+            command=(
+                *("python", "-m", "data_prep.build", "--out", str(root / "records")),
+                *("--clips", str(corpus / "clips"), "--annotations", str(corpus / "annotations")),
+                *("--labels", str(corpus / "labels.jsonl"), *config.sampling),
+            ),
+            leaves=str(root / "records"),
+            after=("corpus",),
+        ),
+    ]
+
+
+def _pairs(config: ConfigDict, data: Path) -> Step:
+    command = (
+        *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
+        *("--records", str(data), "--split", config.data.split),
+        *("--out", config.data.pairs, *_generation(config)),
+    )
+    return Step(
+        name="pairs",
+        says="preference pairs: what the SED model says with one modality withheld",
+        command=command,
+        share=command,
+        leaves=config.data.pairs,
+        after=("sft",),
+    )
+
+
+def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[Step]:
+    """Evaluation of both stages, export and report; `trained` is the step of stage 2."""
+    usual = Path(config.workdir) == root / "cadpo"
+    place, suffix = (root, "") if usual else (Path(config.workdir), f"_{trained}")
+    stages = {"sft": config.init.checkpoint, "cadpo": config.workdir}
+    scores = {"sft": root / "eval/sft", "cadpo": place / "eval" / "cadpo"}
+    names = {"sft": "evaluate_sft", "cadpo": f"evaluate_{trained}"}
+    evaluations = []
+    for stage, checkpoint in stages.items():
+        answer = (
+            *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
+            *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
+            *("--out", str(scores[stage]), *_generation(config)),
+        )
+        evaluations.append(
+            Step(
+                name=names[stage],
+                says=f"held-out clips, consistent and not, and each modality's part, {stage} model",
+                command=(*answer, "--probes"),
+                share=answer,
+                leaves=str(scores[stage] / "scores.json"),
+                after=("sft" if stage == "sft" else trained,),
+            )
+        )
+    export = Step(
+        name=f"export{suffix}",
+        says="the CA-DPO model as a HuggingFace directory",
+        command=(
+            *("python", "-m", "saber_jax.hf.export", "--checkpoint", config.workdir),
+            *("--out", str(place / "hf")),
+        ),
+        leaves=str(place / "hf"),
+        after=(trained,),
+    )
+    corpus = root / "corpus"
+    made_here = ("--corpus", str(corpus)) if config.embedded and data == root / "records" else ()
+    mined = Path(config.data.pairs) == root / "pairs"
+    report = Step(
+        name=f"report{suffix}",
+        says="one page of what was learnt",
+        command=(
+            *("python", "-m", "saber_jax.evaluation.report", "--out", str(place / "report.html")),
+            *("--sft", stages["sft"], "--cadpo", stages["cadpo"]),
+            *("--sft_scores", str(scores["sft"]), "--cadpo_scores", str(scores["cadpo"])),
+            *(("--pairs", config.data.pairs) if mined else ()),
+            *made_here,
+        ),
+        leaves=str(place / "report.html"),
+        after=tuple(names.values()),
+    )
+    return [*evaluations, export, report]
+
+
+def _generation(config: ConfigDict) -> tuple[str, ...]:
+    g = config.generation
+    return ("--batch_size", str(g.batch_size), "--max_new_tokens", str(g.max_new_tokens))
