@@ -166,7 +166,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
             Step(
                 name=names[stage],
                 says=f"held-out clips, consistent and not, and each modality's part, {stage} model",
-                command=(*answer, "--probes"),
+                command=(*answer, "--probes", "--brief"),
                 share=answer,
                 leaves=str(scores[stage] / "scores.json"),
                 after=("sft" if stage == "sft" else trained,),

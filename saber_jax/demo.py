@@ -7,7 +7,6 @@ in time, and of the disk it shows nothing but the clips that were dropped on it.
 launch/setup.sh --demo, or pip install -r requirements-demo.txt.
 """
 
-import argparse
 import dataclasses
 import os
 import queue
@@ -21,6 +20,7 @@ from typing import Any
 from saber_jax.data import decode, sed
 from saber_jax.data.records import FIELDS, LANGUAGES, Record
 from saber_jax.data.withhold import withhold
+from saber_jax.flags import Parser
 from saber_jax.generate.generator import Generator, load_generator, record_of_clip
 from saber_jax.train import checkpoint
 
@@ -231,7 +231,7 @@ def serve(page: Any, *, port: int, limits: Limits, block: bool = True) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Loads the model and serves the page; returns the exit code."""
-    parser = argparse.ArgumentParser(description="A local page to try a checkpoint on clips.")
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="work directory of a training run")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--max_new_tokens", type=int, default=512)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data_prep.corpus import film, text, voice
 from data_prep.corpus.plan import SPLITS, Clip, Sizes, plan
+from saber_jax.flags import Parser
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing, write_json, write_jsonl
 
@@ -138,9 +139,7 @@ def _sizes(args: argparse.Namespace) -> Sizes:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 0, or 2 after printing what is wrong with the request."""
     default = Sizes()
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.corpus", description="Builds the embedded corpus saber_mini."
-    )
+    parser = Parser(prog="python -m data_prep.corpus", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, help="scale all splits to this many clips in total")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
+from saber_jax.flags import Parser
 from saber_jax.generate.generator import load_generator, model_fingerprint
 from saber_jax.runs import shares
 from saber_jax.runs.files import read_json, write_json, write_jsonl
@@ -300,7 +301,7 @@ def _verdict(summary: dict[str, Any], folder: Path) -> int:
 
 
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Mine preference pairs with a SED model.")
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, help="work directory of SED")
     parser.add_argument("--records", required=True, type=Path, help="what data_prep.build wrote")
     parser.add_argument("--split", default="preference")

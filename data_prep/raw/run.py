@@ -10,7 +10,6 @@ code 0 if everything asked for is done, 1 if it could not be, 3 if clips were lo
 trouble (--again brings them back).
 """
 
-import argparse
 import concurrent.futures
 import functools
 import shlex
@@ -39,6 +38,7 @@ from data_prep.raw import settings as settings_lib
 from data_prep.raw.settings import STAGES, Settings
 from data_prep.raw.shards import Stage, Workers
 from saber_jax.endpoint import EndpointError
+from saber_jax.flags import Parser
 
 TRANSIENT = ("rate_limited", "timeout", "disconnected", "server_error", "malformed")
 """Reasons that another try may mend."""
@@ -231,10 +231,9 @@ def report(summary: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; see the module docstring."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_prep.run",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="a TOML file")
     parser.add_argument("--stage", choices=STAGES, help="this one alone")

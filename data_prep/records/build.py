@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data_prep.records import clips
 from saber_jax.data import decode, records, sed, tokenizer
+from saber_jax.flags import Parser
 from saber_jax.runs.files import write_json, write_jsonl
 
 FORMAT = 2
@@ -60,10 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_prep.build",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     path, whole = Path, int
     parser.add_argument("--clips", type=path, required=True, help="video files, searched in depth")

@@ -37,6 +37,7 @@ import numpy as np
 from data_prep.records import clips, dataset
 from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
 from saber_jax.data import decode, records, tokenizer
+from saber_jax.flags import Parser
 from saber_jax.runs.files import replacing_folder, write_jsonl
 
 SHOWN_REFUSALS = 20
@@ -193,10 +194,9 @@ def _nothing(result: _Import, flags: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; see the module docstring."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_prep.importers",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--format", choices=sorted(FORMATS), required=True)
     parser.add_argument("--input", type=Path, required=True)

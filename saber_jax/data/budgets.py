@@ -10,7 +10,6 @@ set would be two thirds empty most of the time: longer clips keep fewer frames, 
 sound than a row are left out and named.
 """
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -25,6 +24,7 @@ from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
 from saber_jax.data.sources import Sources
 from saber_jax.data.tokenizer import load_tokenizer
+from saber_jax.flags import Parser
 
 SAMPLE = 3 * planning.WINDOW
 """Examples that a budget is tried on."""
@@ -208,10 +208,9 @@ def table(choices: Sequence[Choice]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; see the module docstring."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m saber_jax.data.budgets",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--records", required=True, help="what python -m data_prep.build wrote")
     parser.add_argument("--split", default="train")

@@ -3,7 +3,6 @@
 python -m saber_jax.data.show RECORDS [--split train] [--index 0 | --clip ID] [--out record]
 """
 
-import argparse
 import html
 import json
 import sys
@@ -18,6 +17,7 @@ from saber_jax.data.examples import encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.flags import Parser
 
 SHEET_COLUMNS, THUMBNAIL = 8, 160
 PLOT = (960, 160)
@@ -169,9 +169,9 @@ def _page(fields: dict[str, str], runs: list[dict[str, str]], pictures: dict) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; see the module docstring."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m saber_jax.data.show",
-        description="Draws one record: fields, frames, sound, and the tokens it becomes.",
+        description=__doc__,
     )
     parser.add_argument("records", metavar="RECORDS", help="the folder that a build wrote")
     parser.add_argument("--split", default="train")

@@ -20,6 +20,7 @@ import markupsafe
 
 from saber_jax.data.conflicts import CONFLICT_TYPES
 from saber_jax.evaluation import charts, report_examples, report_tables, saber_test
+from saber_jax.flags import Parser
 from saber_jax.runs.files import read_json, read_jsonl, write_text
 from saber_jax.tree import flatten
 
@@ -215,7 +216,7 @@ def _inputs(flags: argparse.Namespace) -> Inputs:
 
 
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write the report of a run.")
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="the .html file to write")
     parser.add_argument("--workdir", type=Path, help="holds all that is not named otherwise")
     for stage in STAGES:

@@ -20,6 +20,7 @@ from saber_jax.evaluation import probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import Material, Row, predict
+from saber_jax.flags import Parser
 from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
 from saber_jax.runs import shares
 from saber_jax.runs.files import read_jsonl, write_json, write_jsonl
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scores["unreadable"] = [f"{row['clip_id']}: {row['error']}" for row in unread]
     finished = flags.out / "scores.json"
     write_json(finished, scores)
-    show(scores)
+    if not flags.brief:
+        show(scores)
     print(f"scores in {finished}")
     if unread:
         print(f"error: {len(unread)} of {len(rows)} clips could not be read", file=sys.stderr)
@@ -158,7 +160,7 @@ def show(scores: dict[str, Any], indent: str = "") -> None:
 
 
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a checkpoint on a benchmark.")
+    parser = Parser(description=__doc__)
     parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS))
     parser.add_argument("--checkpoint", type=Path, help="work directory of a run")
     parser.add_argument("--data", type=Path, help="records, or the benchmark's own folder")
@@ -167,6 +169,7 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--probes", action="store_true", help="saber_test: also mute, blank, swap")
     parser.add_argument("--share", metavar="I/N", help="answer this part alone, see data/shares.py")
+    parser.add_argument("--brief", action="store_true", help="do not print the scores")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     key = f"; the key is read from {KEY_VARIABLE}"

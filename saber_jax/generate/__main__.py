@@ -3,13 +3,13 @@
 python -m saber_jax.generate --checkpoint runs/tiny/cadpo --video clip.mp4 --language en
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from saber_jax.data import sed
 from saber_jax.data.records import LANGUAGES
 from saber_jax.data.withhold import MODALITIES
+from saber_jax.flags import Parser
 from saber_jax.generate import decoding
 from saber_jax.generate.generator import load_generator, record_of_clip
 from saber_jax.train import checkpoint
@@ -30,7 +30,7 @@ class Printer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Describes one clip on the terminal; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Read the emotion of any video clip.")
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="work directory of a training run")
     parser.add_argument(
         "--video", required=True, help="any video file with a sound track, or a picture"

@@ -17,7 +17,6 @@ DIR is complete or absent: it is written under another name and renamed at the e
 through one at a time.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -35,6 +34,7 @@ from absl import logging
 from tqdm import tqdm
 
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.flags import Parser
 from saber_jax.hf import peft, tensors
 from saber_jax.hf.config import portable, to_hf
 from saber_jax.hf.load import PREFIX, Source, open_source
@@ -280,7 +280,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run's work directory")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(

@@ -7,7 +7,6 @@ then what every other command takes as `--checkpoint`. Weights keep their dtype 
 a matrix at a time. On a pod, start it on every host: each reads and writes its share of them.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -23,6 +22,7 @@ import numpy as np
 from absl import logging
 
 from saber_jax.data.tokenizer import load_tokenizer
+from saber_jax.flags import Parser
 from saber_jax.hf import tensors
 from saber_jax.hf.config import from_hf, thinker
 from saber_jax.hf.names import Entry, entries, from_disk
@@ -176,7 +176,7 @@ def _report(directory: Path, problems: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--hf_dir", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args(argv)
