@@ -94,6 +94,11 @@ def count(jaxpr) -> int:
             shape = equation.invars[0].aval.shape
             inner = np.prod([shape[axis] for axis in contracted])
             total += int(inner * np.prod(equation.outvars[0].aval.shape))
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += count(inner) * equation.params.get("length", 1)
+        for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                total += count(getattr(inner, "jaxpr", inner)) * equation.params.get("length", 1)
     return total
+
+
+def is_jaxpr(value) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
