@@ -117,6 +117,9 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.profile = ConfigDict({"steps": ""})
     # A process that has not been heard of for so long is given up, and the run with it.
     c.heartbeat_seconds = 60
+    # A run without progress for so long, and for 20 usual steps, is ended with the stacks of all
+    # hosts. Compiling, restoring and saving have an hour. 0: it may hang for ever.
+    c.stall_seconds = 900
 
     # The embedded corpus is made on the spot, and its clips are sampled like this.
     c.embedded = tiny

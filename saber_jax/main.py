@@ -9,11 +9,12 @@ if __name__ == "__main__":
     answer_early()  # Before jax is imported, which takes seconds.
 
 import dataclasses
-import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, logging
@@ -29,6 +30,8 @@ from saber_jax.runs import distributed, manifest
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.runs.identity import identity
 from saber_jax.runs.manifest import fingerprint
+from saber_jax.runs.timeline import Attempt, Timeline, goodput
+from saber_jax.runs.watchdog import Watchdog
 from saber_jax.train import checkpoint, loop, reference, samples, setup, start
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.preference import Preference
@@ -38,6 +41,13 @@ from saber_jax.train.progress import Console, Meter
 
 def train(config: ConfigDict) -> None:
     """Everything that `--config` asks for, resuming from what the work directory holds."""
+    watchdog = Watchdog(config.workdir, least_seconds=config.stall_seconds)
+    with watchdog.watching():
+        train_watched(config, watchdog)
+
+
+def train_watched(config: ConfigDict, watchdog: Watchdog) -> None:
+    """`train`, whose progress `watchdog` follows."""
     workdir = Path(config.workdir)
     claim(workdir, config)
     mesh = sharding.make_mesh(**config.mesh)
@@ -58,7 +68,7 @@ def train(config: ConfigDict) -> None:
     params = None
     if config.stage == "cadpo":
         params = start.params(config, stage, base)
-        inputs = with_references(config, params, inputs, stage)
+        inputs = with_references(config, params, inputs, stage, watchdog.timeline)
     state = None
     if checkpoints.latest() is not None:
         params = None  # Freed first: both at once may not fit.
@@ -75,7 +85,7 @@ def train(config: ConfigDict) -> None:
     batches = inputs.batches(
         config, mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
     )
-    watch = watched(config, stage, batches, workdir, first)
+    watch = watched(config, stage, batches, workdir, first, watchdog)
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
     try:
@@ -90,6 +100,7 @@ def train(config: ConfigDict) -> None:
             probe_every=config.metrics_every,
         )
     finally:
+        watchdog.timeline.at("finish")
         checkpoints.close()
         watch.writer.close()
     summary = {
@@ -99,21 +110,42 @@ def train(config: ConfigDict) -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
         "trainable_parameters": sum(leaf.size for leaf in stage.state.trainable.values()),
         "wall_seconds": time.perf_counter() - began,
+        **recorded(workdir, watch, config.steps),
     }
     finish(workdir, summary)
     say(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
 
 
+def recorded(workdir: Path, watch: loop.Watch, steps: int) -> dict:
+    """{"time": where the time of all starts went}, on the host that records it."""
+    if watch.attempt is None:
+        return {}
+    watch.attempt.write(steps)
+    return {"time": goodput(workdir)}
+
+
 def watched(
-    config: ConfigDict, stage: setup.Setup, batches: GlobalBatches, workdir: Path, first: int
+    config: ConfigDict,
+    stage: setup.Setup,
+    batches: GlobalBatches,
+    workdir: Path,
+    first: int,
+    watchdog: Watchdog,
 ) -> loop.Watch:
     """Who looks on from step `first`: files, console, meter, profiler."""
+    attempt = None
+    if jax.process_index() == 0:
+        chips = stage.mesh.size
+        attempt = Attempt(workdir, watchdog.timeline, first=first, chips=chips)
     return loop.Watch(
         writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
         console=Console(stage=config.stage, steps=config.steps, every=config.log_every),
         meter=Meter(stage),
         profile=Profile(config.profile.steps, workdir, steps=config.steps),
         batches=batches,
+        timeline=watchdog.timeline,
+        attempt=attempt,
+        hosts=watchdog.metrics,
     )
 
 
@@ -166,7 +198,9 @@ def checked_pairs(config: ConfigDict) -> list[Pair]:
     return pairs
 
 
-def with_references(config: ConfigDict, params: dict, inputs: Inputs, stage: setup.Setup) -> Inputs:
+def with_references(
+    config: ConfigDict, params: dict, inputs: Inputs, stage: setup.Setup, timeline: Timeline
+) -> Inputs:
     """The pairs with their reference log-probs, computed by the starting weights where
     config.reference does not hold them yet.
 
@@ -183,6 +217,16 @@ def with_references(config: ConfigDict, params: dict, inputs: Inputs, stage: set
     )
     # The reference numbers the pairs that can be used, and nothing else does.
     keys, number = [pairs[i].key for i in usable], {int(i): n for n, i in enumerate(usable)}
+
+    def alive(step: Callable) -> Callable:
+        """`step` of these parameters; every call is a sign of life."""
+
+        def call(batch: Any) -> Any:
+            timeline.at("start")
+            return step(params, batch)
+
+        return call
+
     caches = []
     for view in Preference(**config.loss).reference_views:
         cache = reference.Cache(Path(config.reference), view, source)
@@ -196,7 +240,7 @@ def with_references(config: ConfigDict, params: dict, inputs: Inputs, stage: set
             lambda rows: inputs.batches(
                 config, stage.mesh, [[int(usable[n]) for n in row] for row in rows]
             ),
-            functools.partial(stage.reference_step(view), params),
+            alive(stage.reference_step(view)),
             batch_rows=config.data.batch_rows,
         )
         caches.append(cache)

@@ -15,8 +15,8 @@ from saber_jax.tree import flatten
 APART = (
     *("variant", "topology", "mesh", "root", "workdir", "reference", "generation"),
     *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
-    *("checkpoint_every", "log_every", "metrics_every", "profile", "heartbeat_seconds", "wandb"),
-    "strict_restore",
+    *("checkpoint_every", "log_every", "metrics_every", "profile", "wandb"),
+    *("heartbeat_seconds", "stall_seconds", "strict_restore"),
 )
 
 

@@ -9,6 +9,7 @@ import jax
 
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.runs.distributed import Preemption
+from saber_jax.runs.timeline import Attempt, Timeline
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.profile import Profile
@@ -25,13 +26,17 @@ class Preempted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Everybody who looks on while a run goes: files, console, meter, profiler."""
+    """Everybody who looks on while a run goes: files, console, meter, profiler, and the clock that
+    the watchdog reads. `hosts` gives metrics of all hosts; `attempt` is kept by one of them."""
 
     writer: MetricsWriter
     console: Console
     meter: Meter
     profile: Profile
     batches: GlobalBatches
+    timeline: Timeline = dataclasses.field(default_factory=Timeline)
+    attempt: Attempt | None = None
+    hosts: Callable[[], dict[str, float]] = dict
 
     def report(
         self, step: int, metrics: Metrics, counted: Counts, seconds: float, waited: float
@@ -50,7 +55,7 @@ class Watch:
         # NaN is a mean over nothing, as of a conflict type that no pair of this batch has.
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {"seconds": seconds, "input_wait": waited}
-        values |= self.meter.measure(counted, seconds)
+        values |= self.meter.measure(counted, seconds) | self.hosts()
         self.writer.write(step, values)
         self.console.add(step, values)
         if values["left_out"]:  # The same number in every process.
@@ -76,15 +81,20 @@ def run(
     pending: tuple | None = None
     clock = time.perf_counter()
     with Preemption() as preemption:
-        for step in range(int(state.step), steps):
+        first = int(state.step)
+        for step in range(first, steps):
             waiting = time.perf_counter()
+            watch.timeline.at("input", step)
             batch = next(watch.batches)
             waited = time.perf_counter() - waiting
+            # The first step compiles, and so does the first probe.
+            watch.timeline.at("compile" if step == first else "step")
             with watch.profile.step(step):
                 counted = watch.meter.count(batch)
                 state, metrics = step_fn(state, batch)
                 if probe is not None and step % probe_every == 0:
                     metrics |= probe(state, batch)
+            watch.timeline.at("step")
             # Fetching this step's metrics here would make the device wait for the host.
             if pending is not None:
                 watch.report(*pending)
@@ -98,10 +108,13 @@ def run(
                 # Seen before it is saved: a restart trusts the last checkpoint.
                 watch.report(*pending)
                 pending = None
+                watch.timeline.at("save")
                 # A resumed run keeps the metrics up to its checkpoint, so they come first.
                 watch.writer.sync()
                 checkpoints.save(state, meta | {"step": done, "data": watch.batches.state()})
                 watch.writer.weights(done, state.trainable)
+                if watch.attempt is not None:
+                    watch.attempt.write(done)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")
     return state

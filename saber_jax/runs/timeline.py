@@ -1,0 +1,124 @@
+"""What a run spends its time on: phases of this process, and the record over all of its starts.
+
+WORKDIR/attempts/N.json is what the first host writes of its N-th start, at every checkpoint and at
+the end:
+
+    {"began": 1790000000.0, "until": 1790003600.0, "first": 0, "last": 400, "chips": 256,
+     "seconds": {"start": 95.1, "compile": 240.3, "input": 2.2, "step": 3180.0, "save": 31.9}}
+
+Goodput is the share of the whole time, from the first start to the last record, that was spent on
+steps which count. What a kill threw away is not in any record, so it shows as time between two
+records, together with the time in which no machine was there.
+"""
+
+import collections
+import itertools
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from saber_jax.runs.files import read_json, write_json
+
+PHASES = ("start", "input", "compile", "step", "save", "finish")
+"""In the order in which one step goes through them."""
+REMEMBERED = 64
+
+
+class Timeline:
+    """The phase that this process is in. One thread moves it on, others may look."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._phase, self._step, self._since = "start", -1, time.monotonic()
+        self._of_step: dict[str, float] = {}
+        self._steps: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
+        self._waits: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """From now on in `phase` of PHASES; "input" begins step number `step`."""
+        now = time.monotonic()
+        with self._lock:
+            passed = now - self._since
+            self._seconds[self._phase] += passed
+            self._of_step[self._phase] = self._of_step.get(self._phase, 0.0) + passed
+            if phase == "input":
+                self._end_step()
+            self._phase, self._since = phase, now
+            self._step = self._step if step is None else step
+
+    def _end_step(self) -> None:
+        # A step in which something was compiled says nothing about the next one.
+        if self._of_step.keys() >= {"input", "step"} and "compile" not in self._of_step:
+            self._steps.append(self._of_step["input"] + self._of_step["step"])
+            self._waits.append(self._of_step["input"])
+        self._of_step = {}
+
+    def now(self) -> tuple[str, int, float]:
+        """(phase, step or -1 before the first, seconds since the phase began)."""
+        with self._lock:
+            return self._phase, self._step, time.monotonic() - self._since
+
+    def medians(self) -> tuple[float, float] | None:
+        """Seconds of a step and of its wait for input; None before the first whole step."""
+        with self._lock:
+            if not self._steps:
+                return None
+            return statistics.median(self._steps), statistics.median(self._waits)
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, the one that goes on included."""
+        with self._lock:
+            running = {self._phase: time.monotonic() - self._since}
+            return {name: s + running.get(name, 0.0) for name, s in self._seconds.items()}
+
+
+class Attempt:
+    """The record of this start, for the process that writes the run's files."""
+
+    def __init__(self, workdir: Path, timeline: Timeline, *, first: int, chips: int):
+        """`first` is the step that this start begins with."""
+        self._timeline = timeline
+        self._folder = Path(workdir) / "attempts"
+        numbers = [int(path.stem) for path in _records(self._folder)]
+        self._path = self._folder / f"{max(numbers, default=0) + 1}.json"
+        # The process is a little older than this object.
+        began = time.time() - sum(timeline.seconds().values())
+        self._about: dict[str, Any] = {"began": began, "first": first, "chips": chips}
+
+    def write(self, last: int) -> None:
+        """`last` is the number of steps that are saved by now."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        seconds = {name: round(value, 2) for name, value in self._timeline.seconds().items()}
+        record = self._about | {"until": time.time(), "last": last, "seconds": seconds}
+        write_json(self._path, record)
+
+
+def goodput(workdir: Path) -> dict[str, Any]:
+    """{"goodput": 0.93, "starts": 2, "wall_seconds": ..., "chip_hours": ..., "seconds": {...}}.
+
+    `seconds` has the phases and "between", the time between the records of two starts. {} where
+    nothing was recorded.
+    """
+    records = [read_json(path) for path in _records(Path(workdir) / "attempts")]
+    if not records:
+        return {}
+    seconds = {name: sum(r["seconds"].get(name, 0.0) for r in records) for name in PHASES}
+    gaps = itertools.pairwise(records)
+    seconds["between"] = sum(max(0.0, after["began"] - r["until"]) for r, after in gaps)
+    wall = sum(seconds.values())
+    used = sum(r["chips"] * sum(r["seconds"].values()) for r in records)
+    return {
+        "goodput": seconds["step"] / wall if wall else 0.0,
+        "starts": len(records),
+        "wall_seconds": wall,
+        "chip_hours": used / 3600,
+        "seconds": seconds,
+    }
+
+
+def _records(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("*.json") if path.stem.isdigit()]
+    return sorted(found, key=lambda path: int(path.stem))

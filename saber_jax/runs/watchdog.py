@@ -1,0 +1,238 @@
+"""Ends a run that makes no progress, and says where every host stands.
+
+A host that hangs, in a collective that another host never joins or on a disk that does not answer,
+looks alive: its process runs and its heartbeat beats. Here a thread on every host watches how long
+its main thread has been in one phase of one step. When that is too long on any host, all of them
+write the stacks of all their threads to WORKDIR/stacks/host_N.txt and to stderr, name the host that
+is behind the others, and exit with status STALLED. The next start resumes.
+
+The hosts learn of each other through the key-value store that jax.distributed keeps in the first
+one's process. The same way each tells how long its steps and its waits for input take.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from saber_jax.runs.timeline import PHASES, Timeline
+
+STALLED = 70
+"""Exit status of a run that was ended because it made no progress (EX_SOFTWARE)."""
+
+MEDIANS = 20
+# Nobody knows beforehand how long these take: compiling, restoring and saving tens of gigabytes.
+LONG_SECONDS = 3600
+EVERY_SECONDS = 5.0
+# How long a host waits for the stacks of the others.
+STACKS_SECONDS = 15.0
+LAST_SECONDS = 1.0
+
+
+class Board:
+    """Short texts that all hosts can read, by key. In one process it is a dict."""
+
+    def __init__(self):
+        # jax has no public name for its key-value store.
+        from jax._src import distributed
+
+        self._client = distributed.global_state.client
+        self._own: dict[str, str] = {}
+
+    def put(self, folder: str, host: int, text: str) -> None:
+        self._own[f"{folder}/{host}"] = text
+        if self._client is not None:
+            self._client.key_value_set(f"saber/{folder}/{host}", text, allow_overwrite=True)
+
+    def read(self, folder: str) -> dict[int, str]:
+        """{host: text}"""
+        found = [(k, v) for k, v in self._own.items() if k.startswith(f"{folder}/")]
+        if self._client is not None:
+            found = self._client.key_value_dir_get(f"saber/{folder}/")
+        return {int(key.rpartition("/")[2]): text for key, text in found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a host stood when it last told: `seconds` in that phase; medians of its steps and of
+    their waits for input, 0 before the first whole step."""
+
+    step: int
+    phase: str
+    seconds: float
+    step_seconds: float = 0.0
+    input_wait: float = 0.0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Lower is further behind."""
+        return self.step, PHASES.index(self.phase)
+
+
+class Watchdog:
+    """Watches `timeline`. `least_seconds` is the shortest time in one phase that counts as a stall,
+    however fast the steps are; 0 watches nothing, but hosts still tell each other their times."""
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        least_seconds: float,
+        every: float = EVERY_SECONDS,
+        leave: Callable[[int], object] = os._exit,
+    ):
+        self.timeline = Timeline()
+        self._folder = Path(workdir) / "stacks"
+        self._least, self._every, self._leave = least_seconds, every, leave
+        self._host, self._count = jax.process_index(), jax.process_count()
+        self._board = Board()
+        self._hosts: dict[int, Progress] = {}
+        self._ended = threading.Event()
+        self._paused = 0.0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Watchdog"]:
+        thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join(timeout=2 * self._every)
+
+    def metrics(self) -> dict[str, float]:
+        """hosts/step_seconds and hosts/input_wait of the slowest host, hosts/slowest_input its
+        number. {} with one process, and on hosts other than the first."""
+        told = {host: p for host, p in self._hosts.items() if p.step_seconds}
+        if self._count == 1 or not told:
+            return {}
+        starved = max(told, key=lambda host: told[host].input_wait)
+        return {
+            "hosts/step_seconds": max(p.step_seconds for p in told.values()),
+            "hosts/input_wait": told[starved].input_wait,
+            "hosts/slowest_input": float(starved),
+        }
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._ended.wait(self._every):
+            now = time.monotonic()
+            # A machine that was stopped as a whole has not stalled.
+            if now - before > 10 * self._every:
+                self._paused = now
+            before = now
+            try:
+                self._tell()
+                alarms = self._board.read("alarm")
+            except Exception as error:  # The first host, which keeps the store, may be gone.
+                if self._ended.is_set():
+                    return
+                print(f"watchdog: the other hosts cannot be asked: {error}", file=sys.stderr)
+                alarms = {}
+            reason = self._stall() or next(iter(alarms.values()), "")
+            if reason and not self._ended.is_set():
+                self._alarm(reason)
+                return
+
+    def _tell(self) -> None:
+        phase, step, seconds = self.timeline.now()
+        progress = Progress(step, phase, seconds, *(self.timeline.medians() or ()))
+        self._board.put("progress", self._host, json.dumps(dataclasses.asdict(progress)))
+        if self._host == 0:
+            self._hosts = self._read_progress()
+
+    def _read_progress(self) -> dict[int, Progress]:
+        told = self._board.read("progress")
+        return {host: Progress(**json.loads(text)) for host, text in told.items()}
+
+    def _limit(self, phase: str) -> float:
+        medians = self.timeline.medians()
+        if phase in ("input", "step") and medians is not None:
+            return max(self._least, MEDIANS * medians[0])
+        return max(self._least, LONG_SECONDS)
+
+    def _stall(self) -> str:
+        """Why this host must be taken for stalled; "" while it need not."""
+        phase, step, seconds = self.timeline.now()
+        limit = self._limit(phase)
+        seconds = min(seconds, time.monotonic() - self._paused)
+        if not self._least or seconds < limit:
+            return ""
+        medians = self.timeline.medians()
+        usual = f", where a whole step takes {medians[0]:.1f} s" if medians else ""
+        return (
+            f"host {self._host} has been in phase {phase!r} of step {step} for {seconds:.0f} s"
+            f"{usual}; the limit is {limit:.0f} s (config.stall_seconds)"
+        )
+
+    def _alarm(self, reason: str) -> None:
+        """Stacks from everybody, one sentence on who is behind, and out."""
+        with contextlib.suppress(Exception):
+            self._board.put("alarm", self._host, reason)
+        self._write_stacks()
+        with contextlib.suppress(Exception):
+            self._board.put("stacks", self._host, "written")
+        # Not even the watchdogs of these hosts run.
+        silent = self._wait_for("stacks", list(range(self._count)))
+        print(f"watchdog: no progress: {reason}.", file=sys.stderr)
+        print(f"watchdog: {self._slowest(silent)}", file=sys.stderr)
+        print(
+            f"watchdog: stacks of every thread are in {self._folder}. Exit status {STALLED}; the "
+            "same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        # The store goes with the first host, and whoever still reads it dies of that, so the first
+        # host leaves last.
+        others = [host for host in range(self._count) if host != 0 and host not in silent]
+        if self._host == 0 and others:
+            self._wait_for("left", others)
+            time.sleep(LAST_SECONDS)
+        else:
+            with contextlib.suppress(Exception):
+                self._board.put("left", self._host, "yes")
+        self._leave(STALLED)
+
+    def _write_stacks(self) -> None:
+        path = self._folder / f"host_{self._host}.txt"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            print(path.read_text(), file=sys.stderr)
+        except OSError as error:  # The disk may be what hangs or fails.
+            print(f"watchdog: {path} cannot be written: {error}", file=sys.stderr)
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+
+    def _wait_for(self, folder: str, hosts: list[int]) -> list[int]:
+        """Those of `hosts` that put nothing into `folder` in time."""
+        missing, deadline = hosts, time.monotonic() + STACKS_SECONDS
+        with contextlib.suppress(Exception):
+            while missing and time.monotonic() < deadline:
+                there = self._board.read(folder)
+                missing = [host for host in hosts if host not in there]
+                time.sleep(0.2 if missing else 0)
+        return missing
+
+    def _slowest(self, silent: list[int]) -> str:
+        try:
+            hosts = self._read_progress()
+        except Exception as error:
+            return f"where the other hosts stand is not known: {error}"
+        if silent:
+            return f"the slowest: host {', '.join(map(str, silent))}, not even its watchdog answers"
+        last = min(p.order for p in hosts.values())
+        behind = [host for host, p in hosts.items() if p.order == last]
+        if len(behind) == len(hosts) > 1:
+            return f"all {len(hosts)} hosts are in phase {PHASES[last[1]]!r} of step {last[0]}"
+        names = ", ".join(map(str, behind[:8]))
+        return f"the slowest: host {names}, in phase {PHASES[last[1]]!r} of step {last[0]}"

@@ -1,0 +1,98 @@
+"""Where a run's time goes, over all of its starts."""
+
+import time
+
+import pytest
+
+from saber_jax.runs import timeline
+from saber_jax.runs.files import write_json
+from saber_jax.runs.timeline import Attempt, Timeline, goodput
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(timeline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(timeline.time, "time", lambda: now[0])
+
+    def passing(seconds):
+        now[0] += seconds
+
+    return passing
+
+
+def step(line, clock, number, *, wait, work, compiling=0.0):
+    line.at("input", number)
+    clock(wait)
+    line.at("compile")
+    clock(compiling)
+    line.at("step")
+    clock(work)
+
+
+def test_every_second_belongs_to_one_phase(clock):
+    line = Timeline()
+    clock(7)
+    step(line, clock, 0, wait=1, work=2, compiling=30)
+    line.at("save")
+    clock(4)
+    line.at("finish")
+    clock(1)
+    phases = {"start": 7, "input": 1, "compile": 30, "step": 2, "save": 4, "finish": 1}
+    assert line.seconds() == phases and line.now() == ("finish", 0, 1)
+
+
+def test_the_median_step_leaves_out_compiling_and_saving(clock):
+    line = Timeline()
+    assert line.medians() is None
+    step(line, clock, 0, wait=50, work=2, compiling=30)
+    for number in range(1, 4):
+        line.at("input", number)
+        clock(0.5)
+        line.at("step")
+        clock(2)
+        line.at("save")
+        clock(100)
+    line.at("input", 4)
+    assert line.medians() == (2.5, 0.5)
+
+
+def test_goodput_counts_what_was_kept_and_shows_the_rest_as_time_between_starts(clock, tmp_path):
+    assert goodput(tmp_path) == {}
+    line = Timeline()
+    clock(10)
+    attempt = Attempt(tmp_path, line, first=0, chips=4)
+    line.at("step", 0)
+    clock(80)
+    line.at("save")
+    clock(10)
+    attempt.write(100)
+    line.at("step", 100)
+    clock(300)  # Killed before the next checkpoint: nobody writes this down.
+
+    line = Timeline()
+    second = Attempt(tmp_path, line, first=100, chips=8)
+    line.at("step", 100)
+    clock(100)
+    second.write(200)
+    found = goodput(tmp_path)
+    assert found["seconds"]["between"] == pytest.approx(300)
+    assert found["seconds"]["step"] == pytest.approx(180)
+    assert found["goodput"] == pytest.approx(180 / 500)
+    assert found["starts"] == 2 and found["wall_seconds"] == pytest.approx(500)
+    assert found["chip_hours"] == pytest.approx((4 * 100 + 8 * 100) / 3600)
+
+
+def test_the_tenth_start_comes_after_the_ninth(tmp_path):
+    (tmp_path / "attempts").mkdir()
+    for number in range(1, 11):
+        record = {"began": 10.0 * number, "until": 10.0 * number + 1, "chips": 1}
+        write_json(tmp_path / f"attempts/{number}.json", record | {"seconds": {"step": 1.0}})
+    assert goodput(tmp_path)["seconds"]["between"] == pytest.approx(9 * 9)
+
+
+def test_a_record_is_as_old_as_its_process(tmp_path):
+    before = time.time()
+    Attempt(tmp_path, Timeline(), first=0, chips=1).write(1)
+    assert goodput(tmp_path)["wall_seconds"] <= time.time() - before + 1
