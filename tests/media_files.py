@@ -1,5 +1,6 @@
 """Makes small real video files for tests."""
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,10 +34,13 @@ def write_clip(
     pixels: str = "bgr0",
     rate: int = RATE,
     audio_rate: int = RATE,
+    matrix: tuple[int, ...] | None = None,
+    hole: tuple[float, float] | None = None,
 ) -> Path:
     """Writes frames (at `times` seconds, else at `fps`) and sound; the defaults are lossless.
 
-    `audio` has `audio_rate` samples a second, its track `rate`.
+    `audio` has `audio_rate` samples a second, its track `rate`. `matrix` is the nine numbers of a
+    display matrix. From the first second of `hole` on, sound is stamped later by its second number.
     """
     with av.open(str(path), "w") as container:
         video = sound = None
@@ -44,6 +48,7 @@ def write_clip(
             video = container.add_stream(codecs[0], rate=fps)
             video.height, video.width = frames.shape[1:3]
             video.pix_fmt = pixels
+            video.set_display_matrix(matrix)
             ticks = 1000 if times else fps
             video.time_base = video.codec_context.time_base = Fraction(1, ticks)
         if audio is not None:
@@ -63,10 +68,33 @@ def write_clip(
             for low in range(0, len(audio), 1024):
                 frame = av.AudioFrame.from_ndarray(audio[None, low : low + 1024], "s16", "mono")
                 frame.sample_rate = audio_rate
-                frame.pts, frame.time_base = start + low, Fraction(1, audio_rate)
+                late = hole[1] if hole and low >= hole[0] * audio_rate else 0.0
+                frame.pts = start + low + round(late * audio_rate)
+                frame.time_base = Fraction(1, audio_rate)
                 for part in resampler.resample(frame):
                     container.mux(sound.encode(part))
             for part in resampler.resample(None):
                 container.mux(sound.encode(part))
             container.mux(sound.encode())
     return path
+
+
+def copy_packets(source: Path, target: Path, *, shift: float, first: Path | None = None) -> Path:
+    """Copies packets without decoding, `shift` seconds later; `first` puts its tracks in front."""
+    inputs = [path for path in (first, source) if path]
+    options = {"avoid_negative_ts": "disabled"}
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(av.open(str(target), "w", options=options))
+        opened = [stack.enter_context(av.open(str(path))) for path in inputs]
+        tracks = [
+            {s.index: out.add_stream_from_template(s) for s in file.streams} for file in opened
+        ]
+        for file, track in zip(opened, tracks, strict=True):
+            for packet in file.demux():
+                if packet.dts is None:
+                    continue
+                ticks = round(shift / packet.time_base)
+                packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+                packet.stream = track[packet.stream.index]
+                out.mux(packet)
+    return target

@@ -31,7 +31,7 @@ from saber_jax.data import decode, records, sed, tokenizer
 from saber_jax.flags import Parser
 from saber_jax.runs.files import write_json, write_jsonl
 
-FORMAT = 2
+FORMAT = 3
 """Version of what a build leaves; part of its fingerprint."""
 
 TRAIN = "train"

@@ -1,107 +1,70 @@
-"""Video files to model-ready frames and sound, with PyAV; pictures with Pillow."""
+"""Video files to model-ready frames and sound, with PyAV.
 
-import contextlib
+A clip is read twice. The packets are counted first (data/timeline.py): headers are often wrong, and
+which frames are kept depends on how long the clip is. Then it is decoded (`_decoded`), frames are
+resized as they come, and only those that are kept are in memory.
+
+    moments kept    0.0         0.5         1.0         1.5
+    frames          |  a  |  b  |  c              |  d  |     each until the next one's timestamp
+    frames kept     a           c           c           d
+"""
+
 import dataclasses
-from collections.abc import Iterator
-from fractions import Fraction
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
-import soxr
-from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Float, Int, Int16, UInt8
-from PIL import Image
+from jaxtyping import Float, Int16, UInt8
 
-from saber_jax.data import media
+from saber_jax.data import media, sound
+from saber_jax.data.pictures import PICTURES, decode_image
+from saber_jax.data.sampling import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    MODES,
+    REASONS,
+    RELEASE_MAX_FRAMES,
+    RELEASE_MAX_PIXELS,
+    TOTAL_PIXELS,
+    MediaError,
+    Mode,
+    Sampling,
+    check_shape,
+    release_sampling,
+)
+from saber_jax.data.timeline import (
+    Timeline,
+    check_header,
+    check_length,
+    opened,
+    packets,
+    read_timeline,
+    sound_track,
+)
 
-Mode = Literal["exact", "saber_release"]
-MODES: tuple[Mode, ...] = ("exact", "saber_release")
-
-# Constants of qwen_omni_utils 0.0.8, which the SABER release was made with.
-MIN_PIXELS = 128 * 28 * 28
-MAX_PIXELS = 768 * 28 * 28
-TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
-MAX_FRAMES = 768
-IMAGE_MIN_PIXELS = 4 * 28 * 28
-IMAGE_MAX_PIXELS = 16384 * 28 * 28
-# Environment of the published SABER inference script.
-RELEASE_MAX_FRAMES = 40
-RELEASE_MAX_PIXELS = 50_176
-RELEASE_IMAGE_MAX_PIXELS = 1_003_520
-
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-"""Suffixes of the files that `decode_image` is for."""
-
-REASONS = {
-    "empty_file": "the file has zero bytes",
-    "unreadable": "the file cannot be decoded",
-    "no_video": "the file has no video track",
-    "no_audio": "the file has no audio track",
-    "too_long": "the clip is longer than allowed",
-    "too_short": "the clip has fewer than two frames",
-}
-
-
-class MediaError(ValueError):
-    """A file that gives no clip. `reason` is a key of REASONS, `detail` says what was found."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{REASONS[reason]}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self):
-        return (type(self), (self.reason, self.detail))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Which frames and how many pixels to keep, and whether to weave the sound into the video.
-
-    Mode "exact" honours every limit and measures the seconds between frame pairs. Mode
-    "saber_release" repeats what produced the published SABER results: a `max_pixels` below
-    1.05 * `min_pixels` has no effect there, and the seconds are always 1.0.
-    """
-
-    mode: Mode = "exact"
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = MAX_FRAMES
-    min_pixels: int = MIN_PIXELS
-    max_pixels: int = MAX_PIXELS
-    max_seconds: float = 300.0
-    audio_in_video: bool = False
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"Unknown mode {self.mode!r}; use one of {', '.join(MODES)}.")
-        if self.mode == "exact" and self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}; no frame size "
-                "satisfies both."
-            )
-        if self.fps <= 0 or self.max_frames < media.TEMPORAL_PATCH:
-            raise ValueError(
-                f"fps must be positive and max_frames at least {media.TEMPORAL_PATCH}, got "
-                f"{self.fps} and {self.max_frames}."
-            )
-
-    def frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """(height, width) after resizing a clip of which `frames` frames are kept."""
-        limit = min(self.max_pixels, TOTAL_PIXELS / frames * media.TEMPORAL_PATCH)
-        if self.mode == "saber_release":
-            limit = max(limit, int(self.min_pixels * 1.05))
-        return media.smart_resize(height, width, min(self.min_pixels, int(limit)), int(limit))
-
-
-def release_sampling() -> Sampling:
-    """The settings of the published SABER inference script."""
-    return Sampling(
-        mode="saber_release", max_frames=RELEASE_MAX_FRAMES, max_pixels=RELEASE_MAX_PIXELS
-    )
+__all__ = [
+    "MAX_PIXELS",
+    "MIN_PIXELS",
+    "MODES",
+    "PICTURES",
+    "REASONS",
+    "RELEASE_MAX_FRAMES",
+    "RELEASE_MAX_PIXELS",
+    "TOTAL_PIXELS",
+    "Clip",
+    "MediaError",
+    "Mode",
+    "Sampling",
+    "decode_clip",
+    "decode_image",
+    "decode_sound",
+    "release_sampling",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,42 +77,22 @@ class Clip:
     info: dict[str, Any]
 
 
-def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1 H W 3"]:
-    """A picture as the frames of a still-image record, resized as the released processor does.
-
-    What is transparent becomes white. Raises MediaError.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode == "RGBA":
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise MediaError("unreadable", f"{Path(path).name}: {error}") from error
-    most = IMAGE_MAX_PIXELS if mode == "exact" else RELEASE_IMAGE_MAX_PIXELS
-    height, width = media.smart_resize(picture.height, picture.width, IMAGE_MIN_PIXELS, most)
-    # Pillow itself, because it rounds between its two passes: no other resize gives these pixels.
-    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
-
-
 def decode_sound(path: str | Path, sampling: Sampling) -> Int16[np.ndarray, " n"]:
     """The sound of an audio or video file, 16 kHz mono. Raises MediaError."""
-    path, tracks = Path(path), _Tracks()
-    try:
-        with _opened(path) as container:
-            if not container.streams.audio:
-                raise MediaError("no_audio", path.name)
-            resampler = av.AudioResampler(format="fltp")
-            for frame in container.decode(container.streams.audio[0]):
-                tracks.hear(frame, resampler)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise MediaError("unreadable", f"{path.name}: {error}") from error
-    if not tracks.sound:
+    path = Path(path)
+    track = sound.Track(sampling.max_seconds)
+    with opened(path) as container:
+        stream = sound_track(path, container)
+        check_header(path, container, sampling)
+        for packet in packets(container, [stream]):
+            for frame in packet.decode():
+                track.hear(frame)
+            if track.full:
+                check_length(path, sampling.max_seconds + 0.1, sampling, at_least=True)
+    if track.start is None:
         raise MediaError("no_audio", f"{path.name}: the audio track is empty")
-    audio = _resampled(np.concatenate(tracks.sound), tracks.sound_rate)
-    _check_length(path, len(audio) / media.SAMPLE_RATE, sampling)
+    audio = track.joined() if sampling.mode == "saber_release" else track.placed(track.start)
+    check_length(path, len(audio) / media.SAMPLE_RATE, sampling)
     return audio
 
 
@@ -157,191 +100,167 @@ def decode_clip(path: str | Path, sampling: Sampling, *, sound: bool = True) -> 
     """Decodes one video file of any container and codec that FFmpeg reads; without `sound` its
     frames alone.
 
-    In mode "exact" the sound starts at the first frame: it is cut or led in by silence as the
-    tracks' own times say. Raises MediaError.
+    In mode "exact" the clip is what a player shows: upright, each frame until the next one's
+    timestamp, and sound that starts at the first frame, cut or led in by silence as the tracks' own
+    times say. Raises MediaError, whatever is wrong with the file.
     """
     path = Path(path)
-    if path.stat().st_size == 0:
-        raise MediaError("empty_file", path.name)
-    try:
-        timeline = _timeline(path, sampling, sound)
-        frames, audio = _content(path, timeline, sampling, sound)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise MediaError("unreadable", f"{path.name}: {error}") from error
-    info = {
-        "frames": timeline.count,
-        "seconds": round(float(timeline.seconds), 6),
-        "height": timeline.height,
-        "width": timeline.width,
-        "audio_seconds": round(len(audio) / media.SAMPLE_RATE, 6),
-    }
-    seconds = float(timeline.seconds) / (len(frames) / media.TEMPORAL_PATCH)
-    if sampling.mode == "saber_release":
-        seconds = 1.0
-    return Clip(frames=frames, seconds_per_grid=seconds, audio=audio, info=info)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Timeline:
-    """What the packets of the video track say, before anything is decoded. Times in seconds."""
-
-    count: int
-    start: Fraction
-    seconds: Fraction
-    height: int
-    width: int
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[InputContainer]:
-    """Every opening decodes a little to learn the formats, so a clip is opened only twice."""
-    with av.open(str(path), metadata_errors="ignore") as container:
-        for stream in (*container.streams.video, *container.streams.audio):
-            stream.codec_context.thread_count = 1  # Callers decode many clips at once.
-        yield container
-
-
-def _check_header(path: Path, container: InputContainer, sampling: Sampling, sound: bool) -> None:
-    """Refuses before any packet is read, so that a film of four hours costs nothing."""
-    if not container.streams.video:
-        raise MediaError("no_video", path.name)
-    if sound and not container.streams.audio:
-        raise MediaError("no_audio", path.name)
-    if container.duration:
-        _check_length(path, container.duration / av.time_base, sampling)
-
-
-def _check_length(path: Path, seconds: float, sampling: Sampling) -> None:
-    if seconds > sampling.max_seconds:
-        detail = f"{path.name}: {seconds:.1f} s, allowed are {sampling.max_seconds:g} s"
-        raise MediaError("too_long", detail)
-
-
-def _timeline(path: Path, sampling: Sampling, sound: bool) -> _Timeline:
-    """Counts the frames from the packets: headers are often wrong, decoding twice is slow."""
-    times: list[Fraction] = []
-    end = Fraction(0)
-    with _opened(path) as container:
-        _check_header(path, container, sampling, sound)
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        for packet in container.demux():
-            if packet.size == 0:
-                continue
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            time = stamp * packet.time_base if stamp is not None else None
-            if time is not None:
-                end = max(end, time + (packet.duration or 0) * packet.time_base)
-            if packet.stream is stream:
-                times.append(len(times) / rate if time is None else time)
-        promised = (container.duration or 0) / av.time_base
-        offset = (container.start_time or 0) / av.time_base
-        height, width = stream.height, stream.width
-    if promised and float(end) - offset < 0.9 * promised - 0.1:
-        detail = f"{path.name}: cut off after {float(end) - offset:.2f} of {promised:.2f} s"
-        raise MediaError("unreadable", detail)
-    if len(times) < media.TEMPORAL_PATCH:
-        raise MediaError("too_short", f"{path.name}: {len(times)} frame(s)")
-    start, last = min(times), max(times)
-    # The last frame is shown for as long as the average one.
-    seconds = (last - start) * Fraction(len(times), len(times) - 1) or len(times) / rate
-    # Containers round times to ticks; a frame rate that agrees with them is exact. Without it, 3 s
-    # of 12 frames a second would be 2.9999 s and keep two frames less.
-    if abs(len(times) / rate - seconds) < 1 / rate:
-        seconds = len(times) / rate
-    _check_length(path, float(seconds), sampling)
-    return _Timeline(count=len(times), start=start, seconds=seconds, height=height, width=width)
-
-
-def _content(
-    path: Path, timeline: _Timeline, sampling: Sampling, sound: bool
-) -> tuple[UInt8[np.ndarray, "T H W 3"], Int16[np.ndarray, " n"]]:
-    indices = _indices(timeline.count, timeline, sampling)
-    tracks = _decoded(path, indices, sound)
-    if tracks.count != timeline.count:
+    timeline = read_timeline(path, sampling, sound)
+    film = _decoded(path, timeline, sampling, sound)
+    if film.times != sorted(film.times):
+        timeline = dataclasses.replace(timeline, disordered=True)
+        film = _decoded(path, timeline, sampling, sound)
+    if film.times != timeline.times:
         # Some packets give no frame (cut groups of pictures, hidden frames): sample what exists.
-        if tracks.count < max(0.9 * timeline.count, media.TEMPORAL_PATCH):
-            detail = f"{path.name}: only {tracks.count} of {timeline.count} frames decode"
+        if film.count < max(0.9 * len(timeline.times), media.TEMPORAL_PATCH):
+            detail = f"{path.name}: only {film.count} of {len(timeline.times)} frames decode"
             raise MediaError("unreadable", detail)
-        indices = _indices(tracks.count, timeline, sampling)
-        tracks = _decoded(path, indices, sound)
-    if sound and not tracks.sound:
-        raise MediaError("no_audio", f"{path.name}: the audio track is empty")
-    frames = np.stack([tracks.pictures[index] for index in indices.tolist()])
-    height, width = sampling.frame_size(frames.shape[1], frames.shape[2], len(frames))
-    none = np.zeros(0, np.float32)
-    audio = _resampled(np.concatenate([none, *tracks.sound]), tracks.sound_rate)
-    if sampling.mode == "exact" and tracks.sound_start is not None:
-        late = tracks.sound_start - timeline.start
-        audio = _shifted(audio, round(late * media.SAMPLE_RATE))
-    most = int(sampling.max_seconds * media.SAMPLE_RATE)
-    return media.resize_bicubic(frames, height, width), audio[:most]
+        timeline = timeline.of(film.times)
+        film = _decoded(path, timeline, sampling, sound)
+    frames = np.stack(film.kept)
+    audio = np.zeros(0, np.int16)
+    if sound:
+        if film.sound.start is None:
+            raise MediaError("no_audio", f"{path.name}: the audio track is empty")
+        by_time = sampling.mode == "exact"
+        audio = film.sound.placed(timeline.start) if by_time else film.sound.joined()
+    seconds = timeline.seconds / (len(frames) / media.TEMPORAL_PATCH)
+    return Clip(
+        frames=frames,
+        seconds_per_grid=1.0 if sampling.mode == "saber_release" else seconds,
+        audio=audio,
+        info=_facts(timeline, film, sampling) | {"audio_seconds": _seconds(audio)},
+    )
 
 
-def _indices(count: int, timeline: _Timeline, sampling: Sampling) -> Int[np.ndarray, " T"]:
-    return media.frame_indices(
-        count,
-        count / float(timeline.seconds),
+def _seconds(audio: Int16[np.ndarray, " n"]) -> float:
+    return round(len(audio) / media.SAMPLE_RATE, 6)
+
+
+@dataclasses.dataclass
+class _Film:
+    """Frames kept, resized, one for each of `moments` (seconds); the times of all; the sound."""
+
+    path: Path
+    sampling: Sampling
+    moments: Float[np.ndarray, " T"]
+    sound: sound.Track
+    kept: list[np.ndarray] = dataclasses.field(default_factory=list)
+    times: list[float] = dataclasses.field(default_factory=list)
+    turned: int = 0
+    shape: tuple[int, int] | None = None
+    _size: tuple[int, int] | None = None
+    _shown: av.VideoFrame | None = None
+    _reformatter: VideoReformatter = dataclasses.field(default_factory=VideoReformatter)
+
+    @property
+    def count(self) -> int:
+        return len(self.times)
+
+    def see(self, frame: av.VideoFrame, time: float) -> None:
+        """The next frame in display order: until `time` the one before it was shown."""
+        self._keep_until(time)
+        self._shown = frame
+
+    def end(self) -> None:
+        """The last frame is shown to the end."""
+        self._keep_until(float("inf"))
+
+    def _keep_until(self, time: float) -> None:
+        if self._shown is None:
+            return
+        due = int(np.searchsorted(self.moments, time)) - len(self.kept)
+        if due > 0:
+            self.kept += [self._resized(self._shown)] * due
+
+    def _resized(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        check_shape(self.path.name, frame.height, frame.width)
+        picture = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        picture = _upright(picture, _display_matrix(frame))
+        if self._size is None:  # A stream may change its size midway; the first frame decides.
+            self.shape = picture.shape[:2]
+            self.turned = frame.rotation
+            self._size = self.sampling.frame_size(*self.shape, len(self.moments))
+        return media.resize_bicubic(picture[None], *self._size)[0]
+
+
+def _decoded(path: Path, timeline: Timeline, sampling: Sampling, sounds: bool) -> _Film:
+    """Decodes in one pass, keeping the frames that are on show at the moments to be sampled."""
+    clock = timeline.by_number() if sampling.mode == "saber_release" else timeline
+    # An uneven clip may have fewer frames a second than are to be kept: they are kept repeatedly.
+    finer = 1 if clock.even else math.ceil(sampling.fps / clock.rate)
+    indices = media.frame_indices(
+        clock.ticks * finer,
+        clock.rate * finer,
         fps=sampling.fps,
         min_frames=sampling.min_frames,
         max_frames=sampling.max_frames,
     )
+    # A frame counts from the tick nearest to its timestamp, hence the half.
+    moments = clock.start + (indices + 0.5) / (clock.rate * finer)
+    film = _Film(path, sampling, moments, sound.Track(sampling.max_seconds))
+    with opened(path) as container:
+        video = container.streams[timeline.video]
+        streams = [video, *([sound_track(path, container)] if sounds else [])]
+        for packet in packets(container, streams):
+            for frame in packet.decode():
+                if isinstance(frame, av.AudioFrame):
+                    film.sound.hear(frame)
+                elif isinstance(frame, av.VideoFrame):
+                    number, stamp = len(film.times), frame.pts
+                    if stamp is None and timeline.hidden and not number:
+                        continue
+                    time = (
+                        clock.time(number)
+                        if stamp is None
+                        else float(stamp * (frame.time_base or 0))
+                    )
+                    if timeline.disordered:
+                        time = clock.time(number)
+                    film.times.append(time)
+                    film.see(frame, clock.start + number / clock.rate if clock.even else time)
+        film.end()
+    return film
 
 
-@dataclasses.dataclass
-class _Tracks:
-    """RGB pictures by frame number in display order, number of frames, mono sound in pieces.
-
-    The sound is float32 in -1..1 at `sound_rate`.
-    """
-
-    pictures: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    count: int = 0
-    sound: list[np.ndarray] = dataclasses.field(default_factory=list)
-    sound_rate: int = media.SAMPLE_RATE
-    sound_start: Fraction | None = None
-
-    def hear(self, frame: av.AudioFrame, resampler: av.AudioResampler) -> None:
-        if self.sound_start is None and frame.pts is not None and frame.time_base:
-            self.sound_start = frame.pts * frame.time_base
-        self.sound_rate = frame.sample_rate
-        self.sound += [part.to_ndarray().mean(axis=0) for part in resampler.resample(frame)]
+def _facts(timeline: Timeline, film: _Film, sampling: Sampling) -> dict[str, Any]:
+    height, width = film.shape or (0, 0)
+    late = film.sound.start
+    return {
+        "frames": len(timeline.times),
+        "seconds": round(timeline.seconds, 6),
+        "height": height,
+        "width": width,
+        "turned": film.turned,
+        "even": timeline.even,
+        "sampled_by": "number" if sampling.mode == "saber_release" else "time",
+        "sound_late": None if late is None else round(late - timeline.start, 6),
+        "sound_holes": film.sound.holes,
+    }
 
 
-def _decoded(path: Path, indices: Int[np.ndarray, " T"], sound: bool) -> _Tracks:
-    """Decodes in one pass and keeps the pictures wanted and, if wanted, the sound."""
-    wanted = set(indices.tolist())
-    tracks = _Tracks()
-    size = None
-    reformatter = VideoReformatter()
-    resampler = av.AudioResampler(format="fltp")  # Rate and channels stay as they are.
-    with _opened(path) as container:
-        streams = container.streams.video[:1] + container.streams.audio[: int(sound)]
-        for frame in container.decode(*streams):
-            if isinstance(frame, av.AudioFrame):
-                tracks.hear(frame, resampler)
-            elif isinstance(frame, av.VideoFrame):
-                if tracks.count in wanted:
-                    # A stream may change its size midway; the first frame decides.
-                    size = size or (frame.width, frame.height)
-                    picture = reformatter.reformat(frame, *size, format="rgb24", threads=1)
-                    tracks.pictures[tracks.count] = picture.to_ndarray()
-                tracks.count += 1
-    return tracks
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """(a, b, c, d) of x' = a x + c y, y' = b x + d y, by which a player turns or mirrors frames."""
+    stored: Mapping = frame.side_data  # PyAV declares it as a dict of one other key.
+    data = stored.get(SideData.DISPLAYMATRIX)
+    if data is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(data), "<i4")[:5].tolist()
+    return a, b, c, d
 
 
-def _resampled(sound: Float[np.ndarray, " n"], rate: int) -> Int16[np.ndarray, " m"]:
-    """To 16 kHz by the resampler that librosa.load uses, on which the released model was trained.
-
-    FFmpeg's own lets other frequencies pass near 8 kHz: the highest mel bins change by up to 1.3.
-    """
-    if rate != media.SAMPLE_RATE:
-        sound = soxr.resample(sound, rate, media.SAMPLE_RATE, quality="HQ")
-    return np.clip(np.rint(sound * 32768), -32768, 32767).astype(np.int16)
-
-
-def _shifted(audio: Int16[np.ndarray, " n"], samples: int) -> Int16[np.ndarray, " m"]:
-    """Delays by `samples`, or cuts them off the front if negative."""
-    if samples < 0:
-        return audio[-samples:]
-    return np.concatenate([np.zeros(samples, np.int16), audio])
+def _upright(
+    picture: UInt8[np.ndarray, "H W 3"], matrix: tuple[int, ...] | None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Turned by the nearest quarter and mirrored, which is all that cameras write."""
+    if matrix is None:
+        return picture
+    a, b, c, d = matrix
+    across, down = a, d
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture, across, down = picture.swapaxes(0, 1), c, b
+    if across < 0:
+        picture = picture[:, ::-1]
+    if down < 0:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)

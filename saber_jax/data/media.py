@@ -31,20 +31,32 @@ __all__ = [
     "vision_layout",
 ]
 
+# Constants of every released Qwen2.5-Omni, under the names of its config: what loads a checkpoint
+# refuses one whose config says otherwise.
 PATCH = 14
+"""`patch_size`: pixels along one side of a patch."""
 TEMPORAL_PATCH = 2
+"""`temporal_patch_size`: frames in a patch."""
 MERGE = 2
-WINDOW_UNITS = 4  # 112 pixels.
+"""`spatial_merge_size`: patches along one side of a merged unit, which is one token."""
 UNIT = PATCH * MERGE
+WINDOW_UNITS = 4
+WINDOW = WINDOW_UNITS * UNIT
+"""`window_size`: pixels along one side of an attention window of the vision tower."""
+MELS = 128
+"""`num_mel_bins`."""
+CHUNK_FRAMES = 200
+"""Mel frames that the audio tower reads at once, twice `n_window`."""
+N_WINDOW = CHUNK_FRAMES // 2
+CHUNK_TOKENS = audio_tokens(CHUNK_FRAMES)
+PATCH_FEATURES = 3 * TEMPORAL_PATCH * PATCH * PATCH
 
 SAMPLE_RATE = 16_000
-MELS = 128
 HOP = 160
 FFT = 400
-CHUNK_FRAMES = 200
-CHUNK_TOKENS = 50
-PATCH_FEATURES = 3 * TEMPORAL_PATCH * PATCH * PATCH
 MAX_AUDIO_SECONDS = 300
+MAX_SIDE_RATIO = 200
+"""How many times longer one side of a picture may be than the other."""
 
 
 def frame_indices(
@@ -74,8 +86,10 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
     Raises ValueError for a side ratio above 200.
     """
-    if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"The side ratio must be at most 200, got {height} x {width} pixels.")
+    if max(height, width) / min(height, width) > MAX_SIDE_RATIO:
+        raise ValueError(
+            f"The side ratio must be at most {MAX_SIDE_RATIO}, got {height} x {width} pixels."
+        )
     # round() is to even on purpose: 42 pixels give 1.5 -> 2 units, 70 give 2.5 -> 2 units.
     rows = max(UNIT, round(height / UNIT) * UNIT)
     columns = max(UNIT, round(width / UNIT) * UNIT)
@@ -167,7 +181,15 @@ def patchify(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "P 1176"
             f"{frames.shape}. Sample with frame_indices and resize with smart_resize first."
         )
     blocks = frames.reshape(
-        t // 2, 2, height // UNIT, MERGE, PATCH, width // UNIT, MERGE, PATCH, channels
+        t // TEMPORAL_PATCH,
+        TEMPORAL_PATCH,
+        height // UNIT,
+        MERGE,
+        PATCH,
+        width // UNIT,
+        MERGE,
+        PATCH,
+        channels,
     )
     #                        t  y/2 x/2 y%2 x%2  C  tp  ph  pw
     ordered = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
@@ -212,7 +234,8 @@ def vision_layout(grid: Grid) -> VisionLayout:
     unit_slot[unit_order] = np.arange(len(window))
     inner = np.arange(MERGE * MERGE)
     order = unit_order[:, None] * len(inner) + inner
-    hw = np.stack([y[unit_order, None] * 2 + inner // 2, x[unit_order, None] * 2 + inner % 2], -1)
+    row, column = y[unit_order, None] * MERGE, x[unit_order, None] * MERGE
+    hw = np.stack([row + inner // MERGE, column + inner % MERGE], -1)
     layout = VisionLayout(
         order=order.reshape(-1).astype(np.int32),
         hw=hw.reshape(-1, 2).astype(np.int32),

@@ -1,7 +1,10 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
-from saber_jax.data import decode
+from saber_jax.data import decode, media
 from saber_jax.data.decode import MediaError, Sampling, decode_clip
 from tests.media_files import gray_frames, tone, write_clip
 
@@ -57,15 +60,6 @@ def test_every_container_gives_the_same_clip(tmp_path, name, codecs, rate):
     assert np.abs(clip.audio[500:1500].astype(int)).max() > 6000
     spectrum = np.abs(np.fft.rfft(clip.audio[8000:24_000]))
     assert abs(np.argmax(spectrum) - 440) <= 1
-
-
-def test_the_average_rate_of_a_clip_with_uneven_frames_counts(tmp_path):
-    times = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
-    path = write_clip(tmp_path / "a.mkv", frames=gray_frames(12), audio=tone(2), times=times)
-    clip = decode_clip(path, SMALL)
-    assert clip.frames[-1, 0, 0, 0] == 55
-    seconds = 6.5 * 12 / 11
-    assert clip.seconds_per_grid == pytest.approx(seconds / 6, rel=1e-3)
 
 
 @pytest.mark.parametrize("start", [0.5, 0.0])
@@ -154,6 +148,22 @@ def test_a_film_is_refused_without_decoding_it(tmp_path, monkeypatch):
     error = refused(path)
     assert error.reason == "too_long"
     assert "allowed are 300 s" in error.detail
+
+
+def test_only_resized_frames_are_in_memory(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mkv", frames=gray_frames(48, 240, 320), audio=tone(4))
+    large, most = [], []
+    resize = media.resize_bicubic
+
+    def watched(frames, *size):
+        gc.collect(0)
+        large.append(weakref.ref(frames if frames.base is None else frames.base))
+        most.append(sum(one() is not None for one in large))
+        return resize(frames, *size)
+
+    monkeypatch.setattr(media, "resize_bicubic", watched)
+    assert len(decode_clip(path, SMALL).frames) == len(most) == 16
+    assert max(most) <= 2
 
 
 def test_an_empty_file_is_refused(tmp_path):

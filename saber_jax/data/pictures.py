@@ -1,0 +1,70 @@
+"""Still pictures to the one frame of a record, with Pillow."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from saber_jax.data import media
+from saber_jax.data.sampling import (
+    IMAGE_MAX_PIXELS,
+    IMAGE_MIN_PIXELS,
+    RELEASE_IMAGE_MAX_PIXELS,
+    MediaError,
+    Mode,
+    check_shape,
+)
+
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Suffixes of the files that `decode_image` is for."""
+
+
+def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1 H W 3"]:
+    """A picture as the frames of a still-image record, resized as the released processor does.
+
+    It stands upright as its EXIF says, what is transparent becomes white, and 16 bits of grey
+    become 8. Of an animation or of several pages the first is taken. Raises MediaError.
+    """
+    name = Path(path).name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # See check_shape.
+            with Image.open(path) as opened:
+                check_shape(name, opened.height, opened.width)
+                opened.load()
+                picture = _rgb(_upright(opened))
+    except MediaError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise MediaError("too_large", f"{name}: {error}") from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them into.
+        raise MediaError("unreadable", f"{name}: {type(error).__name__}: {error}") from error
+    most = IMAGE_MAX_PIXELS if mode == "exact" else RELEASE_IMAGE_MAX_PIXELS
+    height, width = media.smart_resize(picture.height, picture.width, IMAGE_MIN_PIXELS, most)
+    # Pillow itself, because it rounds between its two passes: no other resize gives these pixels.
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Damaged EXIF says nothing about the picture, which is whole.
+        return picture
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 bit")
+    if picture.mode.startswith("I"):  # Pillow itself would cut everything above 255.
+        grey = np.asarray(picture).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"its grey reaches {grey.max()}; save it as 8 or 16 bit")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
+    return picture.convert("RGB")
