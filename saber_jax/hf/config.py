@@ -1,10 +1,10 @@
 """config.json of the Qwen2.5-Omni thinker against SaberConfig, both ways."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from saber_jax.hf.settings import AUDIO, FIXED, SECTIONS, TABLES, TEXT, TOKENS, VISION, problems
 from saber_jax.models.config import (
     AudioConfig,
     SaberConfig,
@@ -15,60 +15,7 @@ from saber_jax.models.config import (
 )
 
 ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
-
-# Our field -> their key. What a config of theirs must say, because no default is safe: the vision
-# width of transformers' own defaults is not the released one.
-TEXT = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "mlp_dim": "intermediate_size",
-    "vocab": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "max_positions": "max_position_embeddings",
-}
-VISION = {
-    "depth": "depth",
-    "width": "hidden_size",
-    "heads": "num_heads",
-    "mlp_dim": "intermediate_size",
-    "out_width": "out_hidden_size",
-    "full_attention_layers": "fullatt_block_indexes",
-    "patch": "patch_size",
-    "temporal_patch": "temporal_patch_size",
-    "merge": "spatial_merge_size",
-    "window": "window_size",
-}
-AUDIO = {
-    "layers": "encoder_layers",
-    "width": "d_model",
-    "heads": "encoder_attention_heads",
-    "mlp_dim": "encoder_ffn_dim",
-    "out_width": "output_dim",
-    "mel_bins": "num_mel_bins",
-    "n_window": "n_window",
-    "max_source_positions": "max_source_positions",
-}
-TOKENS = {
-    "pad": "pad_token_id",
-    "im_start": "bos_token_id",
-    "eos": "eos_token_id",
-    "audio": "audio_token_index",
-    "audio_bos": "audio_start_token_id",
-    "audio_eos": "audio_end_token_id",
-    "vision_bos": "vision_start_token_id",
-    "vision_eos": "vision_end_token_id",
-    "image": "image_token_index",
-    "video": "video_token_index",
-}
-
-# Settings that change the arithmetic and have one value in every released model.
-FIXED = {
-    "text_config": {"hidden_act": "silu", "use_sliding_window": False},
-    "vision_config": {"hidden_act": "silu", "in_channels": 3},
-    "audio_config": {"activation_function": "gelu", "scale_embedding": False},
-}
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 
 
 def thinker(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,36 +26,39 @@ def thinker(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def from_hf(config: Mapping[str, Any]) -> SaberConfig:
     """The model that a config.json describes.
 
-    Raises one ValueError that lists every missing key and every setting we do not implement.
+    Raises one ValueError that names every missing setting and every one that this network does not
+    have (saber_jax/hf/settings.py).
     """
-    config = thinker(config)
-    sections = {name: config.get(name) or {} for name in FIXED}
-    tables = {"text_config": TEXT, "vision_config": VISION, "audio_config": AUDIO}
-    problems = [
-        f"{section}.{key} is missing"
-        for section, table in tables.items()
-        for key in table.values()
-        if key not in sections[section]
-    ]
-    for section, settings in FIXED.items():
-        for key, value in settings.items():
-            if sections[section].get(key, value) != value:
-                got = sections[section][key]
-                problems.append(f"{section}.{key} must be {value!r}, got {got!r}")
-    rope, rope_problems = _rope(sections["text_config"])
+    kind = config.get("model_type")
+    if not isinstance(kind, str | None) or kind not in (None, *MODEL_TYPES):
+        raise ValueError(
+            f"config.json is of a model of another kind: model_type must be one of "
+            f"{', '.join(MODEL_TYPES)}, got {kind!r}"
+        )
+    whole, config = config, thinker(config)
+    shapes = [name for name in SECTIONS if not isinstance(config.get(name) or {}, Mapping)]
+    if shapes:
+        raise ValueError(f"config.json must hold JSON objects under {', '.join(shapes)}")
+    wrong = list(problems(config))
+    if whole is not config and whole.get("quantization_config"):
+        wrong.append("quantization_config is set: weights are read as float only")
+    text = config.get("text_config") or {}
+    rope, rope_wrong = _rope(text)
+    wrong += rope_wrong + list(_vision_rope(config.get("vision_config") or {}))
+    layers = text.get("layer_types") or ()
+    if set(layers) - {"full_attention"}:
+        wrong.append(f"text_config.layer_types must all be 'full_attention', got {layers}")
     tokens = _tokens(config)
-    vocab = sections["text_config"].get("vocab_size", math.inf)
-    problems += rope_problems
-    problems += [
-        f"{TOKENS[name]} {value} is outside the vocabulary of {vocab}"
+    vocab = text.get("vocab_size")
+    wrong += [
+        f"{TOKENS[name]} {value!r} is outside the vocabulary of {vocab}"
         for name, value in dataclasses.asdict(tokens).items()
-        if not 0 <= value < vocab
+        if type(value) is not int or value < 0 or (type(vocab) is int and value >= vocab)
     ]
-    if problems:
-        raise ValueError("config.json is not one of a Qwen2.5-Omni thinker: " + "; ".join(problems))
-    text = sections["text_config"]
+    if wrong:
+        raise ValueError("config.json is not one of a Qwen2.5-Omni thinker: " + "; ".join(wrong))
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    picked = {name: _pick(sections[name], table) for name, table in tables.items()}
+    picked = {name: _pick(config[name], table) for name, table in TABLES.items()}
     vision = picked["vision_config"]
     vision["full_attention_layers"] = tuple(vision["full_attention_layers"])
     return SaberConfig(
@@ -116,8 +66,6 @@ def from_hf(config: Mapping[str, Any]) -> SaberConfig:
         vision=VisionConfig(**vision),
         audio=AudioConfig(**picked["audio_config"]),
         tokens=tokens,
-        positions_per_second=config.get("position_id_per_seconds", 25),
-        seconds_per_chunk=config.get("seconds_per_chunk", 2),
     )
 
 
@@ -127,20 +75,46 @@ def _pick(section: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any
 
 def _rope(text: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Rotary settings, which transformers 5 writes in another place than 4 does."""
-    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", text.get("rope_theta"))
-    sections = scaling.get("mrope_section")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    problems = []
-    if theta is None:
-        problems.append("text_config.rope_theta is missing")
-    if sections is None or len(sections) != 3:
-        problems.append(f"text_config.rope_scaling.mrope_section must be 3 sizes, got {sections}")
-    if kind not in ("default", "mrope"):
-        problems.append(f"text_config.rope_scaling.rope_type must be 'default', got {kind!r}")
-    if problems or theta is None or sections is None:
-        return {}, problems
-    return {"rope_theta": float(theta), "mrope_section": tuple(sections)}, []
+    places = {name: text.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    wrong = [
+        f"text_config.{name} must be a JSON object, got {place!r}"
+        for name, place in places.items()
+        if not isinstance(place, Mapping)
+    ]
+    if wrong:
+        return {}, wrong
+    thetas = [p["rope_theta"] for p in (*places.values(), text) if p.get("rope_theta") is not None]
+    sections = [place["mrope_section"] for place in places.values() if place.get("mrope_section")]
+    if not thetas:
+        wrong.append("text_config.rope_theta is missing")
+    elif any(theta != thetas[0] or not _positive(theta) for theta in thetas):
+        wrong.append(f"text_config.rope_theta must be one number above zero, got {thetas}")
+    if not sections or any(len(s) != 3 or s != sections[0] for s in sections):
+        got = sections if len(sections) > 1 else [*sections, None][0]
+        wrong.append(f"text_config.rope_scaling.mrope_section must be 3 sizes, got {got}")
+    for name, place in places.items():
+        for key, value in place.items():
+            if key in ("rope_type", "type"):
+                if value not in (None, "default", "mrope"):
+                    wrong.append(f"text_config.{name}.{key} must be 'default', got {value!r}")
+            elif key not in ("mrope_section", "rope_theta") and value:
+                wrong.append(f"text_config.{name}.{key} = {value!r} is not in this network")
+    if wrong:
+        return {}, wrong
+    return {"rope_theta": float(thetas[0]), "mrope_section": tuple(sections[0])}, []
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def _vision_rope(vision: Mapping[str, Any]) -> Iterator[str]:
+    """The rotary embedding of pictures, which has no settings in the released models."""
+    rope = vision.get("rope_parameters") or {}
+    fixed = {"rope_theta": (10000.0,), "rope_type": ("axial", "default")}
+    for key, value in rope.items():
+        if value is not None and value not in fixed.get(key, ()):
+            yield f"vision_config.rope_parameters.{key} = {value!r} is not in this network"
 
 
 def _tokens(config: Mapping[str, Any]) -> TokenIds:
@@ -163,14 +137,11 @@ def to_hf(cfg: SaberConfig, *, dtype: str) -> dict[str, Any]:
     text, vision, audio = cfg.text, cfg.vision, cfg.audio
     return {
         "architectures": [ARCHITECTURE],
-        "model_type": "qwen2_5_omni_thinker",
+        **FIXED[""],
         "torch_dtype": dtype,
         "tie_word_embeddings": False,
-        "position_id_per_seconds": cfg.positions_per_second,
-        "seconds_per_chunk": cfg.seconds_per_chunk,
         **_put(cfg.tokens, TOKENS),
         "text_config": {
-            "model_type": "qwen2_5_omni_text",
             **FIXED["text_config"],
             **_put(text, TEXT),
             "head_dim": text.head_dim,
@@ -183,14 +154,11 @@ def to_hf(cfg: SaberConfig, *, dtype: str) -> dict[str, Any]:
             "tie_word_embeddings": False,
         },
         "vision_config": {
-            "model_type": "qwen2_5_omni_vision_encoder",
             **FIXED["vision_config"],
             **_put(vision, VISION),
             "embed_dim": vision.width,
-            "tokens_per_second": cfg.positions_per_second,
         },
         "audio_config": {
-            "model_type": "qwen2_5_omni_audio_encoder",
             **FIXED["audio_config"],
             **_put(audio, AUDIO),
             "num_hidden_layers": audio.layers,

@@ -26,6 +26,7 @@ from saber_jax.flags import Parser
 from saber_jax.hf import tensors
 from saber_jax.hf.config import from_hf, thinker
 from saber_jax.hf.names import Entry, entries, from_disk
+from saber_jax.hf.tokenizer import check_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import distributed
@@ -189,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tokenizer = load_tokenizer(args.hf_dir)
         source = open_source(args.hf_dir)
+        check_tokenizer(tokenizer, source.cfg)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

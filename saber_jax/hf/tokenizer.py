@@ -9,6 +9,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from saber_jax.data.tokenizer import SPACE, SPECIALS, SentencePieceTokenizer, Tokenizer
+from saber_jax.hf.settings import TOKENS
+from saber_jax.models.config import SaberConfig
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -22,6 +24,26 @@ NAMED = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
+
+
+def check_tokenizer(tokenizer: Tokenizer, cfg: SaberConfig) -> None:
+    """Raises ValueError if a vocabulary is not the one that a config.json is about.
+
+    Clips are written into a conversation with the ids of the vocabulary; transformers looks for
+    those of the config, and would find no clip, or words in the place of one.
+    """
+    wrong = [
+        f"{NAMED[f'{name}_token']} is {there}, but {TOKENS[name]} {here}"
+        for name in (key.removesuffix("_token") for key in NAMED)
+        if (there := tokenizer.id(NAMED[f"{name}_token"])) != (here := getattr(cfg.tokens, name))
+    ]
+    if tokenizer.vocab_size > cfg.text.vocab:
+        wrong.append(f"it has {tokenizer.vocab_size} ids, but vocab_size is {cfg.text.vocab}")
+    if wrong:
+        raise ValueError(
+            f"{tokenizer.path} belongs to another model than config.json: {'; '.join(wrong)}. Take "
+            "both from one checkpoint."
+        )
 
 
 def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:

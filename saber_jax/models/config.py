@@ -26,6 +26,7 @@ class VisionConfig:
 
     def __post_init__(self):
         _divisible("vision", self.width, self.heads, multiple_of=4)
+        _one_value("vision", self, "patch", "temporal_patch", "merge", "window")
         outside = [i for i in self.full_attention_layers if not 0 <= i < self.depth]
         if outside:
             raise ValueError(
@@ -68,6 +69,12 @@ class AudioConfig:
             raise ValueError(
                 "audio.n_window must be even, or pooled pairs straddle chunks, got "
                 f"{self.n_window}."
+            )
+        _one_value("audio", self, "mel_bins", "n_window")
+        if self.max_source_positions < self.n_window:
+            raise ValueError(
+                f"audio.max_source_positions must be at least {self.n_window}, as one chunk of "
+                f"sound has that many positions; got {self.max_source_positions}."
             )
 
     @property
@@ -167,6 +174,7 @@ class SaberConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self):
+        _one_value("model", self, "positions_per_second", "seconds_per_chunk")
         for tower in (self.vision, self.audio):
             if tower.out_width != self.text.width:
                 raise ValueError(
@@ -207,6 +215,17 @@ def _build(cls, values: Mapping[str, Any], where: str):
             f"{[where + n for n in unknown]}. Was it written by another version?"
         )
     return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def _one_value(where: str, config, *names: str) -> None:
+    """data/media.py and data/tmrope.py prepare clips for the defaults of these settings alone."""
+    for field in dataclasses.fields(config):
+        got = getattr(config, field.name)
+        if field.name in names and got != field.default:
+            raise ValueError(
+                f"{where}.{field.name} must be {field.default}, as in every released model: "
+                f"clips are prepared for nothing else. Got {got}."
+            )
 
 
 def _divisible(tower: str, width: int, heads: int, *, multiple_of: int) -> None:

@@ -1,5 +1,6 @@
 """Checkpoint directories: export and load are inverse, and everything wrong is refused at once."""
 
+import dataclasses
 import json
 import shutil
 
@@ -16,7 +17,14 @@ from saber_jax.hf.config import from_hf, to_hf
 from saber_jax.hf.tokenizer import convert
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config
-from tests.models.batches import CONFIG
+from tests.models import batches
+
+# With the vocabulary below, and the ids that it gives to placeholders.
+CONFIG = dataclasses.replace(
+    batches.CONFIG,
+    text=dataclasses.replace(batches.CONFIG.text, vocab=380),
+    tokens=saber_config("tiny").tokens,
+)
 
 TEXTS = [
     "A woman smiles, but her voice trembles.\nShe looks away.",
@@ -90,6 +98,12 @@ def test_the_commands_load_and_export_without_changing_a_bit(params, exported, t
     assert export.main(["--checkpoint", str(tmp_path), "--out", str(again)]) == 1
     assert load.main(["--hf_dir", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
     assert load.main(["--hf_dir", str(exported), "--out", str(again)]) == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy, tmp_path, capsys):
+    edit(copy / "config.json", lambda config: config.update(audio_token_index=3))
+    assert load.main(["--hf_dir", str(copy), "--out", str(tmp_path / "work")]) == 1
+    assert "<|AUDIO|> is 4, but audio_token_index 3" in capsys.readouterr().err
 
 
 def test_shards_and_the_omni_layout_load_alike(params, exported, tmp_path):
@@ -217,7 +231,7 @@ def test_unsupported_settings_are_listed_together_with_broken_files(copy):
     (copy / "model.safetensors").unlink()
     message = refusal(copy)
     assert "use_sliding_window must be False, got True" in message
-    assert "pad_token_id 151643 is outside the vocabulary of 120" in message
+    assert "pad_token_id 151643 is outside the vocabulary of 380" in message
     assert "rope_type must be 'default', got 'yarn'" in message
     assert "vision_config.hidden_size is missing" in message
     assert "no model.safetensors" in message

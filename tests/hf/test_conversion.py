@@ -16,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from saber_jax import sharding
-from saber_jax.data.tokenizer import train_sentencepiece
 from saber_jax.hf import export, load, tensors
 from saber_jax.hf.config import from_hf, portable, to_hf
 from saber_jax.hf.names import entries
@@ -25,6 +24,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig
 from saber_jax.train import checkpoint, saved, stream
 from saber_jax.tree import flatten
+from tests.hf import vocabulary
 from tests.models.batches import CONFIG
 from tests.processes import running
 
@@ -63,9 +63,7 @@ def omni(tmp_path_factory):
     (out / "config.json").write_text(json.dumps(omni_config()))
     (out / "spk_dict.pt").write_bytes(b"speakers, never opened")
     (out / "chat_template.jinja").write_text("{{ messages }}")
-    texts = ["A woman smiles, but her voice trembles."] * 20
-    vocabulary = out.with_name("tokenizer.model")
-    write_tokenizer(train_sentencepiece(texts, vocabulary, vocab_size=330, symbols=()), out)
+    write_tokenizer(vocabulary.write(out.with_name("vocabulary")), out)
     return out
 
 
@@ -118,8 +116,8 @@ def test_only_the_thinker_of_the_source_is_replaced(omni, workdir, tmp_path):
 
 def test_a_source_of_another_shape_is_refused(omni, workdir, tmp_path):
     params, cfg = stream.open_model(workdir)
-    other = dataclasses.replace(cfg, seconds_per_chunk=4)
-    with pytest.raises(ValueError, match="seconds_per_chunk: 2 there, 4 here"):
+    other = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, rope_theta=7.0))
+    with pytest.raises(ValueError, match=r"text\.rope_theta: 1000000\.0 there, 7\.0 here"):
         export.export_like(params, other, tmp_path / "hf", load.open_source(omni))
     assert not list(tmp_path.iterdir())
 
@@ -231,7 +229,7 @@ def adapters_on(base, tmp_path, cfg: SaberConfig):
     )
     described = checkpoint.describe_base(run, base)
     checkpoint.save_params(run, {"lora": lora}, cfg, base=described)
-    (run / "tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    vocabulary.write(run)
     return run
 
 
@@ -246,8 +244,8 @@ SHARE = """
 import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from saber_jax.runs import distributed
 from saber_jax.hf import load, tensors
+from saber_jax.runs import distributed
 distributed.initialize()
 read, whole = [], tensors.Tensor.read
 tensors.Tensor.read = lambda self: (read.append(self.nbytes), whole(self))[1]
@@ -328,10 +326,7 @@ def test_a_host_that_restores_reads_what_its_devices_hold(tmp_path, monkeypatch)
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape, np.float32), saber.abstract(wide)
     )
-    texts = ["A woman smiles, but her voice trembles."] * 20
-    vocabulary = tmp_path / "tokenizer.model"
-    tokenizer = train_sentencepiece(texts, vocabulary, vocab_size=330, symbols=())
-    export.export(params, wide, tmp_path / "hf", tokenizer)
+    export.export(params, wide, tmp_path / "hf", vocabulary.write(tmp_path / "vocabulary"))
     work = tmp_path / "work"
     assert load.main(["--hf_dir", str(tmp_path / "hf"), "--out", str(work)]) == 0
     with running(["-c", RESTORE, str(work)], tmp_path / "logs", count=2) as processes:

@@ -14,12 +14,11 @@ import peft
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from saber_jax.data.tokenizer import train_sentencepiece
 from saber_jax.hf import export, load, names
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig
 from saber_jax.train import checkpoint
-from tests.hf import reference
+from tests.hf import reference, vocabulary
 from tests.models.batches import CONFIG, Audio, Image, Text, conversation
 
 TALK = conversation(1, Text(3), Image((1, 6, 8)), Audio(150), Text(5))
@@ -31,9 +30,7 @@ def base(tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "hf"
     weights = reference.weights(reference.thinker())
     params = names.from_disk(lambda entry: weights[entry.name], CONFIG)
-    vocabulary = out.with_name("tokenizer.model")
-    texts = ["A woman smiles, but her voice trembles."] * 20
-    tokenizer = train_sentencepiece(texts, vocabulary, vocab_size=330, symbols=())
+    tokenizer = vocabulary.write(out.with_name("vocabulary"))
     export.export(params, CONFIG, out, tokenizer)
     assert load.main(["--hf_dir", str(out), "--out", str(out.with_name("work"))]) == 0
     return out
@@ -48,8 +45,7 @@ def adapters_on(base, run, *targets: str):
     )
     described = checkpoint.describe_base(run, base.with_name("work"))
     checkpoint.save_params(run, {"lora": adapters}, cfg, base=described)
-    vocabulary = base.with_name("work") / "tokenizer.model"
-    (run / "tokenizer.model").write_bytes(vocabulary.read_bytes())
+    vocabulary.write(run)
     return run
 
 
