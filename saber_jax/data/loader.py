@@ -6,6 +6,7 @@ resumed run reads exactly what an uninterrupted one would have, and it may do so
 of hosts.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from saber_jax.data.sources import Sources
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.withhold import MODALITIES, Modality, withhold
+from saber_jax.data.workers import in_processes, sigterm_held
 from saber_jax.runs.files import replacing
 
 
@@ -302,9 +304,14 @@ def stream(
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, which only absl's app.run parses.
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    count = 0
-    for batch in dataset:
+        dataset = in_processes(dataset, workers)
+    iterator, count = iter(dataset), 0
+    while True:
+        # The first one starts the processes.
+        with sigterm_held() if workers and not count else contextlib.nullcontext():
+            batch = next(iterator, None)
+        if batch is None:
+            break
         count += 1
         yield batch
     if count != len(batches):
