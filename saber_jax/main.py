@@ -20,16 +20,18 @@ import jax
 from absl import app, logging
 from ml_collections import ConfigDict
 
+from configs import ranges
 from saber_jax import sharding
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import distributed, manifest
+from saber_jax.runs import distributed, lock, manifest
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.runs.identity import identity
 from saber_jax.runs.manifest import fingerprint
+from saber_jax.runs.speaking import say
 from saber_jax.runs.timeline import Attempt, Timeline, goodput
 from saber_jax.runs.watchdog import Watchdog
 from saber_jax.train import checkpoint, loop, reference, samples, setup, start
@@ -40,22 +42,29 @@ from saber_jax.train.progress import Console, Meter
 
 
 def train(config: ConfigDict) -> None:
-    """Everything that `--config` asks for, resuming from what the work directory holds."""
-    watchdog = Watchdog(config.workdir, least_seconds=config.stall_seconds)
-    with watchdog.watching():
-        train_watched(config, watchdog)
+    """Everything that `--config` asks for, resuming from what the work directory holds.
 
-
-def train_watched(config: ConfigDict, watchdog: Watchdog) -> None:
-    """`train`, whose progress `watchdog` follows."""
+    Nothing is written before all of what is asked for is seen to be possible.
+    """
+    ranges.check(config)
     workdir = Path(config.workdir)
-    claim(workdir, config)
-    mesh = sharding.make_mesh(**config.mesh)
+    check_claim(workdir, config)
+    watchdog = Watchdog(workdir, least_seconds=config.stall_seconds)
+    with watchdog.watching():
+        stage = setup.build(config, sharding.make_mesh(**config.mesh))
+        pairs = checked_pairs(config) if config.stage == "cadpo" else None
+        start.check(config)
+        alone = lock.held(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+        with alone:
+            inputs = open_inputs(config, workdir, pairs)
+            claim(workdir, config)
+            run_stage(config, stage, inputs, watchdog)
 
-    stage = setup.build(config, mesh)
+
+def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: Watchdog) -> None:
+    """The run itself, in a work directory that is its own; `watchdog` follows its progress."""
+    workdir = Path(config.workdir)
     base = start.base_checkpoint(config, stage, workdir)
-    pairs = checked_pairs(config) if config.stage == "cadpo" else None
-    inputs = open_inputs(config, workdir, pairs)
     describe(config, stage.cfg, workdir, base, inputs)
     meta = {"plan": inputs.plan.fingerprint(), "batch_rows": config.data.batch_rows}
 
@@ -83,26 +92,28 @@ def train_watched(config: ConfigDict, watchdog: Watchdog) -> None:
     first, began = int(state.step), time.perf_counter()
     rows = inputs.plan.rows(config.steps * config.data.batch_rows)
     batches = inputs.batches(
-        config, mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
+        config, stage.mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
     )
     watch = watched(config, stage, batches, workdir, first, watchdog)
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
-    try:
-        state = loop.run(
-            state,
-            step_fn,
-            steps=config.steps,
-            checkpoints=checkpoints,
-            meta=meta,
-            watch=watch,
-            probe=stage.probe(),
-            probe_every=config.metrics_every,
-        )
-    finally:
-        watchdog.timeline.at("finish")
-        checkpoints.close()
-        watch.writer.close()
+    # Also while the last checkpoint is being written: SIGTERM must not interrupt that.
+    with distributed.Preemption():
+        try:
+            state = loop.run(
+                state,
+                step_fn,
+                steps=config.steps,
+                checkpoints=checkpoints,
+                meta=meta,
+                watch=watch,
+                probe=stage.probe(),
+                probe_every=config.metrics_every,
+            )
+        finally:
+            watchdog.timeline.at("finish")
+            checkpoints.close()
+            watch.writer.close()
     summary = {
         "stage": config.stage,
         "steps": config.steps,
@@ -248,13 +259,23 @@ def with_references(
     return dataclasses.replace(inputs, examples=inputs.examples.with_references(references))
 
 
+def check_claim(workdir: Path, config: ConfigDict) -> None:
+    """Raises ValueError if the work directory belongs to another config."""
+    path = workdir / "config.json"
+    if path.exists():
+        manifest.check(
+            identity(read_json(path)),
+            identity(config),
+            what=f"{workdir} belongs to a run with another config",
+            remedy="Choose another directory with --config.workdir=DIR.",
+        )
+
+
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json, or says that the directory belongs to another config."""
-    ours = json.loads(config.to_json())
+    """Writes config.json, by which the work directory belongs to this config from now on."""
     path = workdir / "config.json"
     if jax.process_index() == 0 and not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, ours)
+        write_json(path, json.loads(config.to_json()))
     distributed.barrier("claim")
     if not path.exists():
         raise ValueError(
@@ -262,12 +283,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             f"{path.name} in it. Put config.root on a file system that all hosts share "
             "(docs/performance.md, `Disks`)."
         )
-    manifest.check(
-        identity(read_json(path)),
-        identity(ours),
-        what=f"{workdir} belongs to a run with another config",
-        remedy="Choose another directory with --config.workdir=DIR.",
-    )
+    check_claim(workdir, config)
 
 
 def finish(workdir: Path, summary: dict) -> None:
@@ -286,12 +302,6 @@ def refuse_hopeless(config: ConfigDict) -> None:
         )
 
 
-def say(text: str) -> None:
-    """Once, however many processes run."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
@@ -308,7 +318,8 @@ def run(config: ConfigDict) -> None:
     """Trains, or exits with a status and a sentence."""
     try:
         refuse_hopeless(config)
-        train(config)
+        with distributed.ending_early():
+            train(config)
     except loop.Preempted as stopped:
         say(f"{config.stage}: {stopped}. The same command goes on from there.")
         sys.exit(distributed.PREEMPTED)

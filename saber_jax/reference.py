@@ -17,9 +17,11 @@ from pathlib import Path
 from absl import app, logging
 from ml_collections import ConfigDict
 
+from configs import ranges
 from saber_jax import main, sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed
+from saber_jax.runs.speaking import say
 from saber_jax.train import setup, start
 
 
@@ -29,14 +31,17 @@ def run(config: ConfigDict) -> None:
         raise ValueError(
             f"{config.stage} has no reference policy. Give configs/cadpo.py:VARIANT instead."
         )
+    ranges.check(config)
     stage, workdir = setup.build(config, sharding.make_mesh(**config.mesh)), Path(config.workdir)
+    pairs = main.checked_pairs(config)
+    start.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    inputs = open_inputs(config, workdir, pairs)
     base = start.base_checkpoint(config, stage, workdir)
-    inputs = open_inputs(config, workdir, main.checked_pairs(config))
     main.describe(config, stage.cfg, workdir, base, inputs)
     main.with_references(config, start.params(config, stage, base), inputs, stage)
-    views, pairs = ", ".join(stage.preference.reference_views), len(inputs.draw.usable)
-    main.say(f"{config.reference} holds log pi_ref of {pairs} pairs, by view: {views}")
+    views, count = ", ".join(stage.preference.reference_views), len(inputs.draw.usable)
+    say(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 
 
 def _main(argv: list[str]) -> None:

@@ -14,6 +14,7 @@ from data_prep.records import dataset
 from saber_jax import main, sharding
 from saber_jax import reference as reference_command
 from saber_jax.models import saber
+from saber_jax.runs import lock
 from saber_jax.runs.files import write_jsonl
 from saber_jax.train import checkpoint, loop, setup
 from saber_jax.tree import flatten, merge
@@ -109,6 +110,57 @@ def test_a_work_directory_of_another_config_is_refused_by_name(records, whole):
     config.optimizer.peak_lr = 0.5
     with pytest.raises(ValueError, match=r"optimizer\.peak_lr: 0\.002 there, 0\.5 here"):
         main.train(config)
+
+
+def refused(config):
+    """What a run that cannot be says."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        main.train(config)
+    return str(error.value)
+
+
+def wrong_steps(config):
+    config.steps = 0
+
+
+def wrong_mesh(config):
+    config.mesh.tensor = 3
+
+
+def wrong_records(config):
+    config.data.path = "/nowhere"
+
+
+def wrong_start(config):
+    config.init.checkpoint = "/nowhere"
+
+
+def wrong_microbatches(config):
+    config.compute.microbatches = 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (wrong_steps, "config.steps must be at least 1, got 0"),
+        (wrong_mesh, "config.mesh"),
+        (wrong_records, "/nowhere"),
+        (wrong_start, "/nowhere is not a checkpoint"),
+        (wrong_microbatches, "config.compute.microbatches=3"),
+    ],
+)
+def test_a_failed_validation_leaves_nothing_behind(records, tmp_path, spoil, said):
+    config = config_for(sft, records, tmp_path / "run")
+    spoil(config)
+    assert said in refused(config)
+    assert not list(tmp_path.rglob("*.json*")) and not (tmp_path / "run/sft").exists()
+
+
+def test_two_runs_never_share_a_work_directory(records, tmp_path):
+    config = config_for(sft, records, tmp_path)
+    with lock.held(config.workdir):
+        assert "is in use by process" in refused(config)
+    assert not (tmp_path / "sft").exists()
 
 
 def write_pairs(path):

@@ -13,12 +13,16 @@ others with it, because collectives would wait for it forever. The next start re
 import contextlib
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+from saber_jax.runs.speaking import warn
 
 HEARTBEAT_SECONDS = 60
 # Time for the slowest host's disk and network when all start at once.
@@ -97,6 +101,42 @@ def failing_together() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@contextlib.contextmanager
+def ending_early() -> Iterator[None]:
+    """SIGTERM inside ends this process at once with PREEMPTED: there is nothing yet to save, and
+    what is being written is either whole or not there. A `Preemption` inside takes its place.
+
+    Several processes are told by jax's own listener, which their first step asks.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+
+    def handler(*_) -> None:
+        """What the process does is done by `watch`: a compilation would let a handler wait."""
+
+    woken, waking = socket.socketpair()
+    waking.setblocking(False)
+
+    def watch() -> None:
+        while signals := woken.recv(1):
+            if signals[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler:
+                warn(
+                    "stopped before the first step, as SIGTERM asks. The same command begins again."
+                )
+                os._exit(PREEMPTED)
+
+    threading.Thread(target=watch, name="SIGTERM", daemon=True).start()
+    before = signal.signal(signal.SIGTERM, handler)
+    descriptor = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, before)
+        waking.close()
 
 
 class Preemption:

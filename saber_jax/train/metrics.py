@@ -1,11 +1,12 @@
 """Where metrics go: one line of JSON a step, TensorBoard, and Weights & Biases if asked for."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saber_jax.runs.files import write_text
+from saber_jax.runs.files import json_line, write_text
+from saber_jax.runs.speaking import Losses
 
 MOST_SAMPLED = 1 << 16
 """Entries of a parameter that its histogram is drawn from."""
@@ -22,7 +24,10 @@ MOST_SAMPLED = 1 << 16
 
 class MetricsWriter:
     """Writes from process 0 only. Resuming at `start` first forgets what came after it, so that a
-    killed run leaves the same file as an uninterrupted one."""
+    killed run leaves the same file as an uninterrupted one.
+
+    What a full or failing disk does not take is dropped, counted and said once.
+    """
 
     def __init__(self, workdir: str | Path, *, start: int, wandb: str = ""):
         """`wandb` names a Weights & Biases project. Raises ValueError if it is not installed."""
@@ -31,23 +36,26 @@ class MetricsWriter:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._losses = Losses(f"lines of {path}")
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) < start]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if _step(line) < start]
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._wandb = _wandb_run(wandb, path.parent) if wandb else None
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer of Python's: it would keep what a full disk refused and fail for ever.
+        self._file = path.open("ab", buffering=0)
         # Imported here: it imports torch where that is installed, which takes seconds.
-        from tensorboardX import SummaryWriter
+        from saber_jax.train.board import Board
 
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start)
+        self._board = Board(Path(workdir) / "tensorboard", start)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._dropping():
+            self._append(json_line({"step": step, **values}).encode())
         for name, value in values.items():
-            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+            self._board.scalar(step, name if "/" in name else f"train/{name}", value)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -55,20 +63,20 @@ class MetricsWriter:
         """Returns when metrics.jsonl is on its disk, as far as it is written. A bucket's mount
         stores an open file only now."""
         if self._active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._dropping():
+                os.fsync(self._file.fileno())
 
     def text(self, step: int, name: str, text: str) -> None:
         """TensorBoard shows text as Markdown; indented it stays as it is."""
         if self._active:
-            self._board.add_text(name, "    " + text.replace("\n", "\n    "), step)
+            self._board.text(step, name, "    " + text.replace("\n", "\n    "))
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         if not self._active:
             return
         for name, numbers in values.items():
             if np.size(numbers):
-                self._board.add_histogram(name, np.asarray(numbers, np.float32), step)
+                self._board.histogram(step, name, np.asarray(numbers, np.float32))
 
     def weights(self, step: int, params: Mapping[str, jax.Array]) -> None:
         """Histograms of parameters, by name, from at most MOST_SAMPLED entries of each.
@@ -80,10 +88,29 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._active:
-            self._file.close()
+            with self._dropping():
+                self._file.close()
             self._board.close()
+            self._losses.close()
             if self._wandb:
                 self._wandb.finish()
+
+    def _append(self, line: bytes) -> None:
+        """All of the line or nothing of it."""
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), before)
+            raise
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._losses.add(1, str(error))
 
 
 def _sampled(params: dict[str, jax.Array]) -> dict[str, jax.Array]:

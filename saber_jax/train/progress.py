@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 
 from saber_jax import sharding
+from saber_jax.runs.speaking import say
 from saber_jax.train import flops
 from saber_jax.train.setup import Setup
 from saber_jax.train.step import Batch
@@ -82,16 +83,13 @@ class Console:
         if self._first is None:
             self._first = step
             took = f"first step took {values['seconds']:.1f} s, compilation included"
-            print(f"{self._head(done)}  {_learning(values)}  {took}", flush=True)
+            say(f"{self._head(done)}  {_learning(values)}  {took}")
             self._since.clear()
         elif done % self.every == 0 or done == self.steps:
             mean = _means(self._since)
             left = time.gmtime((self.steps - done) * mean["seconds"])
             eta = time.strftime("%-H:%M:%S" if left.tm_hour else "%-M:%S", left)
-            print(
-                f"{self._head(done)}  {_learning(mean)}  {self._speed(mean)}  {eta} to go",
-                flush=True,
-            )
+            say(f"{self._head(done)}  {_learning(mean)}  {self._speed(mean)}  {eta} to go")
             self._since.clear()
 
     def _head(self, done: int) -> str:

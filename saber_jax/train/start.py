@@ -10,10 +10,17 @@ from ml_collections import ConfigDict
 
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.train import checkpoint
+from saber_jax.train import checkpoint, saved
 from saber_jax.train.setup import Setup
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
+
+
+def check(config: ConfigDict) -> None:
+    """Raises FileNotFoundError or ValueError unless config.init.checkpoint is whole, or empty."""
+    if config.init.checkpoint:
+        checkpoint.read_model_file(config.init.checkpoint)
+        saved.newest(config.init.checkpoint)
 
 
 def base_checkpoint(config: ConfigDict, stage: Setup, workdir: Path) -> Path | None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,3 +138,31 @@ def test_sigterm_is_noticed_only_while_somebody_listens():
 
 if __name__ == "__main__":
     worker(sys.argv[1])
+
+
+EARLY = """
+import ctypes, sys
+from saber_jax.runs import distributed
+libc = ctypes.CDLL(None)
+with distributed.ending_early():
+    print("ready", flush=True)
+    # As a compilation does: the interpreter cannot run a handler until it is over.
+    libc.sleep(60)
+"""
+
+
+def test_sigterm_while_the_step_compiles_ends_at_once_with_75():
+    with subprocess.Popen(
+        [sys.executable, "-c", EARLY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == distributed.PREEMPTED
+    assert "stopped before the first step" in said
+
+
+def test_inside_a_preemption_sigterm_only_asks():
+    with distributed.ending_early(), distributed.Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(1)

@@ -1,0 +1,162 @@
+"""One run a work directory: a lock file that says who works there, and whether they still live.
+
+    {"host": "node3", "machine": "5c1e...", "pid": 4711, "since": "8123", "beat": "00000042"}
+
+The holder counts `beat` up every few seconds. Whoever finds a lock asks, on the holder's own
+machine, whether that process is still there; from anywhere else it watches whether `beat` moves,
+which needs no clocks that agree. A lock whose holder is gone is taken over.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = "lock"
+BEAT_SECONDS = 5
+STALE_SECONDS = 20
+"""Longer than a beat takes to reach others through a shared file system."""
+
+
+class BusyError(ValueError):
+    """Another run works in this directory."""
+
+
+@contextlib.contextmanager
+def held(
+    folder: str | os.PathLike, *, beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS
+) -> Iterator[None]:
+    """Holds the lock of `folder`, which is made if need be, and removed again if it stays empty.
+
+    Raises BusyError naming the other run. Watching a lock from another machine takes up to `stale`
+    seconds.
+    """
+    folder = Path(folder)
+    path, ours, ended = folder / LOCK_FILE, _ourselves(), threading.Event()
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    while not _create(path, ours):
+        _wait_until_stale(path, folder, stale)
+        # Two may see the same stale lock; only one of them can move it.
+        with contextlib.suppress(FileNotFoundError):
+            gone = path.with_name(f"{LOCK_FILE}.{os.getpid()}.stale")
+            os.replace(path, gone)
+            gone.unlink()
+    keeper = threading.Thread(
+        target=_keep, args=(path, ours, beat, ended), name="lock", daemon=True
+    )
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
+        if _same(_read(path), ours):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # It holds something, as it should.
+            if made:
+                folder.rmdir()
+
+
+def _wait_until_stale(path: Path, folder: Path, stale: float) -> None:
+    """Returns when nobody holds the lock. Raises BusyError when somebody does."""
+    found = _read(path)
+    if found is not None and found.get("machine") == _machine():
+        if _since(found["pid"]) == found["since"]:
+            raise BusyError(_busy(folder, found))
+    else:
+        until = time.monotonic() + stale
+        while time.monotonic() < until:
+            time.sleep(min(0.5, stale / 10))
+            if not path.exists():
+                return
+            if _read(path) != found:
+                raise BusyError(_busy(folder, _read(path) or found or {}))
+    who = f"process {found['pid']} on {found['host']}" if found else "a run that was killed"
+    print(f"{folder}: taking over the lock of {who}, which is gone.", file=sys.stderr, flush=True)
+
+
+def _busy(folder: Path, holder: dict[str, Any]) -> str:
+    who = f"process {holder.get('pid')} on {holder.get('host')}"
+    return (
+        f"{folder} is in use by {who}. Two runs would spoil each other's checkpoints: wait for it, "
+        "stop it, or give this one another --config.workdir."
+    )
+
+
+def _create(path: Path, ours: dict[str, Any]) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(_line(ours, 0))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _keep(path: Path, ours: dict[str, Any], beat: float, ended: threading.Event) -> None:
+    count = 0
+    while not ended.wait(beat):
+        count += 1
+        # A full disk, or one that hangs for a while, is nothing to end a run for.
+        with contextlib.suppress(OSError):
+            found = _read(path)
+            if found is not None and not _same(found, ours):
+                print(
+                    f"saber_jax: {path} was taken over by process {found.get('pid')} on "
+                    f"{found.get('host')} while this one did not answer; it ends here.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+            with path.open("r+", encoding="utf-8") as file:
+                file.write(_line(ours, count))  # As long as before, so it needs no new space.
+
+
+def _line(ours: dict[str, Any], count: int) -> str:
+    return json.dumps(ours)[:-1] + f', "beat": "{count:08d}"}}\n'
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None for a lock that is being written, or that a kill cut short, or that is not there."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"host", "pid", "since"} <= found.keys() else None
+
+
+def _same(found: dict[str, Any] | None, ours: dict[str, Any]) -> bool:
+    return found is not None and all(found.get(key) == value for key, value in ours.items())
+
+
+def _ourselves() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "since": _since(pid),
+    }
+
+
+def _machine() -> str:
+    """Differs between machines, and between boots of one; containers differ by their hostname."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {socket.gethostname()}"
+    return socket.gethostname()
+
+
+def _since(pid: int) -> str:
+    """When a process began, so that another one under a dead one's number is not taken for it;
+    empty for one that is not there or has ended."""
+    with contextlib.suppress(OSError, IndexError):
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return "" if status[0] in "ZX" else status[19]
+    return ""

@@ -1,0 +1,101 @@
+"""TensorBoard files that never hold up a run: what a disk does not take is dropped and counted.
+
+tensorboardX writes through a thread that dies of the first error, and then blocks whoever adds
+something for ever. Here a thread of our own writes the same files; after an error it goes on with a
+new file, because a record cut short ends what a reader sees of the old one.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+from saber_jax.runs.speaking import Losses
+
+WAITING = 20_000
+"""Most events that wait for a slow disk."""
+FLUSH_SECONDS = 30
+CLOSE_SECONDS = 20
+"""How long the end of a run waits for a disk that hangs."""
+EDGES = 1e-12 * 1.1 ** np.arange(774)
+BINS = np.concatenate([-EDGES[::-1], [0.0], EDGES])
+"""Of histograms: TensorBoard's own."""
+
+
+class Board:
+    """Events of one run in `folder`; those of an earlier part from step `start` on are purged."""
+
+    def __init__(self, folder: Path, start: int):
+        self._folder, self._files = folder, 0
+        self._losses = Losses(f"TensorBoard events in {folder}")
+        self._waiting: queue.Queue[Event | None] = queue.Queue(WAITING)
+        self._add(Event(step=start, file_version="brain.Event:2"))
+        self._add(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+        self._thread = threading.Thread(target=self._write, name="tensorboard", daemon=True)
+        self._thread.start()
+
+    def scalar(self, step: int, name: str, value: float) -> None:
+        self._summary(step, summary.scalar(name, value))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._summary(step, summary.text(name, text))
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self._summary(step, summary.histogram(name, values, BINS))
+
+    def close(self) -> None:
+        """Waits for the disk, a while."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._losses.add(self._waiting.qsize(), "the disk does not answer")
+        self._losses.close()
+
+    def _summary(self, step: int, content: Summary) -> None:
+        self._add(Event(step=step, wall_time=time.time(), summary=content))
+
+    def _add(self, event: Event) -> None:
+        try:
+            self._waiting.put_nowait(event)
+        except queue.Full:
+            self._losses.add(1, "the disk is too slow")
+
+    def _write(self) -> None:
+        writer, unflushed, due = None, 0, time.monotonic()
+        while True:
+            try:
+                event = self._waiting.get(timeout=FLUSH_SECONDS)
+                ended = event is None
+            except queue.Empty:
+                event, ended = None, False
+            try:
+                if event is not None:
+                    writer = writer or self._opened()
+                    unflushed += 1
+                    writer.write_event(event)
+                if writer is not None and unflushed and (ended or time.monotonic() >= due):
+                    writer.flush()
+                    unflushed, due = 0, time.monotonic() + FLUSH_SECONDS
+                if ended and writer is not None:
+                    writer.close()
+            except OSError as error:
+                self._losses.add(unflushed or 1, str(error))
+                writer, unflushed = None, 0
+            if ended:
+                return
+
+    def _opened(self) -> EventsWriter:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files += 1
+        return EventsWriter(str(self._folder / "events"), f".{self._files:04d}")

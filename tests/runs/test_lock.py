@@ -1,0 +1,90 @@
+"""One run a work directory; a dead one's lock is no obstacle."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from saber_jax.runs import lock
+
+
+def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
+    with (
+        lock.held(tmp_path),
+        pytest.raises(lock.BusyError, match=rf"in use by process {os.getpid()} on "),
+        lock.held(tmp_path),
+    ):
+        pass
+
+
+def test_it_is_released_at_the_end_and_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock.held(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
+    with lock.held(tmp_path / "run"):
+        (tmp_path / "run/result").touch()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["result"]
+
+
+def test_the_lock_of_a_killed_run_is_taken_over_at_once_and_named(tmp_path, capsys):
+    holding = (
+        "import os, sys; from saber_jax.runs import lock\n"
+        "with lock.held(sys.argv[1]): os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", holding, str(tmp_path)], check=False)
+    assert killed.returncode == -9 and (tmp_path / "lock").exists()
+    with lock.held(tmp_path):
+        assert "taking over the lock of process" in capsys.readouterr().err
+
+
+def elsewhere(tmp_path, **changes):
+    """A lock that a run on another machine holds."""
+    with lock.held(tmp_path):
+        found = json.loads((tmp_path / "lock").read_text())
+    found |= {"host": "far", "machine": "far"} | changes
+    (tmp_path / "lock").write_text(json.dumps(found))
+    return found
+
+
+def test_a_silent_lock_of_another_machine_is_taken_over(tmp_path, capsys):
+    elsewhere(tmp_path)
+    with lock.held(tmp_path, stale=0.2):
+        assert "on far, which is gone" in capsys.readouterr().err
+
+
+def test_a_lock_of_another_machine_that_beats_is_respected(tmp_path):
+    found, stop = elsewhere(tmp_path), threading.Event()
+
+    def beat():
+        count = 0
+        while not stop.wait(0.02):
+            count += 1
+            (tmp_path / "lock").write_text(json.dumps(found | {"beat": f"{count:08d}"}))
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        with pytest.raises(lock.BusyError, match="on far"), lock.held(tmp_path, stale=60):
+            pass
+    finally:
+        stop.set()
+        other.join()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}'])
+def test_a_lock_that_a_kill_cut_short_is_taken_over(tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    with lock.held(tmp_path, stale=0.1):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_the_holder_beats(tmp_path):
+    with lock.held(tmp_path, beat=0.01):
+        first = (tmp_path / "lock").read_text()
+        until = time.monotonic() + 30
+        while (tmp_path / "lock").read_text() == first:
+            assert time.monotonic() < until
