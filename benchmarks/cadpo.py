@@ -37,6 +37,7 @@ import numpy as np
 import optax
 
 from benchmarks import generate, result
+from saber_jax.batch import Batch, Branch
 from saber_jax.data.examples import Example, Response, encode_record
 from saber_jax.data.media import SAMPLE_RATE
 from saber_jax.data.packing import Budget, pack_rows
@@ -84,7 +85,7 @@ def pair(seconds: int, answer: int) -> tuple[Record, Example]:
     return record, dataclasses.replace(prompt, responses=answers, reference=reference)
 
 
-def batches(example: Example) -> dict[str, dict[str, np.ndarray]]:
+def batches(example: Example) -> dict[str, Batch[np.ndarray]]:
     """The pair in one row that shares its prompt, and in two rows."""
     length, answer = len(example.prompt.tokens), len(example.responses[0].tokens)
     room = {"patches": len(example.patches), "chunks": len(example.mel), "segments": 1}
@@ -97,7 +98,7 @@ def batches(example: Example) -> dict[str, dict[str, np.ndarray]]:
     return {"shared": pack_rows([[example]], shared), "unshared": pack_rows(rows, single)}
 
 
-def counted(batch: dict[str, np.ndarray]) -> float:
+def counted(batch: Batch) -> float:
     """FLOPs of a step with trained text and frozen towers, the text's forward pass twice."""
     sizes = flops.parameter_sizes(flatten(saber.abstract(CONFIG)))
     trainable = [name for name in sizes if name.startswith("text/")]
@@ -106,14 +107,14 @@ def counted(batch: dict[str, np.ndarray]) -> float:
     return sum(flops.train_flops(CONFIG, sizes, trainable, found).values()) + again
 
 
-def forward(batch: dict[str, np.ndarray]) -> float:
+def forward(batch: Batch) -> float:
     """FLOPs of looking at it once, as an inline reference does."""
     sizes = flops.parameter_sizes(flatten(saber.abstract(CONFIG)))
     found = {name: float(value) for name, value in flops.counts(batch).items()}
     return sum(flops.train_flops(CONFIG, sizes, [], found).values())
 
 
-def unshared_step(state: TrainState, batch: dict, *, tx, compute: Compute):
+def unshared_step(state: TrainState, batch: Batch, *, tx, compute: Compute):
     """cadpo_step over rows (chosen, rejected): the paper's form, without sharing anything."""
 
     def objective(params, rows):
@@ -315,7 +316,7 @@ def report(
         **({} if quick else {"share_goal": SHARE_OF_COUNTED}),
         cpu_over_unshared=round(over("unshared", "cpu"), 2),
         cpu_over_torch=round(over("torch", "cpu"), 2),
-        prompt_tokens=int((shared["branch"] == 0).sum()),
+        prompt_tokens=int((shared.text.branch == Branch.SHARED).sum()),
     )
 
 

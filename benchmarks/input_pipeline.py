@@ -132,7 +132,7 @@ def ours(examples: loader.Examples) -> Work:
         planned = [row for _ in range(passes) for row in rows]
         batches = loader.HostBatches(examples, planned, BUDGET, 1, 0)
         stream = loader.stream(batches, threads=1, workers=WORKERS)
-        assert sum(int(b["pair_valid"].sum()) for b in stream) == passes * len(examples)
+        assert sum(int(b.pairs.valid.sum()) for b, _ in stream) == passes * len(examples)
 
     return work
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
+from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
 from saber_jax.train import flops
 from saber_jax.train.setup import Setup
@@ -14,10 +15,6 @@ from saber_jax.tree import flatten
 
 GENERATION = ("prefill", "decode")
 NAMES = ("train", "reference", *GENERATION)
-INPUTS = (
-    *("tokens", "segments", "branch", "media_index", "positions"),
-    *("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths"),
-)
 
 
 def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
@@ -45,16 +42,18 @@ def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lower
 
     dtype = jnp.dtype(stage.compute.dtype)
     params = jax.tree.map(lambda p: of(p.shape, dtype, p.sharding), stage.state.params)
-    given = {key: stage.batch[key] for key in INPUTS}
-    batch = {key: of((rows, *leaf.shape[1:]), leaf.dtype, place) for key, leaf in given.items()}
-    for key in ("prompt_ends", "prompt_lengths"):
-        batch[key] = of((groups, rows // groups), jnp.int32, place)
+    given, places = stage.batch, of((groups, rows // groups), jnp.int32, place)
+    text, vision, audio = jax.tree.map(
+        lambda leaf: of((rows, *leaf.shape[1:]), leaf.dtype, place),
+        (given.text, given.vision, given.audio),
+    )
+    batch = Prompts(text=text, vision=vision, audio=audio, ends=places, lengths=places)
     cached = sharding.cache_sharding(stage.cfg.text.kv_heads, mesh)
     program = decoding.Program(
         cfg=stage.cfg,
         dtype=dtype,
         greedy=True,
-        prompt_slots=given["tokens"].shape[1],
+        prompt_slots=given.text.tokens.shape[1],
         max_new_tokens=config.generation.max_new_tokens,
         samples=1,
         max_frame_patches=stage.compute.frame_patches,
@@ -97,15 +96,15 @@ class Asked:
 def asked(stage: Setup) -> Asked:
     """Of one train step whose every slot, patch, chunk and target is real: one clip a row, frames
     and windows as large as they may be. The numerator of MFU is this times the rows' fill."""
-    rows, length = stage.batch["tokens"].shape
-    response, patches = stage.compute.response, stage.batch["patches"].shape[1]
-    shared, chunks = length - 2 * response, stage.batch["mel"].shape[1]
+    rows, length = stage.batch.text.tokens.shape
+    response, patches = stage.compute.response, stage.batch.vision.patches.shape[1]
+    shared, chunks = length - 2 * response, stage.batch.audio.mel.shape[1]
     steps = 100 * chunks
     counted = {
         "examples": rows,
         "tokens": rows * length,
         "text_pairs": rows * (_causal(shared) + 2 * (_causal(response) + response * shared)),
-        "targets": rows * stage.batch["target_tokens"].shape[1],
+        "targets": rows * stage.batch.targets.tokens.shape[1],
         "patches": rows * patches,
         "units": rows * patches / 4,
         "window_pairs": rows * patches * stage.cfg.vision.window_patches,

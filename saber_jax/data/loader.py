@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grain
 import jax
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Float, Int, UInt8
 
+from saber_jax.batch import Batch
 from saber_jax.data import sizing
 from saber_jax.data.examples import Example, Size, encode_record, measure_record, thinned
 from saber_jax.data.packing import Budget, pack_rows
@@ -222,6 +223,18 @@ def local_rows(rows: int, place: NamedSharding) -> list[int]:
     return sorted(held)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What stays on the host of a batch: what could not be used, and where a plan has to start to
+    go on after it."""
+
+    left_out: list[Entry]
+    position: dict[str, int]
+
+
+HostBatch = tuple[Batch[np.ndarray], About]
+
+
 class HostBatches:
     """Grain source whose element s is this host's part of global batch `start + s`."""
 
@@ -249,19 +262,16 @@ class HostBatches:
     def __len__(self) -> int:
         return max(0, -(-len(self._rows) // self._batch_rows) - self._start)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """A batch of `pack_rows`, and the HOST_ONLY keys."""
+    def __getitem__(self, index: int) -> HostBatch:
         first = (self._start + index) * self._batch_rows
         numbers = [first + i if i < self._batch_rows else len(self._rows) for i in self._local]
         planned = [self._rows[n] if n < len(self._rows) else [] for n in numbers]
         left_out: list[Entry] = []
         encoded = [self._encoded(n, row, left_out) for n, row in zip(numbers, planned, strict=True)]
         missing = [len(row) - len(used) for row, used in zip(planned, encoded, strict=True)]
-        return pack_rows(encoded, self._budget) | {
-            "left_out": np.array(missing, np.int32),
-            "left_out_entries": _to_bytes([dataclasses.asdict(entry) for entry in left_out]),
-            "position": _to_bytes(self._position(first + self._batch_rows)),
-        }
+        packed = pack_rows(encoded, self._budget)
+        packed = dataclasses.replace(packed, left_out=np.array(missing, np.int32))
+        return packed, About(left_out=left_out, position=self._position(first + self._batch_rows))
 
     def _encoded(self, number: int, row: list[int], left_out: list[Entry]) -> list[Example]:
         """The examples of a row that can be used; appends the others to `left_out`."""
@@ -280,10 +290,6 @@ class HostBatches:
         return dataclasses.asdict(self._rows.position(row)) if isinstance(self._rows, Rows) else {}
 
 
-HOST_ONLY = ("left_out_entries", "position")
-"""Keys of a host's batch that stay there: JSON as bytes."""
-
-
 def _to_bytes(value: Any) -> UInt8[np.ndarray, " n"]:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
@@ -292,9 +298,7 @@ def _from_bytes(value: UInt8[np.ndarray, " n"]) -> Any:
     return json.loads(value.tobytes())
 
 
-def stream(
-    batches: HostBatches, *, threads: int, workers: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
+def stream(batches: HostBatches, *, threads: int, workers: int = 0) -> Iterator[HostBatch]:
     """Batches in order, made ahead of time by `threads` threads of each of `workers` processes.
 
     Raises RuntimeError if they end too soon, whatever the reason: that never looks like success.
@@ -338,19 +342,18 @@ class GlobalBatches:
         self._stream = stream(batches, threads=threads, workers=workers)
         self._quarantine, self._place, self._rows = quarantine, place, rows
         self._local = local_rows(rows, place)
-        self._left_out: list[dict[str, Any]] = []
+        self._left_out: list[Entry] = []
         self._position: dict[str, int] = {}
 
     def __iter__(self) -> "GlobalBatches":
         return self
 
-    def __next__(self) -> dict[str, jax.Array]:
-        batch = next(self._stream)
-        entries, position = (_from_bytes(batch.pop(key)) for key in HOST_ONLY)
-        if entries and self._quarantine is None:
-            raise BadRecordError(entries[0]["detail"])
-        self._left_out += entries
-        self._position = position
+    def __next__(self) -> Batch[jax.Array]:
+        batch, about = next(self._stream)
+        if about.left_out and self._quarantine is None:
+            raise BadRecordError(about.left_out[0].detail)
+        self._left_out += about.left_out
+        self._position = about.position
         return to_global(batch, self._place, self._rows, self._local)
 
     def agree(self) -> None:
@@ -359,7 +362,7 @@ class GlobalBatches:
         All processes have to call this at the same step; the count that is part of every batch
         tells them when. Raises TooManyBadError in all of them alike.
         """
-        mine = _to_bytes(self._left_out)
+        mine = _to_bytes([dataclasses.asdict(entry) for entry in self._left_out])
         lengths = multihost_utils.process_allgather(np.int32(len(mine))).reshape(-1)
         padded = np.zeros(int(lengths.max()), np.uint8)
         padded[: len(mine)] = mine
@@ -376,8 +379,8 @@ class GlobalBatches:
 
 
 def to_global(
-    batch: dict[str, np.ndarray], place: NamedSharding, rows: int, local: list[int]
-) -> dict[str, jax.Array]:
+    batch: Batch[np.ndarray], place: NamedSharding, rows: int, local: list[int]
+) -> Batch[jax.Array]:
     """The `local` rows that this process made -> arrays of `rows` rows over the whole mesh."""
     position = {row: i for i, row in enumerate(local)}
 
@@ -389,4 +392,4 @@ def to_global(
 
         return jax.make_array_from_callback((rows, *value.shape[1:]), place, part)
 
-    return {key: distribute(value) for key, value in batch.items()}
+    return cast("Batch[jax.Array]", jax.tree.map(distribute, batch))

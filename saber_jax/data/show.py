@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from saber_jax.batch import row_of
 from saber_jax.data import chat
 from saber_jax.data.examples import encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
@@ -72,12 +73,13 @@ def layout(record: Record, tokenizer: Tokenizer) -> list[dict[str, str]]:
         targets=targets,
         segments=1,
     )
-    row = {key: value[0] for key, value in pack_rows([[example]], budget).items()}
+    row = row_of(pack_rows([[example]], budget), 0)
+    text_slots, targets_of = row.text, row.targets
     weights, sections = np.zeros(size.text), np.zeros(size.text, int)
-    used = row["target_weights"] > 0
-    predicted = row["target_source"][used] + 1  # The slot whose token the loss is about.
-    weights[predicted] = row["target_weights"][used]
-    sections[predicted] = row["target_section"][used]
+    used = targets_of.weights > 0
+    predicted = targets_of.source[used] + 1  # The slot whose token the loss is about.
+    weights[predicted] = targets_of.weights[used]
+    sections[predicted] = targets_of.section[used]
     kinds = np.zeros(size.text, int)
     kinds[: len(example.prompt.tokens)] = example.prompt.media_kind
     runs, start = [], 0
@@ -85,16 +87,16 @@ def layout(record: Record, tokenizer: Tokenizer) -> list[dict[str, str]]:
         stop = start + 1
         while kinds[start] != chat.TEXT and stop < size.text and kinds[stop] == kinds[start]:
             stop += 1
-        first, last = row["positions"][:, start], row["positions"][:, stop - 1]
+        first, last = text_slots.positions[:, start], text_slots.positions[:, stop - 1]
         media = kinds[start] != chat.TEXT
-        text = tokenizer.decode(row["tokens"][start : start + 1])
+        text = tokenizer.decode(text_slots.tokens[start : start + 1])
         runs.append(
             {
                 "slots": f"{start}" if stop == start + 1 else f"{start}-{stop - 1}",
                 "kind": KINDS[int(kinds[start])],
                 "token": f"{stop - start} x {KINDS[int(kinds[start])]}" if media else repr(text),
-                "id": str(row["tokens"][start]),
-                "segment": str(row["segments"][start]),
+                "id": str(text_slots.tokens[start]),
+                "segment": str(text_slots.segments[start]),
                 "t h w": " ".join(map(str, first))
                 + ("" if stop == start + 1 else " .. " + " ".join(map(str, last))),
                 "loss": f"{weights[start]:g}",

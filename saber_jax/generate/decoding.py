@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from saber_jax.batch import Prompts
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.text import Block, Cache, cut
@@ -82,17 +83,14 @@ class Pick(NamedTuple):
 @functools.partial(jax.jit, static_argnames="program")
 def start(
     params: saber.Params,
-    batch: saber.Batch,
+    batch: Prompts,
     finished: Bool[Array, "B"],
     pick: Pick,
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Reads every prompt once and picks the first token of each row. `finished` rows stay silent.
-
-    `batch` is packed as `saber.prefill` has it, with `prompt_lengths` beside `prompt_ends`.
-    """
-    ends = batch["prompt_ends"]
+    """Reads every prompt once and picks each row's first token. `finished` rows stay silent."""
+    ends = batch.ends
     last, cache = saber.prefill(
         params,
         batch,
@@ -106,7 +104,7 @@ def start(
     if program.cache is not None:
         cache = jax.lax.with_sharding_constraint(cache, program.cache)
     # A prompt ends in text, whose three positions are equal and the largest so far.
-    positions = cut(batch["positions"][:, 0], ends, 1)[:, 0]
+    positions = cut(batch.text.positions[:, 0], ends, 1)[:, 0]
     positions, last = (jnp.repeat(x, program.samples, axis=0) for x in (positions, last))
     tokens = _next_token(params, last, jnp.int32(0), pick, program)
     out = jnp.full((tokens.size, program.max_new_tokens), pick.end, jnp.int32)
@@ -114,7 +112,7 @@ def start(
         step=jnp.int32(1),
         tokens=tokens,
         positions=positions + 1,
-        first=program.prompt_slots - batch["prompt_lengths"].reshape(-1),
+        first=program.prompt_slots - batch.lengths.reshape(-1),
         finished=finished | (tokens == pick.end),
         out=out.at[:, 0].set(tokens),
     )

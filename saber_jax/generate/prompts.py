@@ -2,10 +2,10 @@
 
 Four prompts of a batch in rows of eight (. padding), and the slot behind the end of each:
 
-    tokens     p p p p p p . .      prompt_ends     6 11 14 16
-               q q q r r r s s      prompt_lengths  6  3  3  2
+    tokens     p p p p p p . .      ends     6 11 14 16
+               q q q r r r s s      lengths  6  3  3  2
 
-On a mesh every data shard has rows of its own for its own prompts (a group), and `prompt_ends`
+On a mesh every data shard has rows of its own for its own prompts (a group), and `ends`
 counts slots from the start of the group.
 """
 
@@ -15,14 +15,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from saber_jax.batch import Prompts
 from saber_jax.data import media, packing, sed
 from saber_jax.data.examples import Example, size_of
 from saber_jax.data.planning import FIELDS, plan_rows
 from saber_jax.data.records import Size
 from saber_jax.data.tokenizer import Tokenizer
-
-INPUTS = ("tokens", "segments", "branch", "media_index", "positions")
-INPUTS += ("patches", "patch_hw", "patch_window", "patch_frame", "mel", "mel_lengths")
 
 # Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
 LENGTH_STEP = 32
@@ -101,7 +99,7 @@ class Packer:
         for batch in batches:
             self._plan(batch, largest)
 
-    def pack(self, examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], Room]:
+    def pack(self, examples: Sequence[Example]) -> tuple[Prompts[np.ndarray], Room]:
         """What decoding.start takes, and the shape that it has. Missing prompts are padding."""
         needs, largest = [], 0
         for example in examples:
@@ -120,8 +118,10 @@ class Packer:
             texts = [needs[i][0] for i in row]
             lengths.flat[row] = texts
             ends.flat[row] = number % room.rows * room.length + np.cumsum(texts, dtype=np.int32)
-        places = {"prompt_ends": ends, "prompt_lengths": lengths}
-        return {name: batch[name] for name in INPUTS} | places, room
+        prompts = Prompts(
+            text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
+        )
+        return prompts, room
 
     def _lengthen(self, batches: Sequence[Sequence[Need]]) -> None:
         """Makes rows as long as suits these batches, unless they hold every prompt already."""

@@ -26,12 +26,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from saber_jax.batch import Inputs
 from saber_jax.models.config import LoraConfig
 from saber_jax.models.parameters import AXES, IN_AXES, ROLE, Kind, Role
 from saber_jax.models.shards import SHARDS, shards_of, whole
 
 ADAPTERS = "lora"
-KEYS = "dropout_keys"  # Of a batch, [B]: see `keyed`.
+
+Rows = TypeVar("Rows", bound=Inputs)
 
 
 class Adapted(nnx.Module):
@@ -154,9 +156,7 @@ def attach(
     setattr(module, last, Adapted(getattr(module, last), a, b, cfg, held))
 
 
-def keyed(
-    batch: Mapping[str, Array], cfg: LoraConfig | None, seed: int, step: Int[Array, ""]
-) -> dict[str, Array]:
+def keyed(batch: Rows, cfg: LoraConfig | None, seed: int, step: Int[Array, ""]) -> Rows:
     """The batch of a training step, with a key for every row if `cfg` asks for dropout.
 
     Rows without keys, as evaluation, the reference and generation have them, drop nothing. Keys
@@ -167,10 +167,10 @@ def keyed(
     difference is then one of inputs and not of draws.
     """
     if cfg is None or not cfg.dropout:
-        return dict(batch)
+        return batch
     # Threefry: drawn for many keys at once, rbg would draw all rows from the first one's.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-    return dict(batch) | {KEYS: jax.random.split(key, len(batch["tokens"]))}
+    return dataclasses.replace(batch, dropout_keys=jax.random.split(key, len(batch.text.tokens)))
 
 
 def keys_of(

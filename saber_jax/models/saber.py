@@ -5,7 +5,7 @@ Axis letters: B batch   L length   C prompts   D width   V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from saber_jax import sharding
+from saber_jax.batch import Inputs, Prompts
 from saber_jax.models import lora
 from saber_jax.models.audio import Audio
 from saber_jax.models.config import SaberConfig
@@ -34,10 +35,6 @@ Params = dict[str, Any]
 
 With `cfg.lora` there is also "lora" (models/lora.py). Every function here takes parameters without
 that subtree as well and then computes the base model: see `without_lora`."""
-
-Batch = Mapping[str, Any]
-"""Arrays of a packed batch, or of the part of it that describes the inputs; in a training step with
-dropout also lora.KEYS, a key a row."""
 
 
 class Saber(nnx.Module):
@@ -136,7 +133,7 @@ def specs(params: Params, cfg: SaberConfig, mesh: Mesh) -> Params:
 
 def hidden(
     params: Params,
-    batch: Batch,
+    batch: Inputs,
     cfg: SaberConfig,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -154,12 +151,11 @@ def hidden(
     patch budget instead of quadratic. Other kernels than XLA's need `response`, the length of each
     of the two response regions of a row.
     """
-    model = _bind(params, cfg, dtype, mesh, batch.get(lora.KEYS))
+    model = _bind(params, cfg, dtype, mesh, batch.dropout_keys)
     x = _embed(model, batch, cfg, dtype, remat, max_frame_patches, kernel)
     with jax.named_scope("text"):
-        visible = packed_text(batch["segments"], batch["branch"], response=response)
-        positions = batch["positions"]
-        return model.text(x, positions, visible, cfg.text, remat=remat, kernel=kernel)
+        visible = packed_text(batch.text.segments, batch.text.branch, response=response)
+        return model.text(x, batch.text.positions, visible, cfg.text, remat=remat, kernel=kernel)
 
 
 def head(
@@ -178,7 +174,7 @@ def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V
 
 def prefill(
     params: Params,
-    batch: Batch,
+    batch: Prompts,
     cfg: SaberConfig,
     *,
     prompt_slots: int,
@@ -189,10 +185,9 @@ def prefill(
 ) -> tuple[Float[Array, "C D"], Cache]:
     """Reads packed prompts: each one's last hidden state, and a cache to answer each from.
 
-    `batch["prompt_ends"]` [G, c] says where prompts end: the rows are G groups of equally many, and
-    an end counts slots from the start of its group; C = G c. No prompt is longer than
-    `prompt_slots`. The cache keeps each prompt once, for `samples` answers of up to `answer_slots`
-    tokens. Raises ValueError if it would have no room for an answer.
+    C prompts of `batch.ends` [G, c], C = G c. No prompt is longer than `prompt_slots`. The cache
+    keeps each prompt once, for `samples` answers of up to `answer_slots` tokens. Raises ValueError
+    if it would have no room for an answer.
     """
     if answer_slots < 1 or samples < 1:
         raise ValueError(
@@ -203,10 +198,10 @@ def prefill(
     x = _embed(model, batch, cfg, dtype, "none", max_frame_patches)
     return model.text.prefill(
         x,
-        batch["positions"],
-        packed_text(batch["segments"], batch["branch"], longest=prompt_slots),
+        batch.text.positions,
+        packed_text(batch.text.segments, batch.text.branch, longest=prompt_slots),
         cfg.text,
-        ends=batch["prompt_ends"],
+        ends=batch.ends,
         prompt_slots=prompt_slots,
         answer_slots=answer_slots,
         samples=samples,
@@ -355,7 +350,7 @@ def _local(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeSt
 
 def _embed(
     model: Saber,
-    batch: Batch,
+    batch: Inputs,
     cfg: SaberConfig,
     dtype: DTypeLike,
     remat: Remat,
@@ -364,16 +359,16 @@ def _embed(
 ) -> Float[Array, "B L D"]:
     """One vector per slot: the token's own, or the row of the media that it stands for."""
     with jax.named_scope("embed"):
-        words = lookup(model.text.embed, batch["tokens"])
+        words = lookup(model.text.embed, batch.text.tokens)
     media = []
-    if batch["patches"].shape[1]:
+    if batch.vision.patches.shape[1]:
         with jax.named_scope("vision"):
             media.append(
                 model.vision(
-                    batch["patches"],
-                    batch["patch_hw"],
-                    batch["patch_window"],
-                    batch["patch_frame"],
+                    batch.vision.patches,
+                    batch.vision.hw,
+                    batch.vision.window,
+                    batch.vision.frame,
                     cfg.vision,
                     dtype=dtype,
                     remat=remat,
@@ -381,15 +376,17 @@ def _embed(
                     kernel=kernel,
                 )
             )
-    if batch["mel"].shape[1]:
+    if batch.audio.mel.shape[1]:
         with jax.named_scope("audio"):
             media.append(
-                model.audio(batch["mel"], batch["mel_lengths"], cfg.audio, dtype=dtype, remat=remat)
+                model.audio(
+                    batch.audio.mel, batch.audio.lengths, cfg.audio, dtype=dtype, remat=remat
+                )
             )
     if not media:
         return words
     with jax.named_scope("merge"):
-        index = batch["media_index"][:, :, None]
+        index = batch.text.media_index[:, :, None]
         rows = jnp.concatenate(media, axis=1)
         return jnp.where(
             index >= 0, jnp.take_along_axis(rows, jnp.maximum(index, 0), axis=1), words

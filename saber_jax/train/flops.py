@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from saber_jax.batch import Batch, Branch
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.parameters import Kind, Part
-from saber_jax.train.step import Batch
 from saber_jax.tree import flatten
 
 # Dense bfloat16 operations a second of one jax device, by `device_kind`, from the makers' data
@@ -58,21 +58,21 @@ def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
 
     `*_pairs` are (query, key) pairs that attend to each other, once whatever the number of heads.
     """
-    real = batch["segments"] > 0
-    steps = (batch["mel_lengths"] + 1) // 2
-    patches = _sum(batch["patch_frame"] > 0)
+    text, vision, audio = batch.text, batch.vision, batch.audio
+    steps = (audio.lengths + 1) // 2
+    patches = _sum(vision.frame > 0)
     return {
-        "examples": _sum(batch["pair_valid"]),
-        "left_out": _sum(batch["left_out"]),
-        "tokens": _sum(real),
-        "text_pairs": _text_pairs(batch["segments"], batch["branch"], batch["pair_valid"].shape[1]),
-        "targets": _sum(batch["target_weights"] > 0),
+        "examples": _sum(batch.pairs.valid),
+        "left_out": _sum(batch.left_out),
+        "tokens": _sum(text.segments > 0),
+        "text_pairs": _text_pairs(text.segments, text.branch, batch.pairs.valid.shape[1]),
+        "targets": _sum(batch.targets.weights > 0),
         "patches": patches,
         "units": patches / 4,
-        "window_pairs": _run_pairs(batch["patch_window"]),
-        "frame_pairs": _run_pairs(batch["patch_frame"]),
-        "chunks": _sum(batch["mel_lengths"] > 0),
-        "mel_frames": _sum(batch["mel_lengths"]),
+        "window_pairs": _run_pairs(vision.window),
+        "frame_pairs": _run_pairs(vision.frame),
+        "chunks": _sum(audio.lengths > 0),
+        "mel_frames": _sum(audio.lengths),
         "audio_steps": _sum(steps),
         "audio_pairs": _sum(steps.astype(jnp.float32) ** 2),
         "audio_tokens": _sum(steps // 2),
@@ -90,7 +90,7 @@ def _text_pairs(
     themselves but not each other."""
     member = jax.nn.one_hot(segments - 1, examples)
     shared, chosen, rejected = (
-        jnp.einsum("BLP,BL->BP", member, (branch == b).astype(jnp.float32)) for b in (0, 1, 2)
+        jnp.einsum("BLP,BL->BP", member, (branch == b).astype(jnp.float32)) for b in Branch
     )
     both = chosen + rejected
     return (_triangle(shared) + _triangle(chosen) + _triangle(rejected) + shared * both).sum()

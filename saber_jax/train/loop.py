@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 
+from saber_jax.batch import Batch
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.runs.distributed import Preemption
 from saber_jax.runs.timeline import Attempt, Timeline
@@ -14,7 +15,7 @@ from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Counts, Meter
-from saber_jax.train.step import Batch, Metrics, TrainState
+from saber_jax.train.step import Metrics, TrainState
 
 # The weights after a step are finite if its loss, gradients and update were.
 MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from saber_jax.batch import Branch
+
 Tally = dict[str, tuple[Array, Array]]
 """name -> (sum, weight). Sums and weights of microbatches add up; means of means would not."""
 
@@ -43,12 +45,12 @@ def response_sums(
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
     """Sums over the tokens of the chosen and of the rejected response, end token included.
 
-    Targets of branch 0 are the tokens with which both responses begin; they count for both and so
-    cancel in every difference of the two.
+    Targets of Branch.SHARED are the tokens with which both responses begin; they count for both
+    and so cancel in every difference of the two.
     """
     member = jax.nn.one_hot(segments - 1, pairs, dtype=values.dtype)
-    chosen = jnp.einsum("BT,BTP->BP", jnp.where(branch != 2, values, 0.0), member)
-    rejected = jnp.einsum("BT,BTP->BP", jnp.where(branch != 1, values, 0.0), member)
+    chosen = jnp.einsum("BT,BTP->BP", jnp.where(branch != Branch.REJECTED, values, 0.0), member)
+    rejected = jnp.einsum("BT,BTP->BP", jnp.where(branch != Branch.CHOSEN, values, 0.0), member)
     return chosen, rejected
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from saber_jax import sharding
+from saber_jax.batch import Batch, Branch
 from saber_jax.data.conflicts import CONFLICT_TYPES
 from saber_jax.data.records import FIELDS
 from saber_jax.data.withhold import GREY, MODALITIES, SILENT_MEL, VIEWS, Modality, View
@@ -27,8 +28,6 @@ from saber_jax.models.remat import Remat
 from saber_jax.train import head, losses
 from saber_jax.train.losses import Tally, of_pair, tally_of
 from saber_jax.train.preference import Pairs, Preference, Scores, cadpo_loss
-
-Batch = dict[str, Array]
 
 EVIDENCE = {
     "visual": ("video_desc", "facial_exp_desc", "body_lang_desc"),
@@ -67,9 +66,9 @@ def target_log_probs(
 
     def measure(hidden, projection, rows, **shape):
         values = head.log_probs(
-            hidden, projection, rows["target_tokens"], keep=compute.head_keep, **shape
+            hidden, projection, rows.targets.tokens, keep=compute.head_keep, **shape
         )
-        return jnp.where(rows["target_weights"] > 0, values, 0.0)
+        return jnp.where(rows.targets.weights > 0, values, 0.0)
 
     return _of_rows(measure, params, batch, cfg, compute)
 
@@ -80,13 +79,13 @@ def target_nll(
     """The sum of the targets' -log pi by their weights; without a gradient, `target_log_probs`."""
 
     def measure(hidden, projection, rows, **shape):
-        tokens, weights = rows["target_tokens"], rows["target_weights"]
+        tokens, weights = rows.targets.tokens, rows.targets.weights
         total, values = head.weighted_nll(hidden, projection, tokens, weights, **shape)
         return total, jnp.where(weights > 0, values, 0.0)
 
     if compute.head_keep:
         values = target_log_probs(params, batch, cfg, compute)
-        return -(values * batch["target_weights"]).sum(), values
+        return -(values * batch.targets.weights).sum(), values
     totals, values = _of_rows(measure, params, batch, cfg, compute)
     return totals.sum(), values
 
@@ -101,8 +100,8 @@ def target_entropies(
         return jnp.stack(values, axis=-1)
 
     def measure(hidden, projection, rows, **shape):
-        values = head.over_chunks(both, hidden, projection, rows["target_tokens"], **shape)
-        return jnp.where(rows["target_weights"][..., None] > 0, values, 0.0)
+        values = head.over_chunks(both, hidden, projection, rows.targets.tokens, **shape)
+        return jnp.where(rows.targets.weights[..., None] > 0, values, 0.0)
 
     values = _of_rows(measure, params, batch, cfg, compute)
     return values[..., 0], values[..., 1]
@@ -131,7 +130,7 @@ def _measured(
     params: dict, rows: Batch, *, measure: Callable, cfg: SaberConfig, compute: Compute
 ) -> Any:
     dtype, chunk = jnp.dtype(compute.dtype), compute.head_chunk
-    targets = rows["target_tokens"].shape[1]
+    targets = rows.targets.tokens.shape[1]
     if targets % chunk:
         raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
     hidden = saber.hidden(
@@ -145,7 +144,7 @@ def _measured(
         response=compute.response,
         mesh=compute.mesh,
     )
-    source = rows["target_source"][..., None]
+    source = rows.targets.source[..., None]
     hidden = jnp.take_along_axis(hidden, source, axis=1, mode="clip")
     with jax.named_scope("head"):
         projection = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
@@ -161,8 +160,8 @@ def sft_objective(
     on how examples were packed or in how many microbatches they came.
     """
     loss, log_probs = target_nll(params, batch, cfg, compute)
-    weights = batch["target_weights"]
-    nll, counts = losses.section_nll(log_probs, weights, batch["target_section"], len(FIELDS))
+    weights = batch.targets.weights
+    nll, counts = losses.section_nll(log_probs, weights, batch.targets.section, len(FIELDS))
     sections = {f"nll/{field}": (nll[i], counts[i]) for i, field in enumerate(FIELDS)}
     return loss, weights.sum(), sections
 
@@ -170,12 +169,12 @@ def sft_objective(
 def withheld(batch: Batch, view: View) -> Batch:
     """The batch with silence for its sound, mid-grey for its frames, or both, as data/withhold.py
     has it for records: lengths, sizes and so all positions stay."""
-    blank = {}
+    audio, vision = batch.audio, batch.vision
     if view in ("audio", "both"):
-        blank["mel"] = jnp.full_like(batch["mel"], SILENT_MEL)
+        audio = dataclasses.replace(audio, mel=jnp.full_like(audio.mel, SILENT_MEL))
     if view in ("video", "both"):
-        blank["patches"] = jnp.full_like(batch["patches"], GREY)
-    return batch | blank
+        vision = dataclasses.replace(vision, patches=jnp.full_like(vision.patches, GREY))
+    return dataclasses.replace(batch, audio=audio, vision=vision)
 
 
 def reference_log_probs(
@@ -188,13 +187,12 @@ def reference_log_probs(
 def without_rejected(batch: Batch, compute: Compute) -> tuple[Batch, Compute]:
     """The batch less its last region, where rejected responses stand, and their targets: what
     scores the chosen responses alone. Such rows are plain causal ones."""
-    response = compute.response
-    cut = {
-        key: batch[key][:, :-response] for key in ("tokens", "segments", "branch", "media_index")
-    }
-    cut["positions"] = batch["positions"][:, :, :-response]
-    weights = jnp.where(batch["target_branch"] == 2, 0.0, batch["target_weights"])
-    return batch | cut | {"target_weights": weights}, dataclasses.replace(compute, response=0)
+    kept = slice(0, -compute.response)
+    text = jax.tree.map(lambda of_slots: of_slots[..., kept], batch.text)
+    weights = jnp.where(batch.targets.branch == Branch.REJECTED, 0.0, batch.targets.weights)
+    targets = dataclasses.replace(batch.targets, weights=weights)
+    batch = dataclasses.replace(batch, text=text, targets=targets)
+    return batch, dataclasses.replace(compute, response=0)
 
 
 def cadpo_objective(
@@ -207,17 +205,17 @@ def cadpo_objective(
     for modality in options.policy_views:
         policy[modality] = score(_without(modality, params, batch, cfg, compute, options))
     reference: dict[View, Scores] = {
-        view: score(batch["target_reference"][:, VIEWS.index(view)])
+        view: score(batch.targets.reference[:, VIEWS.index(view)])
         for view in options.reference_views
     }
     pairs = Pairs(
-        kappa=batch["kappa"],
-        ignored=batch["ignored"],
+        kappa=batch.pairs.kappa,
+        ignored=batch.pairs.ignored,
         lengths=response_lengths(batch),
         chosen_nll=-pair_scores(batch, log_probs).chosen,
     )
     loss, terms = cadpo_loss(policy, reference, pairs, options)
-    valid = batch["pair_valid"]
+    valid = batch.pairs.valid
     total, count = tally_of(loss, valid)
     tally = {f"loss/{name}": tally_of(term, valid) for name, term in terms.items()}
     tally |= reward_metrics(policy["whole"], reference["whole"], batch, options.beta)
@@ -244,20 +242,20 @@ def _without(
 
 def response_lengths(batch: Batch) -> Scores:
     """Tokens of each response, the end token included."""
-    return pair_scores(batch, batch["target_weights"])
+    return pair_scores(batch, batch.targets.weights)
 
 
 def pair_scores(batch: Batch, values: Float[Array, "B T"], *, length_alpha: float = 1.0) -> Scores:
     """Sums of the targets' log-probabilities over each response, weighted by LD-DPO's alpha."""
-    segments, branch = batch["target_segment"], batch["target_branch"]
-    values = jnp.where(batch["target_weights"] > 0, values, 0.0)
+    segments, branch = batch.targets.segment, batch.targets.branch
+    values = jnp.where(batch.targets.weights > 0, values, 0.0)
     if length_alpha != 1:
         lengths = response_lengths(batch)
         common = jnp.minimum(lengths.chosen, lengths.rejected)
         values *= losses.length_weights(
-            batch["target_index"], of_pair(common, segments), alpha=length_alpha
+            batch.targets.index, of_pair(common, segments), alpha=length_alpha
         )
-    pairs = batch["pair_valid"].shape[1]
+    pairs = batch.pairs.valid.shape[1]
     chosen, rejected = losses.response_sums(values, segments, branch, pairs)
     return Scores(chosen=chosen, rejected=rejected)
 
@@ -268,7 +266,7 @@ def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float)
     rho = policy - reference
     margin = beta * rho.difference
     right = (margin > 0).astype(margin.dtype)
-    valid, conflict = batch["pair_valid"], batch["conflict"]
+    valid, conflict = batch.pairs.valid, batch.pairs.conflict
     values = {
         "rewards/chosen": beta * rho.chosen,
         "rewards/rejected": beta * rho.rejected,
@@ -289,20 +287,20 @@ def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float)
 def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -> Tally:
     """What each kind of evidence contributes to the margin (they add up to `rewards/margins`), and
     the distance from the reference over the tokens of each response, see `losses.ratio_kl`."""
-    valid, branch = batch["pair_valid"], batch["target_branch"]
-    real = batch["target_weights"] > 0
-    reference = batch["target_reference"][:, VIEWS.index("whole")]
+    valid, branch = batch.pairs.valid, batch.targets.branch
+    real = batch.targets.weights > 0
+    reference = batch.targets.reference[:, VIEWS.index("whole")]
     rho = jnp.where(real, log_probs - reference, 0.0)
     tally: Tally = {}
     for name, fields in EVIDENCE.items():
         inside = functools.reduce(
-            jnp.logical_or, (batch["target_section"] == FIELDS.index(f) + 1 for f in fields)
+            jnp.logical_or, (batch.targets.section == FIELDS.index(f) + 1 for f in fields)
         )
         chosen, rejected = losses.response_sums(
-            jnp.where(inside, rho, 0.0), batch["target_segment"], branch, valid.shape[1]
+            jnp.where(inside, rho, 0.0), batch.targets.segment, branch, valid.shape[1]
         )
         tally[f"margins/{name}"] = tally_of(beta * (chosen - rejected), valid)
-    for name, other in (("chosen", 2), ("rejected", 1)):
+    for name, other in (("chosen", Branch.REJECTED), ("rejected", Branch.CHOSEN)):
         tally[f"kl/{name}"] = losses.ratio_kl(log_probs, reference, real & (branch != other))
     return tally
 
@@ -315,9 +313,9 @@ def cadpo_probe(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) 
     zero means that the model does not use it.
     """
     log_probs, entropy = target_entropies(params, batch, cfg, compute)
-    valid = batch["pair_valid"]
+    valid = batch.pairs.valid
     chosen = pair_scores(batch, log_probs).chosen
-    tally: Tally = {"entropy": tally_of(entropy, batch["target_weights"] > 0)}
+    tally: Tally = {"entropy": tally_of(entropy, batch.targets.weights > 0)}
     for modality in MODALITIES:
         rows, chosen_only = without_rejected(withheld(batch, modality), compute)
         blind = target_log_probs(params, rows, cfg, chosen_only)

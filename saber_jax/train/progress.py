@@ -8,20 +8,15 @@ from collections.abc import Mapping
 import jax
 
 from saber_jax import sharding
+from saber_jax.batch import Batch
 from saber_jax.runs.speaking import say
 from saber_jax.train import flops
 from saber_jax.train.setup import Setup
-from saber_jax.train.step import Batch
 
 Counts = dict[str, jax.Array]
 
-# Name of a budget -> what fills it, and the array whose shape is its size.
-BUDGETS = {
-    "text": ("tokens", "segments"),
-    "patches": ("patches", "patch_frame"),
-    "chunks": ("chunks", "mel_lengths"),
-    "targets": ("targets", "target_weights"),
-}
+# Name of a budget -> what flops.counts calls that which fills it.
+BUDGETS = {"text": "tokens", "patches": "patches", "chunks": "chunks", "targets": "targets"}
 
 
 class Meter:
@@ -33,7 +28,13 @@ class Meter:
             name: math.prod(leaf.shape)
             for name, leaf in (stage.state.trainable | stage.state.frozen).items()
         }
-        self._room = {name: math.prod(stage.batch[key].shape) for name, (_, key) in BUDGETS.items()}
+        batch = stage.batch
+        self._room = {
+            "text": math.prod(batch.text.segments.shape),
+            "patches": math.prod(batch.vision.frame.shape),
+            "chunks": math.prod(batch.audio.lengths.shape),
+            "targets": math.prod(batch.targets.weights.shape),
+        }
         self._count = jax.jit(flops.counts, out_shardings=sharding.replicated(stage.mesh))
         device = stage.mesh.devices.flat[0]
         self._devices, self._kind = stage.mesh.size, device.device_kind
@@ -49,7 +50,7 @@ class Meter:
         work = flops.train_flops(self._cfg, self._sizes, self._trainable, values)
         result = {
             f"padding/{name}": 1 - values[filled] / self._room[name] if self._room[name] else 0.0
-            for name, (filled, _) in BUDGETS.items()
+            for name, filled in BUDGETS.items()
         }
         result["left_out"] = values["left_out"]
         result |= {f"model_tflop/{tower}": value / 1e12 for tower, value in work.items()}

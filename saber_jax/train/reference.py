@@ -25,11 +25,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, UInt32
 from tqdm import tqdm
 
+from saber_jax.batch import Batch
 from saber_jax.data.examples import Example
 from saber_jax.data.withhold import VIEWS, View
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing
-from saber_jax.train.step import Batch
 from saber_jax.tree import flatten
 
 KEY_BYTES = 16

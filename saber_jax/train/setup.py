@@ -7,9 +7,11 @@ trains.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -17,12 +19,13 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
-from saber_jax.data.packing import Budget, pack_rows
+from saber_jax.batch import Batch, empty
+from saber_jax.data.packing import Budget
 from saber_jax.data.withhold import View
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import optimizer as optimizer_lib
-from saber_jax.train.objectives import Batch, Compute, cadpo_probe, reference_log_probs
+from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
 from saber_jax.tree import flatten, merge
@@ -39,7 +42,7 @@ class Setup:
     mesh: Mesh
     trainable: tuple[str, ...]
     state: TrainState[jax.ShapeDtypeStruct]
-    batch: dict[str, jax.ShapeDtypeStruct]
+    batch: Batch[jax.ShapeDtypeStruct]
     step: Callable[..., tuple[TrainState[Array], Metrics]]
     preference: Preference | None
 
@@ -176,12 +179,13 @@ def _rows(config: ConfigDict, mesh: Mesh) -> int:
     return rows
 
 
-def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
     place = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place)
-        for name, array in pack_rows([[]], row).items()
-    }
+
+    def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place)
+
+    return cast("Batch[jax.ShapeDtypeStruct]", jax.tree.map(abstract, empty(1, row)))
 
 
 def _placed(tree, shardings):

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from saber_jax.batch import Batch
 from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
 from saber_jax.train.losses import Tally, means
-from saber_jax.train.objectives import Batch, Compute, cadpo_objective, sft_objective
+from saber_jax.train.objectives import Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
 from saber_jax.tree import flatten, merge
 
@@ -75,7 +76,7 @@ def sft_step(
     batch = lora.keyed(batch, cfg.lora, seed, state.step)
     objective = functools.partial(sft_objective, cfg=cfg, compute=compute)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
-    return state, metrics | {"target_tokens": batch["target_weights"].sum()}
+    return state, metrics | {"target_tokens": batch.targets.weights.sum()}
 
 
 def cadpo_step(
@@ -92,7 +93,7 @@ def cadpo_step(
     batch = lora.keyed(batch, cfg.lora, seed, state.step)
     objective = functools.partial(cadpo_objective, cfg=cfg, compute=compute, options=options)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
-    return state, metrics | {"pairs": batch["pair_valid"].sum()}
+    return state, metrics | {"pairs": batch.pairs.valid.sum()}
 
 
 def _update(

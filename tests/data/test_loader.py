@@ -2,9 +2,9 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import pytest
 
@@ -92,9 +92,9 @@ def test_resumed_stream_repeats_the_uninterrupted_one_bit_for_bit(examples, plan
     whole = batches(examples, plan, steps=6)
     rest = batches(examples, plan, steps=6, start=4, threads=1)
     assert len(whole) == 6 and len(rest) == 2
-    for expected, got in zip(whole[4:], rest, strict=True):
-        for key in expected:
-            np.testing.assert_array_equal(expected[key], got[key], err_msg=key)
+    for (expected, about), (got, about_got) in zip(whole[4:], rest, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, expected, got)
+        assert about == about_got
 
 
 def test_measured_sizes_survive_in_the_cache(examples, tmp_path):
@@ -122,8 +122,8 @@ def test_every_epoch_draws_its_tasks_anew_and_every_row_still_fits(tokenizer, tm
     assert {i // 17 for i in ids} != {0}
     other = Plan(sizes, BUDGET, 3, Mixture({"sed": 1.0}, seed=3))
     assert other.fingerprint() != plan.fingerprint()
-    for batch in batches(asked, plan, steps=3):  # pack_rows raises where a row is too small.
-        assert batch["target_weights"].any()
+    for batch, _ in batches(asked, plan, steps=3):  # pack_rows raises where a row is too small.
+        assert batch.targets.weights.any()
 
 
 def test_without_a_mixture_everybody_is_asked_for_six_sections(examples, plan):
@@ -144,15 +144,16 @@ def test_a_bad_record_leaves_an_empty_segment_and_its_name(tokenizer, examples, 
     broken = examples_of(tokenizer, Source(17, broken=[5]))
     whole, with_hole = batches(examples, plan, steps=4), batches(broken, plan, steps=4)
     assert len(whole) == len(with_hole) == 4
-    assert sum(b["left_out"].sum() for b in whole) == 0
-    changed = [b for b in with_hole if b["left_out"].any()]
-    assert changed and all(b["tokens"].shape == whole[0]["tokens"].shape for b in with_hole)
-    [entry] = json.loads(changed[0]["left_out_entries"].tobytes())
-    assert (entry["index"], entry["file"]) == (5, "made-up: made-up-00000-of-00001[5]")
-    assert "bad block" in entry["detail"]
+    assert sum(b.left_out.sum() for b, _ in whole) == 0
+    changed = [about for b, about in with_hole if b.left_out.any()]
+    shape = whole[0][0].text.tokens.shape
+    assert changed and all(b.text.tokens.shape == shape for b, _ in with_hole)
+    [entry] = changed[0].left_out
+    assert (entry.index, entry.file) == (5, "made-up: made-up-00000-of-00001[5]")
+    assert "bad block" in entry.detail
     skipped = batches(examples.without([5]), plan, steps=4)  # As after a resume.
-    for a, b in zip(skipped, with_hole, strict=True):
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    for (a, _), (b, _) in zip(skipped, with_hole, strict=True):
+        np.testing.assert_array_equal(a.text.tokens, b.text.tokens)
 
 
 @pytest.mark.parametrize("error", [TypeError("oops"), StopIteration("over")])

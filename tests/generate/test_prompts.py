@@ -21,13 +21,13 @@ def examples(tokenizer):
 def test_every_prompt_ends_where_the_batch_says(tokenizer, examples, groups):
     packer = Packer(tokenizer, groups=groups, prompts=6 // groups)
     batch, room = packer.pack(examples)
-    assert batch["tokens"].shape == (groups * room.rows, room.length)
-    grouped = batch["tokens"].reshape(groups, -1)
+    assert batch.text.tokens.shape == (groups * room.rows, room.length)
+    grouped = batch.text.tokens.reshape(groups, -1)
     for number, example in enumerate(examples):
         group = number // (6 // groups)
-        end, length = batch["prompt_ends"].flat[number], batch["prompt_lengths"].flat[number]
+        end, length = batch.ends.flat[number], batch.lengths.flat[number]
         np.testing.assert_array_equal(grouped[group, end - length : end], example.prompt.tokens)
-    assert batch["prompt_lengths"].flat[5] == 1  # The sixth prompt does not exist.
+    assert batch.lengths.flat[5] == 1  # The sixth prompt does not exist.
 
 
 def test_short_prompts_share_rows(tokenizer, examples):

@@ -48,7 +48,7 @@ def test_exported_model_has_our_logits_on_a_real_clip(records, tmp_path):
     reference = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
         tmp_path / "hf", dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    theirs = reference_logits(reference, batch["tokens"], record)
+    theirs = reference_logits(reference, batch.text.tokens, record)
     assert np.abs(theirs - ours).max() <= 1e-4 * max(np.abs(ours).max(), 1.0)
 
 

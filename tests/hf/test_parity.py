@@ -203,9 +203,9 @@ def vision_layers(params, batch):
     from saber_jax.models.vision import _look, full_attention, normalize
 
     cfg, tower = CONFIG.vision, saber._bind(params, CONFIG, jnp.float32).vision
-    x = jnp.einsum("BPX,XD->BPD", normalize(batch["patches"]), tower.w_patch[...])
-    rotary = vision_rotary(batch["patch_hw"], head_dim=cfg.head_dim)
-    places = {"window": batch["patch_window"], "frame": batch["patch_frame"]}
+    x = jnp.einsum("BPX,XD->BPD", normalize(batch.vision.patches), tower.w_patch[...])
+    rotary = vision_rotary(batch.vision.hw, head_dim=cfg.head_dim)
+    places = {"window": batch.vision.window, "frame": batch.vision.frame}
     look = functools.partial(_look, **places, cfg=cfg, reach=None, kernel="xla")
 
     def layer(x, inputs):
@@ -231,8 +231,8 @@ def text_layers(params, batch, x):
     from saber_jax.models.masks import packed_text
 
     tower, length = saber._bind(params, CONFIG, jnp.float32).text, x.shape[1]
-    rotary = tower._rotary(batch["positions"][:, :, :length], CONFIG.text, jnp.float32)
-    visible = packed_text(batch["segments"][:, :length], batch["branch"][:, :length])
+    rotary = tower._rotary(batch.text.positions[:, :, :length], CONFIG.text, jnp.float32)
+    visible = packed_text(batch.text.segments[:, :length], batch.text.branch[:, :length])
 
     def layer(x, block):
         x, _ = block(x, visible, rotary, eps=CONFIG.text.norm_eps)
@@ -245,8 +245,8 @@ def test_every_audio_layer_equals_the_reference(answers, params):
     (talk,) = CASES["audio_edges"]
     layers = answers["audio_edges"].layers
     batch = row(talk)
-    got, out = audio_layers(params, batch["mel"], batch["mel_lengths"])
-    steps = (batch["mel_lengths"][0] + 1) // 2
+    got, out = audio_layers(params, batch.audio.mel, batch.audio.lengths)
+    steps = (batch.audio.lengths[0] + 1) // 2
     assert len(got) == len(layers["audio"]) == CONFIG.audio.layers
     for index, want in enumerate(layers["audio"]):
         valid = np.concatenate([got[index][0, c, :n] for c, n in enumerate(steps)])

@@ -48,9 +48,9 @@ def packed(examples):
     hidden = jax.jit(functools.partial(saber.hidden, cfg=CFG))(weights.tree(CFG), batch)
     logits = np.asarray(saber.logits(weights.tree(CFG), hidden))[0]
     return {
-        name: (batch["tokens"][0, here], logits[here])
+        name: (batch.text.tokens[0, here], logits[here])
         for number, name in enumerate(examples, start=1)
-        for here in [batch["segments"][0] == number]
+        for here in [batch.text.segments[0] == number]
     }
 
 

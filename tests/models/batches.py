@@ -7,7 +7,9 @@ import dataclasses
 
 import numpy as np
 
+from saber_jax.batch import Batch, Prompts, empty, row_of
 from saber_jax.data.media import audio_chunks, audio_tokens, patchify, vision_layout
+from saber_jax.data.packing import Budget
 from saber_jax.data.tmrope import MediaIds, tmrope
 from saber_jax.models.config import (
     AudioConfig,
@@ -161,60 +163,58 @@ def _positions(tokens: np.ndarray, parts) -> np.ndarray:
     )
 
 
-def pack(rows: list[list[Conversation]], *, length: int, patches: int, chunks: int) -> dict:
-    """A static batch; every row holds its conversations one after another."""
-    return _stack([_row(row, length, patches, chunks) for row in rows])
+def pack(
+    rows: list[list[Conversation]], *, length: int, patches: int, chunks: int
+) -> Batch[np.ndarray]:
+    """A static batch without targets; every row holds its conversations one after another."""
+    budget = Budget(length=length, patches=patches, chunks=chunks, targets=0, segments=0)
+    batch = empty(len(rows), budget)
+    for number, row in enumerate(rows):
+        _fill(row_of(batch, number), row)
+    return batch
 
 
-def _stack(rows: list[dict]) -> dict:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def prompts(batch: Batch, ends: np.ndarray, lengths: np.ndarray) -> Prompts:
+    """What generation reads of a packed batch."""
+    return Prompts(
+        text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
+    )
 
 
-def _row(row: list[Conversation], length: int, patches: int, chunks: int) -> dict:
-    out = {
-        "tokens": np.zeros(length, np.int32),
-        "segments": np.zeros(length, np.int32),
-        "branch": np.zeros(length, np.int32),
-        "media_index": np.full(length, -1, np.int32),
-        "positions": np.zeros((3, length), np.int32),
-        "patches": np.zeros((patches, 1176), np.uint8),
-        "patch_hw": np.zeros((patches, 2), np.int32),
-        "patch_window": np.zeros(patches, np.int32),
-        "patch_frame": np.zeros(patches, np.int32),
-        "mel": np.zeros((chunks, 200, 128), np.float32),
-        "mel_lengths": np.zeros(chunks, np.int32),
-    }
+def _fill(out: Batch[np.ndarray], row: list[Conversation]) -> None:
+    units = len(out.vision.frame) // 4
     slot = patch = chunk = 0
     for number, talk in enumerate(row, start=1):
         seen, heard = [], []
         for frames, video in zip(talk.frames, talk.videos, strict=True):
             layout = vision_layout(video.grid)
             here = slice(patch, patch + len(layout.order))
-            out["patches"][here] = patchify(frames)[layout.order]
-            out["patch_hw"][here] = layout.hw
-            for name in ("window", "frame"):
-                column = out[f"patch_{name}"]
-                column[here] = getattr(layout, name) + column.max()
+            out.vision.patches[here] = patchify(frames)[layout.order]
+            out.vision.hw[here] = layout.hw
+            for column, ids in (
+                (out.vision.window, layout.window),
+                (out.vision.frame, layout.frame),
+            ):
+                column[here] = ids + column.max()
             seen.append(layout.unit_slot + patch // 4)
             patch = here.stop
         for mel in talk.mels:
             pieces, lengths = audio_chunks(mel)
-            out["mel"][chunk : chunk + len(pieces)] = pieces
-            out["mel_lengths"][chunk : chunk + len(pieces)] = lengths
-            heard.append(np.arange(audio_tokens(len(mel))) + patches // 4 + 50 * chunk)
+            out.audio.mel[chunk : chunk + len(pieces)] = pieces
+            out.audio.lengths[chunk : chunk + len(pieces)] = lengths
+            heard.append(np.arange(audio_tokens(len(mel))) + units + 50 * chunk)
             chunk += len(pieces)
         here = slice(slot, slot + len(talk.tokens))
-        out["tokens"][here], out["segments"][here] = talk.tokens, number
-        out["positions"][:, here] = talk.positions
-        index = out["media_index"][here]
+        out.text.tokens[here], out.text.segments[here] = talk.tokens, number
+        out.text.positions[:, here] = talk.positions
+        index = out.text.media_index[here]
         for kind, rows in (((IDS.image, IDS.video), seen), ((IDS.audio,), heard)):
             if rows:
                 index[np.isin(talk.tokens, kind)] = np.concatenate(rows)
         slot = here.stop
-    return out
 
 
-def text_batch(rows: int, length: int, *, seed: int = 0) -> dict:
+def text_batch(rows: int, length: int, *, seed: int = 0) -> Batch[np.ndarray]:
     """Rows of words without any media buffers."""
     talks = [[conversation(seed + row, Text(length - 2))] for row in range(rows)]
     return pack(talks, length=length, patches=0, chunks=0)

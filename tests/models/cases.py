@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from saber_jax.batch import Batch
 from tests.models.batches import (
     Audio,
     AudioInVideo,
@@ -67,7 +68,7 @@ PROMPTS = [
 NEW_TOKENS = 64
 
 
-def row(*talks: Conversation) -> dict[str, np.ndarray]:
+def row(*talks: Conversation) -> Batch[np.ndarray]:
     """A batch of one row with these conversations, of the shape that all cases share."""
     return pack([list(talks)], **BUDGET)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from saber_jax.generate import decoding
 from saber_jax.models import saber
-from tests.models.batches import CONFIG, Conversation, pack
+from tests.models.batches import CONFIG, Conversation, pack, prompts
 from tests.models.cases import NEW_TOKENS
 
 
@@ -15,7 +15,7 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
     """Int [conversations, NEW_TOKENS]; the prompts share one packed row."""
     lengths = np.array([len(talk.tokens) for talk in talks])
     batch = pack([list(talks)], length=224, patches=160, chunks=5)
-    batch |= {"prompt_ends": np.cumsum(lengths)[None], "prompt_lengths": lengths[None]}
+    batch = prompts(batch, np.cumsum(lengths)[None], lengths[None])
     count = len(talks)
     program = decoding.Program(
         cfg=CONFIG,

@@ -16,10 +16,9 @@ def summed_loss_and_gradients(params, batch, cfg=CONFIG):
     def loss(params):
         logits = saber.logits(params, saber.hidden(params, batch, cfg))
         scores = jax.nn.log_softmax(logits[:, :-1])
-        targets = batch["tokens"][:, 1:, None]
-        inside = (batch["segments"][:, 1:] > 0) & (
-            batch["segments"][:, 1:] == batch["segments"][:, :-1]
-        )
+        targets = batch.text.tokens[:, 1:, None]
+        segments = batch.text.segments
+        inside = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
         terms = jnp.take_along_axis(scores, targets, axis=2)[..., 0] * inside
         return -terms.sum(), (inside.sum(), logits)
 

@@ -15,7 +15,7 @@ from saber_jax.models import lora, saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.models.parameters import Kind, Role
 from saber_jax.tree import flatten
-from tests.models.batches import CONFIG, Audio, Image, Text, conversation, pack, text_batch
+from tests.models.batches import CONFIG, Audio, Image, Text, conversation, pack, prompts, text_batch
 
 TALK = conversation(1, Text(3), Image((1, 4, 6)), Audio(230), Text(5))
 BATCH = pack([[TALK]], length=80, patches=24, chunks=2)
@@ -97,8 +97,8 @@ def test_decoding_uses_the_adapters():
     params = drawn(cfg)
 
     def next_hidden(params, cfg):
-        prompts = BATCH | {"prompt_ends": jnp.array([[12]])}
-        _, cache = saber.prefill(params, prompts, cfg, prompt_slots=12, answer_slots=1)
+        batch = prompts(BATCH, jnp.array([[12]]), jnp.array([[12]]))
+        _, cache = saber.prefill(params, batch, cfg, prompt_slots=12, answer_slots=1)
         one = jnp.full((1,), 77)
         return saber.decode(params, jnp.array([11]), one, cache, one * 0, jnp.int32(0), cfg)[0]
 
@@ -203,7 +203,10 @@ def test_only_rows_with_keys_drop_and_only_in_adapters():
     plain = adapted("text/blocks/attn/w_o", "text/blocks/mlp/w_up")
     cfg = dataclasses.replace(plain, lora=dataclasses.replace(plain.lora, dropout=0.5))
     params, batch = drawn(cfg), text_batch(2, 20)
-    keyed, other = (batch | {lora.KEYS: keys(3)[jnp.array(rows)]} for rows in ([0, 1], [0, 2]))
+    keyed, other = (
+        dataclasses.replace(batch, dropout_keys=keys(3)[jnp.array(rows)])
+        for rows in ([0, 1], [0, 2])
+    )
     programs = [hidden(c).lower(params, batch).as_text() for c in (cfg, plain)]
     assert programs[0] == programs[1]
     base = saber.without_lora(params)
@@ -232,11 +235,11 @@ def test_keys_are_those_of_seed_step_and_row_and_nobody_has_any_without_dropout(
     batch, cfg = text_batch(3, 20), LoraConfig(rank=3, alpha=6, targets="*", dropout=0.1)
 
     def data(seed, step, rows=batch):
-        return jax.random.key_data(lora.keyed(rows, cfg, seed, jnp.int32(step))[lora.KEYS])
+        return jax.random.key_data(lora.keyed(rows, cfg, seed, jnp.int32(step)).dropout_keys)
 
     np.testing.assert_array_equal(data(0, 5), data(0, 5))
     np.testing.assert_array_equal(data(0, 5, text_batch(4, 20))[:3], data(0, 5))
     every = np.concatenate([data(0, 5), data(0, 6), data(1, 5)])
     assert len(np.unique(every, axis=0)) == 9
     for without in (None, dataclasses.replace(cfg, dropout=0.0)):
-        assert lora.keyed(batch, without, 0, jnp.int32(5)).keys() == batch.keys()
+        assert lora.keyed(batch, without, 0, jnp.int32(5)) is batch

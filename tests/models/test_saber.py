@@ -19,6 +19,7 @@ from tests.models.batches import (
     Video,
     conversation,
     pack,
+    prompts,
     text_batch,
 )
 
@@ -50,7 +51,7 @@ def hidden(params, batch, **options):
 def gradients(params, batch, **options):
     def loss(params):
         out = saber.hidden(params, batch, CONFIG, **options)
-        return jnp.where(batch["segments"][..., None] > 0, out, 0).std()
+        return jnp.where(batch.text.segments[..., None] > 0, out, 0).std()
 
     return jax.grad(loss)(params)
 
@@ -93,23 +94,23 @@ def test_padding_rows_are_finite_in_outputs_and_gradients(params, batch):
 
 
 def test_what_stands_in_unused_buffers_changes_nothing(params, batch):
-    dirty = {name: array.copy() for name, array in batch.items()}
-    unused = batch["patch_frame"][0] == 0
-    dirty["patches"][0, unused] = 255
-    dirty["mel"][0, 1, 30:] = 9  # The second chunk has 30 frames of sound, the third has none.
-    dirty["mel"][0, 2] = -9
-    used = batch["segments"][0] > 0
+    dirty = jax.tree.map(np.copy, batch)
+    unused = batch.vision.frame[0] == 0
+    dirty.vision.patches[0, unused] = 255
+    dirty.audio.mel[0, 1, 30:] = 9  # The second chunk has 30 frames of sound, the third has none.
+    dirty.audio.mel[0, 2] = -9
+    used = batch.text.segments[0] > 0
     np.testing.assert_array_equal(hidden(params, batch)[0, used], hidden(params, dirty)[0, used])
 
 
 def test_no_token_sees_a_later_one_or_the_other_response(params):
     batch = pack([[conversation(3, Text(8))], []], **BUDGET)
-    batch["branch"][0, :10] = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
-    batch["positions"][0, :, 7:10] = batch["positions"][0, :, 4:7]
+    batch.text.branch[0, :10] = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    batch.text.positions[0, :, 7:10] = batch.text.positions[0, :, 4:7]
     base = hidden(params, batch)[0, :10]
     for changed, blind in ((3, [0, 1, 2]), (5, [0, 1, 2, 3, 4, 7, 8, 9]), (8, [*range(8)])):
-        other = {name: array.copy() for name, array in batch.items()}
-        other["tokens"][0, changed] += 1
+        other = jax.tree.map(np.copy, batch)
+        other.text.tokens[0, changed] += 1
         same = np.isclose(base, hidden(params, other)[0, :10], atol=1e-6).all(axis=1)
         np.testing.assert_array_equal(np.flatnonzero(same), blind)
 
@@ -126,10 +127,10 @@ def test_packed_prefill_and_decode_equal_one_forward_pass(params):
     talks = [TALK, conversation(2, Text(9), Audio(90), Text(9)), conversation(3, Text(12))]
     whole = hidden(params, pack([[talk] for talk in talks], **BUDGET))
     steps = 4  # The last four tokens of each conversation are taken away and then decoded.
-    prompts = [dataclasses.replace(t, **_without_last(t, steps)) for t in talks]
-    packed = pack([[prompts[0]], prompts[1:]], **BUDGET)
-    lengths = np.array([len(prompt.tokens) for prompt in prompts])
-    packed["prompt_ends"] = np.array([[lengths[0], 96 + lengths[1], 96 + lengths[1:].sum()]])
+    shorter = [dataclasses.replace(t, **_without_last(t, steps)) for t in talks]
+    lengths = np.array([len(talk.tokens) for talk in shorter])
+    ends = np.array([[lengths[0], 96 + lengths[1], 96 + lengths[1:].sum()]])
+    packed = prompts(pack([[shorter[0]], shorter[1:]], **BUDGET), ends, lengths[None])
     slots = int(lengths.max())
 
     @jax.jit
@@ -159,13 +160,13 @@ def test_the_drawing_of_cut():
 
 
 def test_a_cache_without_room_for_an_answer_is_refused(params):
-    batch = text_batch(1, 12) | {"prompt_ends": np.array([[12]])}
+    batch = prompts(text_batch(1, 12), np.array([[12]]), np.array([[12]]))
     with pytest.raises(ValueError, match="got 1 answers of 0"):
         saber.prefill(params, batch, CONFIG, prompt_slots=12, answer_slots=0)
 
 
 def test_bfloat16_stays_near_float32_and_logits_are_float32(params, batch):
-    used = batch["segments"][0] > 0
+    used = batch.text.segments[0] > 0
     exact, rough = hidden(params, batch), hidden(params, batch, dtype=jnp.bfloat16)
     assert rough.dtype == jnp.bfloat16
     scores = [saber.logits(params, states)[0, used] for states in (exact, rough)]

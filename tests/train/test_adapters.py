@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from saber_jax import sharding
+from saber_jax.batch import empty
+from saber_jax.data.packing import Budget
 from saber_jax.data.records import FIELDS
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig
@@ -36,13 +38,16 @@ def params():
 def batch():
     """Every token of each row predicts the next."""
     rows = text_batch(ROWS, LENGTH)
-    tokens, ones = rows["tokens"], np.ones((ROWS, LENGTH), np.int32)
-    return rows | {
-        "target_tokens": np.roll(tokens, -1, axis=1),
-        "target_source": ones * np.arange(LENGTH, dtype=np.int32),
-        "target_weights": ones.astype(np.float32),
-        "target_section": ones * (np.arange(LENGTH) % len(FIELDS) + 1).astype(np.int32),
-    }
+    ones = np.ones((ROWS, LENGTH), np.int32)
+    budget = Budget(length=LENGTH, patches=0, chunks=0, targets=LENGTH, segments=0)
+    targets = dataclasses.replace(
+        empty(ROWS, budget).targets,
+        tokens=np.roll(rows.text.tokens, -1, axis=1),
+        source=ones * np.arange(LENGTH, dtype=np.int32),
+        weights=ones.astype(np.float32),
+        section=ones * (np.arange(LENGTH) % len(FIELDS) + 1).astype(np.int32),
+    )
+    return dataclasses.replace(rows, targets=targets)
 
 
 def step_of(*, mesh=None, remat="none", microbatches=1):

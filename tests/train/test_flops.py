@@ -37,32 +37,26 @@ def pair_batch(tokenizer):
 
 def test_pairs_are_those_that_the_masks_let_through(pair_batch):
     got = jax.jit(flops.counts)(pair_batch)
-    text = masks.packed_text(pair_batch["segments"], pair_batch["branch"])
+    text = masks.packed_text(pair_batch.text.segments, pair_batch.text.branch)
     assert got["text_pairs"] == text.dense().sum()
     for name in ("window", "frame"):
-        visible = masks.same_segment(pair_batch[f"patch_{name}"])
+        visible = masks.same_segment(getattr(pair_batch.vision, name))
         assert got[f"{name}_pairs"] == visible.dense().sum()
-    steps = jnp.asarray((pair_batch["mel_lengths"].reshape(-1) + 1) // 2)
+    steps = jnp.asarray((pair_batch.audio.lengths.reshape(-1) + 1) // 2)
     assert got["audio_pairs"] == masks.audio_chunk(steps, 100).dense().sum()
 
 
 def test_padding_does_not_count(pair_batch):
     got = jax.jit(flops.counts)(pair_batch)
     wider = dataclasses.replace(PAIRS, length=600, patches=288, chunks=5, targets=300)
-    padded = {
-        name: np.pad(
-            array,
-            [
-                (0, extra.shape[1] - array.shape[1] if axis == 1 else 0)
-                for axis in range(array.ndim)
-            ],
-        )
-        for (name, array), extra in zip(
-            pair_batch.items(), pack_rows([[], []], wider).values(), strict=True
-        )
-        if array.ndim == 2 and array.shape[1] != extra.shape[1]
-    }
-    assert jax.jit(flops.counts)(pair_batch | padded) == got
+    padded = jax.tree.map(
+        lambda array, wide: np.pad(
+            array, [(0, to - size) for size, to in zip(array.shape, wide.shape, strict=True)]
+        ),
+        pair_batch,
+        pack_rows([[], []], wider),
+    )
+    assert jax.jit(flops.counts)(padded) == got
 
 
 # Wide enough for the matrix products, which is what is counted, to outweigh everything else; one
@@ -95,9 +89,10 @@ def full_batch(rows=2, length=256, patches=64, chunks=2, targets=128):
         [[] for _ in range(rows)],
         Budget(length=length, patches=patches, chunks=chunks, targets=targets, segments=1),
     )
-    for name in ("segments", "patch_window", "patch_frame", "pair_valid", "target_weights"):
-        batch[name] = np.ones_like(batch[name])
-    batch["mel_lengths"] = np.full_like(batch["mel_lengths"], 200)
+    vision, valid = batch.vision, batch.pairs.valid
+    for filled in (batch.text.segments, vision.window, vision.frame, valid, batch.targets.weights):
+        filled[:] = 1
+    batch.audio.lengths[:] = 200
     return batch
 
 

@@ -137,7 +137,7 @@ def test_sharing_a_prefix_changes_no_log_prob_no_loss_and_no_gradient(
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     scores = pair_scores(batch, score(params, batch))
     for got, want in zip((scores.chosen, scores.rejected), expected_scores, strict=True):
-        np.testing.assert_allclose(got[batch["pair_valid"]], want[valid], rtol=1e-5)
+        np.testing.assert_allclose(got[batch.pairs.valid], want[valid], rtol=1e-5)
     for name, leaf in flatten(grads).items():
         other = flatten(expected)[name]
         scale = max(float(jnp.abs(other).max()), 1e-6)
@@ -149,8 +149,8 @@ def test_what_both_responses_begin_with_stands_once(tokenizer):
     counts = {}
     for case, (first, second) in CASES.items():
         batch = pack_rows([pairs(tokenizer, first + second), []], PAIRS)
-        real = batch["target_weights"] > 0
-        counts[case] = np.bincount(batch["target_branch"][real], minlength=3).tolist()
+        real = batch.targets.weights > 0
+        counts[case] = np.bincount(batch.targets.branch[real], minlength=3).tolist()
     head, sections = len(tokenizer.encode(HEAD)), len(tokenizer.encode(SECTIONS))
     shared, chosen, rejected = counts["one response a part of the other"]
     assert (shared, chosen) == (head, 1) and rejected > 1  # The end token is not the same.
@@ -291,10 +291,10 @@ def test_a_batch_with_a_modality_withheld_is_that_of_its_records(tokenizer, moda
         return pack_rows([examples], budget)
 
     got, want = withheld(packed(False), modality), packed(True)
-    heard = np.arange(200)[None, None, :] < want["mel_lengths"][:, :, None]
-    np.testing.assert_allclose(got["mel"][heard], want["mel"][heard], atol=1e-6)
-    seen = want["patch_frame"] > 0
-    np.testing.assert_array_equal(got["patches"][seen], want["patches"][seen])
+    heard = np.arange(200)[None, None, :] < want.audio.lengths[:, :, None]
+    np.testing.assert_allclose(got.audio.mel[heard], want.audio.mel[heard], atol=1e-6)
+    seen = want.vision.frame > 0
+    np.testing.assert_array_equal(got.vision.patches[seen], want.vision.patches[seen])
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +316,7 @@ def test_conditional_and_decoupled_terms_score_the_clip_with_the_modality_withhe
 ):
     whole = score(params, pair_batch)
     ref = {
-        v: pair_scores(pair_batch, pair_batch["target_reference"][:, i])
-        for i, v in enumerate(VIEWS)
+        v: pair_scores(pair_batch, pair_batch.targets.reference[:, i]) for i, v in enumerate(VIEWS)
     }
     here = pair_scores(pair_batch, whole)
     without = {m: pair_scores(pair_batch, withheld_log_probs[m]) for m in MODALITIES}
@@ -359,6 +358,10 @@ def test_length_alpha_discounts_the_longer_response(params, tokenizer, score):
     assert got.rejected[0, 0] == pytest.approx(float(want), rel=1e-5)
 
 
+def with_pairs(batch, **changes):
+    return dataclasses.replace(batch, pairs=dataclasses.replace(batch.pairs, **changes))
+
+
 def metrics_of(params, batch, cfg):
     return means(cadpo_objective(params, batch, cfg, SHARED, Preference())[2])
 
@@ -375,11 +378,11 @@ def test_margins_of_the_sections_add_up_and_absent_types_have_none(cfg, params, 
 
 
 def test_consistent_and_inconsistent_clips_have_margins_of_their_own(cfg, params, pair_batch):
-    agree = pair_batch["conflict"].copy()
+    agree = pair_batch.pairs.conflict.copy()
     agree[0, 1] = CONFLICT_TYPES.index("none")
-    metrics = metrics_of(params, pair_batch | {"conflict": agree}, cfg)
+    metrics = metrics_of(params, with_pairs(pair_batch, conflict=agree), cfg)
     one, other = (
-        metrics_of(params, pair_batch | {"pair_valid": pair_batch["pair_valid"] & only}, cfg)
+        metrics_of(params, with_pairs(pair_batch, valid=pair_batch.pairs.valid & only), cfg)
         for only in ([[True, False]], [[False, True]])
     )
     assert metrics["margins/inconsistent"] == metrics["margins/sarcasm"] == one["rewards/margins"]
@@ -392,7 +395,7 @@ def test_the_probe_measures_entropy_and_what_each_modality_is_worth(
     cfg, params, pair_batch, withheld_log_probs, score
 ):
     got = cadpo_probe(params, pair_batch, cfg, SHARED)
-    valid = pair_batch["pair_valid"]
+    valid = pair_batch.pairs.valid
     chosen = pair_scores(pair_batch, score(params, pair_batch)).chosen
     for modality in MODALITIES:
         blind = pair_scores(pair_batch, withheld_log_probs[modality]).chosen
@@ -400,8 +403,8 @@ def test_the_probe_measures_entropy_and_what_each_modality_is_worth(
         assert got[f"sensitivity/{modality}"] == pytest.approx(want, abs=2e-4)
         assert abs(want) > 1e-3
     hidden = jax.jit(functools.partial(saber.hidden, cfg=cfg))(params, pair_batch)
-    logits = saber.logits(params, hidden)[0, pair_batch["target_source"][0]]
+    logits = saber.logits(params, hidden)[0, pair_batch.targets.source[0]]
     p = np.asarray(jax.nn.softmax(logits))
-    entropies = -(p * np.log(p)).sum(-1)[pair_batch["target_weights"][0] > 0]
+    entropies = -(p * np.log(p)).sum(-1)[pair_batch.targets.weights[0] > 0]
     assert got["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-4)
     assert 0 < got["entropy"] < np.log(cfg.text.vocab)

@@ -1,0 +1,167 @@
+"""The batch: what packed rows hold, by modality, from the packer on the host to the device.
+
+Every part is a pytree. A field says which dimensions it has after the rows: numbers, or names of
+properties of packing.Budget, the static shape of a row. `pack_rows` makes arrays of those shapes,
+and nothing else lists the fields, so a new one is a line here and one where it is filled.
+"""
+
+import dataclasses
+import enum
+from typing import Any, Generic, TypeVar, cast
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+Leaf = TypeVar("Leaf", Array, np.ndarray, jax.ShapeDtypeStruct)
+"""NumPy on the host, jax arrays on the device, shapes where a program is only compiled."""
+
+
+class Branch(enum.IntEnum):
+    """Which of a pair's two responses a slot or a target belongs to; supervised rows are SHARED."""
+
+    SHARED = 0
+    CHOSEN = 1
+    REJECTED = 2
+
+
+def _array(*dims: str | int, dtype: Any = np.int32, fill: float = 0) -> Any:
+    """A field of shape [rows, *dims]; `fill` stands where there is padding."""
+    return dataclasses.field(metadata={"dims": dims, "dtype": np.dtype(dtype), "fill": fill})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text(Generic[Leaf]):
+    """One entry a slot of the row.
+
+    Segment 0 is padding. `positions` are TMRoPE's, on three axes. `media_index` is the row of the
+    slot in concat(vision units, pooled audio), -1 for a token of its own.
+    """
+
+    tokens: Leaf = _array("slots")
+    segments: Leaf = _array("slots")
+    branch: Leaf = _array("slots")
+    positions: Leaf = _array(3, "slots")
+    media_index: Leaf = _array("slots", fill=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vision(Generic[Leaf]):
+    """One entry a patch, in tower order: whole windows one after another.
+
+    `patches` are raw pixels, `hw` their place in the frame; `window` and `frame` number what a
+    patch belongs to, 0 for padding.
+    """
+
+    patches: Leaf = _array("patches", "patch_features", dtype=np.uint8)
+    hw: Leaf = _array("patches", 2)
+    window: Leaf = _array("patches")
+    frame: Leaf = _array("patches")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audio(Generic[Leaf]):
+    """One entry a chunk of two seconds; `lengths` counts its mel frames."""
+
+    mel: Leaf = _array("chunks", "chunk_frames", "mel_bins", dtype=np.float32)
+    lengths: Leaf = _array("chunks")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets(Generic[Leaf]):
+    """One entry a token that the loss is about; weight 0 is padding.
+
+    `source` is the slot whose hidden state predicts it, `section` the field of the answer, 1 to 6,
+    or 0 for none, `segment` and `branch` as of its slot, `index` its place in its response.
+    `reference` is log pi_ref in each of withhold.VIEWS, NaN where nobody computed it; supervised
+    rows have no views.
+    """
+
+    tokens: Leaf = _array("targets")
+    source: Leaf = _array("targets")
+    section: Leaf = _array("targets")
+    segment: Leaf = _array("targets")
+    branch: Leaf = _array("targets")
+    index: Leaf = _array("targets")
+    weights: Leaf = _array("targets", dtype=np.float32)
+    reference: Leaf = _array("views", "targets", dtype=np.float32, fill=np.nan)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs(Generic[Leaf]):
+    """One entry a segment, which in stage 1 is an example and in stage 2 a preference pair.
+
+    `kappa` is how strongly the modalities disagree, `conflict` indexes examples.CONFLICT_TYPES,
+    `ignored` examples.IGNORED; `valid` is False for padding.
+    """
+
+    kappa: Leaf = _array("segments", dtype=np.float32)
+    conflict: Leaf = _array("segments")
+    ignored: Leaf = _array("segments")
+    valid: Leaf = _array("segments", dtype=np.bool_)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs(Generic[Leaf]):
+    """What the network reads. `dropout_keys` [rows] are there in training with dropout alone."""
+
+    text: Text[Leaf]
+    vision: Vision[Leaf]
+    audio: Audio[Leaf]
+    dropout_keys: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch(Inputs[Leaf]):
+    """What a train step reads. `left_out` counts the examples of a row that could not be used."""
+
+    targets: Targets[Leaf]
+    pairs: Pairs[Leaf]
+    left_out: Leaf = _array()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts(Inputs[Leaf]):
+    """What generation reads: prompts packed into rows, in G groups of equally many.
+
+    `ends` [G, P] is the slot behind each of a group's P prompts, counted from the start of the
+    group; `lengths` [G, P] are their tokens.
+    """
+
+    ends: Leaf
+    lengths: Leaf
+
+
+def empty(rows: int, budget: Any) -> Batch[np.ndarray]:
+    """A batch of padding, of the shapes that a packing.Budget gives."""
+
+    def array(field: dataclasses.Field) -> np.ndarray:
+        dims, dtype, fill = (field.metadata[key] for key in ("dims", "dtype", "fill"))
+        sizes = [dim if isinstance(dim, int) else getattr(budget, dim) for dim in dims]
+        return np.full((rows, *sizes), fill, dtype)
+
+    def part(kind: Any) -> Any:
+        return kind(**{field.name: array(field) for field in dataclasses.fields(kind)})
+
+    [left_out] = (field for field in dataclasses.fields(Batch) if field.name == "left_out")
+    return Batch(
+        text=part(Text),
+        vision=part(Vision),
+        audio=part(Audio),
+        targets=part(Targets),
+        pairs=part(Pairs),
+        left_out=array(left_out),
+    )
+
+
+def row_of(batch: Batch[np.ndarray], row: int) -> Batch[np.ndarray]:
+    """Views of one row's arrays: what is written into them is in the batch."""
+    return cast("Batch[np.ndarray]", jax.tree.map(lambda array: array[row], batch))
