@@ -8,6 +8,7 @@ from configs.command_line import CONFIG, answer_early, parse_flags
 if __name__ == "__main__":
     answer_early()  # Before jax is imported, which takes seconds.
 
+import contextlib
 import dataclasses
 import json
 import sys

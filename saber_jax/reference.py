@@ -22,6 +22,7 @@ from saber_jax import main, sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed
 from saber_jax.runs.speaking import say
+from saber_jax.runs.timeline import Timeline
 from saber_jax.train import setup, start
 
 
@@ -39,7 +40,7 @@ def run(config: ConfigDict) -> None:
     inputs = open_inputs(config, workdir, pairs)
     base = start.base_checkpoint(config, stage, workdir)
     main.describe(config, stage.cfg, workdir, base, inputs)
-    main.with_references(config, start.params(config, stage, base), inputs, stage)
+    main.with_references(config, start.params(config, stage, base), inputs, stage, Timeline())
     views, count = ", ".join(stage.preference.reference_views), len(inputs.draw.usable)
     say(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 
