@@ -55,7 +55,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a .model or .json file, or tokenizer.model / tokenizer.json of a directory.
 
-    Raises FileNotFoundError if there is none, ValueError for another kind of file.
+    Raises FileNotFoundError if there is none, ValueError for another kind of file or a pointer of
+    Git LFS in its place.
     """
     path = Path(path)
     if path.is_dir():
@@ -66,6 +67,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"No tokenizer file {path}.")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise ValueError(
+                f"{path} is a pointer of Git LFS in the place of the file. Fetch the file: `git "
+                "lfs pull` in its directory, or `hf download`."
+            )
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":

@@ -35,6 +35,9 @@ from saber_jax.train import checkpoint, stream
 PREFIX = "thinker."
 OTHER_MODELS = ("talker.", "token2wav.")
 
+# Tables that older versions of transformers saved, and that follow from the config.
+DERIVED = (".inv_freq", "positional_embedding.positional_embedding")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
@@ -53,9 +56,10 @@ class Source:
 def open_source(hf_dir: str | Path) -> Source:
     """Reads config and headers, and no tensor.
 
-    Raises FileNotFoundError if there is no config.json, and otherwise one ValueError that lists
-    everything wrong at once: missing, unexpected, mis-shaped and wrong-dtype tensors, truncated
-    files, an index that points outside the directory, pickles, settings that we do not have.
+    Raises FileNotFoundError if there is no config.json, saying what is there instead, and otherwise
+    one ValueError that lists everything wrong at once: missing, unexpected, mis-shaped and
+    wrong-dtype tensors, truncated files, pointers of Git LFS, an index that points outside the
+    directory, pickles, settings that this network does not have.
     """
     directory = Path(hf_dir)
     config = _read_config(directory)
@@ -123,17 +127,43 @@ def _piece(entry: Entry, tensor: tensors.Tensor, dtype: np.dtype) -> stream.Piec
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is not a HuggingFace checkpoint: it has no config.json. Give the "
-            "directory that `huggingface-cli download` or save_pretrained wrote."
-        )
+        raise FileNotFoundError(_what_it_is(directory))
+    if tensors.is_pointer(path):
+        raise ValueError(f"{path} {tensors.POINTER}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}. Download it again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
     return config
+
+
+def _what_it_is(directory: Path) -> str:
+    """What stands where a checkpoint was looked for, and what to do about it."""
+    give = "Give the directory that `hf download` or save_pretrained wrote."
+    if not directory.exists():
+        parts = directory.parts
+        if len(parts) == 2 and not directory.is_absolute() and not directory.parent.exists():
+            return (
+                f"There is no directory {directory}. If it is a name on the Hub, download it: "
+                f"hf download {directory} --local-dir {directory.name}"
+            )
+        return f"There is no directory {directory}. {give}"
+    if not directory.is_dir():
+        return f"{directory} is a file, and a checkpoint is a directory. {give}"
+    if (directory / "adapter_config.json").is_file():
+        return (
+            f"{directory} holds adapters of peft, not a model. Merge them into their base first: "
+            "PeftModel.from_pretrained(base, adapters).merge_and_unload().save_pretrained(DIR)."
+        )
+    if (directory / checkpoint.MODEL_FILE).is_file():
+        return f"{directory} is a checkpoint of this project already: use it as --checkpoint."
+    if snapshots := sorted(directory.glob("snapshots/*/config.json")):
+        return f"{directory} is a download cache. Give {snapshots[-1].parent}, which is in it."
+    if ggufs := sorted(path.name for path in directory.glob("*.gguf")):
+        return f"{directory} holds {ggufs[0]}, which is GGUF; only safetensors are read. {give}"
+    return f"{directory} is not a HuggingFace checkpoint: it has no config.json. {give}"
 
 
 def _strip(found: Mapping[str, tensors.Tensor]) -> dict[str, Any]:
@@ -160,7 +190,8 @@ def _compare(
     if complete:
         absent = sorted(expected.keys() - found.keys())
         problems += [f"missing {name} {expected[name].shape}" for name in absent]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    extra = sorted(found.keys() - expected.keys())
+    problems += [f"unexpected {name}" for name in extra if not name.endswith(DERIVED)]
     for name in sorted(expected.keys() & found.keys()):
         want, have = expected[name], found[name]
         if have.shape != want.shape:
@@ -173,7 +204,8 @@ def _compare(
 
 def _report(directory: Path, problems: list[str]) -> str:
     listing = "\n  ".join(problems)
-    return f"{directory} cannot be loaded, {len(problems)} problems:\n  {listing}"
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return f"{directory} cannot be loaded, {count}:\n  {listing}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,8 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out} exists and is no checkpoint. Give --out a new name.", file=sys.stderr)
         return 1
     try:
-        tokenizer = load_tokenizer(args.hf_dir)
         source = open_source(args.hf_dir)
+        tokenizer = load_tokenizer(args.hf_dir)
         check_tokenizer(tokenizer, source.cfg)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -22,6 +22,14 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+# The format allows no longer header; a file that claims one is no such file.
+LONGEST_HEADER = 100 * 10**6
+
+POINTER = (
+    "is a pointer of Git LFS in the place of the file. Fetch the file: `git lfs pull` in its "
+    "directory, or `hf download`."
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
@@ -59,11 +67,19 @@ def find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     return {}, [f"no {SINGLE} or {INDEX} in {directory}"]
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a clone without Git LFS left a note of three lines where the file should be."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/spec")
+
+
 def _from_index(index: Path) -> tuple[dict[str, Tensor], list[str]]:
+    if is_pointer(index):
+        return {}, [f"{index.name} {POINTER}"]
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return {}, [f"{index.name} is not an index: {error!r}"]
     found: dict[str, Tensor] = {}
     problems, unread = [], set()
@@ -92,15 +108,19 @@ def _shard(directory: Path, file: str) -> tuple[dict[str, Tensor], list[str]]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     size = path.stat().st_size
+    if is_pointer(path):
+        return {}, [f"{path.name} {POINTER}"]
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             return {}, [f"{path.name} is truncated: {size} bytes do not even hold its header"]
+        if length > LONGEST_HEADER:
+            return {}, [f"{path.name} has a damaged header: it claims to have {length} bytes"]
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             tensors = {name: _tensor(path, 8 + length, info) for name, info in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return {}, [f"{path.name} has a damaged header: {error!r}"]
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
@@ -112,10 +132,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, []
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {max(names, key=names.count)} twice")
+    return content
+
+
 def _tensor(path: Path, start: int, info: dict) -> Tensor:
     first, last = info["data_offsets"]
     shape, dtype = tuple(info["shape"]), info["dtype"]
-    sound = 0 <= first <= last and all(isinstance(n, int) and n >= 0 for n in shape)
+    sound = all(type(n) is int and n >= 0 for n in (first, last, *shape)) and first <= last
     size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize if dtype in DTYPES else last - first
     if not sound or last - first != size:
         raise ValueError(f"{info} does not add up")

@@ -237,6 +237,82 @@ def test_unsupported_settings_are_listed_together_with_broken_files(copy):
     assert "no model.safetensors" in message
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4932307584\n"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_called_that(copy, tmp_path, capsys, file):
+    if file == "tokenizer.json":
+        (copy / "tokenizer.model").unlink()
+    (copy / file).write_bytes(POINTER)
+    assert load.main(["--hf_dir", str(copy), "--out", str(tmp_path / "work")]) == 1
+    message = capsys.readouterr().err
+    assert f"{file} is a pointer of Git LFS" in message and "git lfs pull" in message
+    assert "missing" not in message
+
+
+def test_an_index_may_point_at_pointers(copy):
+    names = list(load_file(copy / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (copy / "model.safetensors").write_bytes(POINTER)
+    assert "1 problem:" in refusal(copy) and "model.safetensors is a pointer" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
+        b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}',
+        b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        b' "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_an_odd_header_is_refused_as_damaged(copy, header):
+    length = len(header).to_bytes(8, "little")
+    (copy / "model.safetensors").write_bytes(length + header + bytes(4))
+    message = refusal(copy)
+    assert "model.safetensors has a damaged header" in message and "missing" not in message
+
+
+def test_tables_that_follow_from_the_config_are_passed_over(params, copy):
+    def change(weights):
+        weights["model.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+        weights["visual.rotary_pos_emb.inv_freq"] = np.ones(4, np.float32)
+        name = "audio_tower.positional_embedding.positional_embedding"
+        weights[name] = np.ones((1500, 40), np.float32)
+
+    rewrite(copy, change)
+    assert equal(load.load_params(copy)[0], params)
+
+
+def test_what_stands_in_the_place_of_a_checkpoint_is_called_by_its_name(copy, tmp_path):
+    def said(path):
+        with pytest.raises(FileNotFoundError) as error:
+            load.open_source(path)
+        return str(error.value)
+
+    assert "There is no directory" in said(tmp_path / "gone")
+    assert "hf download Qwen/Qwen2.5-Omni-7B" in said("Qwen/Qwen2.5-Omni-7B")
+    assert "is a file" in said(copy / "model.safetensors")
+    cases = {
+        "adapter_config.json": "holds adapters of peft",
+        "model.json": "is a checkpoint of this project",
+        "snapshots/0f1e/config.json": "snapshots/0f1e, which is in it",
+        "model.gguf": "holds model.gguf, which is GGUF",
+    }
+    for number, (file, want) in enumerate(cases.items()):
+        path = tmp_path / str(number) / file
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        assert want in said(tmp_path / str(number))
+
+
 def test_a_directory_without_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
         load.load_params(tmp_path)
