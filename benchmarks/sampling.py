@@ -32,7 +32,8 @@ Answers = list[list[list[int]]]
 
 
 def shared(generator: Generator, records: Sequence[Record]) -> Answers:
-    batches = generator.sample_batches([[r] for r in records], SAMPLES, sampling=decoding.GREEDY)
+    numbered = ((number, [record]) for number, record in enumerate(records))
+    batches = generator.sample_batches(numbered, SAMPLES, sampling=decoding.GREEDY)
     return [[_ids(text) for text in answers] for batch in batches for answers in batch]
 
 

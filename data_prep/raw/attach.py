@@ -7,6 +7,8 @@ import wave
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Int16, UInt8
 from PIL import Image
 
 from data_prep.raw import storage
@@ -53,7 +55,7 @@ def sound_part(file: str) -> Part:
     return parts(file, AttachSettings(max_frames=2), sound=True)[-1]
 
 
-def _pictures_and_sound(path: Path, settings: AttachSettings, sound: bool) -> list[Part]:
+def _pictures_and_sound(path: Path, settings: AttachSettings, with_sound: bool) -> list[Part]:
     sampling = decode.Sampling(
         fps=settings.fps,
         max_frames=settings.max_frames,
@@ -61,21 +63,30 @@ def _pictures_and_sound(path: Path, settings: AttachSettings, sound: bool) -> li
         max_pixels=settings.max_pixels,
     )
     clip = decode.decode_clip(path, sampling)
+    content = pictures(clip.frames, settings.jpeg_quality)
+    return [*content, sound(clip.audio)] if with_sound else content
+
+
+def pictures(frames: UInt8[np.ndarray, "T H W 3"], quality: int = 85) -> list[Part]:
+    """One JPEG a frame."""
     content: list[Part] = []
-    for frame in clip.frames:
+    for frame in frames:
         buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=settings.jpeg_quality)
+        Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
         content.append({"type": "image_url", "image_url": {"url": _url("image/jpeg", buffer)}})
-    if sound:
-        buffer = io.BytesIO()
-        with wave.open(buffer, "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(media.SAMPLE_RATE)
-            file.writeframes(clip.audio.astype("<i2").tobytes())
-        encoded = base64.b64encode(buffer.getvalue()).decode()
-        content.append({"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}})
     return content
+
+
+def sound(audio: Int16[np.ndarray, " n"]) -> Part:
+    """16 kHz mono sound as a WAV file."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(media.SAMPLE_RATE)
+        file.writeframes(audio.astype("<i2").tobytes())
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}}
 
 
 def _url(kind: str, buffer: io.BytesIO) -> str:

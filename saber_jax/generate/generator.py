@@ -114,37 +114,32 @@ class Generator:
 
         Batches hold at most `batch_size` records; their sizes should have been reserved.
         """
-        answers = self._batches(
-            batches, 1, sampling, itertools.count(step=self._batch_size), on_text
-        )
+        numbered = zip(itertools.count(step=self._batch_size), batches, strict=False)
+        answers = self._batches(numbered, 1, sampling, on_text)
         return ([text for (text,) in batch] for batch in answers)
 
     def sample_batches(
         self,
-        batches: Iterable[Sequence[Record]],
+        batches: Iterable[tuple[int, Sequence[Record]]],
         samples: int,
         *,
         sampling: decoding.Sampling,
-        firsts: Iterable[int] | None = None,
     ) -> Iterator[list[list[str]]]:
         """`samples` answers to each record of batch after batch, as `respond_batches` answers them.
 
         A record's prompt is read once, and its answers grow together from the one cache of it.
-        `firsts` are the numbers of each batch's first record, by default counted from 0. With the
-        same numbers and seed, batches answered in several calls get what one call would give them.
+        Each batch comes with the number of its first record: with the same numbers and seed,
+        batches answered in several calls get what one call would give them.
         """
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}.")
-        if firsts is None:
-            firsts = itertools.count(step=self._batch_size)
-        return self._batches(batches, samples, sampling, firsts, None)
+        return self._batches(batches, samples, sampling, None)
 
     def _batches(
         self,
-        batches: Iterable[Sequence[Record]],
+        batches: Iterable[tuple[int, Sequence[Record]]],
         samples: int,
         sampling: decoding.Sampling,
-        firsts: Iterable[int],
         on_text: Callable[[int, str], None] | None,
     ) -> Iterator[list[list[str]]]:
         # Programs with collectives, started from two threads, could wait for each other for ever.
@@ -152,7 +147,7 @@ class Generator:
         compiled = self._answered == (self._packer.room, samples)
         work = (
             functools.partial(self._answer, first, batch, samples, sampling, on_text)
-            for first, batch in zip(firsts, batches, strict=False)
+            for first, batch in batches
         )
         return _in_flight(work, 1 if alone else 2, first_alone=not compiled)
 

@@ -251,7 +251,8 @@ WARM = decoding.Sampling(temperature=1.0, seed=3)
 
 def _sampled(generator, samples, sampling=decoding.GREEDY):
     """`samples` answers to every one of RECORDS, asked in batches of two."""
-    batches = generator.sample_batches([RECORDS[:2], RECORDS[2:]], samples, sampling=sampling)
+    numbered = [(0, RECORDS[:2]), (2, RECORDS[2:])]
+    batches = generator.sample_batches(numbered, samples, sampling=sampling)
     return [answers for batch in batches for answers in batch]
 
 
@@ -275,7 +276,7 @@ def test_answers_to_one_prompt_differ_and_do_not_depend_on_the_call(params, toke
     generator = _generator(params, tokenizer)
     answers = _sampled(generator, 3, WARM)
     assert [len(set(of_record)) for of_record in answers] == [3] * 3
-    (again,) = generator.sample_batches([RECORDS[2:]], 3, sampling=WARM, firsts=[2])
+    (again,) = generator.sample_batches([(2, RECORDS[2:])], 3, sampling=WARM)
     assert again == answers[2:]
 
 

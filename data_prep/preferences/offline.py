@@ -1,0 +1,143 @@
+"""Scores by rules, without a model: good enough for the embedded corpus, and for a first look.
+
+Texts are read with the lexicon of cues.py, and evidence is compared with the record's annotation
+word by word. Neither sees the clip, and neither understands a paraphrase that shares no word and no
+cue. Where answers are free prose, use a judge.
+
+    consistency = (follows + together) / 2
+
+`follows` compares the conclusion with what the evidence suggests:
+    1.0 if face and voice suggest one family of emotions, and the conclusion is of it;
+    0.5 if it is of another, and both are negative;
+    1.0 if they suggest different ones, and the reasoning says that they conflict; but 0 if the
+        conclusion is not negative and nothing in the evidence is like it;
+    0.0 otherwise: where the reasoning passes over a conflict, one modality has decided.
+`together` is the least of what applies, as true claims do not make up for a contradiction:
+    each claim of the reasoning about face, voice or words against the evidence (1, 0.5 or 0);
+    whether the reasoning is right that the modalities agree or conflict (1 or 0).
+
+    alignment = mean over the evidence sections that the answer or the annotation fills
+
+A section is worth the F1 of its words (in Chinese: of its characters) against the annotation's. If
+both suggest the same family of emotions that is raised to (1 + F1) / 2, if different ones, halved.
+"""
+
+import collections
+import re
+from collections.abc import Mapping
+
+from data_prep.preferences import cues
+from data_prep.preferences.cues import Modality
+from data_prep.preferences.score import EVIDENCE, Scores
+from saber_jax.data import sed
+from saber_jax.data.records import Record
+
+VERSION = "offline-1"
+
+_SECTIONS: dict[Modality, tuple[str, ...]] = {
+    "face": ("facial_exp_desc", "body_lang_desc"),
+    "voice": ("acoustic_feat",),
+    "words": ("speech_content",),
+}
+_TOKEN = re.compile(r"[a-z0-9]+|[\u4e00-\u9fff]")
+
+
+def score(record: Record, answer: str) -> Scores:
+    """Both scores of an answer; see the formulas above."""
+    sections = sed.parse_response(answer)
+    return Scores(
+        consistency=consistency(sections), alignment=alignment(record.annotation, sections)
+    )
+
+
+def consistency(sections: Mapping[str, str]) -> float | None:
+    """Whether the reasoning follows from the sections before it; None if neither half applies."""
+    reasoning = sections["sentiment_analysis"]
+    evidence: dict[Modality, str | None]
+    evidence = {modality: _suggested(sections, modality) for modality in _SECTIONS}
+    claims: dict[Modality, str | None]
+    claims = {modality: cues.claimed(reasoning, modality) for modality in _SECTIONS}
+    shown = {m: evidence[m] or claims[m] for m in ("face", "voice") if evidence[m] or claims[m]}
+    if not shown and evidence["words"]:
+        shown = {"words": evidence["words"]}
+    halves = [
+        _follows(reasoning, [*shown.values()], evidence["words"]),
+        _together(reasoning, evidence, claims),
+    ]
+    applying = [half for half in halves if half is not None]
+    return sum(applying) / len(applying) if applying else None
+
+
+def alignment(annotation: Mapping[str, str], sections: Mapping[str, str]) -> float | None:
+    """How much of the stated evidence the annotation bears out; None if it states none."""
+    worths = [
+        _section(field, annotation.get(field, ""), sections[field])
+        for field in EVIDENCE
+        if annotation.get(field) or sections[field]
+    ]
+    return sum(worths) / len(worths) if worths and any(annotation.values()) else None
+
+
+def _suggested(sections: Mapping[str, str], modality: Modality) -> str | None:
+    return cues.suggested(" ".join(sections[field] for field in _SECTIONS[modality]), modality)
+
+
+def _follows(reasoning: str, shown: list[str | None], words: str | None) -> float | None:
+    concluded = cues.emotion_in(reasoning)
+    if concluded is None or not shown:
+        return None
+    family = cues.FAMILIES[concluded]
+    if len(set(shown)) == 1:
+        return _match(family, shown[0])
+    if not cues.notes_conflict(reasoning):
+        return 0.0
+    supported = cues.VALENCES[family] < 0 or family in (*shown, words)
+    return 1.0 if supported else 0.0
+
+
+def _together(
+    reasoning: str, evidence: Mapping[Modality, str | None], claims: Mapping[Modality, str | None]
+) -> float | None:
+    checks = [
+        _match(claims[m], evidence[m]) if m != "words" else _same_sign(claims[m], evidence[m])
+        for m in _SECTIONS
+        if claims[m] and evidence[m]
+    ]
+    seen = [evidence[m] for m in ("face", "voice") if evidence[m]]
+    if len(seen) == 2:
+        differ = seen[0] != seen[1]
+        if cues.notes_conflict(reasoning) or cues.notes_agreement(reasoning):
+            checks.append(float(cues.notes_conflict(reasoning) == differ))
+        elif differ:
+            checks.append(0.0)
+    return min(checks, default=None)
+
+
+def _match(one: str | None, other: str | None) -> float:
+    if one is None or other is None:
+        return 0.0
+    if one == other:
+        return 1.0
+    return 0.5 if cues.VALENCES[one] < 0 and cues.VALENCES[other] < 0 else 0.0
+
+
+def _same_sign(one: str | None, other: str | None) -> float:
+    if one is None or other is None:
+        return 0.0
+    return float(cues.VALENCES[one] == cues.VALENCES[other])
+
+
+def _section(field: str, truth: str, said: str) -> float:
+    worth = _f1(truth, said)
+    for modality, fields in _SECTIONS.items():
+        if field in fields:
+            one, other = cues.suggested(truth, modality), cues.suggested(said, modality)
+            if one and other:
+                return (1 + worth) / 2 if one == other else worth / 2
+    return worth
+
+
+def _f1(one: str, other: str) -> float:
+    a, b = (collections.Counter(_TOKEN.findall(text.lower())) for text in (one, other))
+    both = sum((a & b).values())
+    return 2 * both / (sum(a.values()) + sum(b.values())) if both else 0.0

@@ -1,0 +1,194 @@
+"""Pairs from what the model concludes when it can only see, or only hear.
+
+Chosen is a record's own six-section target. Rejected is the model's answer with one modality
+withheld, kept when it is well formed but concludes what the remaining modality alone suggests: the
+error of letting one modality dominate, made by the model itself and not invented. This is our own
+variant; what the paper does is in sample.py.
+
+A pair's kappa, how strongly the modalities disagree, is the record's label; where it has none, 1 if
+the model concludes something else from the picture alone than from the sound alone, and 0 if not.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from data_prep.preferences import summary
+from data_prep.preferences.rounds import Batch, Records, work_through
+from data_prep.preferences.score import well_formed
+from saber_jax.data import sed
+from saber_jax.data.records import Record
+from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
+from saber_jax.runs import shares
+from saber_jax.runs.journal import Journal
+
+NAME = "decisions.jsonl"
+"""Every decision and answer, one a line."""
+
+# The label that says what the modality still present suggests.
+SEEN: dict[Modality, str] = {"audio": "face", "video": "voice"}
+
+KEPT = "kept"
+KEPT_WITHOUT_LABELS = "kept_without_labels"
+REASONS = {
+    KEPT: "concludes what the remaining modality suggests, and the record does not",
+    KEPT_WITHOUT_LABELS: "concludes something else; no label says what the modality suggests",
+    "no_conflict": "the remaining modality suggests the right conclusion; nothing was generated",
+    "nothing_to_withhold": "the record lacks that modality; nothing was generated",
+    "no_target": "the record itself names no emotion; nothing was generated",
+    "unparsable": "at least one of the six sections is missing",
+    "no_conclusion": "the reasoning names no known emotion",
+    "same_conclusion": "right although the modality was withheld",
+    "other_conclusion": "wrong, but not what the remaining modality suggests",
+}
+
+PAIR_KEYS = (
+    "clip_id",
+    "language",
+    "chosen",
+    "rejected",
+    "withheld",
+    "conclusion",
+    "rejected_conclusion",
+    "conflict_type",
+    "kappa",
+)
+
+Decision = dict[str, Any]
+
+
+def settled(record: Record, withheld: Modality) -> str | None:
+    """Why no answer is needed, or None: then `judge` decides."""
+    target = _conclusion(record)
+    if not has_modality(record, withheld):
+        return "nothing_to_withhold"
+    if target is None:
+        return "no_target"
+    return "no_conflict" if record.labels.get(SEEN[withheld]) == target else None
+
+
+def judge(record: Record, withheld: Modality, answer: str) -> str:
+    """What becomes of an answer given without one modality: a key of REASONS."""
+    if not well_formed(answer):
+        return "unparsable"
+    concluded = sed.conclusion(answer)
+    if concluded is None:
+        return "no_conclusion"
+    if concluded == _conclusion(record):
+        return "same_conclusion"
+    suggested = record.labels.get(SEEN[withheld])
+    if suggested is None:
+        return KEPT_WITHOUT_LABELS
+    return KEPT if concluded == suggested else "other_conclusion"
+
+
+def decision(record: Record, withheld: Modality, why: str, answer: str | None) -> Decision:
+    """One line of decisions.jsonl; kappa and conflict_type are null where no label gives them."""
+    kept = why in (KEPT, KEPT_WITHOUT_LABELS)
+    kappa = record.labels.get("kappa")
+    return {
+        "clip_id": record.clip_id,
+        "language": record.language,
+        "withheld": withheld,
+        "why": why,
+        "conclusion": _conclusion(record),
+        "rejected_conclusion": None if answer is None else sed.conclusion(answer),
+        "suggested": record.labels.get(SEEN[withheld]),
+        "conflict_type": record.labels.get("conflict_type"),
+        "kappa": None if kappa is None else float(kappa),
+        "chosen": sed.target_text(record.annotation) if kept else None,
+        "rejected": answer,
+    }
+
+
+def mine(
+    records: Records,
+    respond: Callable[[Iterator[list[Record]]], Iterator[list[str]]],
+    journal: Journal,
+    *,
+    batch_size: int,
+    share: shares.Share | None = None,
+) -> list[Decision]:
+    """Decides about every record and modality; see rounds.work_through.
+
+    First come the decisions that need no answer, then the others. `respond` answers batch after
+    batch.
+    """
+    quick, jobs = _divided(records)
+
+    def ask(batches: Iterator[Batch[tuple[int, Modality]]]) -> Iterator[list[Decision]]:
+        ahead: collections.deque[list[tuple[Record, Modality]]] = collections.deque()
+
+        def hidden() -> Iterator[list[Record]]:
+            for _, part in batches:
+                asked: list[tuple[Record, Modality]]
+                asked = [(records[index], modality) for index, modality in part]
+                ahead.append(asked)
+                yield [withhold(record, modality) for record, modality in asked]
+
+        for answers in respond(hidden()):
+            yield [
+                decision(record, modality, judge(record, modality, answer), answer)
+                for (record, modality), answer in zip(ahead.popleft(), answers, strict=True)
+            ]
+
+    return work_through(
+        quick, jobs, ask, journal, batch_size=batch_size, unit="answer", share=share
+    )
+
+
+def _divided(records: Records) -> tuple[list[Decision], list[tuple[int, Modality]]]:
+    """The decisions that need no answer, and what to ask: (index of a record, what is withheld)."""
+    quick: list[Decision] = []
+    jobs: list[tuple[int, Modality]] = []
+    for index in range(len(records)):
+        record = records.outline(index)
+        for withheld in MODALITIES:
+            if why := settled(record, withheld):
+                quick.append(decision(record, withheld, why, None))
+            else:
+                jobs.append((index, withheld))
+    return quick, jobs
+
+
+def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:
+    """kappa of clips that no label gives one: 1.0 where what is concluded without sound and what is
+    concluded without picture differ, 0.0 where they agree.
+
+    Clips that were not answered both ways, or concluded nothing in one of them, are left out.
+    """
+    concluded: dict[str, list[str]] = {}
+    for d in decisions:
+        if d["kappa"] is None and d["rejected_conclusion"] is not None:
+            concluded.setdefault(d["clip_id"], []).append(d["rejected_conclusion"])
+    both = {clip: found for clip, found in concluded.items() if len(found) == len(MODALITIES)}
+    return {clip: float(len(set(found)) > 1) for clip, found in both.items()}
+
+
+def pairs_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+    """Lines of pairs.jsonl: what was kept, with kappa from the labels or else `disagreements`."""
+    mined = disagreements(decisions)
+    kept = [{key: d[key] for key in PAIR_KEYS} for d in decisions if d["chosen"] is not None]
+    return [
+        pair | {"kappa": mined.get(pair["clip_id"]) if pair["kappa"] is None else pair["kappa"]}
+        for pair in kept
+    ]
+
+
+def summarise(decisions: Iterable[Decision]) -> dict[str, Any]:
+    """Counts for summary.json."""
+    decisions = list(decisions)
+    kept = [d for d in decisions if d["chosen"] is not None]
+    count = collections.Counter
+    mined = count(map(str, disagreements(decisions).values()))
+    return summary.of_pairs(kept) | {
+        "answers": sum(d["rejected"] is not None for d in decisions),
+        "decisions": summary.ordered(count(d["why"] for d in decisions), REASONS),
+        "pairs_by_withheld": summary.ordered(count(d["withheld"] for d in kept), MODALITIES),
+        "mined_kappa": dict(sorted(mined.items())),
+    }
+
+
+def _conclusion(record: Record) -> str | None:
+    """The label if there is one, else what the record's own reasoning ends on."""
+    return record.labels.get("emotion") or sed.conclusion(sed.target_text(record.annotation))

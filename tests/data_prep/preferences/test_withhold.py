@@ -1,0 +1,103 @@
+import pytest
+
+from data_prep.preferences import withhold
+from saber_jax.data import sed
+from saber_jax.runs.files import read_jsonl
+from saber_jax.runs.journal import Journal
+from tests.data_prep.preferences.clips import RECORDS, Model, answer
+from tests.data_prep.preferences.clips import record as clip
+
+
+@pytest.mark.parametrize(
+    ("withheld", "said", "why"),
+    [
+        ("audio", answer("happy"), "kept"),
+        ("video", answer("angry"), "kept"),
+        ("audio", answer("angry"), "other_conclusion"),
+        ("video", answer("happy"), "other_conclusion"),
+        ("audio", answer("sad"), "other_conclusion"),
+        ("video", answer("contempt"), "same_conclusion"),
+        ("audio", answer("something"), "no_conclusion"),
+        ("audio", "She is happy.", "unparsable"),
+        ("audio", answer("happy").replace("[body_lang_desc]", ""), "unparsable"),
+    ],
+)
+def test_an_answer_is_kept_only_if_it_follows_the_modality_that_was_left(withheld, said, why):
+    assert withhold.judge(clip(), withheld, said) == why
+
+
+def test_without_labels_any_other_conclusion_is_kept_and_the_decision_says_so():
+    record = clip(labels={})
+    assert withhold.judge(record, "audio", answer("sad")) == "kept_without_labels"
+    assert withhold.judge(record, "audio", answer("contempt")) == "same_conclusion"
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (clip(), None),
+        (clip(samples=0), "nothing_to_withhold"),
+        (clip(labels={}, ending="something"), "no_target"),
+        (clip(labels={"emotion": "happy", "face": "happy", "voice": "sad"}), "no_conflict"),
+        (clip(labels={"emotion": "sad", "face": "happy", "voice": "sad"}), None),
+    ],
+)
+def test_answers_that_could_not_become_a_pair_are_never_asked_for(record, why):
+    assert withhold.settled(record, "audio") == why
+
+
+def _mine(folder, model):
+    journal = Journal(folder, "decisions.jsonl", {})
+    return withhold.mine(RECORDS, model, journal, batch_size=3)
+
+
+def test_mining_asks_twice_per_conflict_and_says_what_became_of_everything(tmp_path):
+    model = Model()
+    decisions = _mine(tmp_path, model)
+    assert [len(part) for part in model.asked] == [3, 3, 2]
+    assert decisions == read_jsonl(tmp_path / "decisions.jsonl")
+    summary = withhold.summarise(decisions)
+    assert summary["decisions"] == {"kept": 8, "no_conflict": 2}
+    assert summary["pairs_by_withheld"] == {"audio": 4, "video": 4}
+    assert summary["pairs_by_conflict_type"] == {"sarcasm": 8}
+    last = decisions[-1]
+    assert (last["clip_id"], last["withheld"], last["kappa"]) == ("odd", "video", 0.7)
+    assert last["chosen"] == sed.target_text(RECORDS[-1].annotation)
+    assert last["rejected"] == answer("angry")
+
+
+def test_kappa_is_the_label_or_whether_the_two_unimodal_conclusions_differ():
+    def decided(name, modality, emotion, kappa=None):
+        record = clip(name, labels={} if kappa is None else {"kappa": str(kappa)})
+        return withhold.decision(record, modality, "kept_without_labels", answer(emotion))
+
+    decisions = [
+        decided("torn", "audio", "happy"),
+        decided("torn", "video", "angry"),
+        decided("agreeing", "audio", "sad"),
+        decided("agreeing", "video", "sad"),
+        decided("labelled", "audio", "happy", 0.7),
+        decided("labelled", "video", "angry", 0.7),
+        decided("half", "audio", "happy"),
+        decided("half", "video", "nothing"),
+    ]
+    kappas = [(pair["clip_id"], pair["kappa"]) for pair in withhold.pairs_of(decisions)]
+    want = {"torn": 1.0, "agreeing": 0.0, "labelled": 0.7, "half": None}
+    assert kappas == [(clip, want[clip]) for clip in want for _ in range(2)]
+    assert withhold.summarise(decisions)["mined_kappa"] == {"0.0": 1, "1.0": 1}
+
+
+def test_a_killed_run_goes_on_and_leaves_the_same_file(tmp_path):
+    whole = _mine(tmp_path / "whole", Model())
+    with pytest.raises(KeyboardInterrupt):
+        _mine(tmp_path / "killed", Model(stop_after=2))
+    resumed = Model()
+    assert _mine(tmp_path / "killed", resumed) == whole
+    assert len(resumed.asked) == 1
+    written = [(tmp_path / name / "decisions.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert written[0] == written[1]
+
+
+def test_a_finished_run_asks_nothing(tmp_path):
+    _mine(tmp_path, Model())
+    assert _mine(tmp_path, Model(stop_after=0))
