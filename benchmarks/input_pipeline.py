@@ -39,7 +39,7 @@ import numpy as np
 
 from benchmarks import lengths, result
 from data_prep.records import dataset
-from saber_jax.data import decode, loader, media, planning, sed
+from saber_jax.data import decode, encoded, loader, media, planning, sed
 from saber_jax.data.packing import Budget
 from saber_jax.data.records import FIELDS, Record, RecordSource
 from saber_jax.data.sources import Sources
@@ -124,14 +124,14 @@ def a_pass(work: Work, passes: int) -> float:
     return (often - once) / passes
 
 
-def ours(examples: loader.Examples) -> Work:
+def ours(examples: encoded.Examples) -> Work:
     sizes = np.array([list(vars(examples.measure(i)[0][0]).values()) for i in range(len(examples))])
     rows = planning.plan_rows(sizes, np.arange(len(sizes)), BUDGET)
 
     def work(passes: int) -> None:
         planned = [row for _ in range(passes) for row in rows]
-        batches = loader.HostBatches(examples, planned, BUDGET, 1, 0)
-        stream = loader.stream(batches, threads=1, workers=WORKERS)
+        batches = loader.HostRows(planned, 1)
+        stream = loader.stream(batches, examples, BUDGET, threads=1, workers=WORKERS)
         assert sum(int(b.pairs.valid.sum()) for b, _ in stream) == passes * len(examples)
 
     return work
@@ -254,7 +254,7 @@ def main() -> None:
         dataset.write(folder, {"train": records}, lambda item: item)
         print(f"{count} clips made in {time.perf_counter() - began:.0f} s")
         source = RecordSource(folder, "train")
-        work = {"ours": ours(loader.Examples(Sources([source], [1.0]), tokenizer))}
+        work = {"ours": ours(encoded.Examples(Sources([source], [1.0]), tokenizer))}
         alone: dict[str, Callable[[], object]] = {}
         alone["ours, sound alone"] = lambda: [media.log_mel(r.audio) for r in records]
         try:

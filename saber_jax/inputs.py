@@ -11,7 +11,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
-from saber_jax.data import loader, sizing
+from saber_jax.data import encoded, loader, sizing
 from saber_jax.data.pairs import Pair
 from saber_jax.data.planning import Plan, Position, Rows
 from saber_jax.data.quarantine import Quarantine
@@ -27,7 +27,7 @@ class Inputs:
 
     tokenizer: Tokenizer
     provenance: dict[str, Any]
-    examples: loader.Examples
+    examples: encoded.Examples
     plan: Plan
     draw: Draw
     quarantine: Quarantine
@@ -61,7 +61,7 @@ class Inputs:
             "epochs_finished": epochs,
             "drawn": dict(zip(self.draw.names, drawn.tolist(), strict=True)),
             "fill": self.plan.fill(),
-            "unigram_entropy": loader.unigram_entropy(self.measured.token_counts),
+            "unigram_entropy": sizing.unigram_entropy(self.measured.token_counts),
         }
 
     @property
@@ -92,24 +92,17 @@ class Inputs:
         """`rows` from step `first` on; without `quarantine` a record must not turn out bad."""
         place = sharding.batch_sharding(mesh)
         total = sharding.batch_rows(config.data.batch_rows, mesh)
-        host = loader.HostBatches(
+        local = loader.local_rows(total, place)
+        stream = loader.stream(
+            loader.HostRows(rows, config.data.batch_rows, first, local=local),
             self.examples,
-            rows,
             self.plan.budget,
-            config.data.batch_rows,
-            first,
-            local=loader.local_rows(total, place),
+            threads=config.data.threads,
+            workers=config.data.workers,
             withhold=withhold,
             seed=config.seed,
         )
-        return loader.GlobalBatches(
-            host,
-            self.quarantine if quarantine else None,
-            place,
-            total,
-            threads=config.data.threads,
-            workers=config.data.workers,
-        )
+        return loader.GlobalBatches(stream, self.quarantine if quarantine else None, place, total)
 
 
 def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> Inputs:
@@ -123,9 +116,9 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     tokenizer = load_tokenizer(parts[0].path)
     if pairs is None:
         mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
-        examples = loader.Examples(sources, tokenizer, requests=mixture.requests)
+        examples = encoded.Examples(sources, tokenizer, requests=mixture.requests)
     else:
-        mixture, examples = None, loader.Examples(sources, tokenizer, pairs)
+        mixture, examples = None, encoded.Examples(sources, tokenizer, pairs)
     measured = loader.measure(examples, workdir / "sizes.npz", workers=d.workers)
     selection = sizing.select(measured, budget)
     quarantine = Quarantine(

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from saber_jax.data import loader, planning, sizing
+from saber_jax.data import encoded, planning, sizing
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = Sources([RecordSource(flags.records, flags.split)], [1.0])
         pairs = read_pairs(flags.pairs) if flags.pairs else None
-        examples = loader.Examples(sources, load_tokenizer(flags.records), pairs)
+        examples = encoded.Examples(sources, load_tokenizer(flags.records), pairs)
         total = len(examples)
         measured = sizing.measure(examples, total, range(total), workers=flags.workers, quiet=False)
         best, tried = choose(measured, flags.length)

@@ -1,17 +1,17 @@
-"""Source -> encoded examples -> packed rows -> global arrays, streamed by Grain.
+"""The input pipeline: planned rows -> encoded examples -> packed rows -> global arrays, by Grain.
 
-The order of everything is a pure function of (seed, sizes, budget): batch number s is the same
-whoever computes it. So the whole state of the input pipeline is the number of the next step, a
-resumed run reads exactly what an uninterrupted one would have, and it may do so on another number
-of hosts.
+`pipeline` is all of it on one page. Which examples share a row is planned before (planning.py), so
+batch number s is a pure function of (seed, sizes, budget), the same whoever makes it. The state of
+the pipeline is the number of the next step: a resumed run reads exactly what an uninterrupted one
+would have, on any number of hosts.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import grain
 import jax
@@ -19,156 +19,19 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int
 
 from saber_jax.batch import Batch
 from saber_jax.data import sizing
-from saber_jax.data.examples import Example, Size, encode_record, measure_record, thinned
+from saber_jax.data.encoded import Examples
+from saber_jax.data.examples import Example
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.pairs import Pair
 from saber_jax.data.planning import Rows
 from saber_jax.data.quarantine import Entry, Quarantine
 from saber_jax.data.records import BadRecordError
-from saber_jax.data.sources import Sources
-from saber_jax.data.tasks import Request
-from saber_jax.data.tokenizer import Tokenizer
-from saber_jax.data.withhold import MODALITIES, Modality, withhold
+from saber_jax.data.withhold import MODALITIES
 from saber_jax.data.workers import in_processes, sigterm_held
 from saber_jax.runs.files import replacing
-
-
-class References(Protocol):
-    """Element i is float32 [views, targets] of pair i, NaN where a view was not computed."""
-
-    def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]: ...
-
-
-class Examples:
-    """Random access to encoded examples: one per record, or one per preference pair.
-
-    A record can be asked for more than one thing: of N records, example i + N * k is record i as
-    the answer to request k. A pair answers the six-section request alone.
-    """
-
-    def __init__(
-        self,
-        source: Sources,
-        tokenizer: Tokenizer,
-        pairs: list[Pair] | None = None,
-        requests: tuple[Request, ...] = (Request(),),
-    ):
-        self._source, self._tokenizer, self._pairs = source, tokenizer, pairs
-        self._indices = [source.index(pair.clip_id) for pair in pairs] if pairs else None
-        self._frame_pairs: Int[np.ndarray, " N"] | None = None
-        self._skipped: frozenset[int] = frozenset()
-        self.requests = requests if pairs is None else (Request(),)
-        self._references: References | None = None
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """Raises ValueError when these are records and not pairs."""
-        if self._pairs is None:
-            raise ValueError("These examples are records, not preference pairs.")
-        return self._pairs
-
-    def with_references(self, references: "References") -> "Examples":
-        """The same pairs, each with the reference's log-prob of every target."""
-        return self._with(_references=references)
-
-    def __len__(self) -> int:
-        return len(self._pairs if self._pairs is not None else self._source)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.encode(index, None)
-
-    def encode(self, index: int, hidden: Modality | None) -> Example:
-        """The example as it is, or with one modality of its clip hidden; its size is the same.
-
-        Raises BadRecordError naming the record when it cannot be used, and RuntimeError naming it
-        when the program fails on it.
-        """
-        asked, index = divmod(int(index), len(self))
-        position = self.record_of(index)
-        try:
-            if index in self._skipped:
-                raise BadRecordError("it was left out before this run was resumed")
-            record = self._source[position]
-            if self._frame_pairs is not None and len(record.frames) > 2 * self._frame_pairs[index]:
-                record = thinned(record, int(self._frame_pairs[index]))
-            record = record if hidden is None else withhold(record, hidden)
-            if self._pairs is None:
-                return encode_record(record, self._tokenizer, request=self.requests[asked])
-            pair = self._pairs[index]
-            return encode_record(
-                record,
-                self._tokenizer,
-                responses=(pair.chosen, pair.rejected),
-                kappa=pair.kappa,
-                ignored=pair.withheld,
-                reference=None if self._references is None else self._references[index],
-            )
-        except Exception as error:
-            raise self._named(position, error) from error
-
-    def measure(self, index: int) -> tuple[list[Size], int, Int[np.ndarray, " n"]]:
-        """Sizes under every request, frame pairs, all target tokens. Raises as `encode` does."""
-        position = self.record_of(index)
-        responses = None
-        if self._pairs is not None:
-            responses = (self._pairs[index].chosen, self._pairs[index].rejected)
-        try:
-            outline = self._source.outline(position)
-            measured = [
-                measure_record(outline, self._tokenizer, request=request, responses=responses)
-                for request in self.requests
-            ]
-        except Exception as error:
-            raise self._named(position, error) from error
-        sizes, tokens = zip(*measured, strict=True)
-        return list(sizes), len(outline.frames) // 2, np.concatenate(tokens)
-
-    def entry(self, index: int, reason: str, detail: str) -> Entry:
-        """How quarantine.jsonl names an example; a damaged record has lost its clip id."""
-        index = int(index) % len(self)
-        position = self.record_of(index)
-        try:
-            clip_id = self._source.outline(position).clip_id
-        except BadRecordError:
-            clip_id = ""
-        file = self._source.where(position)
-        return Entry(index=index, clip_id=clip_id, file=file, reason=reason, detail=detail)
-
-    def source_of(self) -> Int[np.ndarray, " N"]:
-        """Which of the record sources each example comes from."""
-        return self._source.source_of(np.array(self._indices or range(len(self)), np.int64))
-
-    def with_frame_pairs(self, frame_pairs: Int[np.ndarray, " N"]) -> "Examples":
-        """The same examples, clips thinned to so many frame pairs."""
-        return self._with(_frame_pairs=frame_pairs)
-
-    def without(self, indices: Iterable[int]) -> "Examples":
-        """The same examples, those of `indices` bad whatever their records hold."""
-        return self._with(_skipped=frozenset(indices))
-
-    def record_of(self, index: int) -> int:
-        """Which record an example is about."""
-        return int(index) if self._indices is None else self._indices[index]
-
-    def _with(self, **changes) -> "Examples":
-        other = Examples.__new__(Examples)
-        other.__dict__ = self.__dict__ | changes
-        return other
-
-    def _named(self, position: int, error: Exception) -> Exception:
-        """What to raise instead of `error`, which record `position` is behind."""
-        where = self._source.where(position)
-        if isinstance(error, BadRecordError | ValueError):  # What is stored makes no sense.
-            return BadRecordError(f"{where}: {error}")
-        # Also for StopIteration, which a stream would take for the end of the data.
-        return RuntimeError(
-            f"Encoding {where} failed with {type(error).__name__}: {error}. This is a fault of the "
-            "program, not of the record."
-        )
 
 
 def measure(examples: Examples, cache: Path, *, workers: int = 0) -> sizing.Measurements:
@@ -203,13 +66,6 @@ def _sum_over_processes(values: Int[np.ndarray, "... N"]) -> Int[np.ndarray, "..
     return multihost_utils.process_allgather(padded).astype(np.int64).sum(0)
 
 
-def unigram_entropy(counts: Int[np.ndarray, " V"]) -> float:
-    """Entropy of the target tokens' frequencies, nats per token: what a model reaches that knows
-    how often each token occurs and nothing else."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
-
-
 def local_rows(rows: int, place: NamedSharding) -> list[int]:
     """Which rows of a global batch of `rows` the devices of this process hold, in order.
 
@@ -224,102 +80,194 @@ def local_rows(rows: int, place: NamedSharding) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedRow:
+    """One row of a batch before anything of it is read.
+
+    `number` counts the rows of the whole run, so that what is drawn for a row depends on nothing
+    else. `position` is set in the last row that a host makes of a batch: where a plan has to be
+    entered to go on after that batch.
+    """
+
+    number: int
+    examples: Sequence[int]
+    position: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedRow:
+    """A row whose examples are read. `left_out` are those that could not be."""
+
+    examples: list[Example]
+    left_out: list[Entry]
+    position: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What stays on the host of a batch: what could not be used, and where a plan has to start to
-    go on after it."""
+    """What of a row, or of a batch, stays on the host: which examples could not be used, and where
+    a plan has to be entered to go on after it."""
 
     left_out: list[Entry]
-    position: dict[str, int]
+    position: dict[str, Any] | None
 
 
 HostBatch = tuple[Batch[np.ndarray], About]
 
 
-class HostBatches:
-    """Grain source whose element s is this host's part of global batch `start + s`."""
+class HostRows:
+    """Grain source: the rows that this host makes, batch after batch, those of `start` first."""
 
     def __init__(
         self,
-        examples: Examples,
         rows: Sequence[list[int]],
-        budget: Budget,
         batch_rows: int,
-        start: int,
+        start: int = 0,
         *,
-        local: list[int] | None = None,
-        withhold: float = 0.0,
-        seed: int = 0,
+        local: Sequence[int] | None = None,
     ):
-        """`rows[r]` lists the examples of global row r; `local` the rows of each batch to make, all
-        by default, those from `batch_rows` on being empty. Of each example one modality is hidden
-        with probability `withhold`; which one, and whether, depends on `seed` and the row alone."""
-        self._examples, self._budget = examples, budget
-        self._rows = rows
-        self._batch_rows, self._start = batch_rows, start
-        self._withhold, self._seed = withhold, seed
-        self._local = list(range(batch_rows)) if local is None else local
+        """`rows[r]` lists the examples of global row r. `local` are the rows of each batch to make,
+        all by default; those from `batch_rows` on are empty."""
+        self._rows, self._batch_rows, self._start = rows, batch_rows, start
+        self.local = range(batch_rows) if local is None else local
 
-    def __len__(self) -> int:
+    @property
+    def batches(self) -> int:
         return max(0, -(-len(self._rows) // self._batch_rows) - self._start)
 
-    def __getitem__(self, index: int) -> HostBatch:
-        first = (self._start + index) * self._batch_rows
-        numbers = [first + i if i < self._batch_rows else len(self._rows) for i in self._local]
-        planned = [self._rows[n] if n < len(self._rows) else [] for n in numbers]
-        left_out: list[Entry] = []
-        encoded = [self._encoded(n, row, left_out) for n, row in zip(numbers, planned, strict=True)]
-        missing = [len(row) - len(used) for row, used in zip(planned, encoded, strict=True)]
-        packed = pack_rows(encoded, self._budget)
-        packed = dataclasses.replace(packed, left_out=np.array(missing, np.int32))
-        return packed, About(left_out=left_out, position=self._position(first + self._batch_rows))
+    def __len__(self) -> int:
+        return self.batches * len(self.local)
 
-    def _encoded(self, number: int, row: list[int], left_out: list[Entry]) -> list[Example]:
-        """The examples of a row that can be used; appends the others to `left_out`."""
-        rng = np.random.default_rng([self._seed, number])
-        encoded = []
-        for index in row:
-            hidden = MODALITIES[rng.integers(2)] if rng.random() < self._withhold else None
-            try:
-                encoded.append(self._examples.encode(index, hidden))
-            except BadRecordError as error:
-                left_out.append(self._examples.entry(index, "bad_record", str(error)))
-        return encoded
+    def __getitem__(self, index: int) -> PlannedRow:
+        batch, place = divmod(index, len(self.local))
+        first, inside = (self._start + batch) * self._batch_rows, self.local[place]
+        exists = inside < self._batch_rows and first + inside < len(self._rows)
+        number = first + inside if exists else len(self._rows)
+        last = place == len(self.local) - 1
+        return PlannedRow(
+            number=number,
+            examples=self._rows[number] if exists else (),
+            position=self._position(first + self._batch_rows) if last else None,
+        )
 
-    def _position(self, row: int) -> dict[str, int]:
-        """Where a plan has to start to go on after this batch."""
+    def _position(self, row: int) -> dict[str, Any]:
         return dataclasses.asdict(self._rows.position(row)) if isinstance(self._rows, Rows) else {}
 
 
-def _to_bytes(value: Any) -> UInt8[np.ndarray, " n"]:
-    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+@dataclasses.dataclass(frozen=True)
+class Encode(grain.transforms.Map):
+    """Reads and encodes a row's examples. Of each, one modality is hidden with probability
+    `withhold`; which one, and whether, depends on `seed` and the row's number alone."""
+
+    examples: Examples
+    withhold: float
+    seed: int
+
+    def map(self, row: PlannedRow) -> EncodedRow:
+        rng = np.random.default_rng([self.seed, row.number])
+        encoded, left_out = [], []
+        for index in row.examples:
+            hidden = MODALITIES[rng.integers(2)] if rng.random() < self.withhold else None
+            try:
+                encoded.append(self.examples.encode(index, hidden))
+            except BadRecordError as error:
+                left_out.append(self.examples.entry(index, "bad_record", str(error)))
+        return EncodedRow(examples=encoded, left_out=left_out, position=row.position)
 
 
-def _from_bytes(value: UInt8[np.ndarray, " n"]) -> Any:
-    return json.loads(value.tobytes())
+@dataclasses.dataclass(frozen=True)
+class Pack(grain.transforms.Map):
+    """Lays a row's examples out as a batch of one row."""
+
+    budget: Budget
+
+    def map(self, row: EncodedRow) -> HostBatch:
+        batch = pack_rows([row.examples], self.budget)
+        batch = dataclasses.replace(batch, left_out=np.array([len(row.left_out)], np.int32))
+        return batch, About(left_out=row.left_out, position=row.position)
 
 
-def stream(batches: HostBatches, *, threads: int, workers: int = 0) -> Iterator[HostBatch]:
-    """Batches in order, made ahead of time by `threads` threads of each of `workers` processes.
+def join(rows: Sequence[HostBatch]) -> HostBatch:
+    """Rows as one batch, in their order."""
+    parts, notes = zip(*rows, strict=True)
+    left_out = [entry for note in notes for entry in note.left_out]
+    batch = jax.tree.map(_concatenated, *parts)
+    return batch, About(left_out=left_out, position=notes[-1].position)
 
-    Raises RuntimeError if they end too soon, whatever the reason: that never looks like success.
+
+def _concatenated(*parts: np.ndarray) -> np.ndarray:
+    # Into memory of our own: parts from other processes lie in shared memory, which this frees.
+    out = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    return np.concatenate(parts, out=out)
+
+
+ROWS_AHEAD = 2
+"""Rows that a loader process holds for each of its threads: read, or being read."""
+BATCHES_AHEAD = 1
+"""Batches that wait for the training loop, joined."""
+
+
+def pipeline(
+    rows: HostRows,
+    examples: Examples,
+    budget: Budget,
+    *,
+    threads: int,
+    workers: int = 0,
+    withhold: float = 0.0,
+    seed: int = 0,
+) -> grain.IterDataset:
+    """Plan -> read and encode -> pack -> this host's part of every batch, as one Grain dataset.
+
+    `threads` of each of `workers` processes (0: of this one) work ahead of the training loop. An
+    element is one row until the rows of a batch are joined here, so what waits is counted in rows:
+    see `most_rows`.
     """
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+    dataset = (
+        grain.MapDataset.source(rows)
+        .map(Encode(examples, withhold, seed))
+        .map(Pack(budget))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ROWS_AHEAD * threads)
+        )
+    )
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, which only absl's app.run parses.
             flags.FLAGS.mark_as_parsed()
         dataset = in_processes(dataset, workers)
-    iterator, count = iter(dataset), 0
-    while True:
-        # The first one starts the processes.
-        with sigterm_held() if workers and not count else contextlib.nullcontext():
-            batch = next(iterator, None)
-        if batch is None:
-            break
-        count += 1
-        yield batch
-    if count != len(batches):
-        raise RuntimeError(f"The input pipeline ended after {count} of {len(batches)} batches.")
+    dataset = dataset.batch(len(rows.local), batch_fn=join)
+    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=BATCHES_AHEAD)
+
+
+def most_rows(local: int, *, threads: int, workers: int) -> int:
+    """The most rows that a host holds at a time, if it makes `local` rows of every batch.
+
+    A process holds its buffer and the row that it hands over; between processes one row waits in a
+    queue and one is on its way. The training loop has a batch, another waits, a third is joined and
+    waits for the queue, and the rows of a fourth are collected.
+    """
+    ahead = max(1, workers) * (ROWS_AHEAD * threads + 1) + 2 * workers
+    return ahead + (BATCHES_AHEAD + 3) * local
+
+
+def stream(rows: HostRows, *args, **options) -> Iterator[HostBatch]:
+    """The batches of `pipeline`, of the same arguments, in order.
+
+    Raises RuntimeError if they end too soon, whatever the reason: that never looks like success.
+    """
+    count, iterator = 0, iter(pipeline(rows, *args, **options))
+    try:
+        while True:
+            # The first batch starts the loader processes.
+            with contextlib.nullcontext() if count else sigterm_held():
+                batch = next(iterator, None)
+            if batch is None:
+                break
+            count += 1
+            yield batch
+    finally:
+        iterator.close()  # Else threads and processes wait for ever for somebody to take a batch.
+    if count != rows.batches:
+        raise RuntimeError(f"The input pipeline ended after {count} of {rows.batches} batches.")
 
 
 class GlobalBatches:
@@ -330,20 +278,17 @@ class GlobalBatches:
 
     def __init__(
         self,
-        batches: HostBatches,
+        batches: Iterator[HostBatch],
         quarantine: Quarantine | None,
         place: NamedSharding,
         rows: int,
-        *,
-        threads: int,
-        workers: int,
     ):
-        """`rows` of each batch are laid out by `place`; `batches` makes those of this process."""
-        self._stream = stream(batches, threads=threads, workers=workers)
+        """`rows` of each batch are laid out by `place`; `batches` are this process's `stream`."""
+        self._stream = batches
         self._quarantine, self._place, self._rows = quarantine, place, rows
         self._local = local_rows(rows, place)
         self._left_out: list[Entry] = []
-        self._position: dict[str, int] = {}
+        self._position: dict[str, Any] | None = {}
 
     def __iter__(self) -> "GlobalBatches":
         return self
@@ -362,12 +307,14 @@ class GlobalBatches:
         All processes have to call this at the same step; the count that is part of every batch
         tells them when. Raises TooManyBadError in all of them alike.
         """
-        mine = _to_bytes([dataclasses.asdict(entry) for entry in self._left_out])
+        listed = json.dumps([dataclasses.asdict(entry) for entry in self._left_out])
+        mine = np.frombuffer(listed.encode(), np.uint8)
         lengths = multihost_utils.process_allgather(np.int32(len(mine))).reshape(-1)
         padded = np.zeros(int(lengths.max()), np.uint8)
         padded[: len(mine)] = mine
         parts = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-        entries = [e for part, n in zip(parts, lengths, strict=True) for e in _from_bytes(part[:n])]
+        texts = [part[:n].tobytes() for part, n in zip(parts, lengths, strict=True)]
+        entries = [entry for text in texts for entry in json.loads(text)]
         self._left_out = []
         assert self._quarantine is not None, "without one, __next__ has raised"
         self._quarantine.add(Entry(**entry) for entry in entries)

@@ -250,7 +250,7 @@ class Plan:
         self.__dict__ = state | {"_lock": threading.Lock()}
 
     def row(self, index: int) -> list[int]:
-        """Examples of row `index`, numbered as in `pipeline.Examples`."""
+        """Examples of row `index`, numbered as in `encoded.Examples`."""
         position, rows = self._window_of(index)
         return rows[index - position.row]
 

@@ -24,7 +24,7 @@ LEAST_PAIRS = 2
 
 
 class Measured(Protocol):
-    """What `measure` needs to know about examples; `pipeline.Examples` is that."""
+    """What `measure` needs to know about examples; `encoded.Examples` is that."""
 
     @property
     def requests(self) -> Sequence: ...
@@ -197,3 +197,10 @@ def _entry(
     if budget.frame_patches is not None and frame_patches > budget.frame_patches:
         over.append(f"frame_patches {frame_patches} > {budget.frame_patches}")
     return examples.entry(index, "too_large", ", ".join(over))
+
+
+def unigram_entropy(counts: Int[np.ndarray, " V"]) -> float:
+    """Entropy of the target tokens' frequencies, nats per token: what a model reaches that knows
+    how often each token occurs and nothing else."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())

@@ -44,16 +44,19 @@ def plan() -> Plan:
     return Plan(np.stack([text, none, none, none, none, none + 60], 1)[None], BUDGET, seed=5)
 
 
-def read(numbered, plan, hosts: int, start: int, stop: int) -> tuple[list[list[int]], dict]:
+def read(
+    numbered, plan, hosts: int, start: int, stop: int, *, workers: int = 0
+) -> tuple[list[list[int]], dict]:
     """Ids of each step's batch in its rows' order, as `hosts` hosts read them; the last state."""
     padded = -(-BATCH_ROWS // hosts) * hosts
     rows = plan.rows(stop * BATCH_ROWS)
     streams = [
         loader.stream(
-            loader.HostBatches(
-                numbered, rows, BUDGET, BATCH_ROWS, start, local=list(range(padded))[host::hosts]
-            ),
+            loader.HostRows(rows, BATCH_ROWS, start, local=range(padded)[host::hosts]),
+            numbered,
+            BUDGET,
             threads=2,
+            workers=workers,
         )
         for host in range(hosts)
     ]
@@ -92,6 +95,19 @@ def test_a_run_resumed_on_another_number_of_hosts_loses_and_repeats_no_example(
     assert first + rest == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("before,after", [((2, 0), (3, 2)), ((3, 2), (1, 0)), ((1, 3), (4, 1))])
+def test_a_run_resumed_with_other_loader_processes_loses_and_repeats_no_example(
+    numbered, before, after
+):
+    (hosts, workers), (more_hosts, more_workers) = before, after
+    expected, _ = read(numbered, plan(), 1, 0, 14)
+    first, state = read(numbered, plan(), hosts, 0, 5, workers=workers)
+    resumed = plan().entered(Position(**json.loads(json.dumps(state))))
+    rest, _ = read(numbered, resumed, more_hosts, 5, 14, workers=more_workers)
+    assert first + rest == expected
+
+
 @pytest.fixture(scope="module")
 def seventeen(tokenizer):
     budget = Budget(length=640, patches=216, chunks=3, targets=384, segments=3)
@@ -100,15 +116,15 @@ def seventeen(tokenizer):
     return examples, Plan(sizes, budget, seed=3)
 
 
-def host_batches(examples, plan, steps: int) -> loader.HostBatches:
-    return loader.HostBatches(examples, plan.rows(2 * steps), plan.budget, 2, 0)
+def stream_of(examples, plan, steps: int, **options):
+    return loader.stream(loader.HostRows(plan.rows(2 * steps), 2), examples, plan.budget, **options)
 
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches_in_the_same_order(seventeen):
     examples, plan = seventeen
-    alone = loader.stream(host_batches(examples, plan, 6), threads=1)
-    worked = loader.stream(host_batches(examples, plan, 6), threads=2, workers=2)
+    alone = stream_of(examples, plan, 6, threads=1)
+    worked = stream_of(examples, plan, 6, threads=2, workers=2)
     for expected, got in zip(alone, worked, strict=True):
         jax.tree.map(np.testing.assert_array_equal, expected[0], got[0])
         assert expected[1] == got[1]
@@ -117,7 +133,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(seventeen):
 @pytest.mark.slow
 def test_an_exception_in_a_worker_process_ends_the_run_with_the_record_named(seventeen, tokenizer):
     broken = examples_of(tokenizer, Source(17, broken=[5], error=TypeError("oops")))
-    stream = loader.stream(host_batches(broken, seventeen[1], 6), threads=1, workers=1)
+    stream = stream_of(broken, seventeen[1], 6, threads=1, workers=1)
     with pytest.raises(Exception, match=r"made-up-00000-of-00001\[5\] failed with TypeError: oops"):
         list(stream)
 
@@ -134,6 +150,6 @@ class Killer(Source):
 @pytest.mark.slow
 def test_a_killed_worker_process_ends_the_run(seventeen, tokenizer):
     broken = examples_of(tokenizer, Killer(17))
-    stream = loader.stream(host_batches(broken, seventeen[1], 6), threads=1, workers=2)
+    stream = stream_of(broken, seventeen[1], 6, threads=1, workers=2)
     with pytest.raises(RuntimeError):
         list(stream)

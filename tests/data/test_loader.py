@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+import threading
+import time
+import weakref
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 import pytest
 
-from saber_jax.data import loader
+from saber_jax.data import encoded, loader
 from saber_jax.data.examples import size_of
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import Pair
@@ -56,8 +59,8 @@ class Source:
         return f"made-up-00000-of-00001[{index}]"
 
 
-def examples_of(tokenizer, *sources: Source, **options) -> loader.Examples:
-    return loader.Examples(Sources(sources, [len(s) for s in sources]), tokenizer, **options)
+def examples_of(tokenizer, *sources: Source, **options) -> encoded.Examples:
+    return encoded.Examples(Sources(sources, [len(s) for s in sources]), tokenizer, **options)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +75,9 @@ def plan(examples, tmp_path_factory):
 
 
 def batches(examples, plan, *, steps: int, start: int = 0, threads: int = 2, workers: int = 0):
-    host = loader.HostBatches(examples, plan.rows(2 * steps), plan.budget, 2, start)
-    return list(loader.stream(host, threads=threads, workers=workers))
+    rows = loader.HostRows(plan.rows(2 * steps), 2, start)
+    stream = loader.stream(rows, examples, plan.budget, threads=threads, workers=workers)
+    return list(stream)
 
 
 def drawn(plan, examples: int, *, skip: int = 0) -> list[int]:
@@ -166,11 +170,9 @@ def test_a_fault_of_the_program_names_the_record_and_never_looks_like_the_end(
 
 
 def test_a_stream_that_ends_too_soon_is_an_error(monkeypatch, examples, plan):
-    monkeypatch.setattr(loader.HostBatches, "__len__", lambda self: 3)
-    host = loader.HostBatches(examples, plan.rows(6), plan.budget, 2, 0)
-    stream = loader.stream(host, threads=1)
+    stream = loader.stream(loader.HostRows(plan.rows(6), 2), examples, plan.budget, threads=1)
     next(stream)
-    monkeypatch.setattr(loader.HostBatches, "__len__", lambda self: 9)
+    monkeypatch.setattr(loader.HostRows, "batches", 9)
     with pytest.raises(RuntimeError, match="after 3 of 9 batches"):
         list(stream)
 
@@ -184,5 +186,21 @@ def test_pairs_are_joined_to_their_clips_and_carry_their_references(tokenizer):
     assert scored[0].reference is values and examples[0].reference is None
 
 
-def test_unigram_entropy_of_a_fair_coin_is_log_two():
-    assert loader.unigram_entropy(np.array([0, 10, 0, 10])) == pytest.approx(np.log(2))
+def test_the_loader_never_holds_more_rows_than_it_says(monkeypatch, examples, plan):
+    alive, most, lock = set(), 0, threading.Lock()
+    pack = loader.Pack.map
+
+    def counted(self, row):
+        nonlocal most
+        batch = pack(self, row)
+        with lock:
+            alive.add(key := object())
+            most = max(most, len(alive))
+        weakref.finalize(batch[0].text.tokens, alive.discard, key)
+        return batch
+
+    monkeypatch.setattr(loader.Pack, "map", counted)
+    rows = loader.HostRows(plan.rows(60), 3)
+    for _ in loader.stream(rows, examples, plan.budget, threads=2):
+        time.sleep(0.02)  # A step that takes longer than making its batch: buffers run full.
+    assert most <= loader.most_rows(3, threads=2, workers=0)

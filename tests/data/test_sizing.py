@@ -122,3 +122,7 @@ def test_a_resumed_quarantine_knows_what_was_left_out_before(tmp_path):
     assert resumed.indices == [3]
     resumed.add([entry(8)])
     assert [json.loads(line)["clip_id"] for line in path.read_text().splitlines()] == ["c3", "c8"]
+
+
+def test_unigram_entropy_of_a_fair_coin_is_log_two():
+    assert sizing.unigram_entropy(np.array([0, 10, 0, 10])) == pytest.approx(np.log(2))

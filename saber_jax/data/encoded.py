@@ -1,0 +1,150 @@
+"""Random access to encoded examples: one per record, or one per preference pair."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from saber_jax.data.examples import Example, Size, encode_record, measure_record, thinned
+from saber_jax.data.pairs import Pair
+from saber_jax.data.quarantine import Entry
+from saber_jax.data.records import BadRecordError
+from saber_jax.data.sources import Sources
+from saber_jax.data.tasks import Request
+from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.data.withhold import Modality, withhold
+
+
+class References(Protocol):
+    """Element i is float32 [views, targets] of pair i, NaN where a view was not computed."""
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]: ...
+
+
+class Examples:
+    """Random access to encoded examples: one per record, or one per preference pair.
+
+    A record can be asked for more than one thing: of N records, example i + N * k is record i as
+    the answer to request k. A pair answers the six-section request alone.
+    """
+
+    def __init__(
+        self,
+        source: Sources,
+        tokenizer: Tokenizer,
+        pairs: list[Pair] | None = None,
+        requests: tuple[Request, ...] = (Request(),),
+    ):
+        self._source, self._tokenizer, self._pairs = source, tokenizer, pairs
+        self._indices = [source.index(pair.clip_id) for pair in pairs] if pairs else None
+        self._frame_pairs: Int[np.ndarray, " N"] | None = None
+        self._skipped: frozenset[int] = frozenset()
+        self.requests = requests if pairs is None else (Request(),)
+        self._references: References | None = None
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Raises ValueError when these are records and not pairs."""
+        if self._pairs is None:
+            raise ValueError("These examples are records, not preference pairs.")
+        return self._pairs
+
+    def with_references(self, references: "References") -> "Examples":
+        """The same pairs, each with the reference's log-prob of every target."""
+        return self._with(_references=references)
+
+    def __len__(self) -> int:
+        return len(self._pairs if self._pairs is not None else self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.encode(index, None)
+
+    def encode(self, index: int, hidden: Modality | None) -> Example:
+        """The example as it is, or with one modality of its clip hidden; its size is the same.
+
+        Raises BadRecordError naming the record when it cannot be used, and RuntimeError naming it
+        when the program fails on it.
+        """
+        asked, index = divmod(int(index), len(self))
+        position = self.record_of(index)
+        try:
+            if index in self._skipped:
+                raise BadRecordError("it was left out before this run was resumed")
+            record = self._source[position]
+            if self._frame_pairs is not None and len(record.frames) > 2 * self._frame_pairs[index]:
+                record = thinned(record, int(self._frame_pairs[index]))
+            record = record if hidden is None else withhold(record, hidden)
+            if self._pairs is None:
+                return encode_record(record, self._tokenizer, request=self.requests[asked])
+            pair = self._pairs[index]
+            return encode_record(
+                record,
+                self._tokenizer,
+                responses=(pair.chosen, pair.rejected),
+                kappa=pair.kappa,
+                ignored=pair.withheld,
+                reference=None if self._references is None else self._references[index],
+            )
+        except Exception as error:
+            raise self._named(position, error) from error
+
+    def measure(self, index: int) -> tuple[list[Size], int, Int[np.ndarray, " n"]]:
+        """Sizes under every request, frame pairs, all target tokens. Raises as `encode` does."""
+        position = self.record_of(index)
+        responses = None
+        if self._pairs is not None:
+            responses = (self._pairs[index].chosen, self._pairs[index].rejected)
+        try:
+            outline = self._source.outline(position)
+            measured = [
+                measure_record(outline, self._tokenizer, request=request, responses=responses)
+                for request in self.requests
+            ]
+        except Exception as error:
+            raise self._named(position, error) from error
+        sizes, tokens = zip(*measured, strict=True)
+        return list(sizes), len(outline.frames) // 2, np.concatenate(tokens)
+
+    def entry(self, index: int, reason: str, detail: str) -> Entry:
+        """How quarantine.jsonl names an example; a damaged record has lost its clip id."""
+        index = int(index) % len(self)
+        position = self.record_of(index)
+        try:
+            clip_id = self._source.outline(position).clip_id
+        except BadRecordError:
+            clip_id = ""
+        file = self._source.where(position)
+        return Entry(index=index, clip_id=clip_id, file=file, reason=reason, detail=detail)
+
+    def source_of(self) -> Int[np.ndarray, " N"]:
+        """Which of the record sources each example comes from."""
+        return self._source.source_of(np.array(self._indices or range(len(self)), np.int64))
+
+    def with_frame_pairs(self, frame_pairs: Int[np.ndarray, " N"]) -> "Examples":
+        """The same examples, clips thinned to so many frame pairs."""
+        return self._with(_frame_pairs=frame_pairs)
+
+    def without(self, indices: Iterable[int]) -> "Examples":
+        """The same examples, those of `indices` bad whatever their records hold."""
+        return self._with(_skipped=frozenset(indices))
+
+    def record_of(self, index: int) -> int:
+        """Which record an example is about."""
+        return int(index) if self._indices is None else self._indices[index]
+
+    def _with(self, **changes) -> "Examples":
+        other = Examples.__new__(Examples)
+        other.__dict__ = self.__dict__ | changes
+        return other
+
+    def _named(self, position: int, error: Exception) -> Exception:
+        """What to raise instead of `error`, which record `position` is behind."""
+        where = self._source.where(position)
+        if isinstance(error, BadRecordError | ValueError):  # What is stored makes no sense.
+            return BadRecordError(f"{where}: {error}")
+        # Also for StopIteration, which a stream would take for the end of the data.
+        return RuntimeError(
+            f"Encoding {where} failed with {type(error).__name__}: {error}. This is a fault of the "
+            "program, not of the record."
+        )
