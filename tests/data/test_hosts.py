@@ -96,7 +96,7 @@ def test_a_run_resumed_on_another_number_of_hosts_loses_and_repeats_no_example(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before,after", [((2, 0), (3, 2)), ((3, 2), (1, 0)), ((1, 3), (4, 1))])
+@pytest.mark.parametrize("before,after", [((2, 0), (3, 2)), ((3, 2), (1, 0))])
 def test_a_run_resumed_with_other_loader_processes_loses_and_repeats_no_example(
     numbered, before, after
 ):
