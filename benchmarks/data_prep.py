@@ -30,7 +30,7 @@ import numpy as np
 from av.video.frame import PictureType
 
 from benchmarks.result import device, finish
-from data_prep.corpus import __main__ as corpus
+from data_prep.corpus import build as corpus
 from data_prep.corpus.plan import Sizes
 from data_prep.raw import annotate, ears, filters, measure, transcripts
 from data_prep.raw.answers import EndpointSettings

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_prep.corpus import __main__ as corpus
+from data_prep.corpus import build as corpus
 from data_prep.records import build
 from saber_jax.data import media
 from saber_jax.data.examples import encode_record

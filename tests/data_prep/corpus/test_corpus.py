@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.corpus import __main__ as corpus
+from data_prep.corpus import build as corpus
 from data_prep.corpus import film, text, voice
 from data_prep.corpus.plan import EMOTIONS, Sizes, plan
 from data_prep.corpus.voice import MAX_SAMPLES, Speaker

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("faster_whisper", reason="requirements-prep.txt is not installed")
 
-from data_prep.corpus import __main__ as corpus
+from data_prep.corpus import build as corpus
 from data_prep.corpus.plan import Sizes
 from data_prep.raw import run, settings, storage
 from data_prep.records import build, importers
