@@ -136,11 +136,15 @@ def _pairs(config: ConfigDict, data: Path) -> Step:
     command = (
         *("python", "-m", "data_prep.preferences", "--checkpoint", config.init.checkpoint),
         *("--records", str(data), "--split", config.data.split),
-        *("--out", config.data.pairs, *_generation(config)),
+        *("--out", config.data.pairs, *_mining(config)),
     )
+    says = {
+        "withhold": "what the SED model says with one modality withheld, against the target",
+        "sample": "the best scored of several answers of the SED model, against the worst",
+    }
     return Step(
         name="pairs",
-        says="preference pairs: what the SED model says with one modality withheld",
+        says=f"preference pairs: {says[config.mining.method]}",
         command=command,
         share=command,
         leaves=config.data.pairs,
@@ -199,6 +203,32 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
         after=tuple(names.values()),
     )
     return [*evaluations, export, report]
+
+
+def _mining(config: ConfigDict) -> tuple[str, ...]:
+    """Flags of the method; raises SystemExit for settings that mining would refuse hours later."""
+    m = config.mining
+    for name, known in (("method", ("sample", "withhold")), ("scorer", ("offline", "judge"))):
+        if m[name] not in known:
+            raise SystemExit(
+                f"launch/tpu_run.sh: config.mining.{name} is {m[name]!r}; it is one of {known}."
+            )
+    if m.method == "sample" and m.scorer == "judge" and not (m.judge and m.judge_model):
+        raise SystemExit(
+            "launch/tpu_run.sh: config.mining.scorer=judge needs config.mining.judge, the URL of "
+            "an OpenAI-compatible endpoint, and config.mining.judge_model. Set both, or "
+            "--config.mining.scorer=offline."
+        )
+    if m.method == "withhold":
+        return ("--method", m.method, *_generation(config))
+    judge = ("--judge", m.judge, "--judge_model", m.judge_model) if m.scorer == "judge" else ()
+    return (
+        *("--method", m.method, "--batch_size", str(m.batch_size)),
+        *("--max_new_tokens", str(config.generation.max_new_tokens), "--seed", str(config.seed)),
+        *("--samples", str(m.samples), "--temperature", str(m.temperature)),
+        *("--margin", str(m.margin), "--pairs_per_clip", str(m.pairs_per_clip)),
+        *("--scorer", m.scorer, *judge),
+    )
 
 
 def _generation(config: ConfigDict) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ APART = (
     *("variant", "topology", "mesh", "root", "workdir", "reference", "generation"),
     *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
     *("checkpoint_every", "log_every", "metrics_every", "profile", "wandb"),
-    *("heartbeat_seconds", "stall_seconds", "strict_restore"),
+    *("heartbeat_seconds", "stall_seconds", "strict_restore", "mining.batch_size", "mining.judge"),
 )
 
 

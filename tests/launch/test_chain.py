@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import cadpo
+from data_prep.preferences import __main__ as mining
 from launch import chain
 from saber_jax.runs.distributed import PREEMPTED
 
@@ -107,6 +108,37 @@ def test_a_start_and_pairs_of_ones_own_are_not_made(tmp_path):
     assert "sft" not in links and "pairs" not in links
     assert "/elsewhere/sft" in links["evaluate_sft"].command
     assert "--pairs" not in links["report"].command
+
+
+def mined(*settings: tuple[str, object], variant: str = "tiny") -> list[str]:
+    """The command that mines pairs."""
+    config = cadpo.get_config(variant)
+    config.mining.update(dict(settings))
+    links = chain.steps(config, f"configs/cadpo.py:{variant}", ())
+    return list(next(link for link in links if link.name == "pairs").command)
+
+
+def test_pairs_are_mined_by_the_method_of_the_config():
+    assert mined()[mined().index("--method") + 1] == "withhold"
+    assert mining._flags(mined()[3:]).batch_size == cadpo.get_config("tiny").generation.batch_size
+    flags = mining._flags(mined(variant="7b")[3:])
+    assert (flags.method, flags.samples, flags.temperature) == ("sample", 10, 0.8)
+    judged = mined(
+        ("method", "sample"), ("scorer", "judge"), ("judge", "URL"), ("judge_model", "J")
+    )
+    assert mining._flags(judged[3:]).judge_model == "J"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((("method", "samples"),), "config.mining.method is 'samples'"),
+        ((("method", "sample"), ("scorer", "judge")), "needs config.mining.judge"),
+    ],
+)
+def test_mining_that_could_not_work_is_refused_before_stage_1(settings, said):
+    with pytest.raises(SystemExit, match=said):
+        mined(*settings)
 
 
 def test_every_path_follows_the_root():
