@@ -67,7 +67,11 @@ def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: 
     workdir = Path(config.workdir)
     base = start.base_checkpoint(config, stage, workdir)
     describe(config, stage.cfg, workdir, base, inputs)
-    meta = {"plan": inputs.plan.fingerprint(), "batch_rows": config.data.batch_rows}
+    meta = {
+        "records": inputs.examples.fingerprint,
+        "plan": inputs.plan.fingerprint(),
+        "batch_rows": config.data.batch_rows,
+    }
 
     checkpoints = checkpoint.Checkpoints(
         workdir,

@@ -55,10 +55,6 @@ class _Bucket:
         self._path.unlink(missing_ok=True)
 
 
-CHECKSUMS = "SHA256SUMS"
-"""Beside the shards; `sha256sum --check SHA256SUMS` there says whether a copy is whole."""
-
-
 class Saber(tfds.core.GeneratorBasedBuilder):
     """SABER clips with six-section annotations: frames, sound, text and labels."""
 
@@ -183,4 +179,4 @@ def _write_checksums(directory: Path) -> None:
     for path in sorted(directory.glob("*.array_record*")):
         with path.open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    (directory / CHECKSUMS).write_text("".join(lines))
+    (directory / records.CHECKSUMS).write_text("".join(lines))

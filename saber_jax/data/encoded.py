@@ -1,5 +1,7 @@
 """Random access to encoded examples: one per record, or one per preference pair."""
 
+import functools
+import hashlib
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -105,6 +107,15 @@ class Examples:
             raise self._named(position, error) from error
         sizes, tokens = zip(*measured, strict=True)
         return list(sizes), len(outline.frames) // 2, np.concatenate(tokens)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with what examples are made from: records, vocabulary, requests and pairs."""
+        digest = hashlib.sha256(repr((self._source.fingerprint, self.requests)).encode())
+        digest.update(self._tokenizer.path.read_bytes())
+        for pair in self._pairs or ():
+            digest.update(pair.key)
+        return digest.hexdigest()[:16]
 
     def entry(self, index: int, reason: str, detail: str) -> Entry:
         """How quarantine.jsonl names an example; a damaged record has lost its clip id."""

@@ -31,19 +31,19 @@ from saber_jax.data.quarantine import Entry, Quarantine
 from saber_jax.data.records import BadRecordError
 from saber_jax.data.withhold import MODALITIES
 from saber_jax.data.workers import in_processes, sigterm_held
-from saber_jax.runs.files import replacing
 
 
 def measure(examples: Examples, cache: Path, *, workers: int = 0) -> sizing.Measurements:
     """Sizes of all N examples under all K requests, and how often each target token occurs.
 
-    Kept in `cache`. Several processes measure a share each and exchange the results.
+    Kept in `cache`, under what the examples are made from. Several processes measure a share each
+    and exchange the results.
     """
-    # The first process decides: on disks of their own the others may or may not have the file.
-    if multihost_utils.broadcast_one_to_all(np.int32(cache.exists())):
-        stored = np.load(cache)
-        fields = dataclasses.fields(sizing.Measurements)
-        return sizing.Measurements(**{field.name: stored[field.name] for field in fields})
+    stored = sizing.load(cache, examples.fingerprint)
+    # On disks of their own some processes may have the file and others not.
+    if multihost_utils.process_allgather(np.int32(stored is not None)).all():
+        assert stored is not None, "this process has said so"
+        return stored
     mine = range(jax.process_index(), len(examples), jax.process_count())
     first = jax.process_index() == 0
     part = sizing.measure(examples, len(examples), mine, workers=workers, quiet=not first)
@@ -51,8 +51,7 @@ def measure(examples: Examples, cache: Path, *, workers: int = 0) -> sizing.Meas
         *(_sum_over_processes(getattr(part, f.name)) for f in dataclasses.fields(part))
     )
     if first:
-        with replacing(cache) as partial, partial.open("wb") as file:
-            np.savez(file, **vars(whole))
+        sizing.save(cache, whole, examples.fingerprint)
     return whole
 
 

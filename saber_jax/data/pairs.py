@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 from saber_jax.data.withhold import MODALITIES
+from saber_jax.runs.files import numbered_jsonl
 
 REQUIRED = ("clip_id", "chosen", "rejected")
 
@@ -42,29 +43,27 @@ def read_pairs(path: str | Path) -> list[Pair]:
         raise FileNotFoundError(
             f"No preference pairs at {path}. Mine them with python -m data_prep.preferences."
         )
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        if missing := [key for key in REQUIRED if key not in row]:
-            raise ValueError(f"{path}:{number} lacks {missing}; a pair has at least {REQUIRED}.")
-        pair = Pair(
-            **{key: row[key] for key in REQUIRED},
-            withheld=_withheld(row, f"{path}:{number}"),
-            kappa=row.get("kappa"),
-        )
-        if pair.chosen == pair.rejected:
-            raise ValueError(
-                f"{path}:{number} ({pair.clip_id}): chosen and rejected are the same text, which "
-                "teaches nothing. Remove the line."
-            )
-        pairs.append(pair)
+    pairs = [_pair(row, f"{path}:{number}") for number, row in numbered_jsonl(path)]
     if not pairs:
         raise ValueError(f"{path} holds no pair. Mine some with python -m data_prep.preferences.")
     return pairs
 
 
-def _withheld(row: dict, where: str) -> str:
-    withheld = row.get("withheld") or ""
+def _pair(row: dict[str, Any], where: str) -> Pair:
+    if missing := [key for key in REQUIRED if key not in row]:
+        raise ValueError(f"{where} lacks {missing}; a pair has at least {REQUIRED}.")
+    for key in REQUIRED:
+        if not isinstance(row[key], str):
+            raise ValueError(f"{where}: {key} is {row[key]!r}; it must be text.")
+    withheld, kappa = row.get("withheld") or "", row.get("kappa")
     if withheld and withheld not in MODALITIES:
         raise ValueError(f"{where}: withheld is {withheld!r}; it must be one of {MODALITIES}.")
-    return withheld
+    number = isinstance(kappa, int | float) and not isinstance(kappa, bool)
+    if kappa is not None and not (number and 0 <= kappa <= 1):
+        raise ValueError(f"{where}: kappa is {kappa!r}; it must be a number from 0 to 1.")
+    if row["chosen"] == row["rejected"]:
+        raise ValueError(
+            f"{where} ({row['clip_id']}): chosen and rejected are the same text, which teaches "
+            "nothing. Remove the line."
+        )
+    return Pair(**{key: row[key] for key in REQUIRED}, withheld=withheld, kappa=kappa)

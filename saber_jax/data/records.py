@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import multiprocessing
 import re
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int16, UInt8
 
 from saber_jax.runs.files import replacing
+from saber_jax.runs.manifest import fingerprint
 
 LANGUAGES = ("en", "zh")
 
@@ -165,6 +168,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
 Size = tuple[str, str, int, int, int, int, float]
 """(clip_id, language, T, H, W, audio_samples, seconds_per_grid)."""
 
+CHECKSUMS = "SHA256SUMS"
+"""Beside the shards; `sha256sum --check SHA256SUMS` there says whether a copy is whole."""
+
 ATTEMPTS = 3
 """Reads of a record before its storage is believed to be broken."""
 
@@ -184,6 +190,7 @@ class RecordSource:
         if split not in splits:
             raise ValueError(f"No split {split!r} in {self.path}; it has {', '.join(splits)}.")
         self._shards = splits[split]
+        self._warned = False
 
     def __len__(self) -> int:
         return sum(self._shards)
@@ -201,8 +208,24 @@ class RecordSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay behind; every process opens its own."""
-        keep = ("path", "split", "directory", "_shards")
+        keep = ("path", "split", "directory", "_shards", "_warned")
         return {name: self.__dict__[name] for name in keep}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes when other records are put in the place of these, at the cost of no record.
+
+        From the names and sizes of the files and the checksums that the build left beside them; of
+        records without checksums, from the first and last MiB of every file.
+        """
+        summed = (self.directory / CHECKSUMS).exists()
+        sizes = [
+            (file.name, file.stat().st_size)
+            for file in sorted(self.directory.glob(f"*-{self.split}.array_record*"))
+        ]
+        patterns = (CHECKSUMS,) if summed else (f"*-{self.split}.array_record*",)
+        content = fingerprint(self.directory, "dataset_info.json", *patterns)
+        return hashlib.sha256(repr((self.split, sizes, content)).encode()).hexdigest()[:16]
 
     def where(self, index: int) -> str:
         """The file of a record and its place in it: "...array_record-00002-of-00008[17]"."""
@@ -223,16 +246,16 @@ class RecordSource:
         From the file that `write_outlines` left beside the records, or else from the record itself.
         Raises BadRecordError as reading the record does.
         """
-        if self._outlines is None:
+        outlines = self._outlines
+        if outlines is None:
             return self[index]
-        stored = json.loads(self._outlines[index])
-        if "bad" in stored:
-            raise BadRecordError(stored["bad"])
-        return Record(
-            frames=np.broadcast_to(np.uint8(0), stored.pop("frames")),
-            audio=np.broadcast_to(np.int16(0), stored.pop("audio")),
-            **stored,
-        )
+        try:
+            return _from_outline(outlines[index])
+        except BadRecordError:
+            raise
+        except Exception as error:  # Whatever a damaged file makes its reader raise.
+            self._read_records_instead(error)
+            return self[index]
 
     @functools.cached_property
     def sizes(self) -> list[Size]:
@@ -257,9 +280,25 @@ class RecordSource:
             return None
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        outlines = ArrayRecordDataSource(str(file))
-        # Left behind by an older build of the same directory.
-        return outlines if len(outlines) == len(self) else None
+        try:
+            outlines = ArrayRecordDataSource(str(file))
+            if len(outlines) != len(self):
+                raise ValueError(f"it has {len(outlines)} outlines of {len(self)} records")
+        except Exception as error:  # Native code raises RuntimeError for damage of any kind.
+            self._read_records_instead(error)
+            return None
+        return outlines
+
+    def _read_records_instead(self, error: Exception) -> None:
+        """Says so, once a process: it is right, and much slower than reading outlines."""
+        if not self._warned:
+            self._warned = True
+            logging.warning(
+                "%s cannot be used: %s. The records themselves are read instead, which takes "
+                "longer; delete the file or build the records again.",
+                outlines_file(self.directory, self.split),
+                str(error) or type(error).__name__,
+            )
 
     def _read(self, index: int) -> Mapping[str, Any]:
         for attempt in range(ATTEMPTS):
@@ -286,6 +325,18 @@ def size_of(record: Record) -> Size:
     shape = record.frames.shape[:3]
     clip = (record.clip_id, record.language)
     return (*clip, *shape, len(record.audio), record.seconds_per_grid)
+
+
+def _from_outline(stored: bytes) -> Record:
+    """Raises BadRecordError where the record is known to be bad, anything else for damage."""
+    fields = json.loads(stored)
+    if "bad" in fields:
+        raise BadRecordError(fields["bad"])
+    return Record(
+        frames=np.broadcast_to(np.uint8(0), fields.pop("frames")),
+        audio=np.broadcast_to(np.int16(0), fields.pop("audio")),
+        **fields,
+    )
 
 
 def outlines_file(directory: Path, split: str) -> Path:

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int
 from tqdm import tqdm
 
@@ -15,6 +17,7 @@ from saber_jax.data.packing import Budget
 from saber_jax.data.planning import FIELDS, fits
 from saber_jax.data.quarantine import Entry
 from saber_jax.data.records import BadRecordError
+from saber_jax.runs.files import replacing
 
 BAD = -1
 """In every size of an example whose record cannot be used."""
@@ -55,6 +58,27 @@ class Measurements:
         counts[: len(self.token_counts)] += self.token_counts
         counts[: len(other.token_counts)] += other.token_counts
         return Measurements(self.sizes + other.sizes, self.frame_pairs + other.frame_pairs, counts)
+
+
+def save(path: Path, measurements: Measurements, fingerprint: str) -> None:
+    """Keeps measurements of the examples that have this `fingerprint`."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **vars(measurements), fingerprint=np.array(fingerprint))
+
+
+def load(path: Path, fingerprint: str) -> Measurements | None:
+    """What `save` kept, or None when that is nothing, damaged, or of other examples."""
+    if not path.exists():
+        return None
+    fields = [field.name for field in dataclasses.fields(Measurements)]
+    try:
+        with np.load(path) as stored:
+            if str(stored["fingerprint"]) == fingerprint:
+                return Measurements(**{name: stored[name] for name in fields})
+        logging.info("%s is of other records or pairs; they are measured again.", path)
+    except Exception as error:  # A damaged zip makes its reader raise a dozen kinds.
+        logging.warning("%s is damaged (%s); the examples are measured again.", path, error)
+    return None
 
 
 def measure(

@@ -1,6 +1,7 @@
 """Several record directories as one, each drawn as often as its weight says."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,6 +69,12 @@ class Sources:
     def outline(self, index: int) -> Record:
         source, inside = self._at(index)
         return source.outline(inside)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any source's records and with their order, but not with the weights."""
+        parts = [source.fingerprint for source in self.sources]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def where(self, index: int) -> str:
         source, inside = self._at(index)

@@ -82,7 +82,11 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads one JSON object a line. Raises ValueError naming the file and line that is none."""
-    items = []
+    return [item for _, item in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_jsonl` one by one, each object with the number of its line, from 1."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -94,5 +98,4 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
             if not isinstance(item, dict):
                 kind = type(item).__name__
                 raise ValueError(f"{path}:{number} is not a JSON object but a {kind}.")
-            items.append(item)
-    return items
+            yield number, item

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from saber_jax.data import encoded, loader
+from saber_jax.data import encoded, loader, sizing
 from saber_jax.data.examples import size_of
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import Pair
@@ -27,7 +27,7 @@ BUDGET = Budget(length=640, patches=216, chunks=3, targets=384, segments=3)
 class Source:
     """A RecordSource of made-up records; reading `broken` ones raises `error`."""
 
-    path, split = "made-up", "train"
+    path, split, fingerprint = "made-up", "train", "made-up"
 
     def __init__(
         self,
@@ -101,15 +101,49 @@ def test_resumed_stream_repeats_the_uninterrupted_one_bit_for_bit(examples, plan
         assert about == about_got
 
 
-def test_measured_sizes_survive_in_the_cache(examples, tmp_path):
+def test_measured_sizes_survive_in_the_cache(examples, tmp_path, monkeypatch):
     measured = loader.measure(examples, tmp_path / "sizes.npz")
-    again = loader.measure(None, tmp_path / "sizes.npz")
+    with monkeypatch.context() as patched:
+        patched.delattr(encoded.Examples, "measure")  # Nothing is measured twice.
+        again = loader.measure(examples, tmp_path / "sizes.npz")
     for field in dataclasses.fields(measured):
         np.testing.assert_array_equal(getattr(measured, field.name), getattr(again, field.name))
     sizes = measured.sizes
     assert sizes.shape == (1, 17, 6)
     assert measured.token_counts.sum() == sizes[0, :, -1].sum()
     assert sizes[0, 0, 0] == size_of(examples[0]).text
+
+
+def test_sizes_of_other_examples_are_not_taken_for_these(tokenizer, tmp_path):
+    cache = tmp_path / "sizes.npz"
+    pair = Pair(clip_id="clip7", chosen="[video_desc] a room", rejected="[video_desc] a person")
+    others = dataclasses.replace(pair, chosen=pair.chosen + " with a window and a door")
+    replaced = Source(17)
+    replaced.fingerprint = "replaced"
+    mixture = Mixture({"sed": 1.0, "acoustic_feat": 1.0}, seed=3)
+    some = [
+        examples_of(tokenizer, Source(17)),
+        examples_of(tokenizer, replaced),
+        examples_of(tokenizer, Source(17), requests=mixture.requests),
+        examples_of(tokenizer, Source(17), pairs=[pair]),
+        examples_of(tokenizer, Source(17), pairs=[others]),
+    ]
+    assert len({examples.fingerprint for examples in some}) == len(some)
+    for examples in some:
+        loader.measure(examples, cache)
+        assert sizing.load(cache, examples.fingerprint) is not None
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 and no more", None])
+def test_damaged_sizes_are_named_and_measured_again(examples, tmp_path, damage, caplog):
+    cache = tmp_path / "sizes.npz"
+    whole = loader.measure(examples, cache)
+    raw = cache.read_bytes()
+    cache.write_bytes(raw[: len(raw) // 2] if damage is None else damage)
+    again = loader.measure(examples, cache)
+    np.testing.assert_array_equal(again.sizes, whole.sizes)
+    assert f"{cache} is damaged" in caplog.text
+    assert sizing.load(cache, examples.fingerprint) is not None
 
 
 def test_every_epoch_draws_its_tasks_anew_and_every_row_still_fits(tokenizer, tmp_path):

@@ -167,3 +167,36 @@ def test_a_missing_dataset_or_split_is_one_clear_error(written, tmp_path):
         records.RecordSource(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match=r"'tset'.*train"):
         records.RecordSource(written.path, "tset")
+
+
+@pytest.mark.parametrize("place", [*range(0, 100, 5), 65_535, 65_536, 65_560, 65_600, -1, -600])
+def test_a_flipped_bit_in_the_outlines_costs_no_record(written, place):
+    records.write_outlines(opened(written))
+    expected = [written.examples[i]["clip_id"] for i in range(3)]
+    file = records.outlines_file(opened(written).directory, "train")
+    raw = bytearray(file.read_bytes())
+    raw[place] ^= 4
+    file.write_bytes(raw)
+    source = opened(written)
+    assert [source.outline(i).clip_id.encode() for i in range(3)] == expected
+    assert source.sizes == [(name, "zh", 4, 28, 56, 1234, 0.75) for name in "xyz"]
+
+
+@pytest.mark.parametrize("rest", [0, 1, 1000, 100_000])
+def test_cut_off_outlines_are_named_and_the_records_read_instead(written, rest, caplog):
+    records.write_outlines(opened(written))
+    file = records.outlines_file(opened(written).directory, "train")
+    file.write_bytes(file.read_bytes()[:rest])
+    source = opened(written)
+    assert [source.outline(i).clip_id for i in range(3)] == ["x", "y", "z"]
+    assert caplog.text.count(f"{file} cannot be used") == 1
+
+
+def test_a_fingerprint_of_records_changes_when_others_take_their_place(written):
+    source = opened(written)
+    before = source.fingerprint
+    assert opened(written).fingerprint == before
+    (source.directory / records.CHECKSUMS).write_text("0  shard\n")
+    summed = opened(written).fingerprint
+    (source.directory / records.CHECKSUMS).write_text("1  shard\n")
+    assert len({before, summed, opened(written).fingerprint}) == 3

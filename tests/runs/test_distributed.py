@@ -29,7 +29,7 @@ def mesh_of(rows: list[list[list[int]]]) -> jax.sharding.Mesh:
 class Numbers:
     """Examples of `index + 1` tokens each, which a process counts as it reads them."""
 
-    requests = (None,)
+    requests, fingerprint = (None,), "numbers"
 
     def __init__(self):
         self.read = []

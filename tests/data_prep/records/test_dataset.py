@@ -22,7 +22,7 @@ def local(tmp_path_factory) -> Path:
 
 
 def checked(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = ["sha256sum", "--check", "--quiet", dataset.CHECKSUMS]
+    command = ["sha256sum", "--check", "--quiet", records.CHECKSUMS]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from saber_jax.data.pairs import read_pairs
+
+GOOD = {"clip_id": "a", "chosen": "calm", "rejected": "angry"}
+
+
+def written(tmp_path, *lines):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_pairs_are_read_with_what_is_known_of_them_and_other_keys_are_for_people(tmp_path):
+    known = GOOD | {"withheld": "audio", "kappa": 0.5, "language": "zh"}
+    written(tmp_path, json.dumps(GOOD), json.dumps(known))
+    plain, full = read_pairs(tmp_path)
+    assert (plain.withheld, plain.kappa) == ("", None)
+    assert (full.withheld, full.kappa) == ("audio", 0.5)
+    assert plain.key == full.key
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"clip_id": "a", ', "is not JSON"),
+        ("[]", "not a JSON object"),
+        (json.dumps({"clip_id": "a", "chosen": "calm"}), r"lacks \['rejected'\]"),
+        (json.dumps(GOOD | {"chosen": None}), "chosen is None; it must be text"),
+        (json.dumps(GOOD | {"withheld": "smell"}), "withheld is 'smell'"),
+        (json.dumps(GOOD | {"kappa": 2}), "kappa is 2; it must be a number from 0 to 1"),
+        (json.dumps(GOOD | {"kappa": "much"}), "kappa is 'much'"),
+        (json.dumps(GOOD | {"rejected": "calm"}), "the same text"),
+    ],
+)
+def test_a_damaged_pair_is_named_with_its_file_and_line(tmp_path, line, words):
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl:2\b.*{words}"):
+        read_pairs(written(tmp_path, json.dumps(GOOD), line))
+
+
+def test_no_pairs_is_an_error_that_says_how_to_mine_some(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data_prep\.preferences"):
+        read_pairs(tmp_path)
+    with pytest.raises(ValueError, match="holds no pair"):
+        read_pairs(written(tmp_path))
