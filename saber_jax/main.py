@@ -328,7 +328,7 @@ def run(config: ConfigDict) -> None:
     except loop.Preempted as stopped:
         say(f"{config.stage}: {stopped}. The same command goes on from there.")
         sys.exit(distributed.PREEMPTED)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, checkpoint.SaveError) as error:
         sys.exit(f"saber_jax.main: {error}")
 
 

@@ -12,6 +12,7 @@ frozen weights, its step and a hash, so that another one that took its place is 
 loads WORKDIR gets base and adapters together and need not know.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,21 @@ from saber_jax.tree import flatten, merge
 MODEL_FILE = "model.json"
 ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
 
-# Items that a CheckpointManager wrote have no metadata file of their own, and need none.
-logging.getLogger("absl").addFilter(
-    lambda record: not record.getMessage().startswith("Metadata file does not exist")
-)
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of every thread and task that an error passes through, and raises it
+    as well. Items that a CheckpointManager wrote have no metadata file of their own, and need none.
+    """
+    of_orbax = "orbax" in record.pathname and record.levelno >= logging.ERROR
+    return not (of_orbax or record.getMessage().startswith("Metadata file does not exist"))
+
+
+logging.getLogger("absl").addFilter(_worth_saying)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+class SaveError(Exception):
+    """A checkpoint was not written; the message names the reason and the last whole step."""
 
 
 class Checkpoints:
@@ -71,21 +83,25 @@ class Checkpoints:
         return step % self._every == 0
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves, if that step is not saved yet. `meta` is JSON: what must match for a resume."""
+        """Saves, if that step is not saved yet. `meta` is JSON: what must match for a resume.
+
+        Raises SaveError when this or the save before it did not come to its end.
+        """
         step = int(meta["step"])
         if step == self.latest():
             return
         about = saved.described(self._arrays(state)) | {"meta": saved.checksum(meta)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(self._saved(state)),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave(meta),
-                digests=ocp.args.JsonSave(about),
-            ),
-            force=True,
-        )
+        with self._saving():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(self._saved(state)),
+                    opt_state=ocp.args.StandardSave(state.opt_state),
+                    meta=ocp.args.JsonSave(meta),
+                    digests=ocp.args.JsonSave(about),
+                ),
+                force=True,
+            )
 
     def meta(self) -> dict[str, Any]:
         """What was saved beside the latest state."""
@@ -177,9 +193,23 @@ class Checkpoints:
         return saved.named(self._saved(state), "params") | saved.named(state.opt_state, "opt_state")
 
     def close(self) -> None:
-        """Waits for what is still being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for what is still being written. Raises SaveError when it is not written."""
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """One sentence in the place of all that a failed save makes Orbax say."""
+        try:
+            yield
+        except Exception as error:
+            whole = [s.name for s in saved.steps(self._workdir) if not saved.problem(s, ITEMS)]
+            kept = f"step {whole[-1]} is whole" if whole else "there is no earlier one"
+            raise SaveError(
+                f"A checkpoint could not be written to {self._workdir}: {saved.cause(error)}; "
+                f"{kept}. Make room or repair the disk; the same command goes on from there."
+            ) from error
 
 
 def write_model_files(

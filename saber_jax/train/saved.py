@@ -9,7 +9,9 @@ ones that were written, only its digests tell, once its arrays are read.
 """
 
 import contextlib
+import errno
 import json
+import os
 import re
 import sys
 import time
@@ -200,6 +202,19 @@ def brief(error: BaseException) -> str:
     """The first line of what a library said, cut where it goes on about source files."""
     text = re.split(r" \[(?:source|tensorstore)|\n", str(error).strip(), maxsplit=1)[0]
     return f"{type(error).__name__}: {text[:300]}".rstrip(".: ")
+
+
+def cause(error: BaseException) -> str:
+    """The operating system's reason where there is one among the causes, or the first line."""
+    found: BaseException | None = error
+    text = str(error)
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return f"{found.strerror} ({found.filename})" if found.filename else found.strerror
+        text += str(found)
+        found = found.__cause__ or found.__context__
+    known = (os.strerror(code) for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS))
+    return next((reason for reason in known if reason in text), brief(error))
 
 
 def _entries(step: Path) -> dict[str, list]:
