@@ -57,6 +57,7 @@ RANGES = {
     "checkpoint_every": COUNT,
     "metrics_every": COUNT,
     "log_every": NOT_NEGATIVE,
+    "nonfinite_limit": NOT_NEGATIVE,
     "heartbeat_seconds": COUNT,
     "stall_seconds": NOT_NEGATIVE,
     "generation.*": COUNT,

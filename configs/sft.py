@@ -108,6 +108,11 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.checkpoint_every = 100
+    # A step whose loss or gradients are not finite: "stop" ends the run, "skip" changes nothing at
+    # that step, "rollback" goes back to the last checkpoint without the records of that batch,
+    # which count towards data.max_bad_fraction.
+    c.on_nonfinite = "stop"
+    c.nonfinite_limit = 10  # Steps that may be passed over in the whole run.
     # A damaged checkpoint ends the run instead of being set aside for the one before it.
     c.strict_restore = False
     c.metrics_every = 100  # Steps between measurements too costly for every step; stage 2 has some.

@@ -25,17 +25,18 @@ from configs import ranges
 from saber_jax import sharding
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.pairs import Pair, read_pairs
+from saber_jax.data.quarantine import Entry
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import distributed, lock, manifest
-from saber_jax.runs.files import read_json, write_json
-from saber_jax.runs.identity import identity
+from saber_jax.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from saber_jax.runs.identity import MAY_CHANGE, identity
 from saber_jax.runs.manifest import fingerprint
 from saber_jax.runs.speaking import say
 from saber_jax.runs.timeline import Attempt, Timeline, goodput
 from saber_jax.runs.watchdog import Watchdog
-from saber_jax.train import checkpoint, loop, reference, samples, setup, start
+from saber_jax.train import checkpoint, loop, nonfinite, reference, samples, saved, setup, start
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.preference import Preference
 from saber_jax.train.profile import Profile
@@ -59,11 +60,15 @@ def train(config: ConfigDict) -> None:
         with alone:
             inputs = open_inputs(config, workdir, pairs)
             claim(workdir, config)
-            run_stage(config, stage, inputs, watchdog)
+            while not run_stage(config, stage, inputs, watchdog):
+                pass
 
 
-def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: Watchdog) -> None:
-    """The run itself, in a work directory that is its own; `watchdog` follows its progress."""
+def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: Watchdog) -> bool:
+    """The run itself, in a work directory that is its own; `watchdog` follows its progress.
+
+    Returns False when it has to go on from its last checkpoint, with what was left out since.
+    """
     workdir = Path(config.workdir)
     base = start.base_checkpoint(config, stage, workdir)
     describe(config, stage.cfg, workdir, base, inputs)
@@ -93,13 +98,30 @@ def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: 
         inputs = inputs.resumed(checkpoints.meta()["data"])
         say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
 
-    step_fn = stage.train_step()
+    if bad := nonfinite.left_out(workdir):
+        inputs.quarantine.note(bad)
+        examples = inputs.examples.without(inputs.quarantine.indices)
+        inputs = dataclasses.replace(inputs, examples=examples)
+
+    step_fn = stage.train_step(skip=config.on_nonfinite == "skip")
     first, began = int(state.step), time.perf_counter()
     rows = inputs.plan.rows(config.steps * config.data.batch_rows)
     batches = inputs.batches(
         config, stage.mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
     )
-    watch = watched(config, stage, batches, workdir, first, watchdog)
+
+    def records(step: int) -> list[Entry]:
+        batch = rows[step * config.data.batch_rows : (step + 1) * config.data.batch_rows]
+        detail = f"in the batch of step {step}"
+        return [inputs.examples.entry(i, "nonfinite", detail) for row in batch for i in row]
+
+    trouble = nonfinite.NonFinite(
+        workdir=workdir,
+        policy=config.on_nonfinite,
+        limit=config.nonfinite_limit,
+        records=records,
+    )
+    watch = watched(config, stage, batches, workdir, first, watchdog, trouble)
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
     # Also while the last checkpoint is being written: SIGTERM must not interrupt that.
@@ -115,6 +137,9 @@ def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: 
                 probe=stage.probe(),
                 probe_every=config.metrics_every,
             )
+        except nonfinite.RolledBack as back:
+            say(f"WARNING: {back}")
+            return False
         finally:
             watchdog.timeline.at("finish")
             checkpoints.close()
@@ -130,6 +155,7 @@ def run_stage(config: ConfigDict, stage: setup.Setup, inputs: Inputs, watchdog: 
     }
     finish(workdir, summary)
     say(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
+    return True
 
 
 def recorded(workdir: Path, watch: loop.Watch, steps: int) -> dict:
@@ -147,6 +173,7 @@ def watched(
     workdir: Path,
     first: int,
     watchdog: Watchdog,
+    trouble: nonfinite.NonFinite,
 ) -> loop.Watch:
     """Who looks on from step `first`: files, console, meter, profiler."""
     attempt = None
@@ -162,6 +189,7 @@ def watched(
         timeline=watchdog.timeline,
         attempt=attempt,
         hosts=watchdog.metrics,
+        nonfinite=trouble,
     )
 
 
@@ -264,22 +292,37 @@ def with_references(
     return dataclasses.replace(inputs, examples=inputs.examples.with_references(references))
 
 
-def check_claim(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError if the work directory belongs to another config."""
+def check_claim(workdir: Path, config: ConfigDict) -> list[str]:
+    """What changed of an unfinished run's settings that may change.
+
+    Raises ValueError if the work directory belongs to another config.
+    """
     path = workdir / "config.json"
-    if path.exists():
-        manifest.check(
-            identity(read_json(path)),
-            identity(config),
-            what=f"{workdir} belongs to a run with another config",
-            remedy="Choose another directory with --config.workdir=DIR.",
-        )
+    if not path.exists():
+        return []
+    there, here = identity(read_json(path)), identity(config)
+    may = () if (workdir / "summary.json").exists() else MAY_CHANGE
+    manifest.check(
+        {name: value for name, value in there.items() if name not in may},
+        {name: value for name, value in here.items() if name not in may},
+        what=f"{workdir} belongs to a run with another config",
+        remedy="Choose another directory with --config.workdir=DIR.",
+    )
+    return manifest.differences(there, here)
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes config.json, by which the work directory belongs to this config from now on."""
-    path = workdir / "config.json"
-    if jax.process_index() == 0 and not path.exists():
+    path, changed = workdir / "config.json", check_claim(workdir, config)
+    distributed.barrier("all have read the config before")
+    if jax.process_index() == 0 and (changed or not path.exists()):
+        if changed:
+            steps = saved.steps(workdir)
+            step = int(steps[-1].name) if steps else 0
+            say(f"settings changed at step {step}: {'; '.join(changed)}")
+            history = workdir / "changes.jsonl"
+            before = read_jsonl(history) if history.exists() else []
+            write_jsonl(history, [*before, {"step": step, "changed": changed}])
         write_json(path, json.loads(config.to_json()))
     distributed.barrier("claim")
     if not path.exists():

@@ -15,7 +15,7 @@ from saber_jax import main, sharding
 from saber_jax import reference as reference_command
 from saber_jax.models import saber
 from saber_jax.runs import lock
-from saber_jax.runs.files import write_jsonl
+from saber_jax.runs.files import read_jsonl, write_jsonl
 from saber_jax.train import checkpoint, loop, setup
 from saber_jax.tree import flatten, merge
 from tests import synthetic
@@ -161,6 +161,40 @@ def test_two_runs_never_share_a_work_directory(records, tmp_path):
     with lock.held(config.workdir):
         assert "is in use by process" in refused(config)
     assert not (tmp_path / "sft").exists()
+
+
+def test_the_learning_rate_of_an_unfinished_run_may_change_and_is_logged(
+    records, tmp_path, monkeypatch, capsys
+):
+    config = config_for(sft, records, tmp_path)
+    train_until_killed(config, monkeypatch)
+    config.optimizer.peak_lr = 1e-3
+    main.train(config)
+    said = "optimizer.peak_lr: 0.002 there, 0.001 here"
+    assert f"settings changed at step 2: {said}" in capsys.readouterr().out
+    assert read_jsonl(tmp_path / "sft/changes.jsonl") == [{"step": 2, "changed": [said]}]
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_without_the_records(
+    records, tmp_path, monkeypatch, capsys
+):
+    config = config_for(sft, records, tmp_path, on_nonfinite="rollback")
+    config.data.max_bad_fraction = 0.5
+    report, left = loop.Watch.report, [3]
+
+    def spoiled(self, step, metrics, *rest):
+        if step in left:
+            left.remove(step)
+            metrics = metrics | {"loss": np.float32(np.nan)}
+        report(self, step, metrics, *rest)
+
+    monkeypatch.setattr(loop.Watch, "report", spoiled)
+    main.train(config)
+    assert "resuming sft at step 2" in capsys.readouterr().out
+    [line] = read_jsonl(tmp_path / "sft/nonfinite.jsonl")
+    assert line["step"] == 3 and len(line["records"]) == 2
+    *_, last = metrics_of(tmp_path, "sft")
+    assert last["left_out"] == 2
 
 
 def write_pairs(path):

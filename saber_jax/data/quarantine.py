@@ -18,6 +18,7 @@ from saber_jax.runs.files import read_jsonl, write_jsonl
 REASONS = {
     "bad_record": "the stored record cannot be used",
     "too_large": "a row cannot hold the example",
+    "nonfinite": "a step that had it in its batch was not finite",
 }
 
 
@@ -58,6 +59,11 @@ class Quarantine:
         for index in indices:
             lost = Entry(index=index, clip_id="", file="", reason="bad_record", detail="")
             self._entries[index] = entries.get(index, lost)
+
+    def note(self, entries: Iterable[Entry]) -> None:
+        """Takes over what is left out already, whatever the limit."""
+        for entry in entries:
+            self._entries[entry.index] = entry
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Raises TooManyBadError past the limit, after everything is on the disk."""

@@ -17,7 +17,16 @@ APART = (
     *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
     *("checkpoint_every", "log_every", "metrics_every", "profile", "wandb"),
     *("heartbeat_seconds", "stall_seconds", "strict_restore", "mining.batch_size", "mining.judge"),
+    *("on_nonfinite", "nonfinite_limit"),
 )
+
+MAY_CHANGE = (
+    "steps",
+    *(f"optimizer.{key}" for key in ("peak_lr", "adapter_factor", "warmup_steps")),
+    *(f"optimizer.{key}" for key in ("final_fraction", "weight_decay", "clip_norm")),
+)
+"""Part of the identity, and yet allowed to change when an unfinished run is started again: what one
+turns when a run goes wrong. The change is logged with the step from which it holds."""
 
 
 def identity(config: ConfigDict | dict) -> dict[str, Any]:

@@ -13,12 +13,10 @@ from saber_jax.runs.distributed import Preemption
 from saber_jax.runs.timeline import Attempt, Timeline
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
+from saber_jax.train.nonfinite import MUST_BE_FINITE, NonFinite
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Counts, Meter
 from saber_jax.train.step import Metrics, TrainState
-
-# The weights after a step are finite if its loss, gradients and update were.
-MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
 
 
 class Preempted(Exception):
@@ -28,13 +26,15 @@ class Preempted(Exception):
 @dataclasses.dataclass(frozen=True)
 class Watch:
     """Everybody who looks on while a run goes: files, console, meter, profiler, and the clock that
-    the watchdog reads. `hosts` gives metrics of all hosts; `attempt` is kept by one of them."""
+    the watchdog reads. `hosts` gives metrics of all hosts; `attempt` is kept by one of them;
+    `nonfinite` decides what becomes of a step that went wrong."""
 
     writer: MetricsWriter
     console: Console
     meter: Meter
     profile: Profile
     batches: GlobalBatches
+    nonfinite: NonFinite
     timeline: Timeline = dataclasses.field(default_factory=Timeline)
     attempt: Attempt | None = None
     hosts: Callable[[], dict[str, float]] = dict
@@ -42,17 +42,13 @@ class Watch:
     def report(
         self, step: int, metrics: Metrics, counted: Counts, seconds: float, waited: float
     ) -> None:
-        """Fetches and passes on. Raises FloatingPointError when anything is not finite, naming the
-        step."""
+        """Fetches and passes on. Raises what `nonfinite` does about values that are not finite."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         broken = [n for n in MUST_BE_FINITE if not math.isfinite(values.get(n, 0.0))]
         if broken:
-            raise FloatingPointError(
-                f"{broken[0]} is {values[broken[0]]} at step {step}; the step before was finite or "
-                "the run began here, and no checkpoint was made of this. Lower "
-                "config.optimizer.peak_lr, or look at this step's batch; the same command goes on "
-                "from the last checkpoint."
-            )
+            self.nonfinite.handle(step, values, broken[0])
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+            values["skipped"] = 1.0
         # NaN is a mean over nothing, as of a conflict type that no pair of this batch has.
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {"seconds": seconds, "input_wait": waited}
@@ -76,7 +72,7 @@ def run(
 ) -> TrainState:
     """Steps from `state.step` to `steps`; `probe` adds its metrics to every `probe_every`-th step.
 
-    Raises FloatingPointError at the first step that is not finite, and Preempted after a SIGTERM,
+    Raises what `watch.nonfinite` does at a step that is not finite, and Preempted after a SIGTERM,
     when what was learnt so far is saved.
     """
     pending: tuple | None = None

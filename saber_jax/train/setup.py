@@ -25,6 +25,7 @@ from saber_jax.data.withhold import View
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import optimizer as optimizer_lib
+from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
@@ -56,11 +57,15 @@ class Setup:
         """By flattened name."""
         return {n: leaf.dtype for n, leaf in (self.state.trainable | self.state.frozen).items()}
 
-    def train_step(self) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
-        """The jitted step; it takes its state's memory over."""
+    def train_step(
+        self, *, skip: bool = False
+    ) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
+        """The jitted step; it takes its state's memory over. With `skip` a step whose numbers are
+        not finite changes nothing."""
         step = functools.partial(
             self.step, cfg=self.cfg, compute=self.compute, tx=self.tx, seed=self.seed
         )
+        step = skipping(step) if skip else step
         everywhere = sharding.replicated(self.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), everywhere))
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
+from saber_jax.data.quarantine import Entry
+from saber_jax.runs.files import read_jsonl
 from saber_jax.train import loop
 from saber_jax.train.checkpoint import Checkpoints
+from saber_jax.train.nonfinite import NonFinite, RolledBack, left_out, skipping
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console
 from saber_jax.train.step import TrainState
@@ -40,7 +43,8 @@ class Recorder:
         pass
 
     def write(self, step, values):
-        self.lines.append((step, values["loss"]))
+        if "loss" in values:
+            self.lines.append((step, values["loss"]))
 
     def weights(self, step, trainable):
         pass
@@ -68,7 +72,11 @@ def zero():
     return TrainState(step, {"w": w}, {}, {"moment": moment})
 
 
-def go(folder, batches, *, window="", step=add_batch):
+def records(step):
+    yield Entry(index=step, clip_id=f"clip{step}", file="file", reason="nonfinite", detail="")
+
+
+def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):
     """Runs and returns (state, reported lines); checkpoints every second step."""
     checkpoints = Checkpoints(folder, every=2)
     state = zero() if checkpoints.latest() is None else checkpoints.restore(zero(), {})
@@ -79,6 +87,7 @@ def go(folder, batches, *, window="", step=add_batch):
         meter=recorder,
         profile=Profile(window, folder, steps=STEPS),
         batches=Batches(batches[int(state.step) :]),
+        nonfinite=NonFinite(workdir=folder, policy=policy, limit=limit, records=records),
     )
     try:
         after = loop.run(state, step, steps=STEPS, checkpoints=checkpoints, meta={}, watch=watch)
@@ -98,6 +107,53 @@ def test_what_is_not_finite_is_never_saved(tmp_path, broken):
     after, lines = go(tmp_path, [1.0] * STEPS)
     assert after.trainable["w"][0] == STEPS
     assert lines[0][0] == broken - 1
+
+
+def skipped(folder, bad, **options):
+    batches = [np.nan if i in bad else 1.0 for i in range(STEPS)]
+    step = jax.jit(skipping(add_batch), donate_argnums=0)
+    return go(folder, batches, step=step, policy="skip", **options)
+
+
+def test_a_skipped_step_changes_nothing_and_names_its_records(tmp_path, capsys):
+    after, lines = skipped(tmp_path, [3], limit=1)
+    np.testing.assert_array_equal(after.trainable["w"], np.full(4, STEPS - 1))
+    assert [step for step, _ in lines] == [0, 1, 2, 4, 5]
+    [line] = read_jsonl(tmp_path / "nonfinite.jsonl")
+    assert (line["step"], line["what"], line["done"]) == (3, "loss is nan", "skip")
+    assert [record["clip_id"] for record in line["records"]] == ["clip3"]
+    assert (
+        "loss is nan at step 3, whose batch holds clip3 (file): skipped" in capsys.readouterr().out
+    )
+
+
+def test_more_than_so_many_steps_are_not_skipped(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"clip4.* config\.nonfinite_limit=2 allows"):
+        skipped(tmp_path, [1, 2, 4], limit=2)
+    # A restart does not count what it repeats.
+    with pytest.raises(FloatingPointError, match=r"clip4.* config\.nonfinite_limit=2 allows"):
+        skipped(tmp_path, [1, 2, 4], limit=2)
+
+
+def test_a_rollback_names_the_records_that_are_left_out_from_now_on(tmp_path):
+    batches = [np.nan if i == 3 else 1.0 for i in range(STEPS)]
+    with pytest.raises(RolledBack, match="clip3"):
+        go(tmp_path, batches, policy="rollback")
+    assert [entry.clip_id for entry in left_out(tmp_path)] == ["clip3"]
+
+
+def test_a_stop_names_the_records_and_what_can_be_done(tmp_path):
+    batches = [np.nan if i == 3 else 1.0 for i in range(STEPS)]
+    with pytest.raises(FloatingPointError, match=r"clip3 \(file\).*on_nonfinite=skip.*rollback"):
+        go(tmp_path, batches)
+    assert left_out(tmp_path) == []
+
+
+def test_an_unknown_policy_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"config\.on_nonfinite must be stop, skip, rollback, got 'no'"
+    ):
+        go(tmp_path, [1.0] * STEPS, policy="no")
 
 
 def test_a_polite_stop_saves_the_step_it_is_at_and_the_next_run_goes_on(tmp_path):

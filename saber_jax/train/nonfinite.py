@@ -1,0 +1,134 @@
+"""What a run does about a step whose numbers are not finite: stop, skip it, or roll back.
+
+    stop      ends the run. The same command repeats the step.
+    skip      leaves weights and optimizer as they were before the step, on the device.
+    rollback  goes back to the last checkpoint and leaves the step's records out from then on,
+              for numbers that went bad over several steps. They count as quarantined.
+
+Each such step is one line of WORKDIR/nonfinite.jsonl, with the records of its batch:
+
+    {"step": 120, "what": "loss is nan", "done": "skip", "records": [{"index": 7, "clip_id": ...}]}
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from saber_jax.data.quarantine import Entry
+from saber_jax.runs.files import read_jsonl, write_jsonl
+from saber_jax.runs.speaking import say, warn
+
+POLICIES = ("stop", "skip", "rollback")
+MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
+"""The weights after a step are finite if these were."""
+FILE = "nonfinite.jsonl"
+NAMED = 5
+"""Records that a message names; the file has all."""
+
+
+class RolledBack(Exception):
+    """The run is to go on from its last checkpoint, without the records of the step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NonFinite:
+    """`policy` for the run in `workdir`; at most `limit` of its steps may be passed over.
+
+    `records` names the records of a step's batch.
+    """
+
+    workdir: Path
+    policy: str
+    limit: int
+    records: Callable[[int], Iterable[Entry]] = lambda step: ()
+
+    def __post_init__(self):
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"config.on_nonfinite must be {', '.join(POLICIES)}, got {self.policy!r}."
+            )
+
+    def handle(self, step: int, values: Mapping[str, float], broken: str) -> None:
+        """Called by all processes alike. Returns when the step was skipped.
+
+        Raises RolledBack, or FloatingPointError with the records and what to do.
+        """
+        entries = list(self.records(step))
+        what = f"{broken} is {values[broken]}"
+        # Only what the loss or the gradients spoil is skipped on the device.
+        skipped = self.policy == "skip" and broken != "update_norm"
+        lines = {line["step"]: line for line in _lines(self.workdir)}
+        passed = sum(line["done"] != "stop" for s, line in lines.items() if s != step) + 1
+        done = (
+            self.policy
+            if passed <= self.limit and (skipped or self.policy == "rollback")
+            else "stop"
+        )
+        found = [dataclasses.asdict(entry) for entry in entries]
+        lines[step] = {"step": step, "what": what, "done": done, "records": found}
+        if jax.process_index() == 0:
+            try:
+                write_jsonl(self.workdir / FILE, [lines[s] for s in sorted(lines)])
+            except OSError as error:
+                warn(f"{self.workdir / FILE} cannot be written: {error}")
+        of = f"{what} at step {step}, whose batch holds {_names(entries)}"
+        if done == "skip":
+            say(f"WARNING: {of}: skipped.")
+        elif done == "rollback":
+            raise RolledBack(f"{of}: going back to the last checkpoint and on without them.")
+        else:
+            raise FloatingPointError(f"{of}. {self._advice(passed)}")
+
+    def _advice(self, passed: int) -> str:
+        kept = "No checkpoint was made of this; the same command goes on from the last one."
+        if self.policy != "stop" and passed > self.limit:
+            return (
+                f"{passed - 1} steps were passed over already, which is all that "
+                f"config.nonfinite_limit={self.limit} allows. {kept} Lower "
+                "config.optimizer.peak_lr, or look at those records."
+            )
+        return (
+            f"{kept} Lower config.optimizer.peak_lr, or give --config.on_nonfinite=skip to leave "
+            "such steps out, or rollback to leave the records out from the last checkpoint on."
+        )
+
+
+def skipping(step_fn: Callable) -> Callable:
+    """The same step, which changes nothing but its number when loss or gradients are not finite.
+
+    To be jitted with its state donated: the choice is made element by element and in place.
+    """
+
+    def step(state, batch):
+        after, metrics = step_fn(state, batch)
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        keep = lambda new, old: jnp.where(sound, new, old)  # noqa: E731
+        kept = dataclasses.replace(
+            after,
+            trainable=jax.tree.map(keep, after.trainable, state.trainable),
+            opt_state=jax.tree.map(keep, after.opt_state, state.opt_state),
+        )
+        return kept, metrics
+
+    return step
+
+
+def left_out(workdir: Path) -> list[Entry]:
+    """Records that rollbacks left out of this run."""
+    lines = [line for line in _lines(workdir) if line["done"] == "rollback"]
+    return [Entry(**entry) for line in lines for entry in line["records"]]
+
+
+def _lines(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / FILE
+    return read_jsonl(path) if path.exists() else []
+
+
+def _names(entries: list[Entry]) -> str:
+    named = [f"{e.clip_id or e.index} ({e.file})" for e in entries[:NAMED]]
+    more = f" and {len(entries) - NAMED} more, see {FILE}" if len(entries) > NAMED else ""
+    return ", ".join(named) + more if named else "no record"
