@@ -181,7 +181,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
         says="the CA-DPO model as a HuggingFace directory",
         command=(
             *("python", "-m", "saber_jax.hf.export", "--checkpoint", config.workdir),
-            *("--out", str(place / "hf")),
+            *("--out", str(place / "hf"), "--overwrite"),
         ),
         leaves=str(place / "hf"),
         after=(trained,),

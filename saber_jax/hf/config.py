@@ -15,7 +15,9 @@ from saber_jax.models.config import (
 )
 
 ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
+OMNI_ARCHITECTURE = "Qwen2_5OmniForConditionalGeneration"
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+LAYOUTS = ("thinker", "omni")
 
 
 def thinker(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -127,16 +129,34 @@ def _tokens(config: Mapping[str, Any]) -> TokenIds:
     return TokenIds(**found)
 
 
-def to_hf(cfg: SaberConfig, *, dtype: str) -> dict[str, Any]:
+def to_hf(cfg: SaberConfig, *, dtype: str, layout: str = "thinker") -> dict[str, Any]:
     """A config.json that transformers 4.57 and 5.23 both read alike.
+
+    "omni" is the config of the whole model, with speech switched off: what vLLM and ms-swift look
+    for. Raises ValueError for another layout.
 
     Rotary settings stand in the older place, which version 5 also reads, while version 4 would
     ignore the newer one; and tied embeddings are denied on both levels, as each version asks
     another.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    thinker = _thinker_to_hf(cfg, dtype=dtype)
+    if layout == "thinker":
+        return {"architectures": [ARCHITECTURE], **thinker}
+    return {
+        "architectures": [OMNI_ARCHITECTURE],
+        "model_type": "qwen2_5_omni",
+        "torch_dtype": dtype,
+        "tie_word_embeddings": False,
+        "enable_audio_output": False,
+        "thinker_config": thinker,
+    }
+
+
+def _thinker_to_hf(cfg: SaberConfig, *, dtype: str) -> dict[str, Any]:
     text, vision, audio = cfg.text, cfg.vision, cfg.audio
     return {
-        "architectures": [ARCHITECTURE],
         **FIXED[""],
         "torch_dtype": dtype,
         "tie_word_embeddings": False,

@@ -2,7 +2,8 @@
 
     python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR [--dtype bfloat16]
 
-writes the thinker alone.
+writes the thinker alone; with `--layout omni`, the thinker as the omni model holds it, without
+speech, which is what vLLM and ms-swift load.
 
     python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR --source HF_DIR
 
@@ -13,8 +14,8 @@ its thinker's: the same files with the same tensors in the same dtypes, talker a
 
 writes the adapters of a LoRA run for `peft`; the other two forms merge them into the weights.
 
-DIR is complete or absent: it is written under another name and renamed at the end. Matrices pass
-through one at a time.
+DIR is complete or absent: it is written under another name and renamed at the end. One that is
+there already is replaced with `--overwrite` alone. Matrices pass through one at a time.
 """
 
 import contextlib
@@ -35,22 +36,19 @@ from tqdm import tqdm
 
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.flags import Parser
-from saber_jax.hf import peft, tensors
-from saber_jax.hf.config import portable, to_hf
+from saber_jax.hf import peft, processor, tensors
+from saber_jax.hf.config import LAYOUTS, portable, to_hf
 from saber_jax.hf.load import PREFIX, Source, open_source
 from saber_jax.hf.names import Entry, entries, on_disk
-from saber_jax.hf.tokenizer import FILES as TOKENIZER_FILES
-from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 from saber_jax.runs import manifest
-from saber_jax.runs.files import replacing_folder
+from saber_jax.runs.files import replacing_folder, write_json
 from saber_jax.train import stream
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
-JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+CONFIG = "config.json"
 
 
 def export(
@@ -60,39 +58,50 @@ def export(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: str = "auto",
+    layout: str = "thinker",
+    overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes weights, configs and the tokenizer; adapters are merged into the weights.
 
     `params` holds arrays, or what stream.open_model gives. "auto" is the narrowest dtype among
-    them, in which the ones that are stored in it survive bit for bit. An earlier export at `out` is
-    replaced. Raises ValueError for parameters that do not fit `cfg` or an unknown dtype,
-    FileExistsError if `out` holds anything else than an export.
+    them, in which the ones that are stored in it survive bit for bit. "omni" is the layout of the
+    whole model, its thinker alone filled. Raises ValueError for parameters that do not fit `cfg`,
+    an unknown dtype or layout; FileExistsError if `out` holds an export and `overwrite` is not set,
+    or anything else than an export.
     """
     saber.check_tree(saber.abstract(cfg), params, dtypes=False)
     params, cfg = saber.merge_lora(params, cfg), dataclasses.replace(cfg, lora=None)
     dtype = _narrowest(params) if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
-    ours = {*JSON_FILES, *TOKENIZER_FILES, tensors.INDEX}
-    with _replacing(Path(out), ours) as partial:
-        _write_weights(params, cfg, partial, DTYPES[dtype], shard_bytes)
-        _write_json(partial / "config.json", to_hf(cfg, dtype=dtype))
-        _write_json(partial / "generation_config.json", _generation(cfg))
-        _write_json(partial / "preprocessor_config.json", _preprocessor(cfg))
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, partial)
+    ours = {CONFIG, *processor.FILES, tensors.INDEX}
+    config = to_hf(cfg, dtype=dtype, layout=layout)
+    omni = layout == "omni"
+    with _replacing(Path(out), ours, overwrite) as partial:
+        prefix = PREFIX if omni else ""
+        _write_weights(params, cfg, partial, DTYPES[dtype], shard_bytes, prefix)
+        write_json(partial / CONFIG, config)
+        processor.write_processor(partial, cfg, tokenizer)
+        if omni:
+            processor.write_no_voices(partial)
 
 
 def export_like(
-    params: dict[str, Any], cfg: SaberConfig, out: str | Path, source: Source
+    params: dict[str, Any],
+    cfg: SaberConfig,
+    out: str | Path,
+    source: Source,
+    *,
+    overwrite: bool = False,
 ) -> list[str]:
     """Writes `source.directory` again with these weights; returns what was left out.
 
     Left out are weights that no index names, such as pickles beside safetensors, and folders.
     Every tensor keeps its place and dtype, so weights that came from `source` unchanged give files
     that are equal byte for byte. Raises ValueError for parameters or a source that do not fit
-    `cfg`, FileExistsError if `out` holds anything that is not in `source`.
+    `cfg`, FileExistsError if `out` is there and `overwrite` is not set, or holds anything that is
+    not in `source`.
     """
     saber.check_tree(saber.abstract(cfg), params, dtypes=False)
     params, cfg = saber.merge_lora(params, cfg), dataclasses.replace(cfg, lora=None)
@@ -102,10 +111,10 @@ def export_like(
         shards.setdefault(tensor.path, []).append((name, tensor))
     kept, left_out = _other_files(source.directory, {path.name for path in shards})
     bar = tqdm(desc="exporting", total=len(source.everything), unit="tensor")
-    with _replacing(Path(out), {path.name for path in kept}) as partial, bar:
+    with _replacing(Path(out), {path.name for path in kept}, overwrite) as partial, bar:
         for path in kept:
             shutil.copyfile(path, partial / path.name)
-            if path.name == "config.json":
+            if path.name == CONFIG:
                 _make_portable(partial / path.name)
         for held in shards.values():
             held.sort(key=lambda pair: pair[1].offset)
@@ -125,7 +134,7 @@ def export_like(
 def _make_portable(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if (changed := portable(config)) != config:
-        _write_json(path, changed)
+        write_json(path, changed)
 
 
 def _job_like(
@@ -173,10 +182,11 @@ def _narrowest(params: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(out: Path, expected: set[str]) -> Iterator[Path]:
+def _replacing(out: Path, expected: set[str], overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which takes the place of `out` when all is written.
 
-    A mistyped --out must not cost anybody a directory: `out` may hold `expected` and safetensors.
+    A mistyped --out must not cost anybody a directory: `out` may be replaced if `overwrite` says
+    so, and if it holds `expected` and safetensors alone.
     """
     if out.exists():
         names = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
@@ -186,15 +196,19 @@ def _replacing(out: Path, expected: set[str]) -> Iterator[Path]:
                 f"{out} holds files that no export wrote: {sorted(foreign)[:5]}. Give --out a new "
                 "name."
             )
+        if names and not overwrite:
+            raise FileExistsError(
+                f"{out} is there already. Give --out a new name, or --overwrite to replace it."
+            )
     with replacing_folder(out) as partial:
         yield partial
 
 
 def _write_weights(
-    params: dict[str, Any], cfg: SaberConfig, out: Path, dtype: str, shard_bytes: int
+    params: dict[str, Any], cfg: SaberConfig, out: Path, dtype: str, shard_bytes: int, prefix: str
 ) -> None:
-    """One file, or as many as it takes."""
-    known = entries(cfg)
+    """One file, or as many as it takes, of tensors whose names begin with `prefix`."""
+    known = {prefix + name: entry for name, entry in entries(cfg).items()}
     itemsize = np.dtype(tensors.DTYPES[dtype]).itemsize
     sizes = {name: int(np.prod(entry.shape)) * itemsize for name, entry in known.items()}
     shards = _shards(sizes, shard_bytes)
@@ -210,7 +224,7 @@ def _write_weights(
     if count > 1:
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         total = {"total_size": sum(sizes.values())}
-        _write_json(out / tensors.INDEX, {"metadata": total, "weight_map": places})
+        write_json(out / tensors.INDEX, {"metadata": total, "weight_map": places})
 
 
 def _convert(params: dict[str, Any], entry: Entry, dtype: str) -> np.ndarray:
@@ -237,48 +251,6 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _generation(cfg: SaberConfig) -> dict[str, Any]:
-    ids = cfg.tokens
-    return {
-        "bos_token_id": ids.im_start,
-        "eos_token_id": [ids.eos, ids.pad],
-        "pad_token_id": ids.pad,
-        "do_sample": False,
-    }
-
-
-def _preprocessor(cfg: SaberConfig) -> dict[str, Any]:
-    """What saber_jax.data.media does, in the words of transformers' processors."""
-    vision = cfg.vision
-    return {
-        "processor_class": "Qwen2_5OmniProcessor",
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": cfg.audio.mel_bins,
-        "sampling_rate": 16000,
-        "hop_length": 160,
-        "n_fft": 400,
-        "chunk_length": 300,
-        "n_samples": 4_800_000,
-        "nb_max_frames": 30_000,
-        "dither": 0.0,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": True,
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": list(PIXEL_MEAN),
-        "image_std": list(PIXEL_STD),
-        "min_pixels": 3136,
-        "max_pixels": 12_845_056,
-        "patch_size": vision.patch,
-        "temporal_patch_size": vision.temporal_patch,
-        "merge_size": vision.merge,
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run's work directory")
@@ -286,26 +258,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=["auto", *DTYPES], help="auto: the narrowest that the checkpoint holds"
     )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="thinker (default): the thinker alone; omni: inside the whole model, for servers",
+    )
     parser.add_argument("--source", type=Path, help="HuggingFace directory to repeat in all else")
     parser.add_argument("--peft", action="store_true", help="adapters alone")
+    parser.add_argument(
+        "--base",
+        help="with --peft: directory or name of the model that they go onto; by default the one "
+        "that the run's base was loaded from",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an export at --out")
     args = parser.parse_args(argv)
-    if sum([args.dtype is not None, args.source is not None, args.peft]) > 1:
-        parser.error("give one of --dtype, --source and --peft")
+    own = args.dtype is not None or args.layout is not None
+    if sum([own, args.source is not None, args.peft]) > 1:
+        parser.error("give --dtype and --layout, or --source, or --peft")
+    if args.base is not None and not args.peft:
+        parser.error("--base belongs to --peft")
     print(f"exporting {args.checkpoint} to {args.out}")
     try:
         if args.peft:
-            with _replacing(args.out, {peft.CONFIG, peft.WEIGHTS}) as partial:
-                peft.write(args.checkpoint, partial)
+            with _replacing(args.out, {peft.CONFIG, peft.WEIGHTS}, args.overwrite) as partial:
+                peft.write(args.checkpoint, partial, base=args.base)
             print(f"{args.out} is ready for peft's PeftModel.from_pretrained.")
             return 0
         params, cfg = stream.open_model(args.checkpoint)
         if args.source is not None:
-            left_out = export_like(params, cfg, args.out, open_source(args.source))
+            source = open_source(args.source)
+            left_out = export_like(params, cfg, args.out, source, overwrite=args.overwrite)
             if left_out:
                 print(f"left out, being folders or other weights: {', '.join(left_out)}")
         else:
-            tokenizer = load_tokenizer(args.checkpoint)
-            export(params, cfg, args.out, tokenizer, dtype=args.dtype or "auto")
+            export(
+                params,
+                cfg,
+                args.out,
+                load_tokenizer(args.checkpoint),
+                dtype=args.dtype or "auto",
+                layout=args.layout or "thinker",
+                overwrite=args.overwrite,
+            )
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -234,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     distributed.barrier("hf.load: the way is clear")
     stream.save(partial / "checkpoints" / "0", leaves(source))
     if first:
-        checkpoint.write_model_files(partial, source.cfg, tokenizer, source=str(args.hf_dir))
+        origin = str(args.hf_dir.absolute())
+        checkpoint.write_model_files(partial, source.cfg, tokenizer, source=origin)
         os.replace(partial, args.out)
         print(f"{args.out} is ready: use it as --checkpoint.")
     return 0

@@ -20,11 +20,13 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def write(workdir: str | Path, out: Path) -> None:
+def write(workdir: str | Path, out: Path, *, base: str | None = None) -> None:
     """Writes both files into `out`.
 
-    Raises ValueError if the run at `workdir` has no adapters, or trained anything but adapters of
-    the text tower: `peft` under transformers 5 finds no place for those of the others and goes on.
+    `base` is the model that the adapters go onto, a directory or a name on the Hub; None is the
+    directory that the run's base was loaded from. Raises ValueError if there is none, if the run at
+    `workdir` has no adapters, or if it trained anything but adapters of the text tower: `peft`
+    under transformers 5 finds no place for those of the others and goes on.
     """
     about = checkpoint.read_model_file(workdir)
     cfg = SaberConfig.from_dict(about["model"])
@@ -32,6 +34,7 @@ def write(workdir: str | Path, out: Path) -> None:
         raise ValueError(
             f"{workdir} has no adapters: it was trained without config.lora. Leave --peft out."
         )
+    base = base or _base(workdir, about["base"])
     trained = stream.open_leaves(saved.newest(workdir))
     weights, modules, unfit = {}, [], [n for n in trained if not n.startswith(lora.ADAPTERS)]
     for entry in entries(cfg).values():
@@ -57,7 +60,7 @@ def write(workdir: str | Path, out: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": cfg.lora.rank,
         "lora_alpha": cfg.lora.alpha,
         "lora_dropout": cfg.lora.dropout,
@@ -66,6 +69,18 @@ def write(workdir: str | Path, out: Path) -> None:
         "target_modules": _pattern(modules),
     }
     (out / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _base(workdir: str | Path, described: dict[str, str]) -> str:
+    """The HuggingFace directory that a run's frozen weights came from."""
+    place = checkpoint.find_base(workdir, described)
+    source = checkpoint.read_model_file(place).get("source")
+    if source is None:
+        raise ValueError(
+            f"adapter_config.json has to name the model that the adapters go onto, and {place} was "
+            "trained here. Export that model first, and say with --base where."
+        )
+    return source
 
 
 def _layer(entry: Entry):

@@ -318,13 +318,40 @@ def test_a_directory_without_config_is_named(tmp_path):
         load.load_params(tmp_path)
 
 
-def test_export_replaces_an_export_but_no_other_directory(params, copy):
-    export.export(params, CONFIG, copy)
+def test_export_replaces_an_export_when_told_to_but_no_other_directory(params, copy):
+    with pytest.raises(FileExistsError, match="--overwrite to replace it"):
+        export.export(params, CONFIG, copy)
+    assert (copy / "tokenizer.json").exists()
+    export.export(params, CONFIG, copy, overwrite=True)
     assert not (copy / "tokenizer.json").exists()
     (copy / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"thesis\.txt"):
-        export.export(params, CONFIG, copy)
+        export.export(params, CONFIG, copy, overwrite=True)
     assert (copy / "thesis.txt").exists()
+
+
+def test_the_command_overwrites_when_told_to_only(exported, tmp_path, capsys):
+    work, out = tmp_path / "work", tmp_path / "out"
+    assert load.main(["--hf_dir", str(exported), "--out", str(work)]) == 0
+    command = ["--checkpoint", str(work), "--out", str(out)]
+    assert export.main(command) == 0
+    before = (out / "config.json").stat().st_mtime_ns
+    assert export.main(command) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert (out / "config.json").stat().st_mtime_ns == before
+    assert export.main([*command, "--layout", "omni", "--overwrite"]) == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+
+
+def test_the_omni_layout_holds_the_thinker_and_no_speech(params, tokenizer, tmp_path):
+    out = tmp_path / "omni"
+    export.export(params, CONFIG, out, tokenizer, layout="omni", shard_bytes=300_000)
+    config = json.loads((out / "config.json").read_text())
+    assert config["enable_audio_output"] is False and "talker_config" not in config
+    assert config["architectures"] == ["Qwen2_5OmniForConditionalGeneration"]
+    places = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all(name.startswith("thinker.") for name in places)
+    assert equal(load.load_params(out)[0], params)
 
 
 def test_export_refuses_what_does_not_fit_and_leaves_nothing(params, tmp_path):
@@ -333,6 +360,8 @@ def test_export_refuses_what_does_not_fit_and_leaves_nothing(params, tmp_path):
         export.export(wrong, CONFIG, tmp_path / "hf")
     with pytest.raises(ValueError, match=r"dtype must be auto or one of .* got 'int4'"):
         export.export(params, CONFIG, tmp_path / "hf", dtype="int4")
+    with pytest.raises(ValueError, match=r"layout must be one of thinker, omni, got 'talker'"):
+        export.export(params, CONFIG, tmp_path / "hf", layout="talker")
     assert not list(tmp_path.iterdir())
 
 

@@ -89,7 +89,9 @@ def test_the_full_layout_comes_back_byte_for_byte(omni, workdir, tmp_path, capsy
     (omni / "pytorch_model.bin").unlink()
     (omni / "old").rmdir()
     assert files(tmp_path / "hf") == files(omni)
-    assert export.main(arguments) == 0  # An export may replace an export.
+    assert export.main(arguments) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert export.main([*arguments, "--overwrite"]) == 0  # An export may replace an export.
 
 
 def test_weights_keep_their_dtype_on_disk_and_can_be_had_in_another(workdir):

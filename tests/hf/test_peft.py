@@ -1,6 +1,8 @@
 """The adapters of a LoRA run in peft: the same logits as merged ones, and as ours."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +66,8 @@ def test_adapters_in_peft_say_what_the_merged_export_says(base, tmp_path):
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "merged")]) == 0
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "peft"), "--peft"]) == 0
     want, plain = logits(opened(tmp_path / "merged")), logits(opened(base))
+    config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
+    assert config.base_model_name_or_path == str(base)
     adapted = peft.PeftModel.from_pretrained(opened(base), tmp_path / "peft").eval()
     trained = [name for name, _ in adapted.named_modules() if name.endswith("lora_A.default")]
     assert len(trained) == 7 * CONFIG.text.layers
@@ -79,3 +83,17 @@ def test_adapters_of_other_towers_are_not_given_to_peft_which_would_lose_them(
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "p"), "--peft"]) == 1
     assert "['audio_tower.conv1.weight']" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
+
+
+def test_adapters_on_a_model_that_was_trained_here_need_its_export_named(base, tmp_path, capsys):
+    shutil.copytree(base.with_name("work"), tmp_path / "work")
+    about = checkpoint.read_model_file(tmp_path / "work")
+    del about["source"]  # Only hf.load writes it.
+    (tmp_path / "work" / "model.json").write_text(json.dumps(about))
+    run = adapters_on(tmp_path / "hf", tmp_path / "run", "text/*")
+    command = ["--checkpoint", str(run), "--out", str(tmp_path / "peft"), "--peft"]
+    assert export.main(command) == 1
+    assert "say with --base where" in capsys.readouterr().err
+    assert export.main([*command, "--base", "me/stage-1"]) == 0
+    config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
+    assert config.base_model_name_or_path == "me/stage-1"

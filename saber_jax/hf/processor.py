@@ -1,0 +1,107 @@
+"""The files beside the weights of an export: tokenizer, processor, chat template, defaults.
+
+`AutoProcessor` of transformers opens them; its image and video processors need torchvision.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from saber_jax.data import media
+from saber_jax.data.chat import DEFAULT_SYSTEM
+from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.hf.tokenizer import FILES as TOKENIZER_FILES
+from saber_jax.hf.tokenizer import write_tokenizer
+from saber_jax.models.config import SaberConfig
+from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
+from saber_jax.runs.files import write_json, write_text
+
+GENERATION = "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+TEMPLATE = "chat_template.jinja"
+VOICES = "spk_dict.pt"
+FILES = (*TOKENIZER_FILES, GENERATION, PREPROCESSOR, TEMPLATE, VOICES)
+
+# saber_jax.data.chat.render in the language of transformers' templates. A part of a message is
+# known by its type or by the key that holds it, because servers pass on both kinds.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] in ('image', 'image_url') or 'image' in content %}"
+    "{{ '<|vision_bos|><|IMAGE|><|vision_eos|>' }}"
+    "{% elif content['type'] in ('audio', 'audio_url', 'input_audio') or 'audio' in content %}"
+    "{{ '<|audio_bos|><|AUDIO|><|audio_eos|>' }}"
+    "{% elif content['type'] in ('video', 'video_url') or 'video' in content %}"
+    "{{ '<|vision_bos|><|VIDEO|><|vision_eos|>' }}"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def write_processor(out: Path, cfg: SaberConfig, tokenizer: Tokenizer | None) -> None:
+    """Writes FILES but for VOICES, and without a tokenizer no tokenizer's."""
+    write_json(out / GENERATION, _generation(cfg))
+    write_json(out / PREPROCESSOR, _preprocessor(cfg))
+    write_text(out / TEMPLATE, CHAT_TEMPLATE)
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, out)
+
+
+def write_no_voices(out: Path) -> None:
+    """An empty spk_dict.pt, in the older of torch's two formats, which pickle alone can write.
+
+    transformers opens this file of the whole omni model even where speech is switched off.
+    """
+    magic, version = 0x1950A86A20F9469CFC6C, 1001
+    system = {"protocol_version": version, "little_endian": True, "type_sizes": {}}
+    voices: dict[str, Any] = {}
+    storages: list[str] = []
+    with (out / VOICES).open("wb") as file:
+        for part in (magic, version, system, voices, storages):
+            pickle.dump(part, file, protocol=2)
+
+
+def _generation(cfg: SaberConfig) -> dict[str, Any]:
+    ids = cfg.tokens
+    return {
+        "bos_token_id": ids.im_start,
+        "eos_token_id": [ids.eos, ids.pad],
+        "pad_token_id": ids.pad,
+        "do_sample": False,
+    }
+
+
+def _preprocessor(cfg: SaberConfig) -> dict[str, Any]:
+    """What saber_jax.data.media does, in the words of transformers' processors."""
+    samples = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE
+    return {
+        "processor_class": "Qwen2_5OmniProcessor",
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": cfg.audio.mel_bins,
+        "sampling_rate": media.SAMPLE_RATE,
+        "hop_length": media.HOP,
+        "n_fft": media.FFT,
+        "chunk_length": media.MAX_AUDIO_SECONDS,
+        "n_samples": samples,
+        "nb_max_frames": samples // media.HOP,
+        "dither": 0.0,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": list(PIXEL_MEAN),
+        "image_std": list(PIXEL_STD),
+        "min_pixels": 3136,
+        "max_pixels": 12_845_056,
+        "patch_size": cfg.vision.patch,
+        "temporal_patch_size": cfg.vision.temporal_patch,
+        "merge_size": cfg.vision.merge,
+    }
