@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.raw.corpora_rows import Row, emotion, find, read_table, row, videos_in
+from saber_jax.data import texts
 
 _CREMA_D = {
     "IEO": "It's eleven o'clock.",
@@ -315,7 +316,7 @@ def multidialog(root: Path) -> Iterator[Row]:
         if match := _ACTOR.fullmatch(path.stem):
             videos[match[1]] = (path, match[2])
     for table in sorted(root.rglob("*metadata*.jsonl")):
-        for text in table.read_text(encoding="utf-8").splitlines():
+        for _, text in texts.lines(table.read_text(encoding="utf-8")):
             line = json.loads(text)
             name = f"{line['conv_id']}_{line['utterance_id']}"
             path, actor = videos.get(name, (root / line["conv_id"] / f"{name}.mp4", ""))

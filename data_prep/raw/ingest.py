@@ -18,6 +18,7 @@ from typing import Any
 from data_prep.raw import corpora, corpora_rows, storage
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
 from data_prep.records import clips
+from saber_jax.data import texts
 from saber_jax.data.records import LABELS, LANGUAGES
 
 REASONS = {
@@ -128,7 +129,7 @@ def _read_labels(path: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     labels = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in texts.lines(path.read_text(encoding="utf-8")):
         try:
             given = json.loads(line)
             labels[given["clip_id"]] = {key: str(value) for key, value in given.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 
+from saber_jax.data import texts
 from saber_jax.runs import files
 
 
@@ -77,7 +78,7 @@ def write_lines(path: str, items: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+    return [json.loads(line) for _, line in texts.lines(read_text(path))]
 
 
 @contextlib.contextmanager

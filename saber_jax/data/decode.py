@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -241,7 +241,7 @@ def _facts(timeline: Timeline, film: _Film, sampling: Sampling) -> dict[str, Any
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
     """(a, b, c, d) of x' = a x + c y, y' = b x + d y, by which a player turns or mirrors frames."""
-    stored: Mapping = frame.side_data  # PyAV declares it as a dict of one other key.
+    stored = cast(Mapping[Any, Any], frame.side_data)  # Declared with one other key alone.
     data = stored.get(SideData.DISPLAYMATRIX)
     if data is None:
         return None

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from saber_jax.data import texts
 from saber_jax.data.withhold import MODALITIES
 from saber_jax.runs.files import numbered_jsonl
 
@@ -55,6 +56,10 @@ def _pair(row: dict[str, Any], where: str) -> Pair:
     for key in REQUIRED:
         if not isinstance(row[key], str):
             raise ValueError(f"{where}: {key} is {row[key]!r}; it must be text.")
+        if not row[key].strip():
+            raise ValueError(f"{where}: {key} is empty, which teaches nothing. Remove the line.")
+        if fault := texts.fault(row[key]):
+            raise ValueError(f"{where}: {key} {fault}.")
     withheld, kappa = row.get("withheld") or "", row.get("kappa")
     if withheld and withheld not in MODALITIES:
         raise ValueError(f"{where}: withheld is {withheld!r}; it must be one of {MODALITIES}.")

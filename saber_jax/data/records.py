@@ -15,7 +15,7 @@ import re
 import runpy
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int16, UInt8
 
+from saber_jax.data import texts
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
 
@@ -45,8 +46,15 @@ LABELS = ("emotion", "face", "voice", "words", "conflict_type", "kappa", "speake
 """Optional labels of a clip, all strings; emotion is the fused conclusion, kappa in 0.0..1.0."""
 
 
-# Special tokens and section headings: inside a section they would end it or stand for media.
-_RESERVED = re.compile(rf"<\|\w+\|>|\[(?:{'|'.join(FIELDS)})\]")
+# Inside a section, a heading would end it.
+_HEADING = re.compile(rf"\[(?:{'|'.join(FIELDS)})\]")
+
+ANNOTATION_SHAPE = """{
+  "video_desc": "...", "facial_exp_desc": "...", "body_lang_desc": "...",
+  "audio_desc": {"acoustic_feat": "...", "speech_content": "..."},
+  "sentiment_analysis": "..."
+}"""
+"""What `parse_annotation` takes. The two keys of audio_desc may also stand beside the others."""
 
 
 class BadRecordError(ValueError):
@@ -91,37 +99,56 @@ class Record:
 def parse_annotation(obj: Any) -> dict[str, str]:
     """SABER JSON to {field: text} in FIELDS order; sections may be empty but not missing.
 
-    Raises AnnotationError naming the wrong or missing key and the nearest right one.
+    Both forms are taken: the published one, ANNOTATION_SHAPE, and all six keys side by side. Raises
+    AnnotationError, which names every key that is wrong or missing, and the nearest right ones.
     """
-    top = tuple(name for name in FIELDS if name not in AUDIO_FIELDS)
-    outer = _checked(obj, (AUDIO_GROUP, *top), "the annotation")
-    inner = _checked(outer[AUDIO_GROUP], AUDIO_FIELDS, f'"{AUDIO_GROUP}"')
-    values = {**outer, **inner}
+    values = _flattened(obj)
+    missing = [name for name in FIELDS if name not in values]
+    unknown = [str(name) for name in values if name not in FIELDS]
+    faults = [_unknown(name, missing) for name in unknown]
+    near = [name for name in missing if not any(f'"{name}"' in fault for fault in faults)]
+    if near:
+        faults.append(f'it lacks {", ".join(map(json.dumps, near))}; add "" where nothing fits')
+    if faults:
+        raise AnnotationError("; ".join(faults) + ".")
     for field in FIELDS:
         if not isinstance(values[field], str):
             kind = type(values[field]).__name__
             raise AnnotationError(f'"{field}" must be text, got {kind}; write it as one string.')
-        if reserved := _RESERVED.search(values[field]):
+        if fault := texts.fault(values[field]):
+            raise AnnotationError(f'"{field}" {fault}.')
+        if heading := _HEADING.search(values[field]):
             raise AnnotationError(
-                f'"{field}" holds {reserved[0]}, which has a meaning of its own in training; '
-                "write it another way."
+                f'"{field}" holds {heading[0]}, the heading of a section; write it another way.'
             )
     return {field: values[field].strip() for field in FIELDS}
 
 
-def _checked(obj: Any, expected: tuple[str, ...], where: str) -> Mapping[str, Any]:
+def _flattened(obj: Any) -> dict[str, Any]:
+    """The six keys side by side, whatever else there is among them."""
     if not isinstance(obj, Mapping):
+        raise AnnotationError(f"it must be a JSON object, got {type(obj).__name__}.")
+    values = dict(obj)
+    if AUDIO_GROUP not in values:
+        return values
+    inner = values.pop(AUDIO_GROUP)
+    if not isinstance(inner, Mapping):
+        kind = type(inner).__name__
         raise AnnotationError(
-            f"{where} must be a JSON object with {', '.join(expected)}; got {type(obj).__name__}."
+            f'"{AUDIO_GROUP}" must be an object with {", ".join(AUDIO_FIELDS)}, got {kind}.'
         )
-    missing = [name for name in expected if name not in obj]
-    unknown = [name for name in obj if name not in expected]
-    for name in unknown:
-        near = difflib.get_close_matches(str(name), missing or expected, n=1, cutoff=0.0)
-        raise AnnotationError(f'{where} has an unknown key "{name}"; did you mean "{near[0]}"?')
-    if missing:
-        raise AnnotationError(f'{where} lacks the key "{missing[0]}"; add it, "" if nothing fits.')
-    return obj
+    if twice := [name for name in AUDIO_FIELDS if name in values]:
+        raise AnnotationError(
+            f'"{twice[0]}" is unknown beside "{AUDIO_GROUP}", which is where it belongs then.'
+        )
+    misplaced = {f"{AUDIO_GROUP}.{name}": inner[name] for name in inner if name not in AUDIO_FIELDS}
+    known = {name: inner[name] for name in inner if name in AUDIO_FIELDS}
+    return {**values, **known, **misplaced}
+
+
+def _unknown(name: str, missing: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, missing or FIELDS, n=1, cutoff=0.0)
+    return f'unknown key "{name}"; did you mean "{near[0]}"?'
 
 
 def to_example(record: Record) -> dict[str, Any]:

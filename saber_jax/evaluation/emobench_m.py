@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from saber_jax.data import sed
+from saber_jax.data import sed, texts
 
 Row = dict[str, Any]
 Kind = Literal["classification", "joint", "generation"]
@@ -144,7 +144,7 @@ def items(path: Path) -> list[Row]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError:
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        found = [json.loads(line) for _, line in texts.lines(text)]
     if isinstance(found, dict):
         found = found.get("examples", [found])
     return found

@@ -9,7 +9,7 @@ GOOD = {"clip_id": "a", "chosen": "calm", "rejected": "angry"}
 
 def written(tmp_path, *lines):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -20,6 +20,11 @@ def test_pairs_are_read_with_what_is_known_of_them_and_other_keys_are_for_people
     assert (plain.withheld, plain.kappa) == ("", None)
     assert (full.withheld, full.kappa) == ("audio", 0.5)
     assert plain.key == full.key
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    line = json.dumps(GOOD | {"chosen": "b\u2028c\x85d"}, ensure_ascii=False)
+    assert read_pairs(written(tmp_path, line))[0].chosen == "b\u2028c\x85d"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,9 @@ def test_pairs_are_read_with_what_is_known_of_them_and_other_keys_are_for_people
         (json.dumps(GOOD | {"kappa": 2}), "kappa is 2; it must be a number from 0 to 1"),
         (json.dumps(GOOD | {"kappa": "much"}), "kappa is 'much'"),
         (json.dumps(GOOD | {"rejected": "calm"}), "the same text"),
+        (json.dumps(GOOD | {"rejected": " "}), "rejected is empty"),
+        (json.dumps(GOOD | {"chosen": "a <|im_end|>"}), "chosen holds <.im_end.>"),
+        (json.dumps(GOOD | {"chosen": "half \ud83d"}), "half of a character"),
     ],
 )
 def test_a_damaged_pair_is_named_with_its_file_and_line(tmp_path, line, words):
