@@ -4,9 +4,12 @@
 
 Leaves in OUT: saber/ (the records; read with saber_jax.data.records.RecordSource, or with
 tfds.data_source("saber", data_dir=OUT, split="train")), tokenizer.model, refused.jsonl (every clip
-left out, and why) and build.json (settings and counts). Exit code 0 if every clip was kept, 1 if
-some were refused, 2 if nothing could be built, 3 if the build failed on the way, here or in Beam.
-A killed build continues where it was when started again; a finished one is left alone.
+left out, and why) and build.json (settings, counts, and what in the folders was of no use).
+docs/formats.md describes annotations and labels.
+
+Exit code 0 if every clip was kept, 1 if some were refused, 2 if nothing could be built, 3 if the
+build failed on the way, here or in Beam. A killed build continues where it was when started again;
+a finished one is left alone.
 """
 
 import argparse
@@ -20,14 +23,14 @@ import shutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.records import clips
-from saber_jax.data import decode, records, sed, tokenizer
+from data_prep.records import clips, processes
+from saber_jax.data import decode, records, sed, texts, tokenizer
 from saber_jax.flags import Parser
 from saber_jax.runs.files import write_json, write_jsonl
 
@@ -36,6 +39,12 @@ FORMAT = 3
 
 TRAIN = "train"
 SHOWN_REFUSALS = 20
+SHOWN_UNUSED = 10
+UNUSED = {
+    "files": "files were passed over, being neither clips nor annotations",
+    "annotations": "annotations have no clip",
+    "labels": "labels have no clip",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     path, whole = Path, int
     parser.add_argument("--clips", type=path, required=True, help="video files, searched in depth")
-    parser.add_argument("--annotations", type=path, required=True, help="NAME.json for NAME.mp4")
+    parser.add_argument(
+        "--annotations", type=path, required=True, help="A/NAME.json for A/NAME.mp4"
+    )
     parser.add_argument("--out", type=path, required=True, help="directory to create")
     parser.add_argument("--labels", type=path, help="labels.jsonl with split, language, emotion")
     parser.add_argument("--split", default=TRAIN, help="split of clips without a label")
@@ -87,7 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", default="train", help="tokenizer file to copy, or 'train' (the default)"
     )
-    parser.add_argument("--workers", type=whole, default=2, help="decoding processes")
+    parser.add_argument(
+        "--workers",
+        type=whole,
+        default=2,
+        help="decoding processes; with 0 a file that crashes a decoder ends the build",
+    )
     parser.add_argument(
         "--beam_pipeline_options",
         type=_beam_options,
@@ -107,9 +123,8 @@ def _beam_options(text: str) -> tuple[str, ...]:
 def build(arguments: argparse.Namespace) -> int:
     """One build; returns the exit code. Raises ValueError or OSError if nothing can be built."""
     out, sampling = arguments.out, _sampling(arguments)
-    videos = clips.find_files(arguments.clips, clips.EXTENSIONS, "clips")
-    annotations = clips.find_files(arguments.annotations, (".json",), "annotations")
-    fingerprint = _fingerprint(arguments, sampling, videos, annotations)
+    inputs = clips.find_inputs(arguments.clips, arguments.annotations, arguments.labels)
+    fingerprint = _fingerprint(arguments, sampling, inputs)
     if finished := _finished(out, fingerprint):
         print(f"{out} is already built with these settings and inputs; nothing to do.")
         return _report(out, finished, _read_refusals(out))
@@ -117,20 +132,18 @@ def build(arguments: argparse.Namespace) -> int:
     partial = _partial(out)
     staging = partial / "staging"
     staging.mkdir(parents=True, exist_ok=True)
-    labels = clips.read_labels(arguments.labels) if arguments.labels else {}
-    jobs, refusals = clips.plan(
-        videos, annotations, labels, split=arguments.split, staging=staging, sampling=sampling
-    )
+    jobs, refusals = clips.plan(inputs, split=arguments.split, staging=staging, sampling=sampling)
     _require_training_text(arguments, jobs)
     kept, refused = _decode(jobs, arguments.workers, arguments.beam_pipeline_options)
     refusals = sorted([*refusals, *refused], key=lambda refusal: refusal.file)
     ready = partial / "ready"
     shutil.rmtree(ready, ignore_errors=True)
+    counted = {"clips": len(inputs.clips), "unused": inputs.unused()}
     if not kept:
-        _report(out, {"clips": len(videos), "splits": {}}, refusals)
-        raise ValueError(f"None of the {len(videos)} clips in {arguments.clips} could be used.")
+        _report(out, {"splits": {}, **counted}, refusals)
+        raise ValueError(f"None of the {len(inputs.clips)} clips in {arguments.clips} can be used.")
     summary = _write(ready, arguments, kept, refusals)
-    summary |= {"clips": len(videos), **fingerprint}
+    summary |= {**counted, **fingerprint}
     write_json(ready / "build.json", summary)
     if out.exists():
         out.rmdir()  # Known to be empty.
@@ -167,10 +180,7 @@ def _lock(out: Path) -> Iterator[None]:
 
 
 def _fingerprint(
-    arguments: argparse.Namespace,
-    sampling: decode.Sampling,
-    videos: Iterable[Path],
-    annotations: Iterable[Path],
+    arguments: argparse.Namespace, sampling: decode.Sampling, inputs: clips.Inputs
 ) -> dict[str, Any]:
     """All that decides the result, without reading a video: files by name, size and time."""
     given = arguments.tokenizer
@@ -180,22 +190,22 @@ def _fingerprint(
         "settings": {
             "split": arguments.split,
             **dataclasses.asdict(sampling),
-            "tokenizer": "train" if given == "train" else _file_key([Path(given)]),
+            "tokenizer": "train" if given == "train" else _file_key({given: Path(given)}),
             **vocabulary,
         },
         "inputs": {
-            "clips": _file_key(videos),
-            "annotations": _file_key(annotations),
-            "labels": _file_key([arguments.labels] if arguments.labels else []),
+            "clips": _file_key({n + p.suffix: p for p, n in inputs.clips.items()}),
+            "annotations": _file_key(inputs.annotations),
+            "labels": _file_key({"": arguments.labels} if arguments.labels else {}),
         },
     }
 
 
-def _file_key(paths: Iterable[Path]) -> str:
+def _file_key(files: Mapping[str, Path]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
+    for name, path in sorted(files.items()):
         stat = path.stat()
-        digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
+        digest.update(ascii((name, stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -244,12 +254,7 @@ def _decode(
     todo = [job for job in jobs if not job.staged.exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} clips were decoded by an earlier run.")
-    if beam:
-        results = clips.run_beam(todo, beam)
-    elif workers > 1 and len(todo) >= 16:  # Starting processes costs about a second.
-        results = clips.run_jobs(todo, workers)
-    else:
-        results = ((job, clips.decode_job(job)) for job in todo)
+    results = processes.run_beam(todo, beam) if beam else processes.run_jobs(todo, workers)
     refused: dict[str, clips.Refusal] = {}
     for job, refusal in tqdm(results, total=len(todo), desc="decode", unit="clip"):
         if refusal:
@@ -294,19 +299,19 @@ def _vocabulary(
         shutil.copyfile(source, copied)
         return tokenizer.load_tokenizer(copied)
     train = [job for job in jobs if job.split == TRAIN]
-    texts = [sed.target_text(job.annotation) for job in train]
+    said = [sed.target_text(job.annotation) for job in train]
     # Once per clip, as training sees it; then a prompt costs few tokens.
-    texts += [sed.prompt_text(job.language, True, True) for job in train]
+    said += [sed.prompt_text(job.language, True, True) for job in train]
     headings = [sed.heading(field) for field in records.FIELDS]
     out = ready / "tokenizer.model"
     return tokenizer.train_sentencepiece(
-        texts, out, vocab_size=arguments.vocab_size, symbols=headings
+        said, out, vocab_size=arguments.vocab_size, symbols=headings
     )
 
 
 def _read_refusals(out: Path) -> list[clips.Refusal]:
-    lines = (out / "refused.jsonl").read_text(encoding="utf-8").splitlines()
-    return [clips.Refusal(**json.loads(line)) for line in lines]
+    text = (out / "refused.jsonl").read_text(encoding="utf-8")
+    return [clips.Refusal(**json.loads(line)) for _, line in texts.lines(text)]
 
 
 def _report(out: Path, summary: dict[str, Any], refusals: Sequence[clips.Refusal]) -> int:
@@ -326,6 +331,13 @@ def _report(out: Path, summary: dict[str, Any], refusals: Sequence[clips.Refusal
             print(f"  {refusal.file}: {refusal.detail}")
         if count > SHOWN_REFUSALS:
             print(f"  and {count - SHOWN_REFUSALS} more in refused.jsonl.")
+        if reason == "bad_annotation":
+            print(f"An annotation looks like this:\n{records.ANNOTATION_SHAPE}")
+    for kind, names in summary["unused"].items():
+        if names:
+            more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
+            listed = ", ".join(map(clips.shown, names[:SHOWN_UNUSED]))
+            print(f"{len(names)} {UNUSED[kind]}: {listed}{more}.")
     return 1 if refusals else 0
 
 

@@ -1,36 +1,38 @@
-"""Finding clips with their annotations and labels, and decoding them one by one."""
+"""Finding clips with their annotations and labels, and decoding them one by one.
 
-import collections
+A clip, its annotation and its labels belong together by their name: the path below their folder,
+without the suffix. clips/B/001.mp4 takes annotations/B/001.json and the labels of "B/001".
+"""
+
 import dataclasses
-import functools
 import hashlib
-import itertools
 import json
-import multiprocessing.connection
 import os
-import pickle
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import unicodedata
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-from saber_jax.data import decode, records
-from saber_jax.runs.files import replacing
+import numpy as np
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".m4v", ".flv")
+from saber_jax.data import decode, records, texts
+
+EXTENSIONS = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".flv"),
+    *(".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".ogv", ".ogm", ".mxf"),
+    *(".gif", ".rm", ".rmvb", ".dv"),
+)
+"""Of files that may hold a video with sound and that FFmpeg reads."""
 
 REASONS = {
     **decode.REASONS,
     "no_annotation": "the clip has no annotation file of the same name",
     "bad_annotation": "the annotation does not follow the SABER layout",
     "duplicate_id": "another file has the same name",
+    "bad_name": "the file's name cannot be stored as text",
 }
 """Why a clip can be refused; the key goes into refused.jsonl."""
-
-Task = TypeVar("Task", bound=Callable[[], Any])
 
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]+")
@@ -47,9 +49,13 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One clip to decode, everything but its media already checked. `staged` is its result."""
+    """One clip to decode, everything but its media already checked.
+
+    `file` is its path below the clips' folder; `staged` is where its media go.
+    """
 
     clip_id: str
+    file: str
     split: str
     language: str
     path: Path
@@ -61,71 +67,174 @@ class Job:
 
 def find_files(directory: Path, extensions: Iterable[str], what: str) -> list[Path]:
     """Files below a directory, sorted. FileNotFoundError if there is no directory or no file."""
+    return sort_files(directory, extensions, what)[0]
+
+
+def sort_files(
+    directory: Path, extensions: Iterable[str], what: str
+) -> tuple[list[Path], list[Path]]:
+    """Files below a directory that have one of the suffixes, and all others, both sorted.
+
+    Hidden files are among the others: file managers leave some that look like clips. Raises
+    FileNotFoundError if there is no directory or nothing to take.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"The {what} directory {directory} does not exist.")
     wanted = tuple(extensions)
-    files = [path for path in directory.rglob("*") if path.suffix.lower() in wanted]
-    files = sorted(path for path in files if path.is_file())
-    if not files:
-        raise FileNotFoundError(f"No {what} ({', '.join(wanted)}) in {directory}.")
-    return files
+    taken, others = [], []
+    for path in sorted(_files_below(directory, set())):
+        fits = path.suffix.lower() in wanted and not path.name.startswith(".")
+        (taken if fits else others).append(path)
+    if not taken:
+        seen = f" It holds {_listed(others)}." if others else ""
+        raise FileNotFoundError(f"No {what} ({', '.join(wanted)}) in {directory}.{seen}")
+    return taken, others
+
+
+def _files_below(directory: Path, above: set[str]) -> Iterator[Path]:
+    """Also behind links to folders, which Path.rglob leaves out, but once round a circle."""
+    real = os.path.realpath(directory)
+    if real in above:
+        return
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files_below(path, above | {real})
+        elif path.is_file():
+            yield path
+
+
+def _listed(paths: Sequence[Path], most: int = 5) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(shown(path.name) for path in paths[:most]) + more
+
+
+def shown(name: str) -> str:
+    """A file name that any terminal and any file takes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def name_of(path: Path, root: Path) -> str:
+    """What a clip is called: see the module. NFC, whichever way the file system spells it."""
+    name = path.relative_to(root).with_suffix("").as_posix()
+    return unicodedata.normalize("NFC", name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the folders hold: clips (file to name), annotations (name to file) and labels by name.
+
+    `others` are files of no use, by their paths; nothing in the folders is passed over in silence.
+    """
+
+    clips: dict[Path, str]
+    annotations: dict[str, Path]
+    labels: dict[str, dict[str, str]]
+    others: list[str]
+
+    def unused(self) -> dict[str, list[str]]:
+        """Files that are neither, and annotations and labels that no clip has, by kind."""
+        names = set(self.clips.values())
+        return {
+            "files": self.others,
+            "annotations": sorted(f"{name}.json" for name in self.annotations if name not in names),
+            "labels": sorted(name for name in self.labels if name not in names),
+        }
+
+
+def find_inputs(clips: Path, annotations: Path, labels: Path | None) -> Inputs:
+    """Raises FileNotFoundError for an empty folder and ValueError for wrong labels."""
+    videos, other_videos = sort_files(clips, EXTENSIONS, "clips")
+    found, other_texts = sort_files(annotations, (".json",), "annotations")
+    by_name: dict[str, Path] = {}
+    for path in found:
+        by_name.setdefault(name_of(path, annotations), path)
+    # One folder may hold all of it, so what is no clip may be an annotation.
+    used = [*videos, *by_name.values(), *([labels] if labels else [])]
+    real = {os.path.realpath(path) for path in used}
+    others = {path for path in (*other_videos, *other_texts, *found)}
+    return Inputs(
+        clips={path: name_of(path, clips) for path in videos},
+        annotations=by_name,
+        labels=read_labels(labels) if labels else {},
+        others=sorted(shown(str(p)) for p in others if os.path.realpath(p) not in real),
+    )
 
 
 def read_labels(path: Path) -> dict[str, dict[str, str]]:
     """labels.jsonl as {clip_id: line}. ValueError names the line that is wrong."""
-    allowed = {"clip_id", "split", "language", *records.LABELS}
     labels: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in texts.lines(path.read_text(encoding="utf-8-sig")):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-        if not isinstance(row, dict) or "clip_id" not in row:
-            raise ValueError(f'{path}, line {number} must be an object with a "clip_id".')
-        if unknown := sorted(set(row) - allowed):
-            raise ValueError(f"{path}, line {number} has unknown keys {', '.join(unknown)}.")
-        language = row.get("language", "en")
-        if language not in records.LANGUAGES:
-            raise ValueError(f"{path}, line {number} has the unknown language {language!r}.")
-        labels[str(row["clip_id"])] = {key: str(value) for key, value in row.items()}
+            row = _label(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} {error}.") from error
+        if row["clip_id"] in labels:
+            raise ValueError(f"{path}, line {number} is the second of {row['clip_id']}.")
+        labels[row["clip_id"]] = row
     return labels
 
 
+def _label(line: str) -> dict[str, str]:
+    """One line; the ValueError goes on from its number."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("clip_id"), str):
+        raise ValueError('must be an object with a "clip_id"')
+    if unknown := sorted(set(row) - {"clip_id", "split", "language", *records.LABELS}):
+        raise ValueError(f"has unknown keys {', '.join(unknown)}")
+    row = {key: value for key, value in row.items() if value is not None}
+    if type(row.get("kappa")) in (int, float):
+        row["kappa"] = str(row["kappa"])
+    for key, value in row.items():
+        if not isinstance(value, str):
+            raise ValueError(f"has {key} {value!r}; it must be text")
+        if fault := texts.fault(value):
+            raise ValueError(f"has a {key} that {fault}")
+    if row.get("language", "en") not in records.LANGUAGES:
+        raise ValueError(f"has the unknown language {row['language']!r}")
+    if not _is_share(row.get("kappa", "0")):
+        raise ValueError(f"has kappa {row['kappa']!r}; it must be a number from 0 to 1")
+    if not re.fullmatch(r"\w+", row.get("split", "train")):
+        raise ValueError(f"has the split {row['split']!r}; letters, digits and _ make its name")
+    return row | {"clip_id": unicodedata.normalize("NFC", row["clip_id"])}
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
+
+
 def plan(
-    clips: Iterable[Path],
-    annotations: Iterable[Path],
-    labels: Mapping[str, Mapping[str, str]],
-    *,
-    split: str,
-    staging: Path,
-    sampling: decode.Sampling,
+    inputs: Inputs, *, split: str, staging: Path, sampling: decode.Sampling
 ) -> tuple[list[Job], list[Refusal]]:
     """Pairs clips with annotations and labels; what cannot be paired is refused at no cost."""
-    by_stem: dict[str, Path] = {}
-    for path in annotations:
-        by_stem.setdefault(path.stem, path)
     jobs: list[Job] = []
     refusals: list[Refusal] = []
     seen: dict[str, Path] = {}
-    for path in clips:
-        first = seen.setdefault(path.stem, path)
-        if first != path:
-            refusals.append(Refusal(file=path.name, reason="duplicate_id", detail=str(first)))
-            continue
+    for path, name in inputs.clips.items():
+        file = shown(f"{name}{path.suffix}")
+        first = seen.setdefault(name, path)
         try:
-            annotation = _read_annotation(path, by_stem.get(path.stem))
+            if texts.fault(name) or not name.isprintable():
+                raise _RefusedError("bad_name", ascii(name))
+            if first != path:
+                raise _RefusedError("duplicate_id", shown(str(first)))
+            annotation = _read_annotation(name, inputs.annotations)
         except _RefusedError as error:
-            refusals.append(error.refusal)
+            refusals.append(Refusal(file=file, reason=error.reason, detail=error.detail))
             continue
-        known = labels.get(path.stem, {})
+        known = inputs.labels.get(name, {})
         job = Job(
-            clip_id=path.stem,
+            clip_id=name,
+            file=file,
             split=known.get("split", split),
             language=known.get("language") or detect_language(annotation),
             path=path,
-            staged=staging / f"{_staging_key(path, sampling)}.pickle",
+            staged=staging / f"{_staging_key(name, path, sampling)}.npz",
             annotation=annotation,
             labels={key: known[key] for key in records.LABELS if key in known},
             sampling=sampling,
@@ -135,22 +244,23 @@ def plan(
 
 
 class _RefusedError(Exception):
-    def __init__(self, refusal: Refusal):
-        super().__init__(refusal)
-        self.refusal = refusal
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
-def _read_annotation(clip: Path, path: Path | None) -> dict[str, str]:
-    if path is None:
-        detail = f"expected {clip.stem}.json in the annotations directory"
-        raise _RefusedError(Refusal(file=clip.name, reason="no_annotation", detail=detail))
+def _read_annotation(name: str, annotations: Mapping[str, Path]) -> dict[str, str]:
+    if name not in annotations:
+        detail = f"expected {name}.json in the annotations directory"
+        stem = name.rpartition("/")[2]
+        if near := [other for other in annotations if other.rpartition("/")[2] == stem]:
+            detail += f"; {near[0]}.json there lies in another folder than the clip"
+        raise _RefusedError("no_annotation", detail)
     try:
-        return records.parse_annotation(json.loads(path.read_text(encoding="utf-8-sig")))
+        text = annotations[name].read_text(encoding="utf-8-sig")
+        return records.parse_annotation(json.loads(text))
     except (ValueError, RecursionError) as error:  # Not text, not JSON, or not the layout.
-        detail = f"{path.name}: {error}"
-        raise _RefusedError(
-            Refusal(file=clip.name, reason="bad_annotation", detail=detail)
-        ) from error
+        raise _RefusedError("bad_annotation", f"{name}.json: {error}") from error
 
 
 def detect_language(annotation: Mapping[str, str]) -> str:
@@ -162,10 +272,10 @@ def detect_language(annotation: Mapping[str, str]) -> str:
     return "zh" if len(_CJK.findall(text)) > len(_LATIN.findall(text)) else "en"
 
 
-def _staging_key(path: Path, sampling: decode.Sampling) -> str:
+def _staging_key(name: str, path: Path, sampling: decode.Sampling) -> str:
     """Changes with the file and with the settings, so stale work is never picked up."""
     stat = path.stat()
-    facts = (path.name, stat.st_size, stat.st_mtime_ns, dataclasses.astuple(sampling))
+    facts = (name, path.suffix, stat.st_size, stat.st_mtime_ns, dataclasses.astuple(sampling))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
@@ -173,176 +283,39 @@ def decode_job(job: Job) -> Refusal | None:
     """Decodes one clip into `job.staged` (media features only), or says why not."""
     try:
         clip = decode.decode_clip(job.path, job.sampling)
+        with job.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except decode.MediaError as error:
-        return Refusal(file=job.path.name, reason=error.reason, detail=error.detail)
+        return Refusal(file=job.file, reason=error.reason, detail=error.detail)
     except OSError as error:
-        return Refusal(file=job.path.name, reason="unreadable", detail=str(error))
-    digest = hashlib.sha256(job.path.read_bytes()).hexdigest()
-    with replacing(job.staged) as partial, partial.open("wb") as file:
-        pickle.dump((clip, digest), file, protocol=pickle.HIGHEST_PROTOCOL)
+        return Refusal(file=job.file, reason="unreadable", detail=str(error))
+    facts = {"seconds_per_grid": clip.seconds_per_grid, "info": clip.info, "sha256": digest}
+    # Not named by process: on a cluster, those of two machines can have the same number.
+    temporary = job.staged.with_suffix(f".{uuid.uuid4().hex}")
+    with temporary.open("wb") as file:
+        np.savez(file, frames=clip.frames, audio=clip.audio, facts=np.array(json.dumps(facts)))
+    os.replace(temporary, job.staged)
     return None
 
 
 def load_staged(job: Job) -> records.Record:
     """The record of a decoded job."""
-    with job.staged.open("rb") as file:
-        clip, digest = pickle.load(file)
+    with np.load(job.staged, allow_pickle=False) as staged:
+        frames, audio = staged["frames"], staged["audio"]
+        facts = json.loads(staged["facts"].item())
     return records.Record(
         clip_id=job.clip_id,
         language=job.language,
-        frames=clip.frames,
-        seconds_per_grid=clip.seconds_per_grid,
-        audio=clip.audio,
+        frames=frames,
+        seconds_per_grid=facts["seconds_per_grid"],
+        audio=audio,
         annotation=job.annotation,
         labels=job.labels,
         provenance={
-            "file": job.path.name,
-            "sha256": digest,
+            "file": job.file,
+            "sha256": facts["sha256"],
             "sampling": dataclasses.asdict(job.sampling),
-            "source": clip.info,
+            "source": facts["info"],
         },
         audio_in_video=job.sampling.audio_in_video,
     )
-
-
-def run_jobs(
-    jobs: Iterable[Job], workers: int, work: Callable[[Job], Refusal | None] = decode_job
-) -> Iterator[tuple[Job, Refusal | None]]:
-    """Does the jobs in `workers` processes; yields each with its refusal, if any.
-
-    A damaged file can crash a native decoder and with it the whole pool. The jobs that may have
-    done so are then tried alone, the rest goes on in a new pool.
-    """
-    remaining = list(jobs)
-    while remaining:
-        lost: list[Job] = []
-        with _pool(workers) as pool:
-            for job, future in [(job, _submit(pool, work, job)) for job in remaining]:
-                try:
-                    yield job, future.result()
-                except BrokenProcessPool:
-                    lost.append(job)
-        # The pool hands out jobs in order and holds at most one more than it has processes.
-        suspects, remaining = lost[: 2 * workers + 1], lost[2 * workers + 1 :]
-        for job in suspects:
-            yield job, _run_alone(job, work)
-
-
-def run_ahead(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Any]]:
-    """Calls tasks in `workers` processes; yields each, in order, with what it returned, or with the
-    MediaError or OSError that it raised.
-
-    At most four results per process wait in memory. A task that crashes the decoder has a
-    MediaError; those that were in the pool with it are called again, alone.
-    """
-    if workers == 1:
-        yield from ((task, _called(task)) for task in tasks)
-        return
-    waiting: collections.deque[tuple[Task, Future]] = collections.deque()
-    tasks, pool = iter(tasks), _pool(workers)
-    try:
-        while True:
-            for task in itertools.islice(tasks, 4 * workers - len(waiting)):
-                waiting.append((task, _submit(pool, _called, task)))
-            if not waiting:
-                return
-            task, future = waiting.popleft()
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                pool.shutdown()
-                pool, result = _pool(workers), _called_alone(task)
-            yield task, result
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _called(task: Callable[[], Any]) -> Any:
-    try:
-        return task()
-    except (decode.MediaError, OSError) as error:
-        return error
-
-
-def _called_alone(task: Callable[[], Any]) -> Any:
-    with _pool(1) as pool:
-        try:
-            return _submit(pool, _called, task).result()
-        except BrokenProcessPool:
-            return decode.MediaError("unreadable", "the decoder crashed")
-
-
-def run_beam(
-    jobs: Sequence[Job], options: Sequence[str], work: Callable[[Job], Refusal | None] = decode_job
-) -> Iterator[tuple[Job, Refusal | None]]:
-    """As `run_jobs`, by the workers of Apache Beam under its own `options`.
-
-    They must reach the clips and the staging directory under the paths that they have here.
-    """
-    import apache_beam as beam  # Takes two seconds.
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    guarded = functools.partial(_run_guarded, work)
-    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        _ = pipeline | beam.Create(list(jobs)) | beam.Reshuffle() | "decode" >> beam.Map(guarded)
-    for job in jobs:
-        yield job, Refusal(**json.loads(_note(job).read_bytes())) if _note(job).exists() else None
-
-
-def _note(job: Job) -> Path:
-    """What a Beam worker leaves in place of `staged` when it refuses a clip."""
-    return job.staged.with_suffix(".refused")
-
-
-def _run_guarded(work: Callable[[Job], Refusal | None], job: Job) -> None:
-    """Does a job in a process beside Beam's worker, which survives if the decoder crashes."""
-    try:
-        refusal = _submit(_beside(), work, job).result()
-    except BrokenProcessPool:  # By this job or by one of another thread.
-        _beside.cache_clear()
-        refusal = _run_alone(job, work)
-    if refusal:
-        _note(job).write_text(json.dumps(dataclasses.asdict(refusal)), encoding="utf-8")
-    else:
-        _note(job).unlink(missing_ok=True)
-
-
-@functools.cache
-def _beside() -> ProcessPoolExecutor:
-    return _pool(1)
-
-
-def _run_alone(job: Job, work: Callable[[Job], Refusal | None]) -> Refusal | None:
-    with _pool(1) as pool:
-        try:
-            return _submit(pool, work, job).result()
-        except BrokenProcessPool:
-            return Refusal(file=job.path.name, reason="unreadable", detail="the decoder crashed")
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Not fork: the caller may have threads. The server imports this module once for all workers.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
-
-
-def _die_with_parent() -> None:
-    """Without this, the workers of a killed build would wait for work for ever."""
-
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
-
-
-def _submit(pool: ProcessPoolExecutor, work: Callable, job: Any) -> Future:
-    try:
-        return pool.submit(work, job)
-    except BrokenProcessPool as error:
-        failed: Future = Future()
-        failed.set_exception(error)
-        return failed

@@ -34,7 +34,7 @@ from typing import IO
 
 import numpy as np
 
-from data_prep.records import clips, dataset
+from data_prep.records import clips, dataset, processes
 from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
 from saber_jax.data import decode, records, tokenizer
 from saber_jax.flags import Parser
@@ -100,7 +100,7 @@ class _Import:
         self.of_other_splits: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[records.Record]:
-        for task, result in clips.run_ahead(self._tasks(), self._flags.workers):
+        for task, result in processes.run_ahead(self._tasks(), self._flags.workers):
             if isinstance(result, Exception):
                 self._failed[task.row.clip_id] = result
             elif result is not None:
@@ -207,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--split", default="train", help="of rows that name none; those of others are passed over"
     )
     parser.add_argument("--mode", choices=decode.MODES, default="exact")
-    parser.add_argument("--workers", type=int, default=1, help="decoding processes")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="decoding processes; 0: none beside this one"
+    )
     flags = parser.parse_args(argv)
     flags.sampling = decode.Sampling() if flags.mode == "exact" else decode.release_sampling()
     try:

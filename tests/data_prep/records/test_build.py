@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data_prep.records import build, clips
+from data_prep.records import build, clips, processes
 from saber_jax.data import records, sed
 from saber_jax.data.decode import Sampling
 from saber_jax.data.tokenizer import load_tokenizer
@@ -186,6 +186,33 @@ def test_every_refused_clip_is_named_with_its_reason(corpus, capsys):
     assert corpus.build() == 1  # Nothing to do, and still nothing better.
 
 
+def test_flat_annotations_are_taken_and_the_shape_is_shown_once(corpus, capsys):
+    corpus.add("flat.mkv")
+    corpus.annotate("flat", dict.fromkeys(records.FIELDS, "Said."))
+    for name in ("x.mkv", "y.mkv"):
+        corpus.add(name)
+        corpus.annotate(Path(name).stem, {"description": "Said."})
+    assert corpus.build() == 1
+    out = capsys.readouterr().out
+    assert out.count(records.ANNOTATION_SHAPE) == 1 and "Refused 2, bad_annotation" in out
+    [record] = records.RecordSource(corpus.out, "train")
+    assert record.annotation == dict.fromkeys(records.FIELDS, "Said.")
+
+
+def test_what_was_of_no_use_is_counted_and_named(corpus, capsys):
+    corpus.add("one.mkv")
+    corpus.annotate("lonely", annotation("en"))
+    (corpus.clips / "song.xyz").write_text("?")
+    assert corpus.build() == 0
+    for _ in range(2):  # The second run does nothing, and says it again.
+        out = capsys.readouterr().out
+        assert "1 files were passed over" in out and "song.xyz" in out
+        assert "1 annotations have no clip: lonely.json" in out
+        assert corpus.build() == 0
+    unused = json.loads((corpus.out / "build.json").read_text())["unused"]
+    assert unused["annotations"] == ["lonely.json"]
+
+
 def test_nothing_usable_is_an_error_and_leaves_no_output(corpus, capsys):
     assert corpus.build() == 2
     assert "No clips" in capsys.readouterr().err
@@ -259,12 +286,12 @@ def test_a_killed_build_goes_on_where_it_was(corpus, capsys):
     )
     staging = Path(f"{corpus.out}.partial") / "staging"
     deadline = time.monotonic() + 30
-    while len(list(staging.glob("*.pickle"))) < 3 and time.monotonic() < deadline:
+    while len(list(staging.glob("*.npz"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert group_ends(process.pid, seconds=10)
-    done = len(list(staging.glob("*.pickle")))
+    done = len(list(staging.glob("*.npz")))
     assert 3 <= done < 30
     assert not corpus.out.exists()
     assert corpus.build() == 0
@@ -338,7 +365,7 @@ def crash_on_bad(job: clips.Job) -> clips.Refusal | None:
 
 def test_a_file_that_crashes_the_decoder_is_refused_alone():
     jobs = [job("good"), job("bad"), *(job(str(index)) for index in range(8))]
-    results = {done.clip_id: refusal for done, refusal in clips.run_jobs(jobs, 2, crash_on_bad)}
+    results = {done.clip_id: refusal for done, refusal in processes.run_jobs(jobs, 2, crash_on_bad)}
     assert set(results) == {job.clip_id for job in jobs}
     assert results.pop("bad").detail == "the decoder crashed"
     assert set(results.values()) == {None}
@@ -366,7 +393,7 @@ def test_what_runs_ahead_keeps_its_order_and_a_crash_to_itself():
             taken.append(number)
             yield Task(number, crashes=number == 3)
 
-    for number, (task, result) in enumerate(clips.run_ahead(tasks(), 2)):
+    for number, (task, result) in enumerate(processes.run_ahead(tasks(), 2)):
         assert task.number == number and len(taken) <= number + 8
         want = "the file cannot be decoded: the decoder crashed" if task.crashes else str(number)
         assert str(result) == want
@@ -376,7 +403,7 @@ def test_what_runs_ahead_keeps_its_order_and_a_crash_to_itself():
 def test_a_beam_worker_survives_a_file_that_crashes_the_decoder(tmp_path):
     options = build._beam_options(IN_MEMORY)
     jobs = [job(str(tmp_path / name)) for name in ("good", "bad")]
-    found = {j.path.stem: why for j, why in clips.run_beam(jobs, options, crash_on_bad)}
+    found = {j.path.stem: why for j, why in processes.run_beam(jobs, options, crash_on_bad)}
     assert found["bad"].detail == "the decoder crashed"
     assert found["good"] is None
 
@@ -384,10 +411,11 @@ def test_a_beam_worker_survives_a_file_that_crashes_the_decoder(tmp_path):
 def job(name: str) -> clips.Job:
     return clips.Job(
         clip_id=name,
+        file=f"{name}.mp4",
         split="train",
         language="en",
         path=Path(f"{name}.mp4"),
-        staged=Path(f"{name}.pickle"),
+        staged=Path(f"{name}.npz"),
         annotation={},
         labels={},
         sampling=Sampling(),

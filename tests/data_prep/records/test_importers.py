@@ -102,6 +102,10 @@ def imported(folder, tokenizer, out, kind, rows, *more):
     return importers.main([*flags, "--tokenizer", str(tokenizer.path)])
 
 
+HERE = ("--workers", "0")
+"""Decodes in this process, where tests can look."""
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_row_round_trips_with_its_media(folder, tokenizer, tmp_path, name):
     kind, row, rejected = FILES[name]
@@ -210,7 +214,7 @@ def test_few_records_are_in_memory_however_long_the_file(folder, tokenizer, tmp_
         return record
 
     monkeypatch.setattr(importers, "to_record", watched)
-    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", questions(30)) == 0
+    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", questions(30), *HERE) == 0
     assert len(most) == len(RecordSource(tmp_path / "o", "train")) == 30 and max(most) <= 3
 
 
@@ -255,6 +259,6 @@ def test_a_fault_of_the_program_does_not_look_like_a_refusal(
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(importers, "to_record", faulty)
-    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", questions(1)) == 3
+    assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", questions(1), *HERE) == 3
     assert "a fault" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
