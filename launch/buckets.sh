@@ -13,6 +13,15 @@ with_buckets() {
   printf '%s\n' "$argument"
 }
 
+# What its arguments name of buckets, a line each: FOLDER=gs://BUCKET. The run speaks to a bucket itself
+# where that is safer than through the mount (saber_jax/runs/buckets.py).
+bucket_mounts() {
+  local bucket
+  { grep -oE 'gs://[a-z0-9][-_.a-z0-9]*' <<<"$*" || true; } | sort -u | while read -r bucket; do
+    printf '%s\n' "${SABER_BUCKETS:-$HOME/buckets}/${bucket#gs://}=$bucket"
+  done
+}
+
 # Onto a TPU VM, where nobody wants to do it by hand on 64 hosts. Quiet about failing: the caller sees
 # that gcsfuse is not there.
 install_gcsfuse() {
@@ -26,8 +35,8 @@ install_gcsfuse() {
     sudo -n apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse; } >/dev/null || true
 }
 
-# Orbax finishes a checkpoint by renaming its folder, which is many objects to a bucket; and hosts must
-# see at once what another one wrote, so nothing about a file is remembered.
+# Some results are folders that are renamed when they are whole, which is many objects to a bucket; and
+# hosts must see at once what another one wrote, so nothing about a file is remembered.
 mount_bucket() {
   local bucket=$1 folder=$2
   if mountpoint -q "$folder"; then return; fi

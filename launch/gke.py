@@ -66,6 +66,7 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
             "launch/tpu_run.sh: NAME must be small letters, digits and dashes, 40 at most, got "
             f"{name!r}."
         )
+    bucket = environ.get("BUCKET", "").removeprefix("gs://").rstrip("/")
     return {
         "NAME": name,
         "IMAGE": environ["GKE_IMAGE"],
@@ -75,15 +76,15 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
         "ACCELERATOR": topology.GENERATIONS[shape.generation].node_pool,
         "TOPOLOGY": shape.topology,
         "SERVICE_ACCOUNT": environ.get("SERVICE_ACCOUNT") or "default",
-        "VOLUME": json.dumps(_volume(environ))[1:-1],
+        "VOLUME": json.dumps(_volume(bucket, environ.get("CLAIM", "")))[1:-1],
+        "MOUNTS": json.dumps(f"/runs=gs://{bucket}" if bucket else ""),
     }
 
 
-def _volume(environ: Mapping[str, str]) -> dict[str, Any]:
+def _volume(bucket: str, claim: str) -> dict[str, Any]:
     """The source of the volume that all pods share."""
-    bucket = environ.get("BUCKET", "").removeprefix("gs://").rstrip("/")
     if not bucket:
-        return {"persistentVolumeClaim": {"claimName": environ["CLAIM"]}}
+        return {"persistentVolumeClaim": {"claimName": claim}}
     attributes = {
         "bucketName": bucket,
         "mountOptions": MOUNT_OPTIONS,

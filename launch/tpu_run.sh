@@ -45,6 +45,15 @@ elif [[ "$1" == --stop ]]; then
 fi
 
 config=$1; shift
+SABER_MOUNTS=${SABER_MOUNTS:-$(bucket_mounts "$@")}
+export SABER_MOUNTS
+# jax writes its cache on the first host alone, so hosts that are to find it need one that all share;
+# and a container's own disk is gone after a restart. jax reads and writes buckets by itself.
+cache=$PWD/runs/compilation_cache
+for argument in "$@"; do
+  if [[ $argument == --config.root=gs://* ]] || { [[ $argument == --config.root=* ]] && has_tpu; }
+  then cache=${argument#*=}/compilation_cache; fi
+done
 for argument in "$@"; do
   argument=$(with_buckets "$argument")
   shift
@@ -52,7 +61,7 @@ for argument in "$@"; do
 done
 python=$(launch/setup.sh)
 # What was compiled once is not compiled again after a restart.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilation_cache}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache}
 # NumPy's threads and XLA's would take turns at waiting for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import distributed, manifest
+from saber_jax.runs import buckets, distributed, manifest
 from saber_jax.runs.files import write_json
 from saber_jax.train import saved
 from saber_jax.train.step import TrainState
@@ -72,7 +72,7 @@ class Checkpoints:
         self._frozen, self._strict = frozen, strict
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(), options=options, item_names=ITEMS
+            buckets.native(Path(workdir) / "checkpoints"), options=options, item_names=ITEMS
         )
 
     def latest(self) -> int | None:
@@ -281,7 +281,7 @@ def _restore(
     places = flatten(shardings) if shardings is not None else {}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     step = saved.newest(workdir)
-    item = step / "params"
+    item = buckets.native(step / "params")
     with ocp.StandardCheckpointer() as checkpointer:
         with saved.readable(step):
             stored = flatten(checkpointer.metadata(item).item_metadata.tree)
@@ -310,7 +310,7 @@ def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: An
     """A checkpoint of weights alone, complete when its model.json is there."""
     step = (Path(workdir) / "checkpoints" / "0").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(step / "params", params)
+        checkpointer.save(buckets.native(step / "params"), params)
     saved.write_digests(step, saved.described(saved.named(params, "params")))
     write_model_file(workdir, cfg, **about)
 

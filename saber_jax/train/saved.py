@@ -24,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from saber_jax.runs import buckets
 from saber_jax.train import digests
 
 DIGESTS = "digests"
@@ -55,7 +56,16 @@ def steps(workdir: str | Path) -> list[Path]:
 def problem(step: Path, items: tuple[str, ...] = ("params", DIGESTS)) -> str | None:
     """Why `step` is not whole; None when it is."""
     missing = [item for item in items if not (step / item / MARKS[item]).is_file()]
+    # In a bucket there is no rename that makes a step appear as a whole.
+    if buckets.mounted(step):
+        parts = [step / item for item in items]
+        missing += [str((p / buckets.COMMITTED).relative_to(step)) for p in parts if _open(p)]
     return f"{' and '.join(missing)} missing" if missing else None
+
+
+def _open(item: Path) -> bool:
+    """Whether nobody finished an item that lies in a bucket."""
+    return item.is_dir() and not (item / buckets.COMMITTED).is_file()
 
 
 def newest(workdir: str | Path) -> Path:
@@ -227,7 +237,7 @@ def _entries(step: Path) -> dict[str, list]:
 def write_digests(step: Path, entries: Mapping[str, list]) -> None:
     """For a step that holds weights alone. Every process must call it."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        checkpointer.save(step / DIGESTS, args=ocp.args.JsonSave(dict(entries)))
+        checkpointer.save(buckets.native(step / DIGESTS), args=ocp.args.JsonSave(dict(entries)))
 
 
 def named(tree: Any, prefix: str) -> dict[str, Any]:

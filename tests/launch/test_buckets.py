@@ -48,6 +48,25 @@ def test_every_bucket_is_mounted_once_and_its_settings_become_paths(host):
     assert (mounted / "runs-7b").is_dir()
 
 
+SHOW = """
+import os, pathlib, sys
+if "launch.chain" in sys.argv:
+    for name in ("SABER_MOUNTS", "JAX_COMPILATION_CACHE_DIR"):
+        print(f"{name}: {os.environ[name]!r}")
+"""
+
+
+def test_a_run_learns_what_is_mounted_where_and_compiles_into_its_bucket(host):
+    host.python = str(host.add("project_python", SHOW))
+    settings = ("--config.root=gs://runs-7b/first", "--config.data.path=gs://data/records")
+    done = launch(host, *settings)
+    mounted = host.folder / "my buckets"
+    mounts = f"{mounted}/data=gs://data\n{mounted}/runs-7b=gs://runs-7b"
+    assert f"SABER_MOUNTS: {mounts!r}" in done.stdout
+    assert "JAX_COMPILATION_CACHE_DIR: 'gs://runs-7b/first/compilation_cache'" in done.stdout
+    assert "SABER_MOUNTS: ''" in launch(host, "--config.root=/disk/7b").stdout
+
+
 def test_without_buckets_nothing_is_mounted(host):
     assert launch(host, "--config.root=/disk/7b").returncode == 0
     assert not host.calls("gcsfuse")

@@ -168,6 +168,8 @@ def test_a_bucket_is_mounted_with_the_options_that_a_run_needs(cluster):
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     assert template["spec"]["serviceAccountName"] == "trainer"
     (volume,) = (v for v in template["spec"]["volumes"] if v["name"] == "runs")
+    env = template["spec"]["containers"][0]["env"]
+    assert env == [{"name": "SABER_MOUNTS", "value": "/runs=gs://runs-7b"}]
     assert volume["csi"] == {
         "driver": "gcsfuse.csi.storage.gke.io",
         "volumeAttributes": {

@@ -1,0 +1,45 @@
+"""Buckets that are mounted as folders, and what must not go through the mount.
+
+Everything in this project reads and writes folders; launch/tpu_run.sh mounts a bucket that a
+setting names (launch/buckets.sh). Through a mount a folder is renamed one object after the other,
+and a kill can come in between. So where a library speaks to the bucket itself, it is given the
+bucket's own name:
+
+    native("/home/me/buckets/runs/7b/sft/checkpoints")  ->  gs://runs/7b/sft/checkpoints
+
+Orbax then writes arrays straight into the bucket, and marks a step as finished with a last object,
+commit_success.txt, instead of a rename. SABER_MOUNTS says what is mounted, a line each:
+/home/me/buckets/runs=gs://runs
+"""
+
+import os
+from pathlib import Path
+
+from etils import epath
+
+MOUNTS = "SABER_MOUNTS"
+COMMITTED = "commit_success.txt"
+"""What Orbax writes last into a folder of a bucket."""
+
+# gcsfs would ask what kind of bucket it is, which needs rights that a run need not have.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+def native(path: str | os.PathLike) -> epath.Path:
+    """gs://BUCKET/... for a path below a mounted bucket; any other path, absolute, as it is."""
+    absolute = Path(path).absolute()
+    for folder, bucket in _mounts():
+        if absolute.is_relative_to(folder):
+            return epath.Path(bucket) / absolute.relative_to(folder).as_posix()
+    return epath.Path(absolute)
+
+
+def mounted(path: str | os.PathLike) -> bool:
+    """Whether `path` lies in a mounted bucket."""
+    return any(Path(path).absolute().is_relative_to(folder) for folder, _ in _mounts())
+
+
+def _mounts() -> list[tuple[Path, str]]:
+    lines = os.environ.get(MOUNTS, "").splitlines()
+    pairs = [line.rpartition("=") for line in lines if line]
+    return [(Path(folder).absolute(), bucket) for folder, _, bucket in pairs]

@@ -1,0 +1,114 @@
+"""Checkpoints go into a mounted bucket around its mount, and survive what a bucket does."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from saber_jax.runs import buckets
+from tests.bucket import bucket
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 120
+
+RUN = """
+import json, sys
+from pathlib import Path
+from tests.train.test_saved import state
+from saber_jax.train.checkpoint import Checkpoints
+
+workdir, steps = Path(sys.argv[1]), json.loads(sys.argv[2])
+checkpoints = Checkpoints(workdir, every=2)
+found = checkpoints.restore(state(0), {"plan": "abc"})
+print("found", found if found is None else int(found.step), flush=True)
+if found is not None:
+    assert (found.trainable["text/w"] == state(int(found.step)).trainable["text/w"]).all()
+for step in steps:
+    print("saving", step, flush=True)
+    checkpoints.save(state(step), {"step": step, "plan": "abc"})
+checkpoints.close()
+print("done", flush=True)
+"""
+
+
+def start(made, *steps):
+    environ = os.environ | made.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(RUN), str(made.mount / "7b/sft")]
+    return subprocess.Popen(
+        [*command, json.dumps(steps)],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process):
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_only_paths_below_a_mount_are_the_bucket_s_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(buckets.MOUNTS, f"{tmp_path}/my b=gs://b\n/runs=gs://other\n")
+    assert str(buckets.native(tmp_path / "my b/7b/x")) == "gs://b/7b/x"
+    assert str(buckets.native("/runs")) == "gs://other"
+    assert str(buckets.native("/runs2/x")) == "/runs2/x" and not buckets.mounted("/runs2/x")
+    assert buckets.mounted(tmp_path / "my b/7b")
+    monkeypatch.delenv(buckets.MOUNTS)
+    assert str(buckets.native("/runs/x")) == "/runs/x"
+
+
+@pytest.mark.slow
+def test_steps_are_saved_and_restored_through_a_network_that_fails_and_is_slow():
+    with bucket("runs") as made:
+        made.unavailable, made.latency = 37, 0.003
+        assert "found None" in finished(start(made, 2, 4))
+        said = finished(start(made, 6))
+        assert "found 4" in said and "damaged" not in said
+        assert made.refused > 3
+        folder = made.mount / "7b/sft/checkpoints"
+        there = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+        assert there == {"4", "6"}
+        # Written into the bucket itself, not renamed through the mount.
+        assert (folder / "6" / buckets.COMMITTED).exists()
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_a_save_costs_that_step_alone(monkeypatch):
+    with bucket("runs") as made:
+        finished(start(made, 2))
+        made.stuck.set()
+        killed = start(made, 4)
+        while "saving 4" not in (line := killed.stdout.readline()):
+            assert line, "it ended by itself"
+        before, deadline = made.requests, time.monotonic() + PATIENCE
+        while made.requests < before + 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        killed.kill()
+        killed.wait()
+        made.stuck.clear()
+        said = finished(start(made, 6))
+        assert "found 2" in said
+        monkeypatch.setenv(buckets.MOUNTS, made.environ[buckets.MOUNTS])
+        from saber_jax.train import saved
+
+        assert saved.newest(made.mount / "7b/sft").name == "6"
+
+
+def test_a_step_whose_end_nobody_wrote_is_not_taken_for_whole(monkeypatch):
+    with bucket("runs") as made:
+        finished(start(made, 2))
+        monkeypatch.setenv(buckets.MOUNTS, made.environ[buckets.MOUNTS])
+        from saber_jax.train import saved
+
+        step = saved.newest(made.mount / "7b/sft")
+        (step / "params" / buckets.COMMITTED).unlink()
+        with pytest.raises(saved.DamagedError, match=r"params/commit_success.txt missing"):
+            saved.newest(made.mount / "7b/sft")
