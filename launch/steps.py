@@ -159,12 +159,17 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
     stages = {"sft": config.init.checkpoint, "cadpo": config.workdir}
     scores = {"sft": root / "eval/sft", "cadpo": place / "eval" / "cadpo"}
     names = {"sft": "evaluate_sft", "cadpo": f"evaluate_{trained}"}
+    after = {"sft": ("sft",), "cadpo": (trained,)}
+    if base := _base(config, root):
+        stages = {"base": base} | stages
+        scores["base"], names["base"], after["base"] = root / "eval/base", "evaluate_base", ()
     evaluations = []
     for stage, checkpoint in stages.items():
         answer = (
             *("python", "-m", "saber_jax.evaluation.run", "--benchmark", "saber_test"),
             *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
             *("--out", str(scores[stage]), *_generation(config)),
+            *(("--spell_out",) if stage == "base" else ()),
         )
         evaluations.append(
             Step(
@@ -173,7 +178,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
                 command=(*answer, "--probes", "--brief"),
                 share=answer,
                 leaves=str(scores[stage] / "scores.json"),
-                after=("sft" if stage == "sft" else trained,),
+                after=after[stage],
             )
         )
     export = Step(
@@ -195,7 +200,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
         command=(
             *("python", "-m", "saber_jax.evaluation.report", "--out", str(place / "report.html")),
             *("--sft", stages["sft"], "--cadpo", stages["cadpo"]),
-            *("--sft_scores", str(scores["sft"]), "--cadpo_scores", str(scores["cadpo"])),
+            *(part for s in stages for part in (f"--{s}_scores", str(scores[s]))),
             *(("--pairs", config.data.pairs) if mined else ()),
             *made_here,
         ),
@@ -203,6 +208,15 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
         after=tuple(names.values()),
     )
     return [*evaluations, export, report]
+
+
+def _base(config: ConfigDict, root: Path) -> str:
+    """What stage 1 began with, if the chain makes stage 1 and it did not begin from nothing."""
+    if Path(config.init.checkpoint) != root / "sft":
+        return ""
+    start = sft.get_config(config.variant)
+    start.root = config.root
+    return start.init.checkpoint
 
 
 def _mining(config: ConfigDict) -> tuple[str, ...]:

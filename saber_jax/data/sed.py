@@ -61,6 +61,21 @@ _PROMPTS = {
     ),
     "zh": ("你从画面和声音中理解情感。", "描述所见、所闻和所说，最后判断情感。"),
 }
+_SPELLED_OUT = {
+    "en": (
+        "Describe this clip in six sections, each on a line of its own that begins with its "
+        "heading in square brackets, in this order: {headings}. They are: the scene and the "
+        "people; the facial expression; posture and gestures; how the voice sounds; the "
+        "words that are said; "
+        "and last what all cues together mean. End the last section with one of these emotions: "
+        "{emotions}."
+    ),
+    "zh": (
+        "请分六个部分描述这段视频，每个部分占一行，以方括号中的标题开头，顺序如下：{headings}。"
+        "依次是：场景和人物；面部表情；姿态和手势；声音特征；所说的话；最后是所有线索综合起来的含义。"
+        "最后一个部分以下列情感之一结尾：{emotions}。"
+    ),
+}
 _HEADING = re.compile(r"\[(" + "|".join(FIELDS) + r")\]")
 
 
@@ -81,6 +96,14 @@ def target_text(annotation: Mapping[str, str], sections: Sequence[str] = FIELDS)
 def prompt(language: str) -> tuple[str, str]:
     """(system message, user instruction) for "en" or "zh"."""
     return _PROMPTS[_known(language)]
+
+
+def spelled_out(language: str) -> str:
+    """The request for a model that was not trained on SED: it names the headings and emotions."""
+    return _SPELLED_OUT[_known(language)].format(
+        headings=" ".join(map(heading, FIELDS)),
+        emotions=(", " if language == "en" else "、").join(_LEXICON[language]),
+    )
 
 
 def messages(

@@ -8,6 +8,7 @@ from typing import Any
 import av
 from tqdm import tqdm
 
+from saber_jax.data import sed
 from saber_jax.data.decode import MediaError
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.generate.generator import record_of_clip
@@ -49,6 +50,21 @@ class _Chosen(Sequence[Record]):
 
     def __getitem__(self, index: int) -> Record:
         return self._records[self._indices[index]]
+
+
+class SpelledOut(Sequence[Record]):
+    """The same clips, asked so that a model without SED training can answer in sections."""
+
+    def __init__(self, records: Sequence[Record] | RecordSource):
+        self._records = records
+        self.sizes = getattr(records, "sizes", ())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._records[index]
+        return dataclasses.replace(record, question=sed.spelled_out(record.language))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,9 @@ from saber_jax.flags import Parser
 from saber_jax.runs.files import read_json, read_jsonl, write_text
 from saber_jax.tree import flatten
 
-STAGES = {"sft": "SED", "cadpo": "CA-DPO"}
+STAGES = {"base": "Base", "sft": "SED", "cadpo": "CA-DPO"}
+TRAINED = ("sft", "cadpo")
+"""The stages with a run of their own; the base model is where the first begins."""
 PAGE = Path(__file__).parent / "page"
 MOST_MEDIA = 24 << 20
 
@@ -33,6 +35,7 @@ LOCATIONS = ("root", "workdir", "mesh", "checkpoint_every", "init.checkpoint")
 LOCATIONS += ("data.path", "data.pairs", "data.threads", "data.workers")
 
 SPLITS = tuple(saber_test.SPLITS)
+HELD_OUT = ("accuracy", "length_balanced_accuracy", "longer_wins")
 
 
 def _kind(prefix: str, names: Sequence[str], *, among: bool) -> Callable[[str], bool]:
@@ -49,6 +52,8 @@ def _kind(prefix: str, names: Sequence[str], *, among: bool) -> Callable[[str], 
 CURVES: dict[str, Callable[[str], bool]] = {
     "loss": lambda name: name == "loss",
     "loss by section": _kind("nll", (), among=False),
+    "held-out loss by section": lambda name: name.startswith("validate/nll/"),
+    "share of held-out pairs preferred rightly": _kind("validate", HELD_OUT, among=True),
     "reward margin, chosen over rejected": lambda name: name == "rewards/margins",
     "share of pairs with a positive margin": lambda name: name == "rewards/accuracies",
     "share of pairs with a positive margin, by split": _kind("accuracies", SPLITS, among=True),
@@ -102,6 +107,7 @@ def render(inputs: Inputs) -> str:
         runs=runs,
         scores=results.scores,
         cards=report_tables.cards(results),
+        worse=report_tables.worse(results),
         summary=report_tables.summary(results),
         missing=report_tables.missing(results),
         outcomes=report_tables.outcomes(results),
@@ -133,6 +139,8 @@ def _run(workdir: Path) -> dict[str, Any]:
     return {
         "summary": read_json(workdir / "summary.json"),
         "metrics": metrics,
+        # Validation has lines of its own.
+        "losses": [row["loss"] for row in metrics if "loss" in row],
         "settings": sorted(
             (key, value)
             for key, value in settings.items()
@@ -203,7 +211,7 @@ def _inputs(flags: argparse.Namespace) -> Inputs:
         usually = flags.workdir and flags.workdir / usual
         return named or (usually if usually and usually.exists() else None)
 
-    runs = {stage: place(getattr(flags, stage), stage) for stage in STAGES}
+    runs = {stage: place(getattr(flags, stage), stage) for stage in TRAINED}
     scores = {stage: place(getattr(flags, f"{stage}_scores"), f"eval/{stage}") for stage in STAGES}
     return Inputs(
         runs={stage: path for stage, path in runs.items() if path},
@@ -219,8 +227,9 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="the .html file to write")
     parser.add_argument("--workdir", type=Path, help="holds all that is not named otherwise")
-    for stage in STAGES:
+    for stage in TRAINED:
         parser.add_argument(f"--{stage}", type=Path, help=f"default: WORKDIR/{stage}")
+    for stage in STAGES:
         parser.add_argument(f"--{stage}_scores", type=Path, help=f"default: WORKDIR/eval/{stage}")
     parser.add_argument("--pairs", type=Path, help="default: WORKDIR/pairs")
     parser.add_argument("--corpus", type=Path, help="holds clips/; default: WORKDIR/corpus")

@@ -117,6 +117,20 @@ def cards(results: Results) -> list[Line]:
     ]
 
 
+def worse(results: Results) -> list[Line]:
+    """Where a later stage is right less often than the first, beyond chance: the interval of the
+    change on the same clips lies below zero. Each line has "stage", "split" and "gain"."""
+    first, *later = results.rows.items()
+    lines = []
+    for stage, rows in later:
+        for split, which in _splits(_agrees(results)):
+            before, after = (saber_test.correct(r)[which] for r in (first[1], rows))
+            gain = bootstrap.paired_gain(before, after)
+            if gain["interval"] and gain["interval"][1] < 0:
+                lines.append({"stage": results.stages[stage], "split": split, "gain": gain})
+    return lines
+
+
 def missing(results: Results) -> dict[str, list[str]]:
     """What could not be scored -> the stages that lack it."""
     lacking: dict[str, list[str]] = {}

@@ -10,6 +10,7 @@ docs/evaluation.md has the layouts of the benchmarks and what each score is.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
 from saber_jax.evaluation import probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
-from saber_jax.evaluation.predict import Material, Row, predict
+from saber_jax.evaluation.predict import Material, Row, SpelledOut, predict
 from saber_jax.flags import Parser
 from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
 from saber_jax.runs import shares
@@ -103,6 +104,9 @@ def _answered(
     }
     settings = about.get("provenance", {}).get("sampling")
     material = benchmark.material(flags.data, flags.split, settings)
+    if flags.spell_out:
+        inputs["spell_out"] = True
+        material = dataclasses.replace(material, records=SpelledOut(material.records))
     answering = Answering(flags)
     if flags.share:
         part = material.part(flags.share.indices(len(material.records), flags.batch_size))
@@ -168,6 +172,11 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help="score these instead of a checkpoint")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--probes", action="store_true", help="saber_test: also mute, blank, swap")
+    parser.add_argument(
+        "--spell_out",
+        action="store_true",
+        help="saber_test: name the sections and emotions, for a model not trained on SED",
+    )
     parser.add_argument("--share", metavar="I/N", help="answer this part alone, see data/shares.py")
     parser.add_argument("--brief", action="store_true", help="do not print the scores")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -197,6 +206,8 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--share: {error}")
     if flags.share and (flags.probes or flags.predictions):
         parser.error("--share answers the plain clips; probe when all shares are joined")
+    if flags.spell_out and (flags.benchmark != "saber_test" or flags.predictions):
+        parser.error("--spell_out is for a checkpoint and --benchmark saber_test")
     if flags.probes and (flags.benchmark != "saber_test" or flags.predictions):
         parser.error("--probes need a checkpoint and --benchmark saber_test")
     return flags

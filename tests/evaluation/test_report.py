@@ -78,6 +78,41 @@ def _misled(rows):
     return [row | {"conclusion": "happy"} for row in rows[:5]] + rows[5:]
 
 
+def _with_base(workdir, rows):
+    (workdir / "eval/base").mkdir()
+    write_jsonl(workdir / "eval/base/predictions.jsonl", rows)
+    write_json(workdir / "eval/base/scores.json", saber_test.score(rows) | {"missing": []})
+
+
+def test_the_base_model_is_the_first_row_and_what_became_worse_is_said(workdir):
+    assert "is worse than" not in _page(workdir)
+    # All conflicts right before any training, of which the stages keep two and four of five.
+    right = [row | {"conclusion": row["labels"]["emotion"]} for row in CADPO]
+    _with_base(workdir, right)
+    page = _page(workdir)
+    assert re.search(
+        r"Base</th><th[^>]*>SED</th><th[^>]*>CA-DPO</th><th[^>]*>change from Base", page
+    )
+    assert "spelled out" in page
+    worse = re.findall(r"<b>(\S+) is worse than Base</b> on (\w+) clips: −([\d.]+)", page)
+    assert ("SED", "inconsistent", "60.0") in worse
+    assert all(split == "inconsistent" for _, split, _ in worse)
+
+
+def test_validation_has_lines_of_its_own_and_curves(workdir):
+    path = workdir / "cadpo/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    held_out = [
+        {"step": step, "validate/accuracy": 0.5 + step / 16, "validate/longer_wins": 0.625}
+        for step in (0, 8)
+    ]
+    write_jsonl(path, [held_out[0], *rows, held_out[1]])
+    page = _page(workdir)
+    assert "CA-DPO: share of held-out pairs preferred rightly" in page
+    assert "longer wins: first 0.625, last 0.625" in page
+    assert ">0.6931<" in page  # The first loss is that of the first step.
+
+
 def test_a_breakdown_that_repeats_the_whole_is_left_out(workdir):
     path = workdir / "cadpo/metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

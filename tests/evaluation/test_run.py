@@ -99,6 +99,12 @@ def test_a_run_leaves_predictions_and_scores(tmp_path, data, model, capsys):
     assert "dominance: 1.000" in capsys.readouterr().out
 
 
+def test_a_model_without_sed_training_is_asked_for_the_sections_by_name(tmp_path, data, model):
+    assert _run(tmp_path, data, "--spell_out") == 0
+    assert all(sed.heading(field) in q for q in model.questions for field in FIELDS)
+    assert _run(tmp_path, data) == 1  # One folder never mixes two ways of asking.
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, data, model):
     assert _run(tmp_path / "whole", data) == 0
     model.asked.clear()

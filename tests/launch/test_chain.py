@@ -110,6 +110,18 @@ def test_a_start_and_pairs_of_ones_own_are_not_made(tmp_path):
     assert "--pairs" not in links["report"].command
 
 
+def test_the_model_that_stage_1_began_with_is_evaluated_too():
+    config = cadpo.get_config("7b")
+    config.root = "/runs/7b"
+    links = {s.name: s for s in chain.steps(config, "configs/cadpo.py:7b", ())}
+    command = links["evaluate_base"].command
+    assert command[command.index("--checkpoint") + 1] == "/runs/7b/init"
+    assert "--spell_out" in command and "--spell_out" not in links["evaluate_sft"].command
+    report = links["report"]
+    assert report.command[report.command.index("--base_scores") + 1] == "/runs/7b/eval/base"
+    assert "evaluate_base" in report.after
+
+
 def mined(*settings: tuple[str, object], variant: str = "tiny") -> list[str]:
     """The command that mines pairs."""
     config = cadpo.get_config(variant)

@@ -81,6 +81,9 @@ const film = (item) => item.video
   ? element("video", { controls: true, preload: "metadata", playsInline: true, src: item.video, "aria-label": `clip ${item.id}` })
   : element("p", { className: "soft" }, "This clip is not embedded in the page.");
 
+// A pair of answers that the model drew itself names no withheld modality.
+const origin = (item) => item.withheld === "unknown" ? "drawn" : `said without ${item.withheld}`;
+
 const tones = { corrected: "good", lost: "bad" };
 
 const views = {
@@ -97,14 +100,14 @@ const views = {
     ],
   },
   pairs: {
-    line: (item) => [item.id, `without ${item.withheld}: ${item.words[1] || "no emotion named"}`],
-    filters: { type: (item) => [item.type], outcome: (item) => [`without ${item.withheld}`], language: (item) => [item.language] },
+    line: (item) => [item.id, `${origin(item)}: ${item.words[1] || "no emotion named"}`],
+    filters: { type: (item) => [item.type], outcome: (item) => [origin(item)], language: (item) => [item.language] },
     show: (item) => [
       element("div", { className: "clip" }, film(item),
         element("div", {}, element("h3", {}, item.id),
           element("div", { className: "soft" }, `${item.type}, ${item.language}`),
           element("div", { className: "verdict" }, "Chosen concludes ", element("strong", {}, item.words[0] || "nothing")),
-          element("div", { className: "verdict" }, `Rejected, said without ${item.withheld}, concludes `,
+          element("div", { className: "verdict" }, `Rejected, ${origin(item)}, concludes `,
             element("strong", {}, item.words[1] || "nothing")))),
       table([["Chosen", item.chosen, null], ["Rejected", item.rejected, item.chosen]]),
     ],

@@ -1,0 +1,201 @@
+"""How a model does on the held-out part of its data, which no training row touches.
+
+Stage 1 measures the loss of every section. Stage 2 measures that of the chosen answers, and how
+often the chosen answer is preferred, next to a rule that knows nothing but lengths: "the longer one
+is chosen". A model that does not beat that rule may have learnt no more than it.
+
+What is fetched are sums and one line of numbers a pair, so the metrics do not depend on how many
+hosts and devices share the work, up to the order of floating-point sums.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from saber_jax.batch import Batch, Branch
+from saber_jax.data.records import FIELDS
+from saber_jax.data.withhold import VIEWS
+from saber_jax.models.config import SaberConfig
+from saber_jax.runs.speaking import say
+from saber_jax.train import losses
+from saber_jax.train.objectives import (
+    Compute,
+    pair_scores,
+    response_lengths,
+    target_log_probs,
+    target_nll,
+)
+
+PREFIX = "validate/"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one batch: the sums of -log pi and the target tokens of each section, and of each pair
+    what `pair_metrics` reads. Stage 1 has no pairs."""
+
+    nll: Float[Array, " F"]
+    tokens: Float[Array, " F"]
+    pairs: "PairTable | None" = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairTable:
+    """One number a pair: sums of log pi over each answer, and tokens of it; `valid` is 0 for
+    padding."""
+
+    chosen: Float[Array, "B P"]
+    rejected: Float[Array, "B P"]
+    reference_chosen: Float[Array, "B P"]
+    reference_rejected: Float[Array, "B P"]
+    chosen_tokens: Float[Array, "B P"]
+    rejected_tokens: Float[Array, "B P"]
+    valid: Float[Array, "B P"]
+
+
+def measure_sections(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> Measured:
+    """Stage 1: the loss of each section."""
+    _, log_probs = target_nll(params, batch, cfg, compute)
+    return _sections(log_probs, batch.targets.weights, batch)
+
+
+def measure_pairs(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> Measured:
+    """Stage 2: the loss of each section of the chosen answers, and both answers of every pair."""
+    log_probs = target_log_probs(params, batch, cfg, compute)
+    policy = pair_scores(batch, log_probs)
+    reference = pair_scores(batch, batch.targets.reference[:, VIEWS.index("whole")])
+    lengths = response_lengths(batch)
+    table = PairTable(
+        chosen=policy.chosen,
+        rejected=policy.rejected,
+        reference_chosen=reference.chosen,
+        reference_rejected=reference.rejected,
+        chosen_tokens=lengths.chosen,
+        rejected_tokens=lengths.rejected,
+        valid=batch.pairs.valid.astype(jnp.float32),
+    )
+    weights = jnp.where(batch.targets.branch == Branch.REJECTED, 0.0, batch.targets.weights)
+    return dataclasses.replace(_sections(log_probs, weights, batch), pairs=table)
+
+
+def _sections(
+    log_probs: Float[Array, "B T"], weights: Float[Array, "B T"], batch: Batch
+) -> Measured:
+    nll, tokens = losses.section_nll(log_probs, weights, batch.targets.section, len(FIELDS))
+    return Measured(nll=nll, tokens=tokens)
+
+
+def metrics(found: Sequence[Measured], beta: float) -> dict[str, float]:
+    """All batches together; `found` holds NumPy arrays. A mean over nothing is left out."""
+    nll, tokens = (np.sum([getattr(m, f) for m in found], 0, np.float64) for f in ("nll", "tokens"))
+    values = {f"nll/{field}": nll[i] / tokens[i] for i, field in enumerate(FIELDS) if tokens[i]}
+    if tokens.sum():
+        values["nll"] = nll.sum() / tokens.sum()
+    tables = [m.pairs for m in found if m.pairs is not None]
+    if tables:
+        values |= pair_metrics(_joined(tables), beta)
+    return {PREFIX + name: float(value) for name, value in values.items()}
+
+
+def _joined(tables: Sequence[PairTable]) -> dict[str, Float[np.ndarray, " N"]]:
+    """The columns of all real pairs."""
+    names = [field.name for field in dataclasses.fields(PairTable)]
+    columns = {
+        name: np.concatenate([np.ravel(np.asarray(getattr(t, name), np.float64)) for t in tables])
+        for name in names
+    }
+    real = columns.pop("valid") > 0
+    return {name: column[real] for name, column in columns.items()}
+
+
+def pair_metrics(pairs: dict[str, Float[np.ndarray, " N"]], beta: float) -> dict[str, float]:
+    """What stage 2 measures, from PairTable's columns.
+
+    `length_balanced_accuracy` is the mean of the accuracies over pairs whose chosen answer is the
+    longer and over those whose is the shorter, so that length alone gives 0.5; it is left out where
+    a kind is missing. `longer_wins` is the accuracy of the rule "the longer is chosen", ties
+    counting half. `displacement` is how far log pi of the chosen answers moved, in nats a token.
+    """
+    if not len(pairs["chosen"]):
+        return {}
+    change = pairs["chosen"] - pairs["reference_chosen"]
+    margin = beta * (change - (pairs["rejected"] - pairs["reference_rejected"]))
+    right = np.where(margin == 0, 0.5, margin > 0)  # The reference itself prefers neither.
+    longer = np.sign(pairs["chosen_tokens"] - pairs["rejected_tokens"])
+    values = {
+        "pairs": float(len(margin)),
+        "accuracy": right.mean(),
+        "margin": margin.mean(),
+        "loss": np.logaddexp(0, -margin).mean(),
+        "longer_wins": (0.5 + 0.5 * longer).mean(),
+        "displacement": (change / pairs["chosen_tokens"]).mean(),
+    }
+    if (longer > 0).any() and (longer < 0).any():
+        by_length = [right[longer > 0].mean(), right[longer < 0].mean()]
+        values["length_balanced_accuracy"] = sum(by_length) / 2
+    return {name: float(value) for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Measures the held-out part every `every` steps, before the first and after the last.
+
+    `batches` makes its batches anew, `measure` is a jitted Stage method. `warn_displacement` is in
+    nats a token, 0 for no warning.
+    """
+
+    batches: Callable[[], Iterable[Batch]]
+    measure: Callable[[Any, Batch], Measured]
+    every: int
+    steps: int
+    beta: float = 0.0
+    warn_displacement: float = 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether to measure when `step` steps are done."""
+        return step % self.every == 0 or step == self.steps
+
+    def run(self, state: Any, step: int) -> dict[str, float]:
+        """The metrics of these weights; what is worrying about them is said on the console."""
+        found = [jax.device_get(self.measure(state, batch)) for batch in self.batches()]
+        values = metrics(found, self.beta)
+        say(f"validation at step {step}: {_line(values)}")
+        for warning in self.warnings(values, step):
+            say(f"warning: {warning}")
+        return values
+
+    def warnings(self, values: dict[str, float], step: int) -> list[str]:
+        """Sentences about pair metrics that should not be overlooked; none before training."""
+        if not step or PREFIX + "accuracy" not in values:
+            return []
+        found = []
+        accuracy, longer = values[PREFIX + "accuracy"], values[PREFIX + "longer_wins"]
+        if accuracy <= longer:
+            found.append(
+                f"on {values[PREFIX + 'pairs']:.0f} held-out pairs the model prefers the chosen "
+                f"answer in {accuracy:.1%}, and the rule `the longer answer is chosen` in "
+                f"{longer:.1%}: it has not learnt more than lengths. Train longer, mine pairs of "
+                "balanced lengths, or lower config.loss.length_alpha."
+            )
+        fall = -values[PREFIX + "displacement"]
+        if self.warn_displacement and fall > self.warn_displacement:
+            found.append(
+                f"log pi of the chosen answers fell by {fall:.2f} nats a token, more than "
+                f"config.loss.warn_displacement={self.warn_displacement:g}: the model makes both "
+                "answers less likely. config.loss.sft and config.loss.anchor hold the chosen one "
+                "up; a lower config.optimizer.peak_lr or a higher config.loss.beta slow it down."
+            )
+        return found
+
+
+def _line(values: dict[str, float]) -> str:
+    shown = ("nll", "accuracy", "length_balanced_accuracy", "longer_wins", "margin")
+    parts = [f"{n} {values[PREFIX + n]:.3f}" for n in shown if PREFIX + n in values]
+    return "  ".join(part.replace("_", " ") for part in parts) or "nothing to measure"
