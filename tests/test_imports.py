@@ -68,3 +68,13 @@ def test_no_module_of_data_imports_itself_by_a_detour():
         for path in folder.glob("*.py")
     }
     tuple(graphlib.TopologicalSorter(imported).static_order())  # Raises CycleError.
+
+
+def test_what_jax_does_not_promise_to_keep_is_used_in_one_file():
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("saber_jax", "data_prep", "launch", "benchmarks", "configs")
+        for path in (ROOT / folder).rglob("*.py")
+        if any("._src" in name for name in imports(path))
+    }
+    assert users <= {"saber_jax/runs/private.py"}

@@ -11,48 +11,18 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import shuffle
 from tqdm import tqdm
 
+from data_prep.records.disk_sort import without_tensorflow
 from saber_jax.data import records
 
 Load = Callable[[Any], records.Record]
-
-
-class _Bucket:
-    """Where tensorflow-datasets keeps the part of a split that has not found its place yet, once
-    there is more than 1 GB of it. Its own needs TensorFlow and a thousand open files."""
-
-    def __init__(self, path: os.PathLike[str]):
-        self._path, self._length, self.size = Path(path), 0, 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    def add(self, key: int, data: bytes) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(key.to_bytes(16, "big") + len(data).to_bytes(8, "big") + data)
-        self._length += 1
-        self.size += len(data)
-
-    def read_values(self) -> Iterator[tuple[int, bytes]]:
-        if not self._length:
-            return
-        with self._path.open("rb") as file:
-            while key := file.read(16):
-                size = int.from_bytes(file.read(8), "big")
-                yield int.from_bytes(key, "big"), file.read(size)
-
-    def del_file(self) -> None:
-        self._path.unlink(missing_ok=True)
 
 
 class Saber(tfds.core.GeneratorBasedBuilder):
@@ -155,7 +125,7 @@ def write(
         splits=splits, load=load, beam=bool(beam), data_dir=directory, file_format="array_record"
     )
     with (
-        mock.patch.object(shuffle, "_Bucket", _Bucket),
+        without_tensorflow(),
         contextlib.redirect_stdout(io.StringIO()),  # "Downloading ... unknown size".
     ):
         builder.download_and_prepare(download_config=_download_config(beam))

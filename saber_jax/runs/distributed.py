@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from saber_jax.runs import private
 from saber_jax.runs.speaking import warn
 
 HEARTBEAT_SECONDS = 60
@@ -47,17 +48,8 @@ def place() -> tuple[int, int]:
         )
     if given:
         return int(os.environ["JAX_PROCESS_ID"]), int(os.environ["JAX_NUM_PROCESSES"])
-    cluster = _tpu_cluster()
+    cluster = private.tpu_cluster()
     return (cluster.get_process_id(), cluster.get_process_count()) if cluster else (0, 1)
-
-
-def _tpu_cluster():
-    """jax's own description of the TPU pod this host belongs to, so that both always agree."""
-    # There is no public way to ask where jax.distributed.initialize() would find itself.
-    from jax._src.clusters import ClusterEnv
-
-    kinds = [kind for kind in ClusterEnv._cluster_types if kind.name in ("gketpu", "gcetpu")]
-    return next((kind for kind in kinds if kind.is_env_present()), None)
 
 
 def initialize(*, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:

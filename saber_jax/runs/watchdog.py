@@ -23,6 +23,7 @@ from pathlib import Path
 
 import jax
 
+from saber_jax.runs import private
 from saber_jax.runs.timeline import PHASES, Timeline
 
 STALLED = 70
@@ -41,10 +42,7 @@ class Board:
     """Short texts that all hosts can read, by key. In one process it is a dict."""
 
     def __init__(self):
-        # jax has no public name for its key-value store.
-        from jax._src import distributed
-
-        self._client = distributed.global_state.client
+        self._client = private.key_value_store()
         self._own: dict[str, str] = {}
 
     def put(self, folder: str, host: int, text: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-from data_prep.records import dataset
+from data_prep.records import dataset, disk_sort
 from saber_jax.data import records
 from tests import synthetic
 
@@ -42,13 +42,13 @@ def test_beam_writes_the_same_records_in_the_same_order_as_one_process(local, tm
 
 def test_a_split_larger_than_memory_comes_out_as_a_small_one(local, tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 300_000)  # Of three records.
-    deleted, delete = [], dataset._Bucket.del_file
+    deleted, delete = [], disk_sort.Bucket.del_file
 
     def watched(bucket):
         deleted.append(len(bucket))
         delete(bucket)
 
-    monkeypatch.setattr(dataset._Bucket, "del_file", watched)
+    monkeypatch.setattr(disk_sort.Bucket, "del_file", watched)
     dataset.write(tmp_path, SPLITS, synthetic.record)
     assert sum(deleted) == 15
     for split in SPLITS:
