@@ -10,6 +10,7 @@ each does a share, and the first host joins them; everything else is the first h
 others wait for its stamp (turns.py).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,18 +24,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
-from launch import hardware, outcome, turns
-from launch.steps import Step, steps, with_own_workdir
+from launch import hardware, hours, outcome, turns
+from launch.steps import Step, steps, until, with_own_workdir
 from saber_jax.runs import distributed, manifest
 from saber_jax.runs.distributed import PREEMPTED
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.runs.identity import identity
 
 TERMINATED = 128 + signal.SIGTERM
+UNTIL = flags.DEFINE_string(
+    "until", "", "Step after which to stop. The same command without it goes on, on any machine."
+)
 
 
 def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
@@ -55,7 +59,7 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
             print(f"{title}: done, see {step.leaves}", flush=True)
             continue
         clock = time.perf_counter()
-        with turns.beacon(_sign(root, place[0])):
+        with turns.beacon(_sign(root, place[0])), _hours(root, step.name, place):
             _do(step, stamp, title, root, place)
         seconds, ran = time.perf_counter() - clock, ran + 1
         print(f"{title}: took {seconds:.0f} s, left {step.leaves}", flush=True)
@@ -63,7 +67,15 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
     what = f"{ran} steps run in {total:.0f} s" if ran else "nothing left to do"
     print(f"\nAll {len(chain)} steps are done ({what}).", flush=True)
     if place[0] == 0:
-        print(outcome.text(chain), flush=True)
+        print(*filter(None, (outcome.text(chain), hours.text(root))), sep="\n", flush=True)
+
+
+def _hours(
+    root: Path, name: str, place: tuple[int, int]
+) -> contextlib.AbstractContextManager[None]:
+    if place[0]:
+        return contextlib.nullcontext()
+    return hours.counted(root, name, place[1] * hardware.tpu_chips())
 
 
 def _do(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) -> None:
@@ -214,7 +226,8 @@ def main(argv: list[str]) -> None:
     name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
     settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))
     refuse_taken(config, settings)
-    run(steps(config, name, settings), Path(config.root), distributed.place())
+    chain = until(steps(config, name, settings), UNTIL.value)
+    run(chain, Path(config.root), distributed.place())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def read(arguments: list[str]) -> Wish:
     rest = [a for a in arguments if a not in flags]
     if rest and rest[0] != "--stop" and not rest[0].startswith("configs/"):
         sys.exit(f"launch/pod.sh: expected configs/NAME.py:VARIANT, got {rest[0]!r}")
-    strange = [a for a in rest[1:] if not a.startswith("--config.")]
+    strange = [a for a in rest[1:] if not a.startswith(("--config.", "--until="))]
     if strange:
         sys.exit(
             f"launch/pod.sh: unknown {strange[0]}; there are --spot, --disk=NAME, --delete and "

@@ -8,6 +8,7 @@ own, the steps that would make them are left out.
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ class Step:
     together: bool = False
     share: tuple[str, ...] = ()
     does: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def until(chain: list[Step], name: str) -> list[Step]:
+    """The chain up to the step called `name`, all of it for "". Exits when there is no such step.
+
+    The rest is for a smaller machine: after training, 63 of 64 hosts would look on.
+    """
+    names = [step.name for step in chain]
+    if name and name not in names:
+        sys.exit(f"launch/tpu_run.sh: --until={name} is no step; there are {', '.join(names)}.")
+    return chain[: names.index(name) + 1] if name else chain
 
 
 def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:

@@ -41,6 +41,7 @@ def bucket(name: str) -> Iterator[Bucket]:
     server = FakeGCSServer()
     server.start()
     # It logs every request, and stops when nobody reads that.
+    assert server._process and server._process.stderr and server._tmpdir
     threading.Thread(target=server._process.stderr.read, daemon=True).start()
     made = Bucket(mount=Path(str(server._tmpdir.name)).resolve() / name, environ={})
     lock, over = threading.Lock(), threading.Event()

@@ -21,7 +21,7 @@ from typing import Any
 
 from saber_jax.runs.files import read_json, write_json
 
-PHASES = ("start", "input", "compile", "step", "save", "finish")
+PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "save", "finish")
 """In the order in which one step goes through them."""
 REMEMBERED = 64
 
@@ -34,6 +34,7 @@ class Timeline:
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._phase, self._step, self._since = "start", -1, time.monotonic()
         self._of_step: dict[str, float] = {}
+        self._attempts = 0
         self._steps: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
         self._waits: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
 
@@ -68,6 +69,12 @@ class Timeline:
                 return None
             return statistics.median(self._steps), statistics.median(self._waits)
 
+    def begin_attempt(self) -> dict[str, float]:
+        """Seconds by phase that belong to earlier attempts; the first one has no earlier ones."""
+        before = self.seconds() if self._attempts else dict.fromkeys(PHASES, 0.0)
+        self._attempts += 1
+        return before
+
     def seconds(self) -> dict[str, float]:
         """By phase, the one that goes on included."""
         with self._lock:
@@ -76,7 +83,8 @@ class Timeline:
 
 
 class Attempt:
-    """The record of this start, for the process that writes the run's files."""
+    """The record of this start, for the process that writes the run's files. A process that goes
+    back to a checkpoint starts a second one."""
 
     def __init__(self, workdir: Path, timeline: Timeline, *, first: int, chips: int):
         """`first` is the step that this start begins with."""
@@ -84,14 +92,19 @@ class Attempt:
         self._folder = Path(workdir) / "attempts"
         numbers = [int(path.stem) for path in _records(self._folder)]
         self._path = self._folder / f"{max(numbers, default=0) + 1}.json"
-        # The process is a little older than this object.
-        began = time.time() - sum(timeline.seconds().values())
+        self._before = timeline.begin_attempt()
+        # The process is a little older than its first attempt.
+        began = time.time() - sum(self._own_seconds().values())
         self._about: dict[str, Any] = {"began": began, "first": first, "chips": chips}
+
+    def _own_seconds(self) -> dict[str, float]:
+        now = self._timeline.seconds()
+        return {name: value - self._before[name] for name, value in now.items()}
 
     def write(self, last: int) -> None:
         """`last` is the number of steps that are saved by now."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        seconds = {name: round(value, 2) for name, value in self._timeline.seconds().items()}
+        seconds = {name: round(value, 2) for name, value in self._own_seconds().items()}
         record = self._about | {"until": time.time(), "last": last, "seconds": seconds}
         write_json(self._path, record)
 

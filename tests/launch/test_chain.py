@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import cadpo
 from data_prep.preferences import __main__ as mining
-from launch import chain
+from launch import chain, hours
 from saber_jax.runs.distributed import PREEMPTED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -153,6 +153,29 @@ def test_mining_that_could_not_work_is_refused_before_stage_1(settings, said):
         mined(*settings)
 
 
+def test_a_chain_may_stop_after_a_step_and_go_on_elsewhere(tmp_path, capfd):
+    log = tmp_path / "log"
+    links = [step(name, appending(log, name)) for name in ("a", "b", "c")]
+    chain.run(chain.until(links, "b"), tmp_path)
+    assert log.read_text().split() == ["a", "b"]
+    chain.run(chain.until(links, ""), tmp_path)
+    assert log.read_text().split() == ["a", "b", "c"]
+    with pytest.raises(SystemExit, match="--until=d is no step; there are a, b, c"):
+        chain.until(links, "d")
+
+
+def test_chip_hours_count_every_attempt_of_a_step(tmp_path, capfd, monkeypatch):
+    chain.run([step("a", "pass")], tmp_path)
+    assert "chip-hours" not in capfd.readouterr().out  # There are none here.
+    monkeypatch.setattr(chain.hardware, "tpu_chips", lambda: 4)
+    with pytest.raises(SystemExit):
+        chain.run([step("b", "raise SystemExit(1)")], tmp_path)
+    chain.run([step("b", "pass")], tmp_path)
+    noted = [(e["step"], e["chips"], e["done"]) for e in hours.entries(tmp_path)]
+    assert noted == [("a", 0, True), ("b", 4, False), ("b", 4, True)]
+    assert "chip-hours: 0.0 (a 0.0, b 0.0)" in capfd.readouterr().out
+
+
 def test_every_path_follows_the_root():
     config = cadpo.get_config("tiny")
     config.root = "/elsewhere"
@@ -227,7 +250,7 @@ def test_a_work_directory_of_other_settings_is_refused_before_anything_is_run(tm
 HOST = """
 import json, sys
 from pathlib import Path
-from launch import chain
+from launch import chain, hours
 links, root, index = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 chain.run([chain.Step(**link) for link in links], root, (index, 2))
 """
@@ -263,7 +286,7 @@ def test_a_chain_that_is_told_to_stop_says_so_and_ends_as_a_preempted_run_does(t
     code = f"import pathlib, time; pathlib.Path({str(going)!r}).touch(); time.sleep(60)"
     program = textwrap.dedent(f"""
         from pathlib import Path
-        from launch import chain
+        from launch import chain, hours
         link = chain.Step(name="a", says="", command=("python", "-c", {code!r}), leaves="")
         chain.run([link], Path({str(tmp_path)!r}))
     """)

@@ -84,6 +84,20 @@ def test_goodput_counts_what_was_kept_and_shows_the_rest_as_time_between_starts(
     assert found["chip_hours"] == pytest.approx((4 * 100 + 8 * 100) / 3600)
 
 
+def test_a_second_attempt_of_one_process_counts_no_second_twice(clock, tmp_path):
+    line = Timeline()
+    first = Attempt(tmp_path, line, first=0, chips=1)
+    line.at("step", 0)
+    clock(50)
+    first.write(50)
+    clock(20)  # Thrown away: it goes back to what was saved.
+    second = Attempt(tmp_path, line, first=50, chips=1)
+    clock(30)
+    second.write(80)
+    found = goodput(tmp_path)
+    assert found["seconds"]["step"] == 80 and found["seconds"]["between"] == 20
+
+
 def test_the_tenth_start_comes_after_the_ninth(tmp_path):
     (tmp_path / "attempts").mkdir()
     for number in range(1, 11):
