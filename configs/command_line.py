@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging  # noqa: F401  logging defines flags of its own.
 from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py:VARIANT")
@@ -21,16 +21,22 @@ flags.mark_flag_as_required("config")
 HELP = ("-h", "--help", "-help", "--helpfull", "--helpshort")
 SHOWN_WITHOUT_CONFIG = "configs/sft.py:tiny"
 
+_positional: list[str] | None = None
+"""What `answer_early` found besides flags. Flags that override a setting are defined as they are
+parsed, and cannot be parsed twice."""
+
 
 def answer_early() -> None:
     """Exits with the help text if asked for it, and with one line if what was typed is wrong."""
-    parse_flags(sys.argv)
-    flags.FLAGS.unparse_flags()
+    global _positional
+    _positional = parse_flags(sys.argv)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """For absl.app.run(flags_parser=...): exits with one line instead of a traceback, and after
-    printing the help text with status 0."""
+    printing the help text with status 0. After `answer_early` there is nothing left to parse."""
+    if _positional is not None:
+        return _positional
     if any(argument in HELP for argument in argv[1:]):
         print(help_text(sys.modules["__main__"].__doc__ or "", argv[1:]))
         sys.exit(0)

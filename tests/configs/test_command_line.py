@@ -78,3 +78,12 @@ print("jax" in sys.modules)
     command = [sys.executable, "-c", program]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "did you mean 'steps'?" in answer.stdout and answer.stdout.endswith("False\n")
+
+
+def test_main_takes_settings_though_they_were_looked_at_before(tmp_path):
+    command = [sys.executable, "-m", "saber_jax.main", "--config=configs/sft.py:tiny"]
+    command += [f"--config.data.path={tmp_path}/none", f"--config.workdir={tmp_path}/sft"]
+    command += ["--verbosity=0"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode != 0 and f"{tmp_path}/none" in answer.stderr
+    assert "Traceback" not in answer.stderr and "twice" not in answer.stderr
