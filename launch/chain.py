@@ -202,7 +202,7 @@ def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
     taken = Path(config.workdir) / "config.json"
     if not taken.exists():
         return
-    carried = "; stage 1, the pairs and their evaluation are used again" * (config.stage == "cadpo")
+    carried = "; stage 1, the pairs and their evaluation are used again" * ("pairs" in config.data)
     try:
         manifest.check(
             identity(read_json(taken)),

@@ -58,7 +58,7 @@ def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step
     own_records = data != root / "records"
     chain = [] if own_records or not config.embedded else _embedded_corpus(config, root)
     after = ("records",) if chain else ()
-    if config.stage == "sft":
+    if "pairs" not in config.data:
         return [*chain, _train(config, name, settings, after)]
     if Path(config.init.checkpoint) == root / "sft":
         chain.append(_stage_1(config, own_records, after))

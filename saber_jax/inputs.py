@@ -18,7 +18,7 @@ from saber_jax.data.quarantine import Quarantine
 from saber_jax.data.sources import Draw, Sources, Weighted
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
-from saber_jax.train import setup
+from saber_jax.train.stage import budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
 
     Raises TooManyBadError when more of them cannot be used than config.data.max_bad_fraction.
     """
-    d, budget = config.data, setup.budget(config)
+    d, row = config.data, budget(config)
     parts = [Weighted.parse(text) for text in d.mixture] or [Weighted(d.path, d.split, 1.0)]
     sources = Sources.open(parts)
     tokenizer = load_tokenizer(parts[0].path)
@@ -120,17 +120,17 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     else:
         mixture, examples = None, encoded.Examples(sources, tokenizer, pairs)
     measured = loader.measure(examples, workdir / "sizes.npz", workers=d.workers)
-    selection = sizing.select(measured, budget)
+    selection = sizing.select(measured, row)
     quarantine = Quarantine(
         workdir / "quarantine.jsonl",
         total=len(examples),
         limit=d.max_bad_fraction,
         writes=jax.process_index() == 0,
     )
-    quarantine.add(selection.left_out(budget, examples))
+    quarantine.add(selection.left_out(row, examples))
     usable = selection.usable
     draw = Draw(usable, examples.source_of()[usable], sources.names, sources.shares, config.seed)
-    plan = Plan(selection.sizes, budget, config.seed, mixture, draw=draw)
+    plan = Plan(selection.sizes, row, config.seed, mixture, draw=draw)
     return Inputs(
         tokenizer=tokenizer,
         provenance=dict(sources.outline(int(examples.record_of(usable[0]))).provenance),

@@ -18,30 +18,32 @@ from absl import app, logging
 from ml_collections import ConfigDict
 
 from configs import ranges
-from saber_jax import main, sharding
+from saber_jax import sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed
 from saber_jax.runs.speaking import say
 from saber_jax.runs.timeline import Timeline
-from saber_jax.train import setup, start
+from saber_jax.train import stage as stages
+from saber_jax.train import start
+from saber_jax.train.references import with_references
 
 
 def run(config: ConfigDict) -> None:
     """Fills config.reference. Raises ValueError for a stage that has no reference."""
-    if config.stage != "cadpo":
+    ranges.check(config)
+    stage, workdir = stages.build(config, sharding.make_mesh(**config.mesh)), Path(config.workdir)
+    if not stage.reference_views:
         raise ValueError(
             f"{config.stage} has no reference policy. Give configs/cadpo.py:VARIANT instead."
         )
-    ranges.check(config)
-    stage, workdir = setup.build(config, sharding.make_mesh(**config.mesh)), Path(config.workdir)
-    pairs = main.checked_pairs(config)
+    pairs = stage.read_pairs(config)
     start.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     inputs = open_inputs(config, workdir, pairs)
     base = start.base_checkpoint(config, stage, workdir)
-    main.describe(config, stage.cfg, workdir, base, inputs)
-    main.with_references(config, start.params(config, stage, base), inputs, stage, Timeline())
-    views, count = ", ".join(stage.preference.reference_views), len(inputs.draw.usable)
+    start.describe(config, stage, base, inputs)
+    with_references(config, start.params(config, stage, base), inputs, stage, Timeline())
+    views, count = ", ".join(stage.reference_views), len(inputs.draw.usable)
     say(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 
 
@@ -52,7 +54,7 @@ def _main(argv: list[str]) -> None:
     try:
         distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
         with distributed.failing_together():
-            main.refuse_hopeless(CONFIG.value)
+            start.refuse_hopeless(CONFIG.value)
             run(CONFIG.value)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"saber_jax.reference: {error}")

@@ -16,7 +16,9 @@ from saber_jax import reference as reference_command
 from saber_jax.models import saber
 from saber_jax.runs import lock
 from saber_jax.runs.files import read_jsonl, write_jsonl
-from saber_jax.train import checkpoint, loop, setup
+from saber_jax.train import checkpoint, loop
+from saber_jax.train import stage as stages
+from saber_jax.train.preference import Preference
 from saber_jax.tree import flatten, merge
 from tests import synthetic
 from tests.finished_run import load
@@ -223,7 +225,7 @@ def test_the_reference_cache_is_used_again_and_refused_by_name_when_foreign(
     config = config_for(cadpo, records, whole)
     config.data.pairs, config.data.response = str(whole / "pairs.jsonl"), 64
     computed = lambda *_: pytest.fail("computed again")  # noqa: E731
-    monkeypatch.setattr(setup.Setup, "reference_step", lambda *_: computed)
+    monkeypatch.setattr(stages.CaDpo, "reference_step", lambda *_: computed)
     reference_command.run(config)
     config.init.checkpoint = str(whole / "cadpo")
     with pytest.raises(
@@ -239,7 +241,7 @@ def test_a_loss_option_that_the_pairs_cannot_serve_is_refused(records, whole, op
     config = config_for(cadpo, records, whole)
     config.data.pairs, config.loss[option] = str(whole / "pairs.jsonl"), 0.5
     with pytest.raises(ValueError, match=rf"{option}.* needs '{key}' of every pair, but 8 of 8"):
-        main.checked_pairs(config)
+        stages.checked_pairs(config, Preference(**config.loss))
 
 
 @pytest.mark.parametrize(
@@ -254,16 +256,16 @@ def test_a_loss_option_that_these_pairs_leave_idle_is_refused(tmp_path, option, 
     config.loss[option] = 0.5
     config.loss.conditional_ignored_only = option == "conditional_audio"
     with pytest.raises(ValueError, match=rf"config\.loss\.{option} would have no effect.*{why}"):
-        main.checked_pairs(config)
+        stages.checked_pairs(config, Preference(**config.loss))
     write_jsonl(tmp_path / "pairs.jsonl", [pair | {"withheld": "audio", "kappa": 0.5}])
-    assert len(main.checked_pairs(config)) == 1
+    assert len(stages.checked_pairs(config, Preference(**config.loss))) == 1
 
 
 def test_a_modality_is_not_hidden_from_whole_pairs():
     config = cadpo.get_config("tiny")
     config.data.withhold = 0.2
     with pytest.raises(ValueError, match=r"data\.withhold=0\.2 belongs to stage 1"):
-        main.checked_pairs(config)
+        stages.checked_pairs(config, Preference(**config.loss))
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +297,9 @@ def test_adapters_that_would_rest_while_the_vocabulary_learns_are_refused(record
     config.optimizer.vocabulary_steps = 50
     mesh = sharding.make_mesh(**config.mesh)
     with pytest.raises(ValueError, match="vocabulary_steps=50 would let nothing learn"):
-        setup.build(config, mesh)
+        stages.build(config, mesh)
     config.lora.trainable = ("lora/*", "text/embed")
-    assert "text/embed" in setup.build(config, mesh).state.trainable
+    assert "text/embed" in stages.build(config, mesh).state.trainable
 
 
 def arrays(tree):

@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_prep.records import dataset
 from saber_jax.data.records import RecordSource, write_outlines
 from saber_jax.runs import distributed
-from saber_jax.train.reference import Cache, Source
+from saber_jax.train.references import Cache, Source
 from saber_jax.tree import flatten
 from tests import synthetic
 from tests.finished_run import load

@@ -27,7 +27,7 @@ from saber_jax import sharding
 from saber_jax.aot import chips, programs, report
 from saber_jax.aot.xla_flags import FLAGS
 from saber_jax.models.config import saber_config
-from saber_jax.train import setup
+from saber_jax.train import stage as stages
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE")
 PROGRAM = flags.DEFINE_enum("program", "train", programs.NAMES, "which of the config's programs")
@@ -63,14 +63,14 @@ def main(argv: list[str]) -> None:
         (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text())
 
 
-def _stage(config: ConfigDict, slices: chips.Slices) -> setup.Setup:
+def _stage(config: ConfigDict, slices: chips.Slices) -> stages.Stage:
     """As the config's runs have it, or on the mesh that `saber_jax.generate` makes of the same
     devices."""
     if PROGRAM.value not in programs.GENERATION:
-        return setup.build(config, sharding.make_mesh(**config.mesh, devices=slices.devices()))
+        return stages.build(config, sharding.make_mesh(**config.mesh, devices=slices.devices()))
     config.compute.kernel = "xla"  # Generation has no other.
     kv_heads = saber_config(config.model).text.kv_heads
-    return setup.build(config, sharding.generation_mesh(kv_heads, slices.devices()))
+    return stages.build(config, sharding.generation_mesh(kv_heads, slices.devices()))
 
 
 def compare(arguments: list[str]) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from saber_jax.aot import hlo, programs
-from saber_jax.train.setup import Setup
+from saber_jax.train.stage import Stage
 
 _NO_BUFFER = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while")
 
@@ -37,7 +37,7 @@ def per_device(tree, dtype: str | None = None) -> int:
 
 
 def measure(
-    compiled: jax.stages.Compiled, module: hlo.Module, name: str, stage: Setup, **walk
+    compiled: jax.stages.Compiled, module: hlo.Module, name: str, stage: Stage, **walk
 ) -> Memory:
     """`name` is the program's, `walk` as hlo.executions."""
     stats = compiled.memory_analysis()

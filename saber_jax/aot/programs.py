@@ -10,27 +10,25 @@ from saber_jax import sharding
 from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
 from saber_jax.train import flops
-from saber_jax.train.setup import Setup
+from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
 
 GENERATION = ("prefill", "decode")
 NAMES = ("train", "reference", *GENERATION)
 
 
-def lower(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
+def lower(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
     """Raises ValueError for a program that the config does not run."""
     if name == "train":
         return stage.train_step().lower(stage.state, stage.batch)
     if name == "reference":
-        if config.stage != "cadpo":
-            raise ValueError(f"Only stage cadpo has references; this config's is {config.stage}.")
         return stage.reference_step("whole").lower(stage.state.params, stage.batch)
     if name in GENERATION:
         return _generation(name, config, stage)
     raise ValueError(f"There is no program {name!r}; there are {', '.join(NAMES)}.")
 
 
-def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lowered:
+def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
     """Answers to one prompt a row, of the config's row size, a batch as in config.generation."""
     mesh = stage.mesh
     rows = sharding.batch_rows(config.generation.batch_size, mesh)
@@ -77,7 +75,7 @@ def _generation(name: str, config: ConfigDict, stage: Setup) -> jax.stages.Lower
     return decoding.proceed.lower(params, None, state, cache, limit, pick, program=program)
 
 
-def branch_shares(stage: Setup) -> dict[str, float]:
+def branch_shares(stage: Stage) -> dict[str, float]:
     """How often the vision tower takes either branch, by their scopes."""
     vision = stage.cfg.vision
     full = len(vision.full_attention_layers) / vision.depth
@@ -93,7 +91,7 @@ class Asked:
     targets: float
 
 
-def asked(stage: Setup) -> Asked:
+def asked(stage: Stage) -> Asked:
     """Of one train step whose every slot, patch, chunk and target is real: one clip a row, frames
     and windows as large as they may be. The numerator of MFU is this times the rows' fill."""
     rows, length = stage.batch.text.tokens.shape

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from saber_jax.aot import cost, hlo, memory, programs
 from saber_jax.aot.chips import GIB, Slices
 from saber_jax.models.remat import BY_MEMORY
-from saber_jax.train.setup import Setup
+from saber_jax.train.stage import Stage
 
 HEADROOM = 0.10  # Of the memory, for what a program is not alone with: input buffers, fragments.
 LEAST_SHOWN = 0.01  # Of all that is sent; --json has every collective.
 
 
 def figures(
-    compiled: jax.stages.Compiled, name: str, stage: Setup, slices: Slices, seconds: float
+    compiled: jax.stages.Compiled, name: str, stage: Stage, slices: Slices, seconds: float
 ) -> dict[str, Any]:
     """Everything that the compiled program says, per device unless it says otherwise."""
     module = hlo.parse(compiled.as_text())
@@ -164,7 +164,7 @@ def _short(scope: str) -> str:
 
 
 def refusal(
-    error: str, config: ConfigDict, stage: Setup, slices: Slices, name: str = "train"
+    error: str, config: ConfigDict, stage: Stage, slices: Slices, name: str = "train"
 ) -> str:
     """What the compiler's error means and, where memory is short, which settings would help."""
     limit = slices.chip.hbm
@@ -182,7 +182,7 @@ def _bytes(number: str, unit: str) -> float:
     return float(number) * 1024 ** "_KMGT".index(unit or "_")
 
 
-def suggestions(config: ConfigDict, stage: Setup, name: str = "train") -> list[str]:
+def suggestions(config: ConfigDict, stage: Stage, name: str = "train") -> list[str]:
     """Settings that lower memory, those that cost least first."""
     tries, compute = [], config.compute
     larger = f"a topology of {math.prod(stage.mesh.shape.values()) * 2} devices or more"

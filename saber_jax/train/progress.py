@@ -11,7 +11,7 @@ from saber_jax import sharding
 from saber_jax.batch import Batch
 from saber_jax.runs.speaking import say
 from saber_jax.train import flops
-from saber_jax.train.setup import Setup
+from saber_jax.train.stage import Stage
 
 Counts = dict[str, jax.Array]
 
@@ -20,9 +20,9 @@ BUDGETS = {"text": "tokens", "patches": "patches", "chunks": "chunks", "targets"
 
 
 class Meter:
-    """Speed and padding of steps of one `Setup`, over all of its devices."""
+    """Speed and padding of steps of one `Stage`, over all of its devices."""
 
-    def __init__(self, stage: Setup):
+    def __init__(self, stage: Stage):
         self._cfg, self._trainable = stage.cfg, tuple(stage.state.trainable)
         self._sizes = {
             name: math.prod(leaf.shape)
@@ -68,6 +68,7 @@ class Console:
     """
 
     stage: str
+    items: str  # What a row holds: "clips", "pairs".
     steps: int
     every: int
 
@@ -98,12 +99,11 @@ class Console:
 
     def _speed(self, mean: Mapping[str, float]) -> str:
         seconds = mean["seconds"]
-        what = "pairs" if self.stage == "cadpo" else "clips"
         padding = " ".join(f"{name} {mean[f'padding/{name}']:.0%}" for name in BUDGETS)
         parts = [
             f"{seconds:.2f} s/step",
             f"{mean['speed/tokens_per_second']:,.0f} tokens/s",
-            f"{mean['speed/examples_per_second']:,.1f} {what}/s",
+            f"{mean['speed/examples_per_second']:,.1f} {self.items}/s",
             f"padding {padding}",
             f"input wait {mean['input_wait'] / seconds:.0%}",
         ]

@@ -1,4 +1,7 @@
-"""The weights a run starts from: random ones, a checkpoint's, or a base with fresh adapters."""
+"""What a run starts with: that it can run here, its weights, and what its folder says of it.
+
+Weights are random ones, a checkpoint's, or a base with fresh adapters.
+"""
 
 import dataclasses
 import functools
@@ -8,12 +11,24 @@ import jax
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from saber_jax.inputs import Inputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs.speaking import say
 from saber_jax.train import checkpoint, saved
-from saber_jax.train.setup import Setup
+from saber_jax.train.stage import Stage
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
+
+
+def refuse_hopeless(config: ConfigDict) -> None:
+    """Raises ValueError for 3B and more on a CPU, which would swap for hours before it failed."""
+    if config.model != "tiny" and jax.default_backend() == "cpu":
+        raise ValueError(
+            f"{config.model} needs TPUs or GPUs and this machine has only a CPU. Run it where they "
+            "are (README, `On a pod`), or train the embedded example here: "
+            f"launch/tpu_run.sh configs/{config.stage}.py:tiny"
+        )
 
 
 def check(config: ConfigDict) -> None:
@@ -23,7 +38,18 @@ def check(config: ConfigDict) -> None:
         saved.newest(config.init.checkpoint)
 
 
-def base_checkpoint(config: ConfigDict, stage: Setup, workdir: Path) -> Path | None:
+def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs) -> None:
+    """Says what the run reads, and makes its work directory readable on its own."""
+    workdir = Path(config.workdir)
+    about = {"stage": config.stage, "provenance": inputs.provenance}
+    if base is not None:
+        about["base"] = checkpoint.describe_base(workdir, base)
+    if jax.process_index() == 0:
+        checkpoint.write_model_files(workdir, stage.cfg, inputs.tokenizer, **about)
+    say(f"{config.stage}: {inputs.describe()}")
+
+
+def base_checkpoint(config: ConfigDict, stage: Stage, workdir: Path) -> Path | None:
     """Where the weights lie that adapters are for; None without LoRA.
 
     Random ones are drawn once and kept in WORKDIR/base.
@@ -40,7 +66,7 @@ def base_checkpoint(config: ConfigDict, stage: Setup, workdir: Path) -> Path | N
     return base
 
 
-def params(config: ConfigDict, stage: Setup, base: Path | None) -> dict:
+def params(config: ConfigDict, stage: Stage, base: Path | None) -> dict:
     """From config.init.checkpoint, or random; given a base, its weights and fresh adapters."""
     shardings = stage.param_shardings
     if base is None and config.init.checkpoint:
@@ -54,7 +80,7 @@ def params(config: ConfigDict, stage: Setup, base: Path | None) -> dict:
     return _base_params(stage, base) | {lora.ADAPTERS: adapters}
 
 
-def layout(stage: Setup, base: Path | None) -> TrainState:
+def layout(stage: Stage, base: Path | None) -> TrainState:
     """What to restore into: `stage.state`, where a base stands for the weights that it holds."""
     if base is None:
         return stage.state
@@ -63,7 +89,7 @@ def layout(stage: Setup, base: Path | None) -> TrainState:
     return dataclasses.replace(stage.state, frozen=frozen)
 
 
-def _base_params(stage: Setup, base: Path) -> dict:
+def _base_params(stage: Stage, base: Path) -> dict:
     shardings = saber.without_lora(stage.param_shardings)
     return checkpoint.load_params(base, _bare(stage.cfg), shardings, stage.param_dtypes)
 
@@ -73,7 +99,7 @@ def _key(config: ConfigDict) -> Key[Array, ""]:
     return jax.random.key(config.seed, impl="rbg")
 
 
-def _random(stage: Setup, key: Key[Array, ""]) -> dict:
+def _random(stage: Stage, key: Key[Array, ""]) -> dict:
     drawn = flatten(saber.init(stage.cfg, key))
     return merge({name: leaf.astype(stage.param_dtypes[name]) for name, leaf in drawn.items()})
 

@@ -17,8 +17,8 @@ import pytest
 from configs import cadpo, pods, sft
 from saber_jax import sharding
 from saber_jax.aot import chips, hlo, memory, report
-from saber_jax.train import setup
-from saber_jax.train.setup import Setup
+from saber_jax.train import stage as stages
+from saber_jax.train.stage import Stage
 
 pytestmark = pytest.mark.slow
 STAGES = {"sft": sft, "cadpo": cadpo}
@@ -27,7 +27,7 @@ STAGES = {"sft": sft, "cadpo": cadpo}
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     recipe: pods.Recipe
-    stage: Setup
+    stage: Stage
     figures: dict
     module: hlo.Module
     log: str
@@ -69,7 +69,7 @@ def compiled(request, four_chips, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-2000:]
     config = STAGES[name].get_config(variant)
     devices = chips.parse_topology(config.topology).devices()
-    stage = setup.build(config, sharding.make_mesh(**config.mesh, devices=devices))
+    stage = stages.build(config, sharding.make_mesh(**config.mesh, devices=devices))
     return Compiled(
         recipe=pods.RECIPES[variant],
         stage=stage,

@@ -9,7 +9,7 @@ from configs import cadpo, sft
 from saber_jax import sharding
 from saber_jax.aot import chips, cost, hlo, programs, report
 from saber_jax.aot.xla_flags import FLAGS
-from saber_jax.train import setup
+from saber_jax.train import stage as stages
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def text_only():
 def step(four_chips, text_only):
     """(config, setup, compiled, module)"""
     mesh = sharding.make_mesh(**text_only.mesh, devices=four_chips)
-    stage = setup.build(text_only, mesh)
+    stage = stages.build(text_only, mesh)
     compiled = stage.train_step().lower(stage.state, stage.batch).compile(compiler_options=FLAGS)
     return text_only, stage, compiled, hlo.parse(compiled.as_text())
 
@@ -83,7 +83,7 @@ def test_layers_inputs_wait_on_the_host(four_chips, text_only):
     with text_only.unlocked():
         config = text_only.copy_and_resolve_references()
     config.compute.remat = "layer_offload"
-    stage = setup.build(config, sharding.make_mesh(**config.mesh, devices=four_chips))
+    stage = stages.build(config, sharding.make_mesh(**config.mesh, devices=four_chips))
     lowered = programs.lower("train", config, stage)
     compiled = lowered.compile(compiler_options=FLAGS)
     figures = report.figures(compiled, "train", stage, chips.parse_topology("v5e:2x2"), 0.0)
@@ -120,7 +120,7 @@ def test_what_a_pod_runs_lowers_with_long_blocks_of_attention(four_chips, config
     config = config.get_config("7b")
     config.data.batch_rows = len(four_chips)
     mesh = sharding.make_mesh(**config.mesh, devices=four_chips)
-    lowered = programs.lower(program, config, setup.build(config, mesh))
+    lowered = programs.lower(program, config, stages.build(config, mesh))
     kernels = set(re.findall(r"splash_(\d+)x(\d+)", lowered.as_text(debug_info=True)))
     # The text tower and the vision tower's full attention; windows and audio chunks are short.
     assert len([kernel for kernel in kernels if int(kernel[1]) >= 384]) == 2

@@ -83,7 +83,7 @@ def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):
     recorder = Recorder()
     watch = loop.Watch(
         writer=recorder,
-        console=Console(stage="sft", steps=STEPS, every=0),
+        console=Console(stage="sft", items="clips", steps=STEPS, every=0),
         meter=recorder,
         profile=Profile(window, folder, steps=STEPS),
         batches=Batches(batches[int(state.step) :]),
@@ -200,7 +200,7 @@ def test_a_window_that_is_no_window_of_the_run_is_refused(tmp_path, window):
 
 
 def test_the_console_says_the_mean_of_an_interval_in_one_line(capsys):
-    console = Console(stage="cadpo", steps=4, every=2)
+    console = Console(stage="cadpo", items="pairs", steps=4, every=2)
     for step in range(4):
         values = {"loss": float(step), "rewards/margins": 0.5, "seconds": 2.0, "input_wait": 0.1}
         values |= {f"padding/{name}": 0.25 for name in ("text", "patches", "chunks", "targets")}

@@ -16,8 +16,9 @@ from saber_jax.data.examples import common_prefix, encode_record
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.withhold import MODALITIES, VIEWS, withhold
 from saber_jax.models import saber
-from saber_jax.train import objectives, setup
+from saber_jax.train import objectives
 from saber_jax.train import optimizer as optimizer_lib
+from saber_jax.train import stage as stages
 from saber_jax.train.losses import means
 from saber_jax.train.objectives import (
     Compute,
@@ -247,7 +248,7 @@ def test_a_microbatch_that_leaves_devices_without_rows_is_refused():
     config.data.batch_rows, config.compute.microbatches = 6, 2
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
     with pytest.raises(ValueError, match=r"batch_rows=6 .*microbatches=2 times the 2 devices"):
-        setup.build(config, mesh)
+        stages.build(config, mesh)
 
 
 @pytest.mark.parametrize("patterns", [TRAINED["cadpo"], TOWERS])

@@ -9,8 +9,8 @@ import pytest
 from saber_jax import sharding
 from saber_jax.data.examples import encode_record
 from saber_jax.data.withhold import VIEWS
-from saber_jax.train import reference
-from saber_jax.train.reference import Cache, References, Source, complete
+from saber_jax.train import references
+from saber_jax.train.references import Cache, References, Source, complete
 from tests import synthetic
 
 SOURCE = Source(weights="w", processor="p", tokens="t", media="m", dtype="float32")
@@ -63,7 +63,7 @@ def test_a_full_cache_asks_the_model_nothing_and_new_pairs_only_for_themselves(t
 
 
 def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "FLUSH_SECONDS", 0)
+    monkeypatch.setattr(references, "FLUSH_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         Model(stop_after=1).fill(Cache(tmp_path, "whole", SOURCE))
     model = Model()
@@ -95,17 +95,17 @@ def test_views_that_nobody_asked_for_are_nan(tmp_path):
 
 def test_weights_digest_sees_order_and_single_bits_but_not_the_mesh():
     values = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
-    digest = reference.weights_digest({"text": {"w": values}})
+    digest = references.weights_digest({"text": {"w": values}})
     swapped = values.copy()
     swapped[0, 0], swapped[1, 3] = values[1, 3], values[0, 0]
     bit = values.copy()
     bit.view(np.uint32)[2, 2] ^= 1
     others = [{"w": swapped}, {"w": bit}, {"w": values.reshape(6, 4)}, {"v": values}]
-    assert digest not in {reference.weights_digest({"text": other}) for other in others}
+    assert digest not in {references.weights_digest({"text": other}) for other in others}
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
     spread = jax.device_put(values, sharding.batch_sharding(mesh))
     assert len(spread.sharding.device_set) == 2
-    assert reference.weights_digest({"text": {"w": spread}}) == digest
+    assert references.weights_digest({"text": {"w": spread}}) == digest
 
 
 def test_processor_digest_changes_with_pixels_sound_and_prompt(tokenizer):
@@ -115,7 +115,7 @@ def test_processor_digest_changes_with_pixels_sound_and_prompt(tokenizer):
     slower = dataclasses.replace(record, seconds_per_grid=1.0)
     other = dataclasses.replace(record, language="zh")
     digests = {
-        reference.processor_digest([encode_record(r, tokenizer)])
+        references.processor_digest([encode_record(r, tokenizer)])
         for r in (record, louder, brighter, slower, other)
     }
     assert len(digests) == 5

@@ -1,13 +1,14 @@
-"""From a config to what is compiled: the steps, the state and the batch, without a value in them.
+"""The two stages: from a config to what is compiled, without a value in it.
 
 `main` runs what is built here and `aot` compiles it, so that a report is about the very step that
 trains.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 from saber_jax import sharding
 from saber_jax.batch import Batch, empty
 from saber_jax.data.packing import Budget
+from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.data.withhold import View
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
@@ -32,9 +34,16 @@ from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft
 from saber_jax.tree import flatten, merge
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """One stage on one mesh. `state` and `batch` hold jax.ShapeDtypeStruct with shardings."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Stage(abc.ABC):
+    """One stage on one mesh. `state` and `batch` hold jax.ShapeDtypeStruct with shardings.
+
+    What distinguishes the stages is what their classes override, and nothing else asks which one
+    runs. `items` is what a row holds, for the console; `reference_views` is what the stage needs
+    log pi_ref in.
+    """
+
+    items: ClassVar[str]
 
     cfg: SaberConfig
     compute: Compute
@@ -44,8 +53,26 @@ class Setup:
     trainable: tuple[str, ...]
     state: TrainState[jax.ShapeDtypeStruct]
     batch: Batch[jax.ShapeDtypeStruct]
-    step: Callable[..., tuple[TrainState[Array], Metrics]]
-    preference: Preference | None
+
+    @abc.abstractmethod
+    def step(self, state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
+        """One optimizer step, see train/step.py."""
+
+    @property
+    def reference_views(self) -> tuple[View, ...]:
+        return ()
+
+    def read_pairs(self, config: ConfigDict) -> list[Pair] | None:
+        """The preference pairs that the stage learns from; None if it learns from records."""
+        return None
+
+    def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
+        """Jitted (params, batch) -> log pi of every target with `view` withheld."""
+        raise ValueError("This stage has no reference policy. Give configs/cadpo.py:VARIANT.")
+
+    def probe(self) -> Callable[[TrainState[Array], Batch], Metrics] | None:
+        """Jitted measurements that are too costly for every step, if there are any."""
+        return None
 
     @property
     def param_shardings(self) -> dict:
@@ -62,29 +89,10 @@ class Setup:
     ) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
         """The jitted step; it takes its state's memory over. With `skip` a step whose numbers are
         not finite changes nothing."""
-        step = functools.partial(
-            self.step, cfg=self.cfg, compute=self.compute, tx=self.tx, seed=self.seed
-        )
-        step = skipping(step) if skip else step
+        step = skipping(self.step) if skip else self.step
         everywhere = sharding.replicated(self.mesh)
-        return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), everywhere))
-
-    def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
-        """Jitted (params, batch) -> log pi of every target with `view` withheld."""
-        log_probs = functools.partial(
-            reference_log_probs, cfg=self.cfg, compute=self.compute, view=view
-        )
-        return jax.jit(log_probs, out_shardings=sharding.batch_sharding(self.mesh))
-
-    def probe(self) -> Callable[[TrainState[Array], Batch], Metrics] | None:
-        """The jitted measurements that are too costly for every step; stage 1 has none."""
-        if self.preference is None:
-            return None
-        probe = functools.partial(cadpo_probe, cfg=self.cfg, compute=self.compute)
-        return jax.jit(
-            lambda state, batch: probe(state.params, batch),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+        places = (_shardings(self.state), everywhere)
+        return jax.jit(step, donate_argnums=0, out_shardings=places)
 
     def begin(self, params: dict) -> TrainState[Array]:
         """The state at step 0, optimizer moments laid out like their weights."""
@@ -94,29 +102,118 @@ class Setup:
         return TrainState(step, trainable, frozen, init(trainable))
 
 
-def build(config: ConfigDict, mesh: Mesh) -> Setup:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sed(Stage):
+    """Stage 1, structured evidence decomposition: supervised fine-tuning on six sections."""
+
+    items = "clips"
+
+    def step(self, state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
+        return sft_step(
+            state, batch, cfg=self.cfg, compute=self.compute, tx=self.tx, seed=self.seed
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CaDpo(Stage):
+    """Stage 2, consistency-aware DPO on pairs of answers, against cached log pi_ref."""
+
+    items = "pairs"
+
+    preference: Preference
+
+    def step(self, state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
+        return cadpo_step(
+            state,
+            batch,
+            cfg=self.cfg,
+            compute=self.compute,
+            tx=self.tx,
+            options=self.preference,
+            seed=self.seed,
+        )
+
+    @property
+    def reference_views(self) -> tuple[View, ...]:
+        return self.preference.reference_views
+
+    def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
+        log_probs = functools.partial(
+            reference_log_probs, cfg=self.cfg, compute=self.compute, view=view
+        )
+        return jax.jit(log_probs, out_shardings=sharding.batch_sharding(self.mesh))
+
+    def probe(self) -> Callable[[TrainState[Array], Batch], Metrics]:
+        probe = functools.partial(cadpo_probe, cfg=self.cfg, compute=self.compute)
+        return jax.jit(
+            lambda state, batch: probe(state.params, batch),
+            out_shardings=sharding.replicated(self.mesh),
+        )
+
+    def read_pairs(self, config: ConfigDict) -> list[Pair]:
+        return checked_pairs(config, self.preference)
+
+
+def checked_pairs(config: ConfigDict, options: Preference) -> list[Pair]:
+    """The pairs of config.data.pairs, with what `options` need to know about them.
+
+    Raises ValueError where they do not say it, or where what they say leaves an option no effect.
+    """
+    if config.data.withhold:
+        raise ValueError(
+            f"config.data.withhold={config.data.withhold} belongs to stage 1: the reference's "
+            "log-probs are of whole clips. Set it to 0; config.loss.conditional_* withholds here."
+        )
+    pairs = read_pairs(config.data.pairs)
+    needs = {
+        "withheld": (options.needs_ignored, "conditional_ignored_only, invariance, sensitivity"),
+        "kappa": (options.conflict_power > 0, "conflict_power"),
+    }
+    for key, (needed, who) in needs.items():
+        lacking = [pair.clip_id for pair in pairs if getattr(pair, key) in ("", None)]
+        if needed and lacking:
+            raise ValueError(
+                f"config.loss ({who}) needs {key!r} of every pair, but {len(lacking)} of "
+                f"{len(pairs)} in {config.data.pairs} lack it, the first for {lacking[0]}. Mine "
+                "them with python -m data_prep.preferences, add it, or unset the option."
+            )
+    idle = {
+        f"conditional_{modality}": f"no pair ignored {modality}"
+        for modality in options.conditional
+        if options.conditional_ignored_only and all(p.withheld != modality for p in pairs)
+    }
+    if options.conflict_power and all(pair.kappa == 1 for pair in pairs):
+        idle["conflict_power"] = "kappa is 1 everywhere"
+    for name, why in idle.items():
+        raise ValueError(
+            f"config.loss.{name} would have no effect on {config.data.pairs}: {why}. Set it to 0."
+        )
+    return pairs
+
+
+def build(config: ConfigDict, mesh: Mesh) -> Stage:
     """Everything about a run but its data and its values."""
     cfg = network(config)
     optimizer = optimizer_lib.OptimizerConfig(**config.optimizer)
     roles = flatten(saber.roles(cfg))
     tx = optimizer_lib.make_optimizer(optimizer, config.steps, roles)
-    preference = Preference(**config.loss) if config.stage == "cadpo" else None
-    step = sft_step if preference is None else functools.partial(cadpo_step, options=preference)
     patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
     state = _abstract_state(cfg, tx, patterns, mesh, config.compute.dtype)
     optimizer_lib.check_vocabulary(optimizer, state.trainable, roles)
-    return Setup(
-        cfg=cfg,
-        compute=_compute(config, mesh),
-        tx=tx,
-        seed=config.seed,
-        mesh=mesh,
-        trainable=patterns,
-        state=state,
-        batch=_abstract_batch(budget(config), _rows(config, mesh), mesh),
-        step=step,
-        preference=preference,
-    )
+    common = {
+        "cfg": cfg,
+        "compute": _compute(config, mesh),
+        "tx": tx,
+        "seed": config.seed,
+        "mesh": mesh,
+        "trainable": patterns,
+        "state": state,
+        "batch": _abstract_batch(budget(config), _rows(config, mesh), mesh),
+    }
+    # The one place that asks which stage it is.
+    if config.stage == "cadpo":
+        return CaDpo(**common, preference=Preference(**config.loss))
+    return Sed(**common)
 
 
 def network(config: ConfigDict) -> SaberConfig:

@@ -23,13 +23,19 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, UInt32
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from saber_jax.batch import Batch
 from saber_jax.data.examples import Example
 from saber_jax.data.withhold import VIEWS, View
+from saber_jax.inputs import Inputs
+from saber_jax.models import saber
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing
+from saber_jax.runs.manifest import fingerprint
+from saber_jax.runs.timeline import Timeline
+from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
 
 KEY_BYTES = 16
@@ -208,3 +214,53 @@ def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -
     flat = np.asarray(multihost_utils.broadcast_one_to_all(flat))
     parts = np.split(flat, np.cumsum(counts)[:-1])
     cache.values |= {key: part for key, part, real in zip(keys, parts, held, strict=True) if real}
+
+
+def with_references(
+    config: ConfigDict, params: dict, inputs: Inputs, stage: Stage, timeline: Timeline
+) -> Inputs:
+    """`inputs` whose pairs carry their reference log-probs, in the views that the stage needs.
+
+    The starting weights `params` compute what config.reference does not hold yet. Fresh adapters
+    change nothing, so leaving them off keeps the digest that of the base.
+    """
+    d, params, usable = config.data, saber.without_lora(params), inputs.draw.usable
+    pairs = inputs.examples.pairs
+    source = Source(
+        weights=weights_digest(params),
+        processor=processor_digest([inputs.examples[i] for i in usable[[0, -1]]]),
+        tokens=fingerprint(d.path, "tokenizer.*"),
+        media=fingerprint(d.path, "**/*.array_record*"),
+        dtype=stage.compute.dtype,
+    )
+    # The reference numbers the pairs that can be used, and nothing else does.
+    keys, number = [pairs[i].key for i in usable], {int(i): n for n, i in enumerate(usable)}
+
+    def log_probs(view: View) -> Callable[[Batch], Float[Array, "B T"]]:
+        step = stage.reference_step(view)
+
+        def of_batch(batch: Batch) -> Float[Array, "B T"]:
+            timeline.at("start")  # Every batch is a sign of life for the watchdog.
+            return step(params, batch)
+
+        return of_batch
+
+    caches = []
+    for view in stage.reference_views:
+        cache = Cache(Path(config.reference), view, source)
+        complete(
+            cache,
+            keys,
+            inputs.usable_sizes[:, -1],
+            lambda missing: [
+                [number[i] for i in row] for row in inputs.plan.rows_of(usable[missing])
+            ],
+            lambda rows: inputs.batches(
+                config, stage.mesh, [[int(usable[n]) for n in row] for row in rows]
+            ),
+            log_probs(view),
+            batch_rows=config.data.batch_rows,
+        )
+        caches.append(cache)
+    references = References(caches, [pair.key for pair in pairs])
+    return dataclasses.replace(inputs, examples=inputs.examples.with_references(references))
