@@ -1,6 +1,8 @@
 """Other trainers' rows in one form: a conversation up to its answer, checked.
 
 Each function of FORMATS takes one JSON object and raises RowError if it cannot become a record.
+What a row holds is used or refused: a key or a part of a message that is not understood is never
+skipped.
 """
 
 import dataclasses
@@ -11,10 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from saber_jax.data import texts
+
 TAGS = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
-KINDS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+KINDS = {"image": "images", "video": "videos", "audio": "audios"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 Turns = list[dict[str, str]]
+Media = dict[str, list[str]]
+
+# Keys that say what was shown, asked or answered under names that are not read here: passing them
+# over would teach another task than the row holds. Keys for people (id, source, ...) may stand.
+_MEANT = re.compile(
+    r"image|video|audio|media|messages|conversation|prompt|chosen|rejected|response|query|history|"
+    r"system|instruction|input|output|answer|question|tool|object|bbox|label|kto|loss|content",
+    re.IGNORECASE,
+)
 
 
 class RowError(ValueError):
@@ -39,48 +52,60 @@ class Row:
 
 def from_ms_swift(row: dict[str, Any]) -> Row:
     """https://swift.readthedocs.io, custom datasets."""
+    rejected_media = {f"rejected_{key}" for key in TAGS}
     media = _media(row)
-    prompt, answer = _split(_turns(row.get("messages"), "role", "content", "messages"))
+    _check_keys(
+        row, {"messages", "system", "rejected_response", "rejected_messages"} | rejected_media
+    )
+    turns = _turns(row.get("messages"), "role", "content", "messages", media)
+    prompt, answer = _split(_with_system(row, turns))
     rejected = row.get("rejected_response")
     if isinstance(rejected, list):
         rejected = _split([*prompt, *_turns(rejected, "role", "content", "rejected_response")])[1]
-    if row.get("rejected_messages"):
-        turns = _turns(row["rejected_messages"], "role", "content", "rejected_messages")
-        other, rejected = _split(turns)
+    if row.get("rejected_messages") is not None:
+        shown: Media = {key: [] for key in TAGS}
+        turns = _turns(row["rejected_messages"], "role", "content", "rejected_messages", shown)
+        other, rejected = _split(_with_system(row, turns))
         if other != prompt:
             raise RowError("rejected_messages asks something else than messages")
         for key, paths in media.items():
-            if row.get(f"rejected_{key}", paths) != paths:
+            if _paths(row.get(f"rejected_{key}"), f"rejected_{key}") not in ([], paths):
                 raise RowError(f"rejected_{key} are other files than {key}; a pair has one clip")
+            if shown[key] not in ([], paths):
+                raise RowError(f"rejected_messages shows other {key} than messages do")
     return _row(prompt, answer, rejected, media)
 
 
 def from_trl(row: dict[str, Any]) -> Row:
     """https://huggingface.co/docs/trl/dataset_formats; the prompt may be part of both answers."""
-    sides = {key: _trl_turns(row.get(key), key) for key in ("chosen", "rejected")}
-    if row.get("prompt"):
-        prompt = _trl_turns(row["prompt"], "prompt", role="user")
-        sides = {key: [*prompt, *turns] for key, turns in sides.items()}
-    (prompt, answer), (other, rejected) = (_split(turns) for turns in sides.values())
+    media = _media(row)
+    _check_keys(row, {"prompt", "chosen", "rejected"})
+    asked = [] if row.get("prompt") is None else _trl_turns(row["prompt"], "prompt", media, "user")
+    named = {key: list(paths) for key, paths in media.items()}
+    chosen = _trl_turns(row.get("chosen"), "chosen", media)
+    rejected = _trl_turns(row.get("rejected"), "rejected", named)
+    if media != named:
+        raise RowError("chosen and rejected show different media; a pair has one clip")
+    (prompt, answer), (other, worse) = _split([*asked, *chosen]), _split([*asked, *rejected])
     if other != prompt:
         raise RowError("chosen and rejected begin with different conversations")
-    return _row(prompt, answer, rejected, _media(row))
+    return _row(prompt, answer, worse, media)
 
 
 def from_llama_factory(row: dict[str, Any]) -> Row:
     """https://github.com/hiyouga/LLaMA-Factory, data/README: sharegpt, `ranking` or not."""
+    media = _media(row)
+    _check_keys(row, {"conversations", "system", "chosen", "rejected"})
     turns = _turns(row.get("conversations"), "from", "value", "conversations")
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    rejected = None
-    if "chosen" in row:
+    turns, rejected = _with_system(row, turns), None
+    if row.get("chosen") is not None or row.get("rejected") is not None:
         chosen, rejected = (
             _turns([row.get(key)], "from", "value", key)[0]["content"]
             for key in ("chosen", "rejected")
         )
         turns.append({"role": "assistant", "content": chosen})
     prompt, answer = _split(turns)
-    return _row(prompt, answer, rejected, _media(row))
+    return _row(prompt, answer, rejected, media)
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], Row]] = {
@@ -90,43 +115,96 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Row]] = {
 }
 
 
-def _media(row: dict[str, Any]) -> dict[str, list[str]]:
-    media = {key: row.get(key) or [] for key in TAGS}
-    media = {key: [paths] if isinstance(paths, str) else paths for key, paths in media.items()}
-    for key, paths in media.items():
-        if not all(isinstance(path, str) for path in paths):
-            raise RowError(f"{key} must be paths of files")
+def _check_keys(row: dict[str, Any], read: set[str]) -> None:
+    """Refuses keys that mean something and are not read. Empty ones mean nothing."""
+    for key, value in row.items():
+        known = read | {*TAGS, *KINDS, "split", "language"}
+        if key not in known and value not in (None, "", [], {}) and _MEANT.search(str(key)):
+            raise RowError(f"the key {key!r} is not read; read are {', '.join(sorted(known))}")
+
+
+def _media(row: dict[str, Any]) -> Media:
+    """Paths under images, videos and audios, or under their singulars."""
+    media = {}
+    for one, many in KINDS.items():
+        given = {key: found for key in (one, many) if (found := _paths(row.get(key), key))}
+        if len(given) == 2:
+            raise RowError(f"it has both {one!r} and {many!r}; write all of them under {many!r}")
+        media[many] = next(iter(given.values()), [])
     return media
 
 
-def _turns(value: Any, role: str, content: str, where: str) -> Turns:
+def _paths(value: Any, key: str) -> list[str]:
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise RowError(f"{key} must be paths of files, got {_short(value)}")
+    for path in paths:
+        if fault := texts.fault(path):
+            raise RowError(f"a path of {key} {fault}")
+    return list(paths)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _with_system(row: dict[str, Any], turns: Turns) -> Turns:
+    system = row.get("system")
+    if system in (None, ""):
+        return turns
+    if not isinstance(system, str):
+        raise RowError(f"system must be text, got {_short(system)}")
+    if turns and turns[0]["role"] == "system":
+        raise RowError("it has both a system key and a system turn")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _turns(value: Any, role: str, content: str, where: str, media: Media | None = None) -> Turns:
+    """The turns under their own two keys; media that parts of a message name go to `media`."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RowError(f"{where} must be a list of turns with {role!r} and {content!r}")
     turns = []
     for turn in value:
-        if not isinstance(turn.get(content), str) or not isinstance(turn.get(role), str):
+        for key, given in turn.items():
+            if key not in (role, content, "name") and given not in (None, "", [], {}):
+                raise RowError(f"a turn of {where} has {key!r}, which is not read")
+        said = turn.get(content)
+        if media is not None and isinstance(said, list):
+            said = "".join(_part(part, where, media) for part in said)
+        if not isinstance(said, str) or not isinstance(turn.get(role), str):
             raise RowError(f"a turn of {where} lacks {role!r} or {content!r} as text")
-        turns.append({"role": ROLES.get(turn[role], turn[role]), "content": turn[content]})
+        turns.append({"role": ROLES.get(turn[role], turn[role]), "content": said})
     return turns
 
 
-def _trl_turns(value: Any, where: str, role: str = "assistant") -> Turns:
+def _part(part: Any, where: str, media: Media) -> str:
+    """{"type": "text", "text": "q"} -> "q", {"type": "image", "image": PATH} -> "<image>"."""
+    if not isinstance(part, dict):
+        raise RowError(f"a part of {where} must be an object with a type, got {_short(part)}")
+    kind = part.get("type")
+    if kind not in ("text", *KINDS):
+        raise RowError(
+            f"a part of {where} has the type {_short(kind)}; read are text, {', '.join(KINDS)}"
+        )
+    for key, value in part.items():
+        if key not in ("type", kind) and value not in (None, "", [], {}):
+            raise RowError(f"a part of {where} has {_short(key)} beside its {kind}")
+    value = part.get(kind)
+    if kind == "text":
+        if value is not None and not isinstance(value, str):
+            raise RowError(f"a part of {where} must have text, got {_short(value)}")
+        return value or ""
+    media[KINDS[kind]] += _paths(value, f"a part of {where}")
+    return TAGS[KINDS[kind]]
+
+
+def _trl_turns(value: Any, where: str, media: Media, role: str = "assistant") -> Turns:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
         raise RowError(f"{where} must be a text or a list of messages")
-    return _turns([_flattened(turn) for turn in value], "role", "content", where)
-
-
-def _flattened(turn: Any) -> Any:
-    """[{"type": "image"}, {"type": "text", "text": "q"}] -> "<image>q"."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
-        return turn
-    parts = [
-        part.get("text", "") if part.get("type") == "text" else KINDS.get(part.get("type"), "")
-        for part in turn["content"]
-    ]
-    return turn | {"content": "".join(parts)}
+    return _turns(value, "role", "content", where, media)
 
 
 def _split(turns: Turns) -> tuple[Turns, str]:
@@ -142,6 +220,14 @@ def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]])
     """Checks, and puts the tags that are missing before the first question, pictures first."""
     if rejected is not None and not isinstance(rejected, str):
         raise RowError("the rejected answer must be text")
+    for name, said in (("answer", answer), ("rejected answer", rejected)):
+        if said is not None and not said.strip():
+            raise RowError(f"the {name} is empty")
+        if said is not None and (tag := re.search("|".join(TAGS.values()), said)):
+            raise RowError(f"the {name} holds {tag[0]}; media stand in the question alone")
+    for said in (*(turn["content"] for turn in prompt), answer, rejected or ""):
+        if fault := texts.fault(said):
+            raise RowError(f"a text {fault}")
     if rejected == answer:
         raise RowError("chosen and rejected are the same text")
     pictures = len(media["images"]) + len(media["videos"])
@@ -165,23 +251,23 @@ def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]])
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of a JSON list or of JSON lines; a broken line is its ValueError.
+    """(number from 1, value) of a JSON list or of JSON lines; a broken line is its error.
 
     One value is in memory at a time; of a list, its text too.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        while (first := file.read(1)).isspace():
-            pass
-        if first == "[":
-            yield from enumerate(_list_items(first + file.read()), start=1)
-            return
+    with path.open("rb") as file:
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         file.seek(0)
+        if first == b"[":
+            text = file.read().decode("utf-8-sig")
+            yield from enumerate(_list_items(text[text.index("[") :]), start=1)
+            return
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
                 yield number, error
 
 

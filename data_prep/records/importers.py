@@ -36,7 +36,7 @@ import numpy as np
 
 from data_prep.records import clips, dataset, processes
 from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
-from saber_jax.data import decode, records, tokenizer
+from saber_jax.data import decode, media, records, tokenizer
 from saber_jax.flags import Parser
 from saber_jax.runs.files import replacing_folder, write_jsonl
 
@@ -49,13 +49,17 @@ def to_record(row: Row, folder: Path, sampling: decode.Sampling) -> records.Reco
     images, videos, audios = (
         [folder / path for path in row.media[key]] for key in ("images", "videos", "audios")
     )
+    source = {}
     if images:
         frames = decode.decode_image(images[0], sampling.mode)
     elif videos:
         clip = decode.decode_clip(videos[0], sampling, sound=videos == audios)
         frames, seconds, audio = clip.frames, clip.seconds_per_grid, clip.audio
+        source = clip.info
     if audios and audios != videos:
         audio = decode.decode_sound(audios[0], sampling)
+    if audios and not media.audio_tokens(media.mel_frames(len(audio))):
+        raise decode.MediaError("no_audio", f"{audios[0].name}: too short to be heard")
     said = " ".join(turn["content"] for turn in row.messages) + row.answer
     return records.Record(
         clip_id=row.clip_id,
@@ -65,7 +69,11 @@ def to_record(row: Row, folder: Path, sampling: decode.Sampling) -> records.Reco
         audio=audio,
         annotation={},
         labels={},
-        provenance={"files": row.media, "sampling": dataclasses.asdict(sampling)},
+        provenance={
+            "files": row.media,
+            "sampling": dataclasses.asdict(sampling),
+            "source": source,
+        },
         messages=tuple(row.messages),
         answer=row.answer,
     )
@@ -117,7 +125,7 @@ class _Import:
             try:
                 if not isinstance(value, dict):
                     raise RowError(f"not a JSON object: {value}")
-                if (split := value.get("split", self._flags.split)) != self._flags.split:
+                if (split := value.get("split") or self._flags.split) != self._flags.split:
                     self.of_other_splits[str(split)] += 1
                     continue
                 row = FORMATS[self._flags.format](value)
@@ -147,7 +155,7 @@ class _Import:
             {
                 "file": f"{self._flags.input.name}:{number}",
                 "reason": type(error).__name__,
-                "detail": str(error),
+                "detail": str(error).encode(errors="backslashreplace").decode(),
             }
             for number, error in sorted(self.refused, key=lambda entry: entry[0])
         ]

@@ -12,13 +12,12 @@ Axis letters: n tokens.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from saber_jax.data import media, tmrope
+from saber_jax.data import media, texts, tmrope
 from saber_jax.data.tmrope import Grid
 from saber_jax.data.tokenizer import Tokenizer
 
@@ -66,8 +65,6 @@ class AudioInVideo:
 
 
 Media = Image | Video | Audio | AudioInVideo
-
-_RESERVED = re.compile(r"<\|(?:IMAGE|VIDEO|AUDIO|vision_bos|audio_bos)\|>")
 
 _PLACEHOLDERS = {
     Image: "<|vision_bos|><|IMAGE|><|vision_eos|>",
@@ -123,15 +120,24 @@ def encode(
     """Tokens, TMRoPE positions and media slots of a conversation.
 
     Images and videos take their slots in the order in which they stand, whichever they are, and so
-    do the sounds. Raises ValueError if the text itself holds a placeholder.
+    do the sounds. Raises ValueError if the text itself holds a special token, and if some videos
+    are woven with their sound and others are not: the released model knows one way for all of a
+    conversation (`use_audio_in_video`).
     """
     parts = [part for message in messages for part in message.content]
     shown = [part for part in parts if not isinstance(part, str)]
     for text in (part for part in parts if isinstance(part, str)):
-        if reserved := _RESERVED.search(text):
+        if special := texts.SPECIAL.search(text):
             raise ValueError(
-                f"{reserved[0]} in a message would be read as media; write it otherwise."
+                f"{special[0]} in a message would be read as media or as the end of a turn; write "
+                "it otherwise."
             )
+    woven = sum(isinstance(part, AudioInVideo) for part in shown)
+    if woven and any(isinstance(part, Video) for part in shown):
+        raise ValueError(
+            f"The conversation has {woven} videos woven with their sound beside others that are "
+            "not; weave all of them or none."
+        )
     ids = media_ids(tokenizer)
     audio_eos = tokenizer.id("<|audio_eos|>")
     row = _expand(
@@ -149,7 +155,7 @@ def encode(
         seconds_per_grid=[video.seconds_per_grid for video in videos],
         audio_frames=frames,
         image_grids=[p.grid for p in pictures if isinstance(p, Image)],
-        use_audio_in_video=any(isinstance(p, AudioInVideo) for p in shown),
+        use_audio_in_video=bool(woven),
     )
     kind = np.full(len(row), TEXT, np.int8)
     kind[(row == ids.video) | (row == ids.image)] = VISION

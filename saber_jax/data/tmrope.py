@@ -14,6 +14,15 @@ from jaxtyping import Bool, Int
 Grid = tuple[int, int, int]
 """(t, h, w) of one video or image, in 14-pixel patches."""
 
+# Constants of every released Qwen2.5-Omni, under the names of its config: what loads a checkpoint
+# refuses one whose config says otherwise.
+POSITIONS_PER_SECOND = 25
+"""`position_id_per_seconds`: temporal positions of a second of video or sound."""
+SECONDS_PER_CHUNK = 2
+"""`seconds_per_chunk`: a video woven with its sound is cut this often."""
+SPAN = POSITIONS_PER_SECOND * SECONDS_PER_CHUNK
+"""Positions between two cuts."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MediaIds:
@@ -26,19 +35,6 @@ class MediaIds:
     audio_bos: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Clock:
-    """How seconds become positions; the defaults are those of every released model."""
-
-    positions_per_second: int = 25
-    seconds_per_chunk: int = 2
-
-    @property
-    def span(self) -> int:
-        """Positions between two cuts of a video woven with its sound."""
-        return self.positions_per_second * self.seconds_per_chunk
-
-
 def tmrope(
     tokens: Int[np.ndarray, " n"],
     ids: MediaIds,
@@ -48,7 +44,6 @@ def tmrope(
     audio_frames: Sequence[int] = (),
     image_grids: Sequence[Grid] = (),
     use_audio_in_video: bool = False,
-    clock: Clock | None = None,
 ) -> Int[np.ndarray, "3 n"]:
     """Positions int64 [3, n] of one row without padding, placeholders already expanded.
 
@@ -65,7 +60,6 @@ def tmrope(
     audio_eos, vision_eos, and the two streams in between are cut every 2 s and interleaved.
     Raises ValueError if the placeholders and the media given do not match.
     """
-    clock = clock or Clock()
     media = _Media(
         grids=iter(grids),
         seconds=iter(seconds_per_grid),
@@ -78,12 +72,12 @@ def tmrope(
     while start < len(tokens):
         token = tokens[start]
         if use_audio_in_video and _opens_audio_in_video(tokens, start, ids):
-            block = _audio_in_video(cursor, media, clock)
+            block = _audio_in_video(cursor, media)
         elif token == ids.image:
-            block = _grid(_take(media.images, "image"), 1.0, clock) + cursor
+            block = _grid(_take(media.images, "image"), 1.0) + cursor
         elif token == ids.video:
             grid = _take(media.grids, "video")
-            block = _grid(grid, _take(media.seconds, "seconds_per_grid"), clock) + cursor
+            block = _grid(grid, _take(media.seconds, "seconds_per_grid")) + cursor
         elif token == ids.audio:
             block = _line(audio_tokens(_take(media.audios, "audio"))) + cursor
         else:
@@ -112,23 +106,20 @@ def grid_tokens(grid: Grid) -> int:
     return grid[0] * (grid[1] // 2) * (grid[2] // 2)
 
 
-def woven(
-    grid: Grid, seconds: float, audio_tokens: int, clock: Clock | None = None
-) -> Bool[np.ndarray, " n"]:
+def woven(grid: Grid, seconds: float, audio_tokens: int) -> Bool[np.ndarray, " n"]:
     """Which of the tokens of a video woven with its sound are the sound's.
 
     The order is the released processor's. It cuts the video at float64 times, whereas positions
     come from float32 times rounded down, so for some frame rates the two cut differently by one
     frame pair: there the released model gives pictures the positions of sound, and so do we.
     """
-    clock = clock or Clock()
     times = np.repeat(np.arange(grid[0]), grid_tokens(grid) // grid[0])
     cuts = [
         np.split(
             np.zeros(len(times), bool),
-            _cuts(times * seconds * clock.positions_per_second, clock.span),
+            _cuts(times * seconds * POSITIONS_PER_SECOND, SPAN),
         ),
-        np.split(np.ones(audio_tokens, bool), _cuts(np.arange(audio_tokens), clock.span)),
+        np.split(np.ones(audio_tokens, bool), _cuts(np.arange(audio_tokens), SPAN)),
     ]
     return np.concatenate(_alternate(*cuts))
 
@@ -157,11 +148,11 @@ def _line(length: int) -> Int[np.ndarray, "3 n"]:
     return np.tile(np.arange(length), (3, 1))
 
 
-def _grid(grid: Grid, seconds: float, clock: Clock) -> Int[np.ndarray, "3 n"]:
+def _grid(grid: Grid, seconds: float) -> Int[np.ndarray, "3 n"]:
     t, h, w = grid[0], grid[1] // 2, grid[2] // 2
     # float32 product, then truncation: transformers does `.long()`, so 2.9999998 becomes 2.
     time = np.arange(t, dtype=np.float32) * np.float32(seconds)
-    time = (time * np.float32(clock.positions_per_second)).astype(np.int64)
+    time = (time * np.float32(POSITIONS_PER_SECOND)).astype(np.int64)
     return np.stack(
         [
             np.repeat(time, h * w),
@@ -171,12 +162,12 @@ def _grid(grid: Grid, seconds: float, clock: Clock) -> Int[np.ndarray, "3 n"]:
     )
 
 
-def _audio_in_video(cursor: int, media: _Media, clock: Clock) -> Int[np.ndarray, "3 n"]:
+def _audio_in_video(cursor: int, media: _Media) -> Int[np.ndarray, "3 n"]:
     """The whole block, from vision_bos to vision_eos."""
     grid = _take(media.grids, "video")
-    video = _grid(grid, _take(media.seconds, "seconds_per_grid"), clock)
+    video = _grid(grid, _take(media.seconds, "seconds_per_grid"))
     audio = _line(audio_tokens(_take(media.audios, "audio")))
-    pieces = [np.split(p, _cuts(p[0], clock.span), axis=1) for p in (video, audio)]
+    pieces = [np.split(p, _cuts(p[0], SPAN), axis=1) for p in (video, audio)]
     order = _alternate(*pieces)
     body = cursor + 1
     # The released code continues after the LAST woven piece, not after the furthest one, so with

@@ -7,8 +7,7 @@ these tables, and says anything, is refused by name.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from saber_jax.data import media
-from saber_jax.data.tmrope import Clock
+from saber_jax.data import media, tmrope
 
 SECTIONS = ("text_config", "vision_config", "audio_config")
 
@@ -66,8 +65,8 @@ TABLES = {"text_config": TEXT, "vision_config": VISION, "audio_config": AUDIO}
 FIXED: dict[str, dict[str, Any]] = {
     "": {
         "model_type": "qwen2_5_omni_thinker",
-        "position_id_per_seconds": Clock().positions_per_second,
-        "seconds_per_chunk": Clock().seconds_per_chunk,
+        "position_id_per_seconds": tmrope.POSITIONS_PER_SECOND,
+        "seconds_per_chunk": tmrope.SECONDS_PER_CHUNK,
     },
     "text_config": {
         "model_type": "qwen2_5_omni_text",
@@ -82,16 +81,16 @@ FIXED: dict[str, dict[str, Any]] = {
         "patch_size": media.PATCH,
         "temporal_patch_size": media.TEMPORAL_PATCH,
         "spatial_merge_size": media.MERGE,
-        "window_size": media.WINDOW_UNITS * media.UNIT,
+        "window_size": media.WINDOW,
         # vLLM takes positions from this one, transformers from position_id_per_seconds.
-        "tokens_per_second": Clock().positions_per_second,
+        "tokens_per_second": tmrope.POSITIONS_PER_SECOND,
     },
     "audio_config": {
         "model_type": "qwen2_5_omni_audio_encoder",
         "activation_function": "gelu",
         "scale_embedding": False,
         "num_mel_bins": media.MELS,
-        "n_window": media.CHUNK_FRAMES // 2,
+        "n_window": media.N_WINDOW,
         "dropout": 0,
         "attention_dropout": 0,
         "activation_dropout": 0,

@@ -20,6 +20,10 @@ VIDEO = Video(grid=(4, 2, 2), seconds_per_grid=1.0)
 SOUND = Audio(frames=300)
 
 
+def woven(video: Video, audio: Audio) -> AudioInVideo:
+    return AudioInVideo(video=video, audio=audio)
+
+
 def user(*content) -> Message:
     return Message(role="user", content=content)
 
@@ -58,14 +62,14 @@ def test_media_of_several_turns_take_slots_in_the_order_they_stand(tokenizer):
         [
             user(Image(grid=(1, 2, 2)), "What is this?", first),
             Message(role="assistant", content=("A face.",)),
-            user(Audio(frames=9), VIDEO),
+            user(Audio(frames=9), woven(VIDEO, SOUND)),
         ],
     )
     seen = prompt.media_slot[prompt.media_kind == VISION]
     heard = prompt.media_slot[prompt.media_kind == AUDIO]
     assert seen.tolist() == list(range(1 + 2 + 4))
     # 203 frames fill one chunk and begin a second, so the next sound starts in the third.
-    assert heard.tolist() == [*range(51), 100, 101]
+    assert heard[:53].tolist() == [*range(51), 100, 101]
 
 
 def test_every_slot_exists_in_the_joined_layout():
@@ -79,7 +83,15 @@ def test_every_slot_exists_in_the_joined_layout():
     np.testing.assert_array_equal(joined.order[4 * joined.unit_slot] // 4, np.arange(23))
 
 
-@pytest.mark.parametrize("text", ["<|VIDEO|>", "say <|audio_bos|>"])
+def test_woven_and_plain_videos_in_one_conversation_are_refused(tokenizer):
+    both = [user(woven(VIDEO, SOUND), "and"), user(VIDEO, SOUND)]
+    with pytest.raises(ValueError, match="weave all of them or none"):
+        encode(tokenizer, both)
+    picture = Image(grid=(1, 2, 2))
+    encode(tokenizer, [user(woven(VIDEO, SOUND), picture, SOUND, woven(VIDEO, SOUND))])
+
+
+@pytest.mark.parametrize("text", ["<|VIDEO|>", "say <|audio_bos|>", "no <|im_end|>"])
 def test_text_that_would_be_read_as_media_is_refused(tokenizer, text):
     with pytest.raises(ValueError, match="would be read as media"):
         encode(tokenizer, [user(VIDEO, text)])

@@ -6,6 +6,7 @@ import weakref
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.raw import instructions
 from data_prep.records import importers
@@ -17,6 +18,7 @@ from tests import media_files
 
 ASK = {"role": "user", "content": "<video><audio>What is felt?"}
 SAY = {"role": "assistant", "content": "calm"}
+PICTURE = [{"role": "user", "content": "<image><audio>What is felt?"}, SAY]
 MEDIA = {"videos": ["a.mkv"], "audios": ["a.wav"]}
 
 FILES = {
@@ -92,6 +94,10 @@ def folder(tmp_path_factory):
     media_files.write_clip(
         folder / "a.wav", frames=None, audio=media_files.tone(1.5), codecs=("", "pcm_s16le")
     )
+    media_files.write_clip(
+        folder / "short.wav", frames=None, audio=media_files.tone(0.01), codecs=("", "pcm_s16le")
+    )
+    Image.new("RGB", (1000, 3)).save(folder / "thin.png")
     return folder
 
 
@@ -234,6 +240,12 @@ def test_rows_that_ask_the_same_share_a_record(folder, tokenizer, tmp_path):
         ({"messages": [ASK]}, "does not end with an answer"),
         ({"messages": "hello"}, "must be a list"),
         ({"rejected_messages": [ASK, SAY], "rejected_videos": ["b.mkv"]}, "other files"),
+        ({"messages": [{**ASK, "role": "\ud83d"}, SAY]}, "unknown roles"),
+        ({"videos": ["a\0.mkv"]}, "null"),
+        ({"audios": ["short.wav"]}, "too short to be heard"),
+        ({"videos": [], "images": ["thin.png"], "messages": PICTURE}, "thin.png"),
+        ({"videos": [], "images": ["a.mkv"], "messages": PICTURE}, "a.mkv"),
+        ({"videos": ["thin.png"]}, "thin.png"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_line_and_reason(
@@ -244,6 +256,21 @@ def test_what_cannot_be_used_is_refused_by_line_and_reason(
     assert imported(folder, tokenizer, tmp_path / "o", "ms-swift", rows) == 1
     [entry] = (tmp_path / "o" / "refused.jsonl").read_text().splitlines()
     assert json.loads(entry)["file"] == "rows.jsonl:2" and why in json.loads(entry)["detail"]
+
+
+def test_one_bad_row_costs_one_row(folder, tokenizer, tmp_path):
+    good = FILES["ms-swift sft"][1]
+    file = folder / "mixed.jsonl"
+    bad = [b"{", b"[]", b"7", b'{"messages": "\xff"}', b'{"messages": ' + b"[" * 9999, b"null"]
+    file.write_bytes(b"\n".join([json.dumps(good).encode(), *bad, json.dumps(good).encode()]))
+    flags = ["--format", "ms-swift", "--input", str(file), "--out", str(tmp_path / "o")]
+    assert importers.main([*flags, "--tokenizer", str(tokenizer.path)]) == 1
+    refused = (tmp_path / "o" / "refused.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in refused] == [
+        f"mixed.jsonl:{number}" for number in range(2, 8)
+    ]
+    [record] = RecordSource(tmp_path / "o", "train")
+    assert record.provenance["source"]["sampled_by"] == "time"
 
 
 def test_nothing_usable_is_one_clear_error(folder, tokenizer, tmp_path, capsys):
