@@ -182,12 +182,13 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
             *("--checkpoint", checkpoint, "--data", str(data), "--split", "test"),
             *("--out", str(scores[stage]), *_generation(config)),
             *(("--spell_out",) if stage == "base" else ()),
+            "--probes",
         )
         evaluations.append(
             Step(
                 name=names[stage],
                 says=f"held-out clips, consistent and not, and each modality's part, {stage} model",
-                command=(*answer, "--probes", "--brief"),
+                command=(*answer, "--brief"),
                 share=answer,
                 leaves=str(scores[stage] / "scores.json"),
                 after=after[stage],

@@ -58,6 +58,7 @@ class SpelledOut(Sequence[Record]):
     def __init__(self, records: Sequence[Record] | RecordSource):
         self._records = records
         self.sizes = getattr(records, "sizes", ())
+        self.outline = getattr(records, "outline", records.__getitem__)
 
     def __len__(self) -> int:
         return len(self._records)

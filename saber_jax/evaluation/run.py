@@ -108,17 +108,28 @@ def _answered(
         inputs["spell_out"] = True
         material = dataclasses.replace(material, records=SpelledOut(material.records))
     answering = Answering(flags)
-    if flags.share:
-        part = material.part(flags.share.indices(len(material.records), flags.batch_size))
-        return answering.answer(part, flags.share.folder(flags.out), inputs), {}
-    rows = answering.answer(material, flags.out, inputs)
-    donors = probes.donors(rows) if flags.probes else []
+
+    def answer(asked: Material, folder: Path, inputs: dict[str, Any]) -> list[Row]:
+        """All of its answers, or a share's."""
+        if flags.share:
+            asked = asked.part(flags.share.indices(len(asked.records), flags.batch_size))
+            folder = flags.share.folder(folder)
+        return answering.answer(asked, folder, inputs)
+
+    rows = answer(material, flags.out, inputs)
+    donors = probes.donors(_without_answers(material)) if flags.probes else []
     probed = {}
     for probe in probes.PROBES if flags.probes else ():
         changed = Material(records=probes.Probed(material.records, probe, donors), row=material.row)
-        folder = flags.out / "probes" / probe
-        probed[probe] = answering.answer(changed, folder, inputs | {"probe": probe})
+        probed[probe] = answer(changed, flags.out / "probes" / probe, inputs | {"probe": probe})
     return rows, probed
+
+
+def _without_answers(material: Material) -> list[Row]:
+    """A row of every clip, made without reading media."""
+    records = material.records
+    outline = getattr(records, "outline", records.__getitem__)
+    return [material.row(i, outline(i), "") for i in range(len(records))]
 
 
 def _made_elsewhere(benchmark: Benchmark, flags: argparse.Namespace) -> list[Row]:
@@ -204,8 +215,8 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
             flags.share = shares.Share.parse(flags.share)
         except ValueError as error:
             parser.error(f"--share: {error}")
-    if flags.share and (flags.probes or flags.predictions):
-        parser.error("--share answers the plain clips; probe when all shares are joined")
+    if flags.share and flags.predictions:
+        parser.error("--share is for a checkpoint, whose answers take long, not for --predictions")
     if flags.spell_out and (flags.benchmark != "saber_test" or flags.predictions):
         parser.error("--spell_out is for a checkpoint and --benchmark saber_test")
     if flags.probes and (flags.benchmark != "saber_test" or flags.predictions):

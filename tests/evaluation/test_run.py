@@ -133,6 +133,17 @@ def test_shares_of_several_hosts_join_into_the_run_of_one(tmp_path, data, model,
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_probes_are_shared_like_the_plain_answers(tmp_path, data, model):
+    assert _run(tmp_path / "whole", data, "--probes") == 0
+    for share in ("1/2", "2/2"):
+        assert _run(tmp_path / "shared", data, "--probes", "--share", share) == 0
+    model.asked.clear()
+    assert _run(tmp_path / "shared", data, "--probes") == 0
+    assert not model.asked  # Joining asks nothing.
+    for name in ("scores.json", *(f"probes/{p}/predictions.jsonl" for p in probes.PROBES)):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b"])
 def test_impossible_shares_are_refused(share, tmp_path, data, capsys):
     with pytest.raises(SystemExit):

@@ -69,7 +69,8 @@ def test_stage_2_goes_on_from_there_to_the_exported_model_and_the_report(
     config, made = "configs/cadpo.py:tiny", tmp_path / "run"
     first, second = run(compiled, tmp_path / "logs", config, made, *settings)
     assert commands(second) == ["saber_jax.main", *2 * ["saber_jax.evaluation.run"]]
-    assert "--share 2/2" in second and "--share 1/2" in first and "--probes" not in second
+    assert "--share 2/2" in second and "--share 1/2" in first
+    assert "--probes" in second and "--brief" not in second
     steps = ["cadpo", "evaluate_sft", "evaluate_cadpo", "export", "report"]
     shares = [f"{step}.share{n}of2" for step in steps[1:3] for n in (1, 2)]
     assert sorted(p.stem for p in (made / "done").glob("*.json")) == sorted(steps + shares)
