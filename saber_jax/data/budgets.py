@@ -2,12 +2,17 @@
 
     python -m saber_jax.data.budgets --records DIR [--split train] [--pairs DIR] [--length 4096]
 
+The settings go to stdout and the tables behind them to stderr, so that a shell can pass them on:
+
+    python -m saber_jax.main --config=... $(python -m saber_jax.data.budgets --records DIR)
+
 `--length` is how much text a row holds: everything, or of pairs what both answers share. The other
 budgets follow from what the examples have per text slot. Among budgets that media fill to 92% and
 that leave out at most 0.8% of the examples, the one whose text slots are fullest wins, a little
 less full if attention then runs in longer blocks. A budget that holds the longest clip of a data
 set would be two thirds empty most of the time: longer clips keep fewer frames, and those with more
-sound than a row are left out and named.
+sound than a row are left out and named. `batch_rows` is how many rows one pass over the data takes,
+up to --most_rows: with more of them an optimizer step would see clips twice.
 """
 
 import dataclasses
@@ -216,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="train")
     parser.add_argument("--pairs", help="preference pairs: budgets for configs/cadpo.py")
     parser.add_argument("--length", type=int, default=4096, help="text slots of a row")
+    parser.add_argument("--most_rows", type=int, default=256, help="of an optimizer step")
     parser.add_argument("--workers", type=int, default=0, help="processes that measure")
     flags = parser.parse_args(argv)
     try:
@@ -228,8 +234,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"saber_jax.data.budgets: {error}", file=sys.stderr)
         return 1
-    print(f"{total} examples\n{describe(measured)}\n\n{table(tried)}\n\n{best.flags()}")
+    print(f"{total} examples\n{describe(measured)}\n\n{table(tried)}\n", file=sys.stderr)
+    rows = min(flags.most_rows, rows_of_a_pass(measured, best.budget))
+    print(f"{best.flags()} --config.data.batch_rows={rows}")
     return 0
+
+
+def rows_of_a_pass(measured: sizing.Measurements, budget: Budget) -> int:
+    """Rows that hold every example of a data set once, as far as they fit."""
+    selection = sizing.select(measured, budget)
+    return len(planning.plan_rows(selection.sizes[0], selection.usable, budget))
 
 
 if __name__ == "__main__":

@@ -66,5 +66,11 @@ def test_the_command_prints_flags_for_records_on_disk(tmp_path, tokenizer, capsy
     assert budgets.main(["--records", str(tmp_path), "--length", "768"]) == 0
     *_, flags = capsys.readouterr().out.strip().splitlines()
     assert flags.startswith("--config.data.length=768 --config.data.patches=")
+    # Twelve examples, in as many rows as they fill once.
+    rows = int(flags.rpartition("--config.data.batch_rows=")[2])
+    assert 1 <= rows <= 12
+    assert budgets.main(["--records", str(tmp_path), "--length", "768", "--most_rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.endswith("--config.data.batch_rows=1\n")
     assert budgets.main(["--records", str(tmp_path), "--length", "16"]) == 1
     assert "No example fits" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""A folder of clips, annotated by an endpoint on loopback."""
+
+import json
+
+import pytest
+
+from data_prep import annotate
+from tests import loopback, media_files
+
+ANNOTATION = {
+    "video_desc": "A panel of one colour.",
+    "audio_desc": {"speech_content": "", "acoustic_feat": "A steady tone."},
+    "facial_exp_desc": "No face can be seen.",
+    "body_lang_desc": "none",
+    "sentiment_analysis": "Picture and sound agree. Emotion: neutral",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a/001", "b/001"):
+        path = tmp_path / "clips" / f"{name}.mp4"
+        path.parent.mkdir(parents=True)
+        frames, sound = media_files.gray_frames(12), media_files.tone(1.0)
+        media_files.write_clip(
+            path, frames=frames, audio=sound, codecs=("mpeg4", "aac"), pixels="yuv420p"
+        )
+    return tmp_path
+
+
+def run(folder, url):
+    arguments = ["--clips", str(folder / "clips"), "--out", str(folder / "annotations")]
+    return annotate.main([*arguments, "--url", url, "--model", "m"])
+
+
+def test_every_clip_gets_the_annotation_that_a_build_looks_for(folder):
+    with loopback.chat_server(lambda *_: loopback.Answer(text=json.dumps(ANNOTATION))) as server:
+        assert run(folder, server.url) == 0
+        assert len(server.requests) == 2
+        # A file that is there, as one corrected by hand, is kept, and only what lacks is asked.
+        (folder / "annotations/a/001.json").write_text("mine")
+        (folder / "annotations/b/001.json").unlink()
+        assert run(folder, server.url) == 0
+    assert (folder / "annotations/a/001.json").read_text() == "mine"
+    made = json.loads((folder / "annotations/b/001.json").read_text())
+    assert made["audio_desc"]["acoustic_feat"] == "A steady tone."
+
+
+def test_a_clip_without_a_usable_answer_is_named(folder, capsys):
+    with loopback.chat_server(lambda *_: loopback.Answer(text="I would rather not.")) as server:
+        assert run(folder, server.url) == 1
+    said = capsys.readouterr()
+    assert "0 of 2 clips annotated" in said.out
+    assert "a/001: not_json" in said.err and "b/001: not_json" in said.err
