@@ -75,6 +75,7 @@ def train(config: ConfigDict) -> None:
     check_claim(workdir, config)
     watchdog = Watchdog(workdir, least_seconds=config.stall_seconds)
     with watchdog.watching():
+        sharding.check_topology(config.topology)
         stage = stages.build(config, sharding.make_mesh(**config.mesh))
         pairs = stage.read_pairs(config)
         start.check(config)

@@ -69,6 +69,29 @@ def make_mesh(
     return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
 
 
+def check_topology(topology: str, devices: Sequence[Device] | None = None) -> None:
+    """Raises ValueError where a recipe is made for other TPUs than those that are attached.
+
+    `topology` is config.topology: "v5e:16x16", or "2*v5e:8x16" for two slices. Without it, and on
+    devices that are no TPUs, anything goes. A recipe's memory was computed for its own topology, so
+    on another one it fails late, while it compiles.
+    """
+    devices = jax.devices() if devices is None else devices
+    if not topology or not hasattr(devices[0], "coords"):
+        return
+    many, _, shape = topology.rpartition("*")
+    wanted = sorted(int(n) for n in shape.partition(":")[2].split("x") if n != "1")
+    places = np.array([device.coords for device in devices])
+    attached = [int(n) for n in np.ptp(places, axis=0) + 1]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if (sorted(n for n in attached if n != 1), slices) != (wanted, int(many or 1)):
+        there = f"{slices}*" * (slices > 1) + "x".join(map(str, attached))
+        raise ValueError(
+            f"This recipe is made for {topology}, but the TPUs attached here are {there}. Choose "
+            "the recipe for these (configs/pods.py), or set --config.topology= (empty) to try."
+        )
+
+
 def generation_mesh(kv_heads: int, devices: Sequence[Device] | None = None) -> Mesh:
     """The mesh that answers are written on.
 

@@ -1,3 +1,7 @@
+import dataclasses
+import itertools
+import re
+
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -27,3 +31,49 @@ def test_an_unknown_axis_name_is_refused():
     mesh = sharding.make_mesh(data=2, fsdp=1, tensor=1)
     with pytest.raises(ValueError, match="'emebd' is not in AXIS_RULES"):
         sharding.parameter_spec(("emebd",), (8,), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU of some slice, as jax describes it."""
+
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
+def chips(x, y, z=1, slices=1):
+    places = itertools.product(range(slices), range(x), range(y), range(z))
+    return [Chip(coords=(i, j, k), slice_index=s) for s, i, j, k in places]
+
+
+@pytest.mark.parametrize(
+    ("topology", "attached"),
+    [
+        ("v5e:16x16", chips(16, 16)),
+        ("v5e:8x16", chips(16, 8)),
+        ("2*v5e:4x8", chips(4, 8, slices=2)),
+        ("v5p:4x4x4", chips(4, 4, 4)),
+        ("", chips(2, 2)),
+    ],
+)
+def test_a_recipe_takes_the_tpus_that_it_is_made_for(topology, attached):
+    sharding.check_topology(topology, attached)
+
+
+@pytest.mark.parametrize(
+    ("topology", "attached", "there"),
+    [
+        ("v5e:16x16", chips(8, 16), "8x16x1"),
+        ("v5e:8x16", chips(8, 16, slices=2), "2*8x16x1"),
+        ("v5p:4x4x4", chips(2, 4, 8), "2x4x8"),
+    ],
+)
+def test_other_tpus_are_refused_before_anything_is_compiled(topology, attached, there):
+    with pytest.raises(ValueError, match=re.escape(f"made for {topology}, but")) as error:
+        sharding.check_topology(topology, attached)
+    assert there in str(error.value)
+
+
+def test_a_cpu_may_try_any_recipe():
+    sharding.check_topology("v5e:16x16")

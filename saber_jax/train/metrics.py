@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from saber_jax.runs import buckets
 from saber_jax.runs.files import json_line, write_text
 from saber_jax.runs.speaking import Losses
 
@@ -34,7 +35,7 @@ class MetricsWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        path = Path(workdir) / "metrics.jsonl"
+        path = self._path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._losses = Losses(f"lines of {path}")
         if path.exists():
@@ -60,11 +61,14 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def sync(self) -> None:
-        """Returns when metrics.jsonl is on its disk, as far as it is written. A bucket's mount
-        stores an open file only now."""
+        """Returns when metrics.jsonl is on its disk, as far as it is written. To a bucket's mount
+        a file belongs only once it is closed."""
         if self._active:
             with self._dropping():
                 os.fsync(self._file.fileno())
+                if buckets.mounted(self._path):
+                    self._file.close()
+                    self._file = self._path.open("ab", buffering=0)
 
     def text(self, step: int, name: str, text: str) -> None:
         """TensorBoard shows text as Markdown; indented it stays as it is."""

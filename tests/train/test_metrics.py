@@ -101,3 +101,15 @@ def test_weights_and_biases_without_the_package_says_what_to_do(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         MetricsWriter(tmp_path, start=0, wandb="saber")
+
+
+def test_in_a_mounted_bucket_the_file_is_closed_at_every_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("SABER_MOUNTS", f"{tmp_path}=gs://runs")
+    writer = metrics.MetricsWriter(tmp_path / "sft", start=0)
+    writer.write(0, {"loss": 1.0})
+    before = writer._file
+    writer.sync()
+    assert before.closed
+    writer.write(1, {"loss": 2.0})
+    writer.close()
+    assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 2
