@@ -14,7 +14,8 @@ frame pair), and end with a batch in memory:
 Both work in as many processes as there are cores, at most two, whose CPU counts with that of the
 process that takes their batches. A clip costs what one more pass over the clips costs, so that the
 start of the processes is nobody's. The sound is also made alone, by one process, to show its share;
-and what travels to a device is counted.
+and what travels to a device is counted. Last comes what the loader keeps in memory: the bound of
+three recipes, and what a small run with a slow training loop held of what its bound allows.
 
 The processor needs torchvision, which nothing else here does. Without it only our figures are
 printed, the value is null and the exit code 1. The last line reports the ratio to `processor,
@@ -37,7 +38,7 @@ from typing import Any
 import av
 import numpy as np
 
-from benchmarks import lengths, result
+from benchmarks import lengths, loader_memory, result
 from data_prep.records import dataset
 from saber_jax.data import decode, encoded, loader, media, planning, sed
 from saber_jax.data.packing import Budget
@@ -124,13 +125,17 @@ def a_pass(work: Work, passes: int) -> float:
     return (often - once) / passes
 
 
-def ours(examples: encoded.Examples) -> Work:
+def planned(examples: encoded.Examples) -> tuple[encoded.Examples, list[list[int]]]:
+    """The examples, and rows that hold each of them once."""
     sizes = np.array([list(vars(examples.measure(i)[0][0]).values()) for i in range(len(examples))])
-    rows = planning.plan_rows(sizes, np.arange(len(sizes)), BUDGET)
+    return examples, planning.plan_rows(sizes, np.arange(len(sizes)), BUDGET)
+
+
+def ours(examples: encoded.Examples) -> Work:
+    _, rows = planned(examples)
 
     def work(passes: int) -> None:
-        planned = [row for _ in range(passes) for row in rows]
-        batches = loader.HostRows(planned, 1)
+        batches = loader.HostRows([row for _ in range(passes) for row in rows], 1)
         stream = loader.stream(batches, examples, BUDGET, threads=1, workers=WORKERS)
         assert sum(int(b.pairs.valid.sum()) for b, _ in stream) == passes * len(examples)
 
@@ -254,7 +259,8 @@ def main() -> None:
         dataset.write(folder, {"train": records}, lambda item: item)
         print(f"{count} clips made in {time.perf_counter() - began:.0f} s")
         source = RecordSource(folder, "train")
-        work = {"ours": ours(encoded.Examples(Sources([source], [1.0]), tokenizer))}
+        examples = encoded.Examples(Sources([source], [1.0]), tokenizer)
+        work = {"ours": ours(examples)}
         alone: dict[str, Callable[[], object]] = {}
         alone["ours, sound alone"] = lambda: [media.log_mel(r.audio) for r in records]
         try:
@@ -275,11 +281,14 @@ def main() -> None:
         for label, seconds in times.items():
             print(f"{label:24s} {seconds * 1e3:8.1f} ms of CPU a clip")
         travels = bytes_a_clip(records)
+        held, allowed = loader_memory.measured(*planned(examples), BUDGET, workers=WORKERS)
     share = step_share(times["ours"], rng)
     theirs_seconds = times.get("processor, decoded")
     ratio = theirs_seconds and round(theirs_seconds / times["ours"], 2)
     print("to the device, KB a clip:", {k: round(v / 1e3, 1) for k, v in travels.items()})
     print(f"224 cores are busy for {share:.2%} of a v5e-256's step")
+    print("\n".join(loader_memory.table()))
+    print(f"measured with {WORKERS} processes: {held:.1f} rows held, at most {allowed} allowed")
     result.finish(
         "input_pipeline",
         value=ratio,
@@ -292,6 +301,11 @@ def main() -> None:
         cpu_ms_per_clip={label: round(seconds * 1e3, 2) for label, seconds in times.items()},
         bytes_per_clip=travels,
         v5e_256_step_share=round(share, 5),
+        loader_gb_a_host={
+            name: round(loader_memory.bound(name).bytes / 1e9, 1) for name in loader_memory.RECIPES
+        },
+        loader_rows_held=round(held, 1),
+        loader_rows_allowed=allowed,
         workers=WORKERS,
     )
 

@@ -79,8 +79,10 @@ def get_config(variant: str = "7b") -> ConfigDict:
         {"sed": 1.0, "visual": 0.0, "acoustic": 0.0, **dict.fromkeys(FIELDS, 0.0)}
     )
     c.data.wordings = 1
-    c.data.threads = 1 if tiny else 16
+    # Of a host: processes that load, and threads of each. Python runs one thread of a process at a
+    # time, so threads are for waiting (for a bucket), processes for work.
     c.data.workers = 0 if tiny else 4
+    c.data.threads = 1 if tiny else 4
 
     # Mesh axes; -1 takes the devices that the others leave.
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})

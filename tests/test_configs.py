@@ -23,6 +23,13 @@ def test_a_recipe_says_where_and_how_and_never_what_is_computed(stage, variant):
     assert identity(recipe) == identity(plain)
 
 
+def test_how_a_host_loads_is_no_part_of_what_a_run_is():
+    config = sft.get_config("tiny")
+    before = identity(config)
+    config.data.threads, config.data.workers = 7, 3
+    assert identity(config) == before
+
+
 def test_stage_2_of_a_recipe_starts_from_its_stage_1():
     config = cadpo.get_config("7b-lora-v5e-16")
     first, *links = chain.steps(config, "configs/cadpo.py:7b-lora-v5e-16", ())

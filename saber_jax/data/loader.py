@@ -238,13 +238,14 @@ def pipeline(
 
 
 def most_rows(local: int, *, threads: int, workers: int) -> int:
-    """The most rows that a host holds at a time, if it makes `local` rows of every batch.
+    """The most memory that a host's loading takes, in rows, if it makes `local` of every batch.
 
-    A process holds its buffer and the row that it hands over; between processes one row waits in a
-    queue and one is on its way. The training loop has a batch, another waits, a third is joined and
-    waits for the queue, and the rows of a fourth are collected.
+    In a process each thread holds ROWS_AHEAD rows, and of the one that it makes the frames and the
+    patches besides, which are no larger than two rows; one more row is handed over. Between
+    processes one row waits in a queue and one is on its way. The training loop has a batch,
+    BATCHES_AHEAD wait, one is joined and waits for a place, and the rows of the next are collected.
     """
-    ahead = max(1, workers) * (ROWS_AHEAD * threads + 1) + 2 * workers
+    ahead = max(1, workers) * ((ROWS_AHEAD + 2) * threads + 1) + 2 * workers
     return ahead + (BATCHES_AHEAD + 3) * local
 
 

@@ -17,7 +17,7 @@ APART = (
     *(f"compute.{key}" for key in ("microbatches", "remat", "kernel", "head_chunk", "head_keep")),
     *("checkpoint_every", "log_every", "metrics_every", "profile", "wandb"),
     *("heartbeat_seconds", "stall_seconds", "strict_restore", "mining.batch_size", "mining.judge"),
-    *("on_nonfinite", "nonfinite_limit"),
+    *("on_nonfinite", "nonfinite_limit", "data.threads", "data.workers"),
 )
 
 MAY_CHANGE = (
