@@ -175,7 +175,7 @@ def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     if not any(minor in ("11", "12") for minor in pythons):
         hints.append(
             f"no Python 3.11 or 3.12 (there is{facts['python'] and ' ' + facts['python']}); "
-            "launch/setup.sh looks for another way"
+            "launch/setup.sh gets one with uv"
         )
     if facts.get("huge_pages", "always") != "always":
         hints.append("transparent huge pages are off; launch/job.sh switches them on")
