@@ -141,6 +141,19 @@ def test_the_same_inputs_give_the_same_bytes(workdir):
     assert _page(workdir) == _page(workdir)
 
 
+def test_of_a_run_of_hours_the_page_says_where_they_went(workdir):
+    assert "Where the time went" not in _page(workdir)
+    summary = read_json(workdir / "sft/summary.json")
+    seconds = {"start": 360.0, "step": 6480.0, "between": 360.0}
+    time = {"starts": 2, "wall_seconds": 7200.0, "chip_hours": 486.4, "seconds": seconds}
+    write_json(workdir / "sft/summary.json", summary | {"time": time | {"goodput": 0.9}})
+    page = _page(workdir)
+    assert page.count("Where the time went") == 1
+    for number in (">2<", ">2.00<", ">486.40<", ">5.0<", ">90.0<"):
+        assert number in page
+    _Checker().feed(page)
+
+
 def test_when_and_where_a_run_was_made_does_not_show(workdir):
     before = _page(workdir)
     for stage in ("sft", "cadpo"):
