@@ -3,11 +3,14 @@
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from configs import sft
+from configs import cadpo, sft
 from data_prep.records import dataset
+from saber_jax.data.pairs import Pair
 from saber_jax.inputs import open_inputs
+from saber_jax.train.references import source_of
 from tests import synthetic
 
 
@@ -33,3 +36,52 @@ def test_the_summary_counts_the_examples_that_each_source_gave(config, tmp_path,
     summary = inputs.summary(steps, rows)
     assert summary["drawn"] == want and summary["epochs_finished"] == len(given) // 24
     assert abs(count["few"] / len(given) - 0.25) < 0.05 or steps < 40
+
+
+@pytest.fixture
+def pairs_of(tokenizer, tmp_path):
+    """Inputs of stage 2 with so many pairs, about records that lie in `folders`."""
+    for name, seeds in {"many": range(6), "few": range(100, 103), "other": range(50, 53)}.items():
+        (tmp_path / name).mkdir()
+        dataset.write(tmp_path / name, {"preference": seeds}, synthetic.record)
+        shutil.copy(tokenizer.path, tmp_path / name)
+
+    def made(count: int, *folders: str):
+        config = cadpo.get_config("tiny")
+        config.data.path = str(tmp_path / "many") if len(folders) == 1 else "/nowhere"
+        if len(folders) > 1:
+            config.data.mixture = tuple(f"{tmp_path}/{name}:preference:1" for name in folders)
+        answers = [f"[video_desc] a {thing}" for thing in ("room", "street", "garden", "door")]
+        pairs = [
+            Pair(clip_id=f"clip{i}", chosen=answers[i % 3], rejected=answers[3])
+            for i in range(count)
+        ]
+        workdir = tmp_path / "-".join((str(count), *folders))
+        workdir.mkdir()
+        return open_inputs(config, workdir, pairs)
+
+    return made
+
+
+WEIGHTS = {"text": {"w": np.ones(3, np.float32)}}
+
+
+def test_pairs_that_are_added_leave_the_reference_log_probs_of_the_others_valid(pairs_of):
+    few, more = pairs_of(2, "many"), pairs_of(5, "many")
+    assert source_of(few, WEIGHTS, "float32") == source_of(more, WEIGHTS, "float32")
+    keys = [[inputs.examples.key(i) for i in range(2)] for inputs in (few, more)]
+    assert keys[0] == keys[1] and len({more.examples.key(i) for i in range(5)}) == 5
+
+
+def test_the_reference_of_a_mixture_depends_on_all_of_its_records(pairs_of):
+    mixed, other = pairs_of(3, "many", "few"), pairs_of(3, "many", "other")
+    sources = [source_of(inputs, WEIGHTS, "float32") for inputs in (mixed, other)]
+    assert sources[0].media != sources[1].media and sources[0].tokens == sources[1].tokens
+
+
+def test_a_clip_that_keeps_other_frames_asks_the_reference_anew(pairs_of):
+    examples = pairs_of(3, "many").examples
+    kept, others = np.array([2, 2, 2]), np.array([2, 3, 2])
+    before, after = examples.with_frame_pairs(kept), examples.with_frame_pairs(others)
+    same = [before.key(i) == after.key(i) for i in range(3)]
+    assert same == [True, False, True]

@@ -38,7 +38,7 @@ class Examples:
         pairs: list[Pair] | None = None,
         requests: tuple[Request, ...] = (Request(),),
     ):
-        self._source, self._tokenizer, self._pairs = source, tokenizer, pairs
+        self.source, self._tokenizer, self._pairs = source, tokenizer, pairs
         self._indices = [source.index(pair.clip_id) for pair in pairs] if pairs else None
         self._frame_pairs: Int[np.ndarray, " N"] | None = None
         self._skipped: frozenset[int] = frozenset()
@@ -57,7 +57,7 @@ class Examples:
         return self._with(_references=references)
 
     def __len__(self) -> int:
-        return len(self._pairs if self._pairs is not None else self._source)
+        return len(self._pairs if self._pairs is not None else self.source)
 
     def __getitem__(self, index: int) -> Example:
         return self.encode(index, None)
@@ -73,7 +73,7 @@ class Examples:
         try:
             if index in self._skipped:
                 raise BadRecordError("it was left out before this run was resumed")
-            record = self._source[position]
+            record = self.source[position]
             if self._frame_pairs is not None and len(record.frames) > 2 * self._frame_pairs[index]:
                 record = thinned(record, int(self._frame_pairs[index]))
             record = record if hidden is None else withhold(record, hidden)
@@ -98,7 +98,7 @@ class Examples:
         if self._pairs is not None:
             responses = (self._pairs[index].chosen, self._pairs[index].rejected)
         try:
-            outline = self._source.outline(position)
+            outline = self.source.outline(position)
             measured = [
                 measure_record(outline, self._tokenizer, request=request, responses=responses)
                 for request in self.requests
@@ -111,26 +111,46 @@ class Examples:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with what examples are made from: records, vocabulary, requests and pairs."""
-        digest = hashlib.sha256(repr((self._source.fingerprint, self.requests)).encode())
+        digest = hashlib.sha256(repr((self.source.fingerprint, self.requests)).encode())
         digest.update(self._tokenizer.path.read_bytes())
         for pair in self._pairs or ():
             digest.update(pair.key)
         return digest.hexdigest()[:16]
+
+    def key(self, index: int) -> bytes:
+        """Sixteen bytes that no other pair has, nor this one when its clip keeps other frames."""
+        kept = -1 if self._frame_pairs is None else int(self._frame_pairs[index])
+        parts = self.pairs[index].key + kept.to_bytes(4, "big", signed=True)
+        return hashlib.blake2b(parts, digest_size=16).digest()
+
+    def probes(self) -> list[Example]:
+        """The first and the last record that can be read, without any answer. Whatever pairs there
+        are, these show what the program makes of pictures, sound and prompts."""
+        found = []
+        for order in (range(len(self.source)), reversed(range(len(self.source)))):
+            for position in order:
+                try:
+                    record = self.source[position]
+                except BadRecordError:
+                    continue
+                found.append(encode_record(record, self._tokenizer, responses=()))
+                break
+        return found
 
     def entry(self, index: int, reason: str, detail: str) -> Entry:
         """How quarantine.jsonl names an example; a damaged record has lost its clip id."""
         index = int(index) % len(self)
         position = self.record_of(index)
         try:
-            clip_id = self._source.outline(position).clip_id
+            clip_id = self.source.outline(position).clip_id
         except BadRecordError:
             clip_id = ""
-        file = self._source.where(position)
+        file = self.source.where(position)
         return Entry(index=index, clip_id=clip_id, file=file, reason=reason, detail=detail)
 
     def source_of(self) -> Int[np.ndarray, " N"]:
         """Which of the record sources each example comes from."""
-        return self._source.source_of(np.array(self._indices or range(len(self)), np.int64))
+        return self.source.source_of(np.array(self._indices or range(len(self)), np.int64))
 
     def with_frame_pairs(self, frame_pairs: Int[np.ndarray, " N"]) -> "Examples":
         """The same examples, clips thinned to so many frame pairs."""
@@ -151,7 +171,7 @@ class Examples:
 
     def _named(self, position: int, error: Exception) -> Exception:
         """What to raise instead of `error`, which record `position` is behind."""
-        where = self._source.where(position)
+        where = self.source.where(position)
         if isinstance(error, BadRecordError | ValueError):  # What is stored makes no sense.
             return BadRecordError(f"{where}: {error}")
         # Also for StopIteration, which a stream would take for the end of the data.

@@ -216,6 +216,19 @@ def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -
     cache.values |= {key: part for key, part, real in zip(keys, parts, held, strict=True) if real}
 
 
+def source_of(inputs: Inputs, params: dict, dtype: str) -> Source:
+    """What log-probs of `inputs` by the weights `params` depend on, beside the pairs: the same when
+    pairs are added or removed, another for another mixture of records."""
+    examples = inputs.examples
+    return Source(
+        weights=weights_digest(params),
+        processor=processor_digest(examples.probes()),
+        tokens=fingerprint(inputs.tokenizer.path.parent, inputs.tokenizer.path.name),
+        media=examples.source.fingerprint,
+        dtype=dtype,
+    )
+
+
 def with_references(
     config: ConfigDict, params: dict, inputs: Inputs, stage: Stage, timeline: Timeline
 ) -> Inputs:
@@ -224,17 +237,11 @@ def with_references(
     The starting weights `params` compute what config.reference does not hold yet. Fresh adapters
     change nothing, so leaving them off keeps the digest that of the base.
     """
-    d, params, usable = config.data, saber.without_lora(params), inputs.draw.usable
-    pairs = inputs.examples.pairs
-    source = Source(
-        weights=weights_digest(params),
-        processor=processor_digest([inputs.examples[i] for i in usable[[0, -1]]]),
-        tokens=fingerprint(d.path, "tokenizer.*"),
-        media=fingerprint(d.path, "**/*.array_record*"),
-        dtype=stage.compute.dtype,
-    )
+    params, usable = saber.without_lora(params), inputs.draw.usable
+    source = source_of(inputs, params, stage.compute.dtype)
+    keys = [inputs.examples.key(i) for i in range(len(inputs.examples))]
     # The reference numbers the pairs that can be used, and nothing else does.
-    keys, number = [pairs[i].key for i in usable], {int(i): n for n, i in enumerate(usable)}
+    number = {int(i): n for n, i in enumerate(usable)}
 
     def log_probs(view: View) -> Callable[[Batch], Float[Array, "B T"]]:
         step = stage.reference_step(view)
@@ -250,7 +257,7 @@ def with_references(
         cache = Cache(Path(config.reference), view, source)
         complete(
             cache,
-            keys,
+            [keys[i] for i in usable],
             inputs.usable_sizes[:, -1],
             lambda missing: [
                 [number[i] for i in row] for row in inputs.plan.rows_of(usable[missing])
@@ -262,5 +269,5 @@ def with_references(
             batch_rows=config.data.batch_rows,
         )
         caches.append(cache)
-    references = References(caches, [pair.key for pair in pairs])
+    references = References(caches, keys)
     return dataclasses.replace(inputs, examples=inputs.examples.with_references(references))
