@@ -112,3 +112,35 @@ def test_a_step_whose_end_nobody_wrote_is_not_taken_for_whole(monkeypatch):
         (step / "params" / buckets.COMMITTED).unlink()
         with pytest.raises(saved.DamagedError, match=r"params/commit_success.txt missing"):
             saved.newest(made.mount / "7b/sft")
+
+
+CACHED = """
+import collections, jax, jax.numpy as jnp
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64)))
+print("hits", events["/jax/compilation_cache/cache_hits"])
+"""
+
+
+@pytest.mark.slow
+def test_jax_keeps_what_it_compiled_in_the_bucket_itself():
+    with bucket("runs") as made:
+        settings = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": "gs://runs/7b/compilation_cache",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        said = [
+            subprocess.run(
+                [sys.executable, "-c", CACHED],
+                env=os.environ | made.environ | settings,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=PATIENCE,
+                check=True,
+            ).stdout
+            for _ in range(2)
+        ]
+    first, second = (int(text.split()[-1]) for text in said)
+    assert first == 0 and second > 0
