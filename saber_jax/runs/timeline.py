@@ -21,7 +21,7 @@ from typing import Any
 
 from saber_jax.runs.files import read_json, write_json
 
-PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "save", "finish")
+PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "validate", "save", "finish")
 """In the order in which one step goes through them."""
 REMEMBERED = 64
 

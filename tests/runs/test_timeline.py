@@ -35,11 +35,14 @@ def test_every_second_belongs_to_one_phase(clock):
     line = Timeline()
     clock(7)
     step(line, clock, 0, wait=1, work=2, compiling=30)
+    line.at("validate")
+    clock(5)
     line.at("save")
     clock(4)
     line.at("finish")
     clock(1)
-    phases = {"start": 7, "input": 1, "compile": 30, "step": 2, "save": 4, "finish": 1}
+    phases = {"start": 7, "input": 1, "compile": 30, "step": 2, "validate": 5}
+    phases |= {"save": 4, "finish": 1}
     assert line.seconds() == phases and line.now() == ("finish", 0, 1)
 
 
