@@ -2,8 +2,10 @@
 
     python -m saber_jax.demo --checkpoint runs/tiny/cadpo
 
-The page is served to this machine alone (127.0.0.1). Clips are limited in size and length, answers
-in time, and of the disk it shows nothing but the clips that were dropped on it. It needs Gradio:
+The page is served to this machine alone (127.0.0.1), and to browsers that ask for it by that name:
+a site of somebody else's that lets its own name point here gets an error. Clips are limited in size
+and length, answers in time, and of the disk it shows nothing but the clips that were dropped on it
+and a few examples, those of --examples or of the corpus beside the checkpoint. It needs Gradio:
 launch/setup.sh --demo, or pip install -r requirements-demo.txt.
 """
 
@@ -28,6 +30,9 @@ from saber_jax.train import checkpoint
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 LOOPBACK = "127.0.0.1"
+NAMES = [LOOPBACK, "localhost"]
+"""What a browser may call this server in its Host header."""
+MOST_EXAMPLES = 6
 SENSES = {
     (True, True): "sound and picture",
     (True, False): "sound alone",
@@ -155,8 +160,16 @@ def _handlers(describer: Describer) -> tuple[Callable[..., Any], Callable[..., A
     return ask, stop
 
 
-def build(describer: Describer) -> Any:
-    """The page, as gradio.Blocks."""
+def example_clips(folder: Path) -> list[Path]:
+    """A few clips of `folder`, evenly chosen; none if there is no such folder."""
+    found = sorted(path for path in folder.glob("*") if path.suffix in (".mp4", ".webm"))
+    # The embedded corpus names its clips by split; held-out ones show more.
+    found = [path for path in found if path.name.startswith("test")] or found
+    return found[:: -(-len(found) // MOST_EXAMPLES) or 1]
+
+
+def build(describer: Describer, *, name: str = "", examples: Sequence[Path] = ()) -> Any:
+    """The page, as gradio.Blocks. `name` says which checkpoint answers."""
     import gradio as gr
 
     run, halt = _handlers(describer)
@@ -165,6 +178,8 @@ def build(describer: Describer) -> Any:
             "# SABER-LLM\nDrop a clip. The model states what it sees, what it hears, and only then "
             "concludes. Take away the sound or the picture: does it still conclude the same?"
         )
+        if name:
+            gr.Markdown(f"Checkpoint `{name}`", elem_id="checkpoint")
         history = gr.State([])
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -172,6 +187,9 @@ def build(describer: Describer) -> Any:
                 sound = gr.Checkbox(value=True, label="sound", elem_id="sound")
                 picture = gr.Checkbox(value=True, label="picture", elem_id="picture")
                 language = gr.Radio(list(LANGUAGES), value="en", label="language of the answer")
+                if examples:
+                    clips = [[str(path)] for path in examples]
+                    gr.Examples(clips, [clip], label="Or take one of these", cache_examples=False)
                 with gr.Row():
                     ask = gr.Button("Describe", variant="primary", elem_id="ask")
                     stop = gr.Button("Stop", elem_id="stop")
@@ -195,6 +213,7 @@ def build(describer: Describer) -> Any:
             [clip, language, sound, picture, history],
             outputs,
             trigger_mode="always_last",
+            show_progress_on=[conclusion],  # One spinner, not one in every box.
             api_visibility="private",
         )
         stop.click(halt, None, conclusion, queue=False, api_visibility="private")
@@ -207,8 +226,15 @@ def build(describer: Describer) -> Any:
 def serve(page: Any, *, port: int, limits: Limits, block: bool = True) -> str:
     """Serves until interrupted; with block=False returns the address at once."""
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    # Against DNS rebinding: a page of another origin whose name comes to mean 127.0.0.1.
+    only_us = Middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False)
     _, address, _ = page.launch(
+        app_kwargs={"middleware": [only_us]},
+        # Gradio asks its own page for an answer within 3 s, and gives up on a busy machine.
+        _frontend=False,
         server_name=LOOPBACK,
         server_port=port,
         share=False,
@@ -233,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Loads the model and serves the page; returns the exit code."""
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="work directory of a training run")
+    parser.add_argument("--examples", type=Path, help="a folder of clips to offer")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     for field in dataclasses.fields(Limits):
@@ -249,7 +276,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         generator = load_generator(
             flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=1
         )
-        page = build(Describer(generator, about.get("provenance", {}).get("sampling"), limits))
+        describer = Describer(generator, about.get("provenance", {}).get("sampling"), limits)
+        beside = Path(flags.checkpoint).resolve().parent / "corpus/clips"
+        page = build(
+            describer, name=flags.checkpoint, examples=example_clips(flags.examples or beside)
+        )
         serve(page, port=flags.port, limits=limits)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -64,9 +64,10 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def address(model):
+def address(model, clip):
     limits = demo.Limits(megabytes=1, clip_seconds=30.0)
-    page = demo.build(demo.Describer(model, {"fps": 2.0}, limits))
+    describer = demo.Describer(model, {"fps": 2.0}, limits)
+    page = demo.build(describer, name="runs/some/cadpo", examples=[clip])
     with socket.socket() as probe:
         probe.bind((demo.LOOPBACK, 0))
         port = probe.getsockname()[1]
@@ -130,8 +131,8 @@ def test_stopping_ends_the_answer_of_one_visitor_alone(model, clip):
         steps.release(1000)
 
 
-def _status(url, body=None):
-    headers = {"Content-Type": "application/json"}
+def _status(url, body=None, host=None):
+    headers = {"Content-Type": "application/json"} | ({"Host": host} if host else {})
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as answer:
@@ -153,9 +154,27 @@ def test_it_listens_to_this_machine_alone_and_shows_no_file_of_it(address, tmp_p
         assert _status(f"{address}gradio_api/file={path}") in (403, 404)
 
 
+def test_a_foreign_name_that_points_here_is_refused(address):
+    port = address.rstrip("/").rpartition(":")[2]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        assert _status(address, host=host) == 200
+    for host in (f"evil.example:{port}", "evil.example", f"127.0.0.1.evil.example:{port}"):
+        assert _status(address, host=host) == 400
+        assert _status(f"{address}gradio_api/info", host=host) == 400
+
+
+def test_examples_are_a_few_held_out_clips(tmp_path):
+    for name in [*(f"test_{i}.mp4" for i in range(20)), "train_0.mp4", "notes.txt"]:
+        (tmp_path / name).touch()
+    names = [path.name for path in demo.example_clips(tmp_path)]
+    assert 1 < len(names) <= demo.MOST_EXAMPLES and all(n.startswith("test") for n in names)
+    assert demo.example_clips(tmp_path / "none") == []
+
+
 @chromium.needed
 def test_a_clip_is_dropped_described_and_asked_again_without_sound(browser, address, model, clip):
     with chromium.opened(browser, address) as page:
+        assert "runs/some/cadpo" in page.inner_text("#checkpoint")
         page.set_input_files("#clip input[type=file]", str(clip))
         page.wait_for_selector("#clip video")
         page.click("#ask")
