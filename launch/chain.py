@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from configs.command_line import CONFIG, parse_flags
 from launch import hardware, hours, outcome, turns
 from launch.steps import Step, steps, until, with_own_workdir
+from saber_jax.data.records import splits_of
 from saber_jax.runs import distributed, manifest
 from saber_jax.runs.distributed import PREEMPTED
 from saber_jax.runs.files import read_json, write_json
@@ -196,6 +197,37 @@ def refuse_hopeless(config: ConfigDict) -> None:
         )
 
 
+def refuse_missing_splits(config: ConfigDict, chain: Sequence[Step]) -> None:
+    """Do the records have every split that a step reads? Stage 1 may take days before the first
+    step that reads another one."""
+    if any(step.name == "records" for step in chain):
+        return  # They are made here, with all splits.
+    try:
+        there = splits_of(config.data.path)
+    except FileNotFoundError as error:
+        sys.exit(f"launch/tpu_run.sh: {error}")
+    missing: dict[str, list[str]] = {}
+    for step in chain:
+        split = _split_of(step)
+        if split and split not in there:
+            missing.setdefault(split, []).append(step.name)
+    if missing:
+        needed = "; ".join(f"{split!r} for {', '.join(names)}" for split, names in missing.items())
+        sys.exit(
+            f"launch/tpu_run.sh: the records in {config.data.path} have the splits "
+            f"{', '.join(there)}, but not {needed}. Build them again with a split for every clip "
+            "(`python -m data_prep.build --help`, --labels), or end the chain before those steps "
+            "with --until=STEP."
+        )
+
+
+def _split_of(step: Step) -> str | None:
+    """The split of config.data.path that a step reads, if it reads one."""
+    if "--split" in step.command:
+        return step.command[step.command.index("--split") + 1]
+    return None if step.does.get("data.mixture") else step.does.get("data.split")
+
+
 def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
     """Does the work directory hold a run with other settings? Asked before anything is run."""
     config, _ = with_own_workdir(config, settings)
@@ -227,6 +259,7 @@ def main(argv: list[str]) -> None:
     settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))
     refuse_taken(config, settings)
     chain = until(steps(config, name, settings), UNTIL.value)
+    refuse_missing_splits(config, chain)
     run(chain, Path(config.root), distributed.place())
 
 

@@ -413,6 +413,12 @@ def _dataset_directory(path: Path) -> Path:
     return found[-1]
 
 
+def splits_of(path: str | Path) -> dict[str, int]:
+    """{split: how many records it has} of built records. Raises FileNotFoundError without any."""
+    shards = _splits(_dataset_directory(Path(path)))
+    return {split: sum(lengths) for split, lengths in shards.items()}
+
+
 def _splits(directory: Path) -> dict[str, list[int]]:
     """Records of each shard of each split."""
     info = json.loads((directory / "dataset_info.json").read_text())

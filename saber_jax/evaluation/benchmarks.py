@@ -30,7 +30,7 @@ class Benchmark:
 def _saber_material(data: Path, split: str, settings: Settings) -> Material:
     del settings  # Records were decoded when they were built.
     source = RecordSource(data, split)
-    names = _emotions(source[i].labels for i in range(len(source)))
+    names = _emotions(source.outline(i).labels for i in range(len(source)))
 
     def row(_: int, record: Record | None, answer: str) -> Row:
         assert record is not None
@@ -58,7 +58,7 @@ def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
     for number, row in enumerate(rows, start=1):
         _check(path, number, row, ("clip_id", "response"))
         if source and not {"labels", "annotation", "language"} <= set(row):
-            record = source[source.index(row["clip_id"])]
+            record = source.outline(source.index(row["clip_id"]))
             row |= {"labels": dict(record.labels), "annotation": dict(record.annotation)}
             row["language"] = record.language
         if missing := [key for key in ("labels", "annotation", "language") if key not in row]:

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from configs import cadpo
 from data_prep.preferences import __main__ as mining
+from data_prep.records import dataset
 from launch import chain, hours
 from saber_jax.runs.distributed import PREEMPTED
+from tests import synthetic
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -99,6 +101,33 @@ def test_records_of_ones_own_replace_the_embedded_corpus():
     links = {s.name: s for s in chain.steps(config, "configs/cadpo.py:tiny", ())}
     assert "corpus" not in links and "records" not in links
     assert "--config.data.path=/data/mine" in links["sft"].command
+
+
+def own_records(folder: Path, *splits: str):
+    """A config for records with these splits, and its chain."""
+    dataset.write(folder, {split: [0] for split in splits}, synthetic.record)
+    config = cadpo.get_config("tiny")
+    config.data.path = str(folder)
+    return config, chain.steps(config, "configs/cadpo.py:tiny", ())
+
+
+def test_splits_that_later_steps_read_are_asked_for_before_stage_1(tmp_path):
+    with pytest.raises(SystemExit) as refused:
+        chain.refuse_missing_splits(*own_records(tmp_path, "train"))
+    for said in ("'preference' for pairs, cadpo", "'test' for evaluate_sft", "splits train, but"):
+        assert said in str(refused.value)
+    config, steps = own_records(tmp_path / "whole", "train", "preference", "test")
+    chain.refuse_missing_splits(config, steps)
+    with pytest.raises(SystemExit, match="'preference' for pairs"):
+        chain.refuse_missing_splits(*own_records(tmp_path / "tested", "train", "test"))
+    # What is not reached needs nothing.
+    config, steps = own_records(tmp_path / "first", "train")
+    chain.refuse_missing_splits(config, chain.until(steps, "sft"))
+
+
+def test_records_that_the_chain_makes_are_not_asked_for():
+    config = cadpo.get_config("tiny")
+    chain.refuse_missing_splits(config, chain.steps(config, "configs/cadpo.py:tiny", ()))
 
 
 def test_a_start_and_pairs_of_ones_own_are_not_made(tmp_path):
