@@ -26,3 +26,12 @@ cuda_of_driver() {
   version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
   if ((${version%%.*} >= 580)); then echo 13; else echo 12; fi
 }
+
+# jax warns that TPUs of v5e and later start slowly without transparent huge pages; a run starts them
+# several times. In a container on GKE the file is ours to write, on a TPU VM sudo's.
+huge_pages() {
+  local switch=${SYSFS:-/sys}/kernel/mm/transparent_hugepage/enabled
+  if [[ ! -e $switch ]] || grep -q '\[always\]' "$switch"; then return; fi
+  { echo always > "$switch" || echo always | sudo -n tee "$switch"; } >/dev/null 2>&1 ||
+    echo "transparent huge pages stay off ($switch); TPUs start more slowly" >&2
+}

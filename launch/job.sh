@@ -8,8 +8,6 @@
 #   launch/job.sh stop                         asks it to save and end
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# shellcheck source=launch/hardware.sh
-source launch/hardware.sh
 job=runs/job
 
 # Tells one start of the machine from the next, after which process ids mean other processes.
@@ -18,15 +16,6 @@ boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
 alive() {
   [[ -f $job/pid && "$(cat $job/boot 2>/dev/null)" == "$(boot)" ]] &&
     kill -0 "$(cat $job/pid)" 2>/dev/null
-}
-
-# jax warns that TPUs of v5e and later start slowly without transparent huge pages.
-huge_pages() {
-  local switch=/sys/kernel/mm/transparent_hugepage/enabled
-  if [[ -e $switch ]] && ! grep -q '\[always\]' $switch; then
-    echo always | sudo -n tee $switch >/dev/null 2>&1 ||
-      echo "launch/job.sh: transparent huge pages stay off; TPUs start more slowly" >&2
-  fi
 }
 
 state() {
@@ -47,7 +36,6 @@ case "${1:-}" in
     if alive; then echo "launch/job.sh: a run is going on already" >&2; exit 1; fi
     mkdir -p $job
     rm -f $job/status
-    if has_tpu; then huge_pages; fi
     boot > $job/boot
     # This shell is what `pid` names; it passes SIGTERM on and reports how the run ended.
     # shellcheck disable=SC2016

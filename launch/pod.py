@@ -178,7 +178,7 @@ def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
             "launch/setup.sh gets one with uv"
         )
     if facts.get("huge_pages", "always") != "always":
-        hints.append("transparent huge pages are off; launch/job.sh switches them on")
+        hints.append("transparent huge pages are off; the run switches them on")
     return problems, hints
 
 
@@ -263,6 +263,8 @@ def main(arguments: list[str]) -> int:
         print(re.sub(r"(?m)^#!.*\n|^# ?", "", usage))
         return 0 if verb in ("-h", "--help", "help") else 2
     wish, pod = read(rest), gcloud.from_environment()
+    if wish.run == ["--stop"] and verb != "run":
+        sys.exit("launch/pod.sh: --stop belongs to run: launch/pod.sh run --stop")
     if verb != "delete" and not wish.run and not os.environ.get("TPU_TYPE"):
         sys.exit(f"launch/pod.sh: {verb} what? Name a config, such as configs/cadpo.py:7b-v5e-256.")
     try:

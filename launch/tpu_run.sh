@@ -66,6 +66,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1
 if has_tpu; then
+  huge_pages
   LIBTPU_INIT_ARGS="$("$python" -m saber_jax.aot.xla_flags) ${LIBTPU_INIT_ARGS:-}"
   export LIBTPU_INIT_ARGS
 elif ! has_nvidia; then

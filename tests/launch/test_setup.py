@@ -163,3 +163,18 @@ def test_shell_scripts_pass_shellcheck():
         [shellcheck, "-x", *scripts], cwd=standins.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_transparent_huge_pages_are_switched_on_where_they_are_not(machine):
+    switch = machine.folder / "sys/kernel/mm/transparent_hugepage/enabled"
+    switch.parent.mkdir(parents=True)
+    for before, after in (
+        ("always [madvise] never", "always"),
+        ("[always] never", "[always] never"),
+    ):
+        switch.write_text(before)
+        done = machine.run("bash", "-euc", "source launch/hardware.sh; huge_pages")
+        assert done.returncode == 0 and not done.stderr
+        assert switch.read_text().strip() == after
+    switch.unlink()
+    assert machine.run("bash", "-euc", "source launch/hardware.sh; huge_pages").returncode == 0
