@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soxr
 
-from saber_jax.data import decode, media, sed
+from saber_jax.data import decode, media, sed, sound
 from saber_jax.data.decode import Sampling, release_sampling
 from saber_jax.data.examples import encode_record
 from saber_jax.data.records import Record
@@ -106,6 +107,14 @@ def test_sound_of_another_rate_is_resampled_as_the_released_one(golden, tmp_path
     # A record keeps 16 bits of what was resampled; the quietest bins show it.
     np.testing.assert_allclose(mel, golden["44100.mel"], atol=0.02)
     assert np.abs(mel - golden["44100.mel"]).mean() < 2e-4
+
+
+@pytest.mark.parametrize(("quieter", "most"), [(1, 0.015), (10, 0.12), (100, 0.45)])
+def test_sixteen_bits_show_as_much_as_the_docs_say(quieter, most):
+    wave = soxr.resample(clip.sound(44_100) / 32768 / quieter, 44_100, 16_000, quality="HQ")
+    rounded = sound.resample(clip.sound(44_100) / 32768 / quieter, 44_100)
+    difference = np.abs(media.log_mel(rounded) - media.log_mel(wave.astype(np.float32)))
+    assert most / 3 < difference.max() < most
 
 
 def test_the_two_modes_differ_in_what_the_release_gets_wrong(files):
