@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.flags import Parser
-from saber_jax.hf import peft, processor, tensors
+from saber_jax.hf import digests, peft, processor, tensors
 from saber_jax.hf.config import LAYOUTS, portable, to_hf
 from saber_jax.hf.load import PREFIX, Source, open_source
 from saber_jax.hf.names import Entry, entries, on_disk
@@ -75,16 +75,17 @@ def export(
     dtype = _narrowest(params) if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
-    ours = {CONFIG, *processor.FILES, tensors.INDEX}
+    ours = {CONFIG, *processor.FILES, tensors.INDEX, digests.FILE}
     config = to_hf(cfg, dtype=dtype, layout=layout)
     omni = layout == "omni"
     with _replacing(Path(out), ours, overwrite) as partial:
         prefix = PREFIX if omni else ""
-        _write_weights(params, cfg, partial, DTYPES[dtype], shard_bytes, prefix)
+        sums = _write_weights(params, cfg, partial, DTYPES[dtype], shard_bytes, prefix)
         write_json(partial / CONFIG, config)
         processor.write_processor(partial, cfg, tokenizer)
         if omni:
             processor.write_no_voices(partial)
+        digests.write(partial, sums)
 
 
 def export_like(
@@ -111,7 +112,7 @@ def export_like(
         shards.setdefault(tensor.path, []).append((name, tensor))
     kept, left_out = _other_files(source.directory, {path.name for path in shards})
     bar = tqdm(desc="exporting", total=len(source.everything), unit="tensor")
-    with _replacing(Path(out), {path.name for path in kept}, overwrite) as partial, bar:
+    with _replacing(Path(out), {digests.FILE, *(p.name for p in kept)}, overwrite) as partial, bar:
         for path in kept:
             shutil.copyfile(path, partial / path.name)
             if path.name == CONFIG:
@@ -124,10 +125,11 @@ def export_like(
             for path in sorted(shards)
             for name, tensor in shards[path]
         ]
-        arrays = _counted(stream.in_order(jobs), bar)
+        arrays, sums = _counted(stream.in_order(jobs), bar), {}
         for path in sorted(shards):
             ours = itertools.islice(arrays, len(shards[path]))
-            tensors.write(partial / path.name, tensors.read_header(path), ours)
+            sums[path.name] = tensors.write(partial / path.name, tensors.read_header(path), ours)
+        digests.write(partial, sums)
     return left_out
 
 
@@ -169,7 +171,7 @@ def _other_files(directory: Path, shards: set[str]) -> tuple[list[Path], list[st
     weights = (".safetensors", ".bin", ".pth", ".h5", ".msgpack")
     kept, left_out = [], []
     for path in sorted(directory.iterdir()):
-        if path.name in shards or path.name.startswith("."):
+        if path.name in {*shards, digests.FILE} or path.name.startswith("."):
             continue
         stale = path.is_dir() or path.name.endswith(weights)
         (left_out if stale else kept).append(path)
@@ -206,8 +208,9 @@ def _replacing(out: Path, expected: set[str], overwrite: bool) -> Iterator[Path]
 
 def _write_weights(
     params: dict[str, Any], cfg: SaberConfig, out: Path, dtype: str, shard_bytes: int, prefix: str
-) -> None:
-    """One file, or as many as it takes, of tensors whose names begin with `prefix`."""
+) -> dict[str, list[int]]:
+    """One file, or as many as it takes, of tensors whose names begin with `prefix`. Returns their
+    digests."""
     known = {prefix + name: entry for name, entry in entries(cfg).items()}
     itemsize = np.dtype(tensors.DTYPES[dtype]).itemsize
     sizes = {name: int(np.prod(entry.shape)) * itemsize for name, entry in known.items()}
@@ -217,14 +220,15 @@ def _write_weights(
     files = files if count > 1 else [tensors.SINGLE]
     jobs = [(sizes[n], functools.partial(_convert, params, known[n], dtype)) for n in sizes]
     with tqdm(desc="exporting", total=len(jobs), unit="tensor") as bar:
-        arrays = _counted(stream.in_order(jobs), bar)
+        arrays, sums = _counted(stream.in_order(jobs), bar), {}
         for file, names in zip(files, shards, strict=True):
             start = tensors.header({name: (dtype, known[name].shape) for name in names})
-            tensors.write(out / file, start, itertools.islice(arrays, len(names)))
+            sums[file] = tensors.write(out / file, start, itertools.islice(arrays, len(names)))
     if count > 1:
         places = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         total = {"total_size": sum(sizes.values())}
         write_json(out / tensors.INDEX, {"metadata": total, "weight_map": places})
+    return sums
 
 
 def _convert(params: dict[str, Any], entry: Entry, dtype: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from saber_jax.hf import digests
 from saber_jax.train import page_cache
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -33,26 +34,49 @@ POINTER = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One tensor in a file; `offset` counts bytes from the start of the file."""
+    """One tensor in a file; `offset` counts bytes from the start of the file.
+
+    `digest` is what an export wrote about its bytes, which reading compares.
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    digest: int | None = None
 
     def read(self) -> np.ndarray:
-        """Raises ValueError for a dtype that holds no weights."""
+        """Raises ValueError for a dtype that holds no weights, and for damaged bytes."""
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.path} holds {self.dtype}; weights are {', '.join(DTYPES)}.")
         return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
 
     def read_bytes(self) -> np.ndarray:
-        return page_cache.read(self.path, self.nbytes, self.offset)
+        data = page_cache.read(self.path, self.nbytes, self.offset)
+        if self.digest not in (None, digests.crc(data)):
+            raise ValueError(
+                f"{self.path} is damaged: its tensor at byte {self.offset}, {self.shape}, is not "
+                "what was exported. Export or copy it again."
+            )
+        return data
 
 
 def find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Every tensor of a checkpoint directory by name, and every problem with its files."""
+    found, problems = _find(directory)
+    sums, wrong = digests.read(directory)
+    for file, listed in sums.items():
+        held = sorted((t.offset, name) for name, t in found.items() if t.path.name == file)
+        if len(held) != len(listed) and any(t.path.name == file for t in found.values()):
+            lists = f"{digests.FILE} lists {len(listed)}"
+            wrong.append(f"{file} holds {len(held)} tensors, {lists}")
+        for (_, name), digest in zip(held, listed, strict=False):
+            found[name] = dataclasses.replace(found[name], digest=digest)
+    return found, problems + wrong
+
+
+def _find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     index = directory / INDEX
     if index.is_file():
         return _from_index(index)
@@ -169,6 +193,9 @@ def read_header(path: Path) -> bytes:
         return length + file.read(int.from_bytes(length, "little"))
 
 
-def write(path: Path, start: bytes, arrays: Iterable[np.ndarray]) -> None:
-    """A file of `start` and the bytes of `arrays`, which are taken one at a time."""
-    page_cache.write(path, itertools.chain([start], arrays))
+def write(path: Path, start: bytes, arrays: Iterable[np.ndarray]) -> list[int]:
+    """A file of `start` and the bytes of `arrays`, which are taken one at a time. Returns their
+    digests."""
+    sums: list[int] = []
+    page_cache.write(path, itertools.chain([start], digests.noted(arrays, sums)))
+    return sums

@@ -33,12 +33,13 @@ from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import buckets, distributed, manifest
-from saber_jax.runs.files import write_json
+from saber_jax.runs.files import read_json, write_json
 from saber_jax.train import saved
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
 
 MODEL_FILE = "model.json"
+CHECKSUM = "checksum"
 ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
 
 
@@ -225,19 +226,33 @@ def write_model_files(
 
 
 def write_model_file(workdir: str | Path, cfg: SaberConfig, **about: Any) -> None:
-    """WORKDIR/model.json."""
-    write_json(Path(workdir) / MODEL_FILE, {"model": cfg.to_dict(), **about})
+    """WORKDIR/model.json, with a checksum of itself."""
+    # As it will be read: JSON has no tuples.
+    content = json.loads(json.dumps({"model": cfg.to_dict(), **about}))
+    write_json(Path(workdir) / MODEL_FILE, content | {CHECKSUM: saved.checksum(content)})
 
 
 def read_model_file(workdir: str | Path) -> dict[str, Any]:
-    """WORKDIR/model.json. Raises FileNotFoundError that says what a checkpoint directory is."""
+    """WORKDIR/model.json.
+
+    Raises FileNotFoundError that says what a checkpoint directory is, DamagedError for a file that
+    is not what was written.
+    """
     path = Path(workdir) / MODEL_FILE
     if not path.exists():
         raise FileNotFoundError(
             f"{workdir} is not a checkpoint: it has no {MODEL_FILE}. Give the --workdir of a "
             "training run, or what `python -m saber_jax.hf.load` wrote."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise saved.DamagedError(f"{path} is damaged: it holds no JSON object.")
+    if content.pop(CHECKSUM, None) != saved.checksum(content):
+        raise saved.DamagedError(
+            f"{path} is damaged: it is not what was written. Copy it again, or give the command "
+            "again that made it."
+        )
+    return content
 
 
 def load_params(

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from saber_jax.data.sed import heading
 from saber_jax.data.tokenizer import SPECIALS, train_sentencepiece
-from saber_jax.hf import export, load
+from saber_jax.hf import digests, export, load
 from saber_jax.hf.config import from_hf, to_hf
 from saber_jax.hf.tokenizer import convert
 from saber_jax.models import saber
@@ -58,8 +58,10 @@ def exported(params, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def copy(exported, tmp_path):
-    """An export that a test may damage."""
-    return shutil.copytree(exported, tmp_path / "hf")
+    """An export that a test may damage, as if it came from elsewhere: without digests."""
+    out = shutil.copytree(exported, tmp_path / "hf")
+    (out / digests.FILE).unlink()
+    return out
 
 
 def equal(got, want):

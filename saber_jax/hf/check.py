@@ -1,0 +1,50 @@
+"""Reads an exported directory and says whether it is what was exported.
+
+    python -m saber_jax.hf.check DIR
+
+Exits with 0 if every file and every tensor has the digest that the export wrote into
+DIR/digests.json, and with 1 and a line for each that has not. `python -m saber_jax.hf.load` makes
+the same comparison while it reads.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from saber_jax.hf import digests, tensors
+
+
+def problems(directory: Path) -> tuple[int, list[str]]:
+    """How many tensors there are, and all that is wrong."""
+    if not (directory / digests.FILE).is_file():
+        return 0, [f"it has no {digests.FILE}: only `python -m saber_jax.hf.export` writes one"]
+    found, wrong = tensors.find(directory)
+    ordered = sorted(found.items(), key=lambda item: (item[1].path, item[1].offset))
+    for name, tensor in tqdm(ordered, desc="reading", unit="tensor", disable=len(ordered) < 100):
+        try:
+            tensor.read_bytes()
+        except (ValueError, OSError) as error:
+            wrong.append(f"{name}: {error}")
+        if tensor.digest is None:
+            wrong.append(f"{name} has no digest")
+    return len(found), wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args(argv).directory
+    count, wrong = problems(directory)
+    if wrong:
+        listing = "\n  ".join(wrong)
+        print(f"{directory} is damaged, {len(wrong)} problems:\n  {listing}", file=sys.stderr)
+        return 1
+    print(f"{directory}: all {count} tensors are what was exported.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What a disk damaged in an export is named, by hf.check and by hf.load."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from saber_jax.hf import check, digests, export, load, tensors
+from saber_jax.models import saber
+from tests.models.batches import CONFIG
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "hf"
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), saber.abstract(CONFIG)
+    )
+    export.export(params, CONFIG, out, shard_bytes=2**20)
+    return out
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "hf")
+
+
+def flip(path, byte, bit=0):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_an_intact_export_is_all_that_was_exported(exported, capsys):
+    assert check.main([str(exported)]) == 0
+    assert "tensors are what was exported" in capsys.readouterr().out
+    load.load_params(exported)
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.999])
+def test_a_flipped_bit_in_a_weight_is_named_by_both(copy, where, capsys):
+    file = sorted(copy.glob("*.safetensors"))[-1]
+    flip(file, int(file.stat().st_size * where), 6)
+    assert check.main([str(copy)]) == 1
+    assert file.name in capsys.readouterr().err
+    with pytest.raises(ValueError, match=file.name):
+        load.load_params(copy)
+
+
+def test_a_flipped_digit_in_a_config_is_named_by_both(copy, capsys):
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace("1e-06", "2e-06").replace("1000000", "1000001"))
+    assert check.main([str(copy)]) == 1
+    assert "config.json is not what was exported" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"config\.json is not what was exported; delete"):
+        load.open_source(copy)
+
+
+def test_missing_files_are_named(copy, capsys):
+    lost = sorted(copy.glob("*.safetensors"))[0]
+    lost.unlink()
+    (copy / "generation_config.json").unlink()
+    assert check.main([str(copy)]) == 1
+    said = capsys.readouterr().err
+    assert "generation_config.json is missing" in said and f"{lost.name} is missing" in said
+
+
+def test_a_directory_without_digests_loads_and_is_not_called_checked(copy, capsys):
+    (copy / digests.FILE).unlink()
+    assert check.main([str(copy)]) == 1
+    assert "no digests.json" in capsys.readouterr().err
+    load.open_source(copy)
+
+
+def test_every_tensor_of_an_export_has_a_digest(exported):
+    found, wrong = tensors.find(exported)
+    assert not wrong and all(t.digest is not None for t in found.values())
