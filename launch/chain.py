@@ -56,7 +56,7 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
         stamp = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
         stamps[step.name] = stamp
         title = f"[{number}/{len(chain)}] {step.name}"
-        if _stamped(root, step.name, stamp) and Path(step.leaves).exists():
+        if _stamp_read(root, step.name, stamp) and Path(step.leaves).exists():
             print(f"{title}: done, see {step.leaves}", flush=True)
             continue
         clock = time.perf_counter()
@@ -97,7 +97,7 @@ def _do_share(step: Step, stamp: str, title: str, root: Path, place: tuple[int, 
     """Returns when this host's share is done; on the first host, when all are."""
     index, count = place
     names = [f"{step.name}.share{number}of{count}" for number in range(1, count + 1)]
-    if not _stamped(root, names[index], stamp):
+    if not _stamp_read(root, names[index], stamp):
         clock = time.perf_counter()
         share = (*step.share, "--share", f"{index + 1}/{count}")
         _work(dataclasses.replace(step, command=share), title, place)
@@ -115,9 +115,14 @@ def _stamped(root: Path, name: str, stamp: str) -> bool:
     return path.exists() and json.loads(path.read_text())["stamp"] == stamp
 
 
+def _stamp_read(root: Path, name: str, stamp: str) -> bool:
+    """`_stamped`, though the disk may fail for a while."""
+    return turns.insist(lambda: _stamped(root, name, stamp))
+
+
 def _put_stamp(root: Path, name: str, stamp: str, command: Sequence[str], seconds: float) -> None:
     made = {"stamp": stamp, "command": command, "seconds": round(seconds, 1)}
-    write_json(root / "done" / f"{name}.json", made)
+    turns.insist(lambda: write_json(root / "done" / f"{name}.json", made))
 
 
 def _work(step: Step, title: str, place: tuple[int, int]) -> None:

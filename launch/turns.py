@@ -16,8 +16,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from saber_jax.runs.files import write_text
+
+Value = TypeVar("Value")
 
 BEAT_SECONDS = 10
 PATIENCE_SECONDS = 300
@@ -27,6 +30,7 @@ DISK_SECONDS = 1800
 # Hosts need not start at once: machines boot, images are pulled, environments are made.
 MEETING_SECONDS = 600
 MEETINGS_KEPT = 20
+RETRY_SECONDS = 1.0
 
 # A host that works alone must not wait for the rest of its pod: these make its TPUs a slice of
 # their own (https://cloud.google.com/tpu/docs/run-in-container and jax's "Running multiple JAX
@@ -175,6 +179,16 @@ def wait(
             if silent > patience:
                 return False
         time.sleep(every)
+
+
+def insist(do: Callable[[], Value], patience: float = DISK_SECONDS) -> Value:
+    """What `do` returns, tried again while the disk fails; after `patience` seconds its OSError.
+
+    For what must not cost the hours before it.
+    """
+    result: list[Value] = []
+    _insist(lambda: result.append(do()), time.monotonic() + patience, RETRY_SECONDS)
+    return result[0]
 
 
 def _insist(do: Callable[[], None], deadline: float, every: float = 1.0) -> None:

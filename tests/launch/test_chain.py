@@ -1,6 +1,7 @@
 """The chain runs what is missing, in order, and says how to go on."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -191,6 +192,30 @@ def test_a_chain_may_stop_after_a_step_and_go_on_elsewhere(tmp_path, capfd):
     assert log.read_text().split() == ["a", "b", "c"]
     with pytest.raises(SystemExit, match="--until=d is no step; there are a, b, c"):
         chain.until(links, "d")
+
+
+def test_a_disk_that_fails_for_a_while_does_not_cost_the_step(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(chain.turns, "RETRY_SECONDS", 0.01)
+    failures, log = iter([True] * 3), tmp_path / "log"
+    write, read = chain.write_json, Path.read_text
+
+    def failing(path, value):
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        write(path, value)
+
+    monkeypatch.setattr(chain, "write_json", failing)
+    chain.run([step("a", appending(log, "a"))], tmp_path)
+    stale = iter([True] * 2)
+
+    def stale_read(path, *args, **options):
+        if path.name == "a.json" and next(stale, False):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", stale_read)
+    chain.run([step("a", appending(log, "a"))], tmp_path)
+    assert log.read_text().split() == ["a"] and next(stale, None) is None
 
 
 def test_chip_hours_count_every_attempt_of_a_step(tmp_path, capfd, monkeypatch):
