@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 RATE = 16_000
 
@@ -79,8 +80,19 @@ def write_clip(
     return path
 
 
-def copy_packets(source: Path, target: Path, *, shift: float, first: Path | None = None) -> Path:
-    """Copies packets without decoding, `shift` seconds later; `first` puts its tracks in front."""
+def copy_packets(
+    source: Path,
+    target: Path,
+    *,
+    shift: float,
+    first: Path | None = None,
+    default: int | None = None,
+) -> Path:
+    """Copies packets without decoding, `shift` seconds later; `first` puts its tracks in front.
+
+    Of the tracks, the one with the number `default` is marked as such; otherwise they keep their
+    marks.
+    """
     inputs = [path for path in (first, source) if path]
     options = {"avoid_negative_ts": "disabled"}
     with contextlib.ExitStack() as stack:
@@ -89,6 +101,11 @@ def copy_packets(source: Path, target: Path, *, shift: float, first: Path | None
         tracks = [
             {s.index: out.add_stream_from_template(s) for s in file.streams} for file in opened
         ]
+        for file, track in zip(opened, tracks, strict=True):
+            for stream in file.streams:
+                track[stream.index].disposition = stream.disposition
+        for number, stream in enumerate(out.streams if default is not None else ()):
+            stream.disposition = Disposition.default if number == default else Disposition(0)
         for file, track in zip(opened, tracks, strict=True):
             for packet in file.demux():
                 if packet.dts is None:

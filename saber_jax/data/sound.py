@@ -103,15 +103,16 @@ class Track:
         Holes are silent. Of what overlaps the later counts: for sound before its zero, a Matroska
         file has no timestamps, and FFmpeg makes some up.
         """
-        sound = np.zeros(0, np.int16)
         most = int(self._max_seconds * media.SAMPLE_RATE)
+        sound, end = np.zeros(most, np.int16), 0
         for run in self._runs:
             heard = resample(np.concatenate(run.pieces), run.rate)
             place = round((run.start - float(start)) * media.SAMPLE_RATE)
-            heard, place = heard[max(0, -place) :], max(0, place)
-            silence = np.zeros(max(0, min(place, most) - len(sound)), np.int16)
-            sound = np.concatenate([sound[:place], silence, heard])[:most]
-        return sound
+            heard, place = heard[max(0, -place) :], min(max(0, place), most)
+            sound[place:end] = 0
+            end = min(place + len(heard), most)
+            sound[place:end] = heard[: end - place]
+        return sound[:end].copy()
 
     def joined(self) -> Int16[np.ndarray, " n"]:
         """All samples one after another, whatever their timestamps say."""

@@ -96,16 +96,24 @@ class Timeline:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[InputContainer]:
-    """An open file. Whatever goes wrong inside is the file's fault and becomes a MediaError."""
+    """An open file; OSError without one.
+
+    Whatever goes wrong while it is read is the file's fault and becomes a MediaError. FFmpeg's
+    errors are of many classes, some of which look like the system's.
+    """
     try:
-        if path.stat().st_size == 0:
-            raise MediaError("empty_file", path.name)
+        size = path.stat().st_size
+    except ValueError as error:  # A name with a zero byte.
+        raise MediaError("unreadable", f"{path.name!a}: {error}") from error
+    if size == 0:
+        raise MediaError("empty_file", path.name)
+    try:
         with av.open(str(path), metadata_errors="ignore") as container:
             for stream in (*container.streams.video, *container.streams.audio):
                 if stream.codec_context is not None:
                     stream.codec_context.thread_count = 1  # Callers decode many clips at once.
             yield container
-    except (MediaError, FileNotFoundError, PermissionError):
+    except MediaError:
         raise
     except Exception as error:
         detail = f"{path.name}: {type(error).__name__}: {error}"

@@ -78,6 +78,17 @@ def test_small_differences_of_timestamps_are_rounding_and_large_ones_are_holes()
     assert len(far.joined()) == 32_000
 
 
+def test_of_what_overlaps_the_later_counts():
+    first = frames(32_000, 16_000, "mono", value=1000)
+    placed = heard(first, frames(8000, 16_000, "mono", start=0.5, value=2000)).placed(0.0)
+    np.testing.assert_array_equal(placed, np.repeat(np.array([1000, 2000], np.int16), 8000))
+
+
+def test_a_wild_timestamp_costs_neither_memory_nor_the_rest():
+    track = heard(frames(1600, 16_000, "mono"), frames(1600, 16_000, "mono", start=1e9))
+    assert len(track.placed(0.0)) == 300 * 16_000
+
+
 def test_sound_starts_where_it_is_asked_to():
     track = heard(frames(16_000, 16_000, "mono", start=0.5))
     assert not track.placed(0.0)[:8000].any() and track.placed(0.0)[8000:].all()

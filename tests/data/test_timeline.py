@@ -211,6 +211,40 @@ def test_a_sound_track_without_a_decoder_is_passed_over(tmp_path, first):
     assert np.abs(clip.audio.astype(int)).max() > 6000
 
 
+@pytest.mark.parametrize("default", [0, 1])
+def test_the_default_sound_track_is_the_one_that_is_heard(tmp_path, default):
+    quiet, loud = (
+        write_clip(tmp_path / f"{gain}.mkv", frames=None, audio=gain * tone(1)) for gain in (0, 1)
+    )
+    sounds = copy_packets(loud, tmp_path / "sounds.mkv", shift=0.0, first=quiet, default=default)
+    film = write_clip(tmp_path / "film.mkv", frames=gray_frames(12), audio=None)
+    path = copy_packets(film, tmp_path / "a.mkv", shift=0.0, first=sounds)
+    assert decode_clip(path, TEN).audio.any() == bool(default)
+
+
+def test_a_name_with_a_zero_byte_is_refused_by_name():
+    with pytest.raises(MediaError, match="null"):
+        decode_clip("a\0.mp4", TEN)
+
+
+def test_damage_anywhere_is_a_clip_or_a_refusal(tmp_path):
+    whole = write_clip(tmp_path / "w.mp4", frames=gray_frames(24), audio=tone(2), **LOSSY)
+    raw, rng = whole.read_bytes(), np.random.default_rng(0)
+    path, refused = tmp_path / "damaged.mp4", 0
+    for _ in range(60):
+        damaged = bytearray(raw)
+        for place in rng.integers(0, len(raw), 12):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            clip = decode_clip(path, TEN)
+            assert len(clip.frames) % 2 == 0 and clip.seconds_per_grid > 0
+        except MediaError as error:
+            assert path.name in str(error)
+            refused += 1
+    assert refused > 0
+
+
 def test_a_file_with_nothing_but_tracks_without_a_decoder_says_so(tmp_path):
     path = write_clip(
         tmp_path / "a.mp4",
