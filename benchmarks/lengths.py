@@ -37,7 +37,7 @@ def seconds(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:
 def supervised(
     count: int, sampling: decode.Sampling, rng: np.random.Generator
 ) -> Int[np.ndarray, "N D"]:
-    """Sizes as planning.FIELDS names them, one answer an example."""
+    """Sizes as planning.SIZE_NAMES names them, one answer an example."""
     prompt, patches, chunks = _prompts(count, sampling, rng)
     answer = rng.integers(150, 901, count)
     none = np.zeros(count, int)

@@ -51,7 +51,7 @@ def ours(sizes: np.ndarray, sampling) -> tuple[dict, Budget, float]:
 
 
 def _frame_pairs(sizes: np.ndarray, sampling) -> np.ndarray:
-    patches = sizes[:, planning.FIELDS.index("patches")]
+    patches = sizes[:, planning.SIZE_NAMES.index("patches")]
     height, width = sampling.frame_size(360, 640, 4)
     return patches // ((height // 14) * (width // 14))
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from saber_jax import sharding
 from saber_jax.data import encoded, loader, sizing
 from saber_jax.data.pairs import Pair
-from saber_jax.data.planning import Plan, Position, Rows
+from saber_jax.data.planning import Plan, PlannedRows, Position
 from saber_jax.data.quarantine import Quarantine
 from saber_jax.data.sources import Draw, Sources, Weighted
 from saber_jax.data.tasks import Mixture
@@ -83,7 +83,7 @@ class Inputs:
         self,
         config: ConfigDict,
         mesh: Mesh,
-        rows: Rows | list[list[int]],
+        rows: PlannedRows | list[list[int]],
         *,
         first: int = 0,
         withhold: float = 0.0,

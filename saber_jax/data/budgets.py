@@ -116,7 +116,7 @@ def _patch_step(patches: Int[np.ndarray, "K N"]) -> int:
 
 def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
     """Around what an average row of full text needs."""
-    mean = dict(zip(planning.FIELDS, measured.sizes.mean((0, 1)), strict=True))
+    mean = dict(zip(planning.SIZE_NAMES, measured.sizes.mean((0, 1)), strict=True))
     rows = mean["text"] / length  # That one example fills.
     answer = max(mean["chosen"], mean["rejected"]) / rows
     responses = {_up(answer * k, LENGTH_STEP) for k in (0.98, 1.02, 1.06) if answer}
@@ -125,7 +125,7 @@ def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
         for response in _around(answer, LENGTH_STEP)
         if (length + 2 * response) % LONGEST_BLOCK == 0
     }
-    step = _patch_step(measured.sizes[..., planning.FIELDS.index("patches")])
+    step = _patch_step(measured.sizes[..., planning.SIZE_NAMES.index("patches")])
     patches = {_up(mean["patches"] / rows * k, step) for k in (0.98, 1.01, 1.035, 1.06)}
     need = mean["chunks"] / rows
     chunks = range(max(1, int(need * 0.98)), int(np.ceil(need / LEAST_MEDIA)) + 1)
@@ -189,7 +189,7 @@ def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:
 def describe(measured: sizing.Measurements) -> str:
     """Mean, median, 99% and most of every size."""
     lines = ["                mean   median      99%     most"]
-    for name, values in zip(planning.FIELDS, measured.sizes[0].T, strict=True):
+    for name, values in zip(planning.SIZE_NAMES, measured.sizes[0].T, strict=True):
         if values.any():
             numbers = (values.mean(), *np.quantile(values, (0.5, 0.99)), values.max())
             lines.append(f"{name:10s}" + "".join(f"{number:9.0f}" for number in numbers))

@@ -26,7 +26,7 @@ from saber_jax.data import sizing
 from saber_jax.data.encoded import Examples
 from saber_jax.data.examples import Example
 from saber_jax.data.packing import Budget, pack_rows
-from saber_jax.data.planning import Rows
+from saber_jax.data.planning import PlannedRows
 from saber_jax.data.quarantine import Entry, Quarantine
 from saber_jax.data.records import BadRecordError
 from saber_jax.data.withhold import MODALITIES
@@ -149,7 +149,9 @@ class HostRows:
         )
 
     def _position(self, row: int) -> dict[str, Any]:
-        return dataclasses.asdict(self._rows.position(row)) if isinstance(self._rows, Rows) else {}
+        if not isinstance(self._rows, PlannedRows):
+            return {}
+        return dataclasses.asdict(self._rows.position(row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,8 @@ def _concatenated(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, out=out)
 
 
+SHARED_BYTES = 1 << 16
+"""Arrays of at least so many bytes come from loader processes in shared memory."""
 ROWS_AHEAD = 2
 """Rows that a loader process holds for each of its threads: read, or being read."""
 BATCHES_AHEAD = 1
@@ -232,6 +236,9 @@ def pipeline(
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, which only absl's app.run parses.
             flags.FLAGS.mark_as_parsed()
+        # Small arrays go through the queue: a file in shared memory for each costs more.
+        shared = grain.experimental.DatasetOptions(min_shm_size=SHARED_BYTES)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, shared)
         dataset = in_processes(dataset, workers)
     dataset = dataset.batch(len(rows.local), batch_fn=join)
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=BATCHES_AHEAD)

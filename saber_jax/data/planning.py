@@ -20,7 +20,7 @@ from saber_jax.data.examples import Size
 from saber_jax.data.packing import Budget
 from saber_jax.data.tasks import Mixture
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Size))
+SIZE_NAMES = tuple(field.name for field in dataclasses.fields(Size))
 """Columns of every `sizes` array below."""
 
 WINDOW = 4096
@@ -69,8 +69,8 @@ def _refuse_too_large(
         worst = too_large[0]
         raise ValueError(
             f"{len(too_large)} examples are larger than a row, the first at index {worst}: "
-            f"{FIELDS} = {sizes[worst].tolist()} > {budget.limits.tolist()}. Leave them out, or "
-            "raise the budgets in config.data."
+            f"{SIZE_NAMES} = {sizes[worst].tolist()} > {budget.limits.tolist()}. Leave them out, "
+            "or raise the budgets in config.data."
         )
 
 
@@ -204,7 +204,7 @@ def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
     text = TEXT_WORTH / budget.slots
     of = {"text": text * budget.length, "patches": 1.0, "chunks": 1.0, "targets": 0.0}
     of |= dict.fromkeys(("chosen", "rejected"), text * budget.response)
-    return np.array([of[name] for name in FIELDS])
+    return np.array([of[name] for name in SIZE_NAMES])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +254,9 @@ class Plan:
         position, rows = self._window_of(index)
         return rows[index - position.row]
 
-    def rows(self, count: int) -> "Rows":
+    def rows(self, count: int) -> "PlannedRows":
         """The first `count` rows, planned when asked for."""
-        return Rows(self, count)
+        return PlannedRows(self, count)
 
     def position(self, index: int) -> Position:
         """Where a plan of the same arguments can be `entered` to give row `index` at once."""
@@ -332,7 +332,7 @@ class Plan:
         return records + self._records * asked
 
 
-class Rows(Sequence[list[int]]):
+class PlannedRows(Sequence[list[int]]):
     """The first `count` rows of a plan, as a sequence."""
 
     def __init__(self, plan: Plan, count: int):
@@ -361,7 +361,7 @@ def fill(
 ) -> dict[str, float]:
     """Share of each budget that carries data: 1.0 is a batch without padding."""
     ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    total = dict(zip(FIELDS, sizes[ids].sum(0) / len(rows), strict=True))
+    total = dict(zip(SIZE_NAMES, sizes[ids].sum(0) / len(rows), strict=True))
     slots = total["text"] + total["chosen"] + total["rejected"]
     limits = {"text": (slots, budget.slots)} | {
         name: (total[name], getattr(budget, name)) for name in ("patches", "chunks", "targets")

@@ -192,7 +192,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(value), ensure_ascii=False).encode()
 
 
-Size = tuple[str, str, int, int, int, int, float]
+ClipSize = tuple[str, str, int, int, int, int, float]
 """(clip_id, language, T, H, W, audio_samples, seconds_per_grid)."""
 
 CHECKSUMS = "SHA256SUMS"
@@ -285,9 +285,9 @@ class RecordSource:
             return self[index]
 
     @functools.cached_property
-    def sizes(self) -> list[Size]:
+    def sizes(self) -> list[ClipSize]:
         """What generation needs to make room for every record."""
-        return [size_of(self.outline(index)) for index in range(len(self))]
+        return [clip_size(self.outline(index)) for index in range(len(self))]
 
     @functools.cached_property
     def _positions(self) -> dict[str | None, int]:
@@ -347,7 +347,7 @@ class RecordSource:
         return builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
 
 
-def size_of(record: Record) -> Size:
+def clip_size(record: Record) -> ClipSize:
     """What packing needs to know about a record."""
     shape = record.frames.shape[:3]
     clip = (record.clip_id, record.language)

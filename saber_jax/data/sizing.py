@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from saber_jax.data.examples import Size
 from saber_jax.data.packing import Budget
-from saber_jax.data.planning import FIELDS, fits
+from saber_jax.data.planning import SIZE_NAMES, fits
 from saber_jax.data.quarantine import Entry
 from saber_jax.data.records import BadRecordError
 from saber_jax.runs.files import replacing
@@ -50,7 +50,7 @@ class Measurements:
     @property
     def frame_patches(self) -> Int[np.ndarray, " N"]:
         """Of one frame pair; all pairs of a clip are of one size."""
-        patches = self.sizes[..., FIELDS.index("patches")].max(0)
+        patches = self.sizes[..., SIZE_NAMES.index("patches")].max(0)
         return patches // np.maximum(self.frame_pairs, 1)
 
     def __add__(self, other: "Measurements") -> "Measurements":
@@ -110,7 +110,7 @@ def measure(
 
 
 def _nothing(examples: Measured, total: int) -> Measurements:
-    shape = (len(examples.requests), total, len(FIELDS))
+    shape = (len(examples.requests), total, len(SIZE_NAMES))
     return Measurements(np.zeros(shape, np.int32), np.zeros(total, np.int32), np.zeros(0, np.int64))
 
 
@@ -175,7 +175,7 @@ class Selection:
 def select(measured: Measurements, budget: Budget) -> Selection:
     """Thins the frames of clips that a row cannot hold; sound and text are never cut."""
     sizes, pairs = measured.sizes.astype(np.int64), measured.frame_pairs
-    text, patches = sizes[..., FIELDS.index("text")], sizes[..., FIELDS.index("patches")]
+    text, patches = sizes[..., SIZE_NAMES.index("text")], sizes[..., SIZE_NAMES.index("patches")]
     frame_patches = measured.frame_patches
     a_pair = np.maximum(frame_patches, 1)
     units = np.maximum(a_pair // 4, 1)
@@ -215,7 +215,7 @@ def _entry(
         return examples.entry(index, "bad_record", detail)
     over = [
         f"{name} {size} > {limit}"
-        for name, size, limit in zip(FIELDS, sizes.max(0), budget.limits, strict=True)
+        for name, size, limit in zip(SIZE_NAMES, sizes.max(0), budget.limits, strict=True)
         if size > limit
     ]
     if budget.frame_patches is not None and frame_patches > budget.frame_patches:

@@ -19,7 +19,7 @@ from saber_jax import sharding
 from saber_jax.data import decode
 from saber_jax.data import withhold as hiding
 from saber_jax.data.examples import Example, encode_record
-from saber_jax.data.records import Record, Size, size_of
+from saber_jax.data.records import ClipSize, Record, clip_size
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import Modality
 from saber_jax.generate import decoding
@@ -78,7 +78,7 @@ class Generator:
         # What the programs are compiled for: a room, and answers to each prompt.
         self._answered: tuple[Room, int] | None = None
 
-    def reserve(self, sizes: Iterable[Size]) -> None:
+    def reserve(self, sizes: Iterable[ClipSize]) -> None:
         """Makes room for clips of these sizes, in batches in this order; see RecordSource.sizes."""
         self._packer.reserve(sizes)
 
@@ -96,7 +96,7 @@ class Generator:
         """
         if withhold:
             records = [hiding.withhold(record, withhold) for record in records]
-        self.reserve(map(size_of, records))
+        self.reserve(map(clip_size, records))
         size = self._batch_size
         parts = (records[first : first + size] for first in range(0, len(records), size))
         answers = self.respond_batches(parts, sampling=sampling, on_text=on_text)

@@ -18,8 +18,8 @@ import numpy as np
 from saber_jax.batch import Prompts
 from saber_jax.data import media, packing, sed
 from saber_jax.data.examples import Example, size_of
-from saber_jax.data.planning import FIELDS, plan_rows
-from saber_jax.data.records import Size
+from saber_jax.data.planning import SIZE_NAMES, plan_rows
+from saber_jax.data.records import ClipSize
 from saber_jax.data.tokenizer import Tokenizer
 
 # Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
@@ -76,7 +76,7 @@ class Packer:
     def room(self) -> Room:
         return self._room
 
-    def reserve(self, sizes: Iterable[Size]) -> None:
+    def reserve(self, sizes: Iterable[ClipSize]) -> None:
         """Makes room for clips of these sizes, in batches in this order. See RecordSource.sizes."""
         words: dict[tuple[str, bool, bool], int] = {}
         needs: list[Need] = []
@@ -163,8 +163,8 @@ class Packer:
     def _group(self, needs: Sequence[Need], first: int, length: int) -> list[list[int]]:
         """The rows of the group whose first prompt is number `first`."""
         texts = [text for text, _, _ in needs[first : first + self._prompts]]
-        sizes = np.zeros((len(texts), len(FIELDS)), np.int64)
-        sizes[:, FIELDS.index("text")] = texts
+        sizes = np.zeros((len(texts), len(SIZE_NAMES)), np.int64)
+        sizes[:, SIZE_NAMES.index("text")] = texts
         # Budgets of zero are not looked at: media takes the room that the text's rows leave it.
         rows = plan_rows(sizes, np.arange(len(sizes)), self._budget(Room(length=length)))
         return [[first + i for i in row] for row in rows]

@@ -66,7 +66,7 @@ def _generator(params, tokenizer):
         params, saber_config("tiny"), tokenizer, max_new_tokens=NEW_TOKENS, batch_size=2
     )
     # One shape for all tests, so one compilation.
-    generator.reserve(map(generating.size_of, RECORDS))
+    generator.reserve(map(generating.clip_size, RECORDS))
     return generator
 
 
@@ -142,7 +142,7 @@ def test_a_mesh_gives_the_same_answers_from_a_cache_in_parts(
     generator = generating.Generator(
         jax.device_put(params, places), cfg, tokenizer, max_new_tokens=NEW_TOKENS, batch_size=2
     )
-    generator.reserve(map(generating.size_of, RECORDS))
+    generator.reserve(map(generating.clip_size, RECORDS))
     assert generator.respond(RECORDS) == [tokenizer.decode(tokens) for tokens in greedy]
     assert set(shapes) == {part}  # Of two rows and two kv heads.
     shapes.clear()

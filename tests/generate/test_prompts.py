@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data.examples import encode_record
-from saber_jax.data.records import size_of
+from saber_jax.data.records import clip_size
 from saber_jax.generate.prompts import Packer
 from tests import synthetic
 
@@ -42,7 +42,7 @@ def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
     seconds = np.random.default_rng(0).uniform(10, 30, 64)
     records = [synthetic.record(i, seconds=s, frames=4) for i, s in enumerate(seconds)]
     packer = Packer(tokenizer, groups=1, prompts=64)
-    packer.reserve(map(size_of, records))
+    packer.reserve(map(clip_size, records))
     examples = [encode_record(record, tokenizer, responses=()) for record in records]
     _, room = packer.pack(examples)
     used = sum(len(example.prompt.tokens) for example in examples)
@@ -53,7 +53,7 @@ def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
 def test_what_was_reserved_is_enough(tokenizer, examples):
     records = [synthetic.record(i, seconds=s) for i, s in enumerate([6.0, 0.5, 1.0, 4.0, 0.4])]
     packer = Packer(tokenizer, groups=1, prompts=3)
-    packer.reserve(map(size_of, records))
+    packer.reserve(map(clip_size, records))
     shapes = {packer.pack(examples[first : first + 3])[1] for first in (0, 3)}
     assert len(shapes) == 1
 
