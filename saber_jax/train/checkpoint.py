@@ -164,7 +164,7 @@ class Checkpoints:
         )
         try:
             return saved.reading(lambda: self._manager.restore(int(folder.name), args=args))
-        except saved.UNREADABLE as error:
+        except Exception as error:
             damaged = saved.DamagedError(saved.damage(folder, error))
             if jax.process_count() > 1 and not self._strict:
                 # The other processes wait inside Orbax for this one, which has to end.

@@ -36,8 +36,6 @@ MARKS = {
 NAMED = 3
 """Damaged arrays that a message names; it counts the others."""
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AssertionError)
-"""What Orbax and TensorStore raise at damaged files; jax's own errors are RuntimeErrors too."""
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
 PAUSES = (1, 4, 16)
 """Seconds between attempts to read."""
@@ -183,7 +181,7 @@ def readable(step: Path) -> Iterator[None]:
         yield
     except DamagedError as error:
         raise DamagedError(f"{error} {advice(step)}") from error
-    except UNREADABLE as error:
+    except Exception as error:
         raise DamagedError(f"{damage(step, error)} {advice(step)}") from error
 
 
@@ -193,7 +191,7 @@ def reading(read: Callable[[], Any]) -> Any:
     for pause in PAUSES if jax.process_count() == 1 else ():
         try:
             return read()
-        except UNREADABLE as error:
+        except Exception as error:
             if not any(word in str(error) for word in PASSING):
                 raise
             print(f"storage: {brief(error)}; trying again in {pause} s", file=sys.stderr)
@@ -202,8 +200,11 @@ def reading(read: Callable[[], Any]) -> Any:
 
 
 def damage(step: Path, error: BaseException) -> str:
-    """What `error` says about a step. Raises it again when it is not about what is stored."""
-    if isinstance(error, PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+    """What `error` says about a step. Raises it again when it is not about what is stored.
+
+    Of damaged files Orbax and TensorStore raise about everything, AttributeError included.
+    """
+    if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
     return f"{step} is damaged: {brief(error)}."
 

@@ -93,6 +93,10 @@ DAMAGES = {
     "a data file cut short": lambda step: [
         p.write_bytes(p.read_bytes()[:-9]) for p in files_of(step) if p.parent.name == "d"
     ],
+    "a key of Orbax's own files": lambda step: [
+        p.write_text(p.read_text().replace("write_shape", "writf_shape"))
+        for p in step.glob("*/array_metadatas/process_0")
+    ],
     "meta of another step": lambda step: (step / "meta/metadata").write_text(
         json.dumps({"step": 3, "plan": "abc"})
     ),
