@@ -66,9 +66,10 @@ def numbers(state: TrainState) -> bytes:
 
 
 def flip(path: Path, rng: np.random.Generator) -> None:
-    """One bit of a file."""
+    """One bit of a file, where it holds something: ArrayRecord pads to 64 KiB with zeros."""
     data = bytearray(path.read_bytes())
-    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    used = np.flatnonzero(np.frombuffer(data, np.uint8))
+    data[rng.choice(used)] ^= 1 << rng.integers(8)
     path.write_bytes(data)
 
 
@@ -166,6 +167,31 @@ def export_flips(folder: Path, count: int, rng: np.random.Generator) -> Tally:
         flip(path, rng)
         tally[outcome(read, want, path)] += 1
         path.write_bytes(before)
+    return tally
+
+
+def reference_flips(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+    """A bit in the reference cache: what is read back is right, the damaged file set aside."""
+    from saber_jax.train.references import Cache, Source
+
+    source = Source(weights="w", processor="p", tokens="t", media="m", dtype="float32")
+    want = {bytes([i] * 16): rng.standard_normal(50).astype("<f4") for i in range(20)}
+    Cache(folder / "intact", "whole", source).add(want)
+    tally = Tally()
+    for _ in range(count):
+        copy = shutil.copytree(folder / "intact", folder / "flipped")
+        [file] = (copy / "whole").glob("*.array_record")
+        flip(file, rng)
+        try:
+            got = Cache(copy, "whole", source).values
+        except Exception:
+            tally["unnamed"] += 1
+        else:
+            right = all(np.array_equal(value, want.get(key)) for key, value in got.items())
+            whole = right and len(got) == len(want)
+            aside = right and bool(list(copy.rglob("*.damaged")))
+            tally["fine" if whole else "named" if aside else "silent"] += 1
+        shutil.rmtree(copy)
     return tally
 
 
@@ -470,6 +496,7 @@ def main() -> None:
         work: dict[str, Callable[[], Tally]] = {
             "bit flips, checkpoints": lambda: checkpoint_flips(folder(), flips, rng),
             "bit flips, exports": lambda: export_flips(folder(), flips, rng),
+            "bit flips, reference": lambda: reference_flips(folder(), flips, rng),
             "mutated inputs": lambda: mutated_inputs(folder(), 60 if flags.quick else 1000, rng),
             "absurd settings": lambda: absurd_configs(rng, flips),
             "full disks": lambda: full_disks(folder(), few, rng),

@@ -34,6 +34,7 @@ from saber_jax.models import saber
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
+from saber_jax.runs.speaking import warn
 from saber_jax.runs.timeline import Timeline
 from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
@@ -118,10 +119,12 @@ class Cache:
             "--config.reference=DIR.",
         )
         for path in self._files():
-            reader = ArrayRecordReader(str(path))
-            for record in reader.read_all():
-                self.values[record[:KEY_BYTES]] = np.frombuffer(record[KEY_BYTES:], "<f4")
-            reader.close()
+            try:
+                self.values |= _stored(path)
+            except (RuntimeError, ValueError) as error:  # Of ArrayRecord's checksums, and of NumPy.
+                aside = path.rename(path.with_name(f"{path.name}.damaged"))
+                reason = str(error).splitlines()[0][:200] if str(error) else "unreadable"
+                warn(f"{path} is damaged: {reason}. It is kept as {aside.name} and computed again.")
 
     def add(self, values: dict[bytes, Float[np.ndarray, " n"]]) -> None:
         """Remembers them, and writes them to a file of their own.
@@ -145,6 +148,16 @@ class Cache:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.array_record"))
+
+
+def _stored(path: Path) -> dict[bytes, Float[np.ndarray, " n"]]:
+    """The log-probs of one file. Raises whatever reading a damaged one does."""
+    reader = ArrayRecordReader(str(path))
+    try:
+        records = reader.read_all()
+    finally:
+        reader.close()
+    return {record[:KEY_BYTES]: np.frombuffer(record[KEY_BYTES:], "<f4") for record in records}
 
 
 class References:

@@ -1,4 +1,4 @@
-"""The benchmark of faults in a short form: none of them is silent, unnamed, endless or loses work."""
+"""The benchmark of faults in a short form: none is silent, unnamed, endless or loses work."""
 
 import signal
 

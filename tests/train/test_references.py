@@ -62,6 +62,26 @@ def test_a_full_cache_asks_the_model_nothing_and_new_pairs_only_for_themselves(t
     assert Model(stop_after=0).fill(Cache(tmp_path, "whole", SOURCE)) == 0
 
 
+@pytest.mark.parametrize("where", [0.05, 0.4, 0.8])
+def test_a_damaged_file_is_named_kept_aside_and_computed_again(tmp_path, capsys, where):
+    whole = Cache(tmp_path, "whole", SOURCE)
+    Model().fill(whole)
+    [file] = sorted((tmp_path / "whole").glob("*.array_record"))
+    data = bytearray(file.read_bytes())
+    used = np.flatnonzero(np.frombuffer(data, np.uint8))  # Most of so small a file is padding.
+    data[used[int(len(used) * where)]] ^= 4
+    file.write_bytes(data)
+    capsys.readouterr()
+    again = Cache(tmp_path, "whole", SOURCE)
+    if again.values:  # The bit is in no record.
+        assert not capsys.readouterr().err
+    else:
+        assert f"{file.name}.damaged and computed again" in capsys.readouterr().err
+        Model().fill(again)
+    for key, values in whole.values.items():
+        np.testing.assert_array_equal(again.values[key], values)
+
+
 def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(references, "FLUSH_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
