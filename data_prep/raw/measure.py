@@ -41,6 +41,7 @@ from PIL import Image
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row
 from saber_jax.data import media
+from saber_jax.data.timeline import playable
 
 SAMPLE_RATE = media.SAMPLE_RATE
 WIDTH = 320
@@ -89,7 +90,7 @@ def measure(path: Path, settings: MeasureSettings = MeasureSettings()) -> dict[s
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             for kind in ("video", "audio"):
-                if not getattr(container.streams, kind):
+                if not playable(getattr(container.streams, kind)):
                     raise UnmeasurableError(f"no_{kind}", path.name)
             pass_ = _Pass(container, settings)
             pass_.decode()
@@ -106,7 +107,8 @@ class _Pass:
     def __init__(self, container, settings: MeasureSettings):
         self._settings = settings
         self._container = container
-        video, audio = container.streams.video[0], container.streams.audio[0]
+        video = playable(container.streams.video)[0]
+        audio = playable(container.streams.audio)[0]
         # Whole clips are done side by side, so a clip gets one thread.
         video.codec_context.thread_count = audio.codec_context.thread_count = 1
         self._video, self._audio = video, audio

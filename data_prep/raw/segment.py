@@ -21,6 +21,8 @@ from av.video.frame import PictureType
 
 from data_prep.raw import measure, storage
 from data_prep.raw.shards import Dropped, Outcome, Row
+from saber_jax.data.decode import display_matrix
+from saber_jax.data.timeline import playable
 
 REASONS = {
     "unreadable": "the file cannot be decoded",
@@ -80,11 +82,12 @@ def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcom
 def length(path: Path) -> float | None:
     """Seconds that the header promises, or that the packets add up to; None without a picture."""
     with av.open(str(path), metadata_errors="ignore") as container:
-        if not container.streams.video:
+        pictures = playable(container.streams.video)
+        if not pictures:
             return None
         if container.duration:
             return container.duration / av.time_base
-        packets = container.demux(container.streams.video[0])
+        packets = container.demux(pictures[0])
         return float(sum((p.duration or 0) * p.time_base for p in packets if p.time_base))
 
 
@@ -93,8 +96,8 @@ def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[
     sound: list[np.ndarray] = []
     changes: list[float] = []
     with av.open(str(path), metadata_errors="ignore") as container:
-        video = container.streams.video[0]
-        streams = [video, *container.streams.audio[:1]]
+        video = playable(container.streams.video)[0]
+        streams = [video, *playable(container.streams.audio)[:1]]
         resampler = av.AudioResampler(format="s16", layout="mono", rate=measure.SAMPLE_RATE)
         graph = measure.filters(
             lambda graph: graph.add_buffer(template=video, time_base=video.time_base),
@@ -178,8 +181,8 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
         av.open(str(heard), metadata_errors="ignore") as sounds,
         av.open(str(target), "w", format="mp4") as out,
     ):
-        seen = pictures.streams.video[0]
-        told = next(iter(sounds.streams.audio), None)
+        seen = playable(pictures.streams.video)[0]
+        told = next(iter(playable(sounds.streams.audio)), None)
         rate = seen.average_rate or Fraction(25)
         video = out.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "fast"})
         # H.264 in 4:2:0 needs even sides.
@@ -187,7 +190,9 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
         video.pix_fmt, video.thread_count = "yuv420p", 1
         video.codec_context.time_base = Fraction(1, 90_000)
         audio = out.add_stream("aac", rate=told.rate or 44_100) if told is not None else None
-        for frame in _frames(pictures, seen, span):
+        for number, frame in enumerate(_frames(pictures, seen, span)):
+            if not number:  # The clip is turned as its source is.
+                video.set_display_matrix(display_matrix(frame))
             picture = frame.reformat(video.width, video.height, "yuv420p")
             picture.pts = round((frame.time - span[0]) * 90_000)
             picture.time_base = Fraction(1, 90_000)

@@ -63,6 +63,7 @@ __all__ = [
     "decode_clip",
     "decode_image",
     "decode_sound",
+    "display_matrix",
     "release_sampling",
 ]
 
@@ -176,7 +177,7 @@ class _Film:
     def _resized(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
         check_shape(self.path.name, frame.height, frame.width)
         picture = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        picture = _upright(picture, _display_matrix(frame))
+        picture = _upright(picture, display_matrix(frame))
         if self._size is None:  # A stream may change its size midway; the first frame decides.
             self.shape = picture.shape[:2]
             self.turned = frame.rotation
@@ -239,23 +240,25 @@ def _facts(timeline: Timeline, film: _Film, sampling: Sampling) -> dict[str, Any
     }
 
 
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
-    """(a, b, c, d) of x' = a x + c y, y' = b x + d y, by which a player turns or mirrors frames."""
+def display_matrix(frame: av.VideoFrame) -> list[int] | None:
+    """The nine numbers by which a player turns or mirrors frames; None if there are none.
+
+    They are a b u, c d v, x y w of x' = a x + c y, y' = b x + d y.
+    """
     stored = cast(Mapping[Any, Any], frame.side_data)  # Declared with one other key alone.
     data = stored.get(SideData.DISPLAYMATRIX)
     if data is None:
         return None
-    a, b, _, c, d = np.frombuffer(bytes(data), "<i4")[:5].tolist()
-    return a, b, c, d
+    return np.frombuffer(bytes(data), "<i4").tolist()
 
 
 def _upright(
-    picture: UInt8[np.ndarray, "H W 3"], matrix: tuple[int, ...] | None
+    picture: UInt8[np.ndarray, "H W 3"], matrix: list[int] | None
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Turned by the nearest quarter and mirrored, which is all that cameras write."""
     if matrix is None:
         return picture
-    a, b, c, d = matrix
+    a, b, _, c, d, *_ = matrix
     across, down = a, d
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture, across, down = picture.swapaxes(0, 1), c, b

@@ -148,16 +148,20 @@ def packets(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Pa
         yield packet
 
 
-def _playable(streams: Sequence[Stream]) -> list:
-    """Those that have a decoder, in the order in which a player prefers them."""
-    able = [stream for stream in streams if stream.codec_context is not None]
+def playable(streams: Sequence[Stream]) -> list:
+    """Those that have a decoder and are no cover picture, in the order a player prefers them."""
+    able = [
+        stream
+        for stream in streams
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+    ]
     return sorted(able, key=lambda stream: not stream.disposition & Disposition.default)
 
 
 def sound_track(path: Path, container: InputContainer) -> AudioStream:
     if not container.streams.audio:
         raise MediaError("no_audio", path.name)
-    if not (able := _playable(container.streams.audio)):
+    if not (able := playable(container.streams.audio)):
         raise MediaError("no_decoder", f"{path.name}: the sound")
     return able[0]
 
@@ -169,7 +173,7 @@ def film_tracks(path: Path, container: InputContainer) -> list[VideoStream]:
     films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not films:
         raise MediaError("no_video", f"{path.name}: nothing but a cover picture")
-    if not (able := _playable(films)):
+    if not (able := playable(films)):
         raise MediaError("no_decoder", f"{path.name}: the video")
     return able
 

@@ -241,6 +241,27 @@ def test_a_stretch_of_a_video_becomes_a_clip_of_its_own(tmp_path):
     assert loud[1:9].all() and not loud[11:].any()
 
 
+def test_a_clip_that_is_cut_stands_upright_as_its_source_does(tmp_path):
+    from saber_jax.data import decode
+
+    frames = np.zeros((60, 56, 112, 3), np.uint8)
+    frames[:, :, :56] = 255  # The left half, which a quarter turn brings to the bottom.
+    one = 1 << 16
+    source = write_clip(
+        tmp_path / "long.mp4",
+        frames=frames,
+        audio=tone(5),
+        codecs=("libx264", "aac"),
+        pixels="yuv420p",
+        matrix=(0, -one, 0, one, 0, 0, 0, 0, 1 << 30),
+    )
+    segment.write_clip(source, source, tmp_path / "cut.mp4", (1.0, 3.0))
+    for path in (source, tmp_path / "cut.mp4"):
+        seen = decode.decode_clip(path, decode.Sampling()).frames[0].astype(int)
+        assert seen.shape[0] > seen.shape[1]
+        assert seen[-20:].mean() > 200 and seen[:20].mean() < 50
+
+
 def test_short_files_stay_as_they_are_and_silent_long_ones_are_named(tmp_path):
     short = clip(tmp_path / "short.mkv")
     row = {"clip_id": "short", "file": str(short), "provenance": []}
