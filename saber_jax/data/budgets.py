@@ -32,21 +32,22 @@ from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.flags import Parser
 
 SAMPLE = 3 * planning.WINDOW
-"""Examples that a budget is tried on."""
+"""At most this many examples are sampled to try budgets on."""
 
 ROUGHLY, FINALISTS, ROUGH_LOSS = 2048, 6, 0.02
-"""Of these, as many choose the budgets that are tried on all of them."""
+"""All budgets are first tried on ROUGHLY of the sampled examples. The FINALISTS best ones, judged
+with media budgets that may be ROUGH_LOSS emptier, are then tried on the whole sample."""
 
 MOST_SEGMENTS = 64
 LEAST_MEDIA = 0.92
 MOST_LEFT_OUT = 0.008
 
-# Sizes are rounded up to these. Two responses make a multiple of the kernels' 128 slots; the head
-# takes a chunk of targets at a time.
+# Budgets are rounded up to multiples of these. Two responses of LENGTH_STEP fill the 128 slots that
+# the attention kernels work on; the vocabulary head takes TARGET_STEP targets at a time.
 LENGTH_STEP, TARGET_STEP = 64, 256
 
-# A TPU's attention goes through a row's slots in the longest blocks up to 512 that divide it, see
-# models/kernels.py, and pads patches to whole blocks. Blocks of 512 are worth so much of the text.
+# Attention on a TPU runs in the longest blocks, up to LONGEST_BLOCK slots, that divide a row (see
+# models/kernels.py). Rows in such blocks may be WORTH emptier than others and still count more.
 LANES, LONGEST_BLOCK, WORTH = 128, 512, 0.01
 
 
@@ -81,7 +82,7 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
     measured = _sample(measured)
     few = _some(measured, slice(ROUGHLY))
     rough = [choice for budget in _candidates(measured, length) if (choice := _try(few, budget))]
-    # Fewer examples leave less to choose from, so that rows are emptier throughout.
+    # With fewer examples to choose from, all rows are a little emptier than they will be.
     rough.sort(key=lambda choice: choice.score(LEAST_MEDIA - ROUGH_LOSS))
     tried = [choice for one in rough[-FINALISTS:] if (choice := _try(measured, _open(one.budget)))]
     if not tried:
@@ -106,16 +107,17 @@ def _some(
 
 
 def _patch_step(patches: Int[np.ndarray, "K N"]) -> int:
-    """What the patches of all clips are multiples of: of a frame pair, where all are of one size.
+    """The greatest number of which every clip's patches are a multiple, at least 64.
 
-    A budget between two multiples would leave its rest empty in every row.
+    Where all frames have one size it is the patches of a frame pair. A budget between two multiples
+    could never be filled.
     """
     step = int(np.gcd.reduce(patches.ravel()))
     return step * -(-64 // step) if step else 64
 
 
 def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
-    """Around what an average row of full text needs."""
+    """Budgets near what the average row needs when its text is full."""
     mean = dict(zip(planning.SIZE_NAMES, measured.sizes.mean((0, 1)), strict=True))
     rows = mean["text"] / length  # That one example fills.
     answer = max(mean["chosen"], mean["rejected"]) / rows
@@ -153,7 +155,7 @@ def _up(value: float, step: int) -> int:
 
 
 def _around(need: float, step: int) -> range:
-    """Multiples of `step` that are as good as `need`, if any: none if that is small."""
+    """Multiples of `step` within a few percent of `need`; there may be none if it is small."""
     return range(_up(need * 0.98, step), int(need * 1.06) + 1, step) if need else range(0)
 
 
@@ -163,7 +165,8 @@ def _block(length: int) -> int:
 
 
 def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:
-    """Plans without limits on targets and segments, then with what 99.5% of the rows need."""
+    """Plans rows twice: without limits on targets and segments, then with the targets that 99.5% of
+    those rows need and the segments that all do."""
     selection = sizing.select(measured, budget)
     usable = selection.usable
     if not len(usable):

@@ -1,9 +1,9 @@
 """Which examples share a row: all of a row's budgets are filled together, by looking ahead.
 
 Examples are planned in windows of the shuffled order. In a window, the example that is hardest to
-place opens a row, and what is still waiting is searched for the company that leaves least of the
-row unused. Nothing is carried from one window to the next, so a plan is a pure function of
-(sizes, budget, seed) that can be entered at any window: see `Plan.position`.
+place opens a row, and the waiting examples are searched for those that leave least of the row
+unused. What a window leaves over is the start of the next one. A plan is a pure function of (sizes,
+budget, seed). With what was left over it can be entered at any window: see `Plan.position`.
 """
 
 import dataclasses
@@ -27,21 +27,22 @@ WINDOW = 4096
 """Examples that are planned together."""
 
 CARRIED = 1024
-"""As many are left to the next window of an epoch: the last rows, having little to choose from,
-would be a fifth emptier than the others."""
+"""This many examples are left to the next window of an epoch. Rows made of the last ones, with
+little to choose from, would be a fifth emptier than the others."""
 
 CANDIDATES = 128
-"""Of the waiting examples, how many are tried against each other as a row's last two."""
+"""How many of the waiting examples are tried in pairs, as the last two of a row."""
 
 ENOUGH = 0.01
 """A row that wastes no more than this is not searched for a better one."""
 
 SWITCHES = (2.2, 1.5)
-"""A row takes one example at a time while room for more average examples than this is left, and
-then the best two; each value is tried, from left to right."""
+"""A row takes one example at a time while it has room for more average examples than this; then it
+takes the best two together. Each value is tried, from left to right."""
 
 TEXT_WORTH = 8.0
-"""A full text budget counts as much as this many full media budgets: text slots cost the most."""
+"""A full text budget counts as much as this many full media budgets, because a text slot costs the
+most to compute."""
 
 
 def plan_rows(
@@ -99,8 +100,8 @@ def _plan_window(
 class _Waiting:
     """A window's examples, hardest first, and which of them have no row yet.
 
-    Every array has one contiguous row per budget, and is looked at whole: gathering the candidates
-    first would take longer than the comparisons.
+    Every array has one contiguous row per budget and is compared as a whole, because picking out
+    the waiting examples first takes longer than comparing them all.
     """
 
     def __init__(self, sizes: Int[np.ndarray, "n D"], budget: Budget):
@@ -167,7 +168,7 @@ class _Waiting:
     def _leaving_average(
         self, waits: Bool[np.ndarray, " n"], room: Float[np.ndarray, " D"], others: int
     ) -> int:
-        """The example after which the room is nearest to what `others` average ones take."""
+        """The example that leaves the room nearest to what `others` average examples take."""
         want = (room - others * self._mean).astype(np.float32)
         distance = np.square(self._share - want[:, None]).sum(0)
         return int(np.where(waits, distance, np.inf).argmin())
@@ -200,7 +201,7 @@ def _spread(count: int) -> Int[np.ndarray, " c"]:
 
 
 def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
-    """What a full budget of each kind counts for. Targets follow the text and count nothing."""
+    """How much a full budget of each kind counts. Targets count nothing: they follow the text."""
     text = TEXT_WORTH / budget.slots
     of = {"text": text * budget.length, "patches": 1.0, "chunks": 1.0, "targets": 0.0}
     of |= dict.fromkeys(("chosen", "rejected"), text * budget.response)
@@ -209,7 +210,8 @@ def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a plan can be entered: the first row of a window, and what was carried on to it."""
+    """Where a plan can be entered: the first row of a window, and the examples that the window
+    before it left over."""
 
     row: int = 0
     epoch: int = 0
@@ -218,7 +220,7 @@ class Position:
 
 
 class Plan:
-    """Which examples make up row r of the endless, every epoch newly shuffled, stream of rows.
+    """Which examples share row r of an endless stream of rows; every epoch is shuffled anew.
 
     Every epoch visits the records that `draw` names, each under a request that `mixture` draws
     anew; without a mixture it is the first. Rows are planned when asked for, a window at a time.

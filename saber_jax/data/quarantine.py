@@ -3,10 +3,10 @@
     {"index": 1207, "clip_id": "dia3_utt2", "file": "1.0.0/*-train.*-00002-of-00008[17]",
      "reason": "too_large", "detail": "text 5120 > 4096"}
 
-An example is left out before training when its record is damaged or a row cannot hold it; every
-process finds the same ones, so the plan never mentions them. A record that turns out to be bad
-while training leaves an empty segment in its row: no process waits for another, because no shape
-depends on it. The processes then agree on what happened at the end of that step.
+An example is left out before training when its record is damaged or a row cannot hold it. Every
+process finds the same ones, so they are in no plan. A record that turns out to be bad while
+training leaves an empty segment in its row: no shape depends on it, so no process waits for
+another. At the end of that step all processes exchange what they left out.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Quarantine:
         return sorted(self._entries)
 
     def recall(self, indices: Iterable[int]) -> None:
-        """Takes over what an earlier part of the run left out, which its checkpoint numbers."""
+        """Leaves out what the run, before it was resumed, had left out: `indices` of examples."""
         known = read_jsonl(self._path) if self._path.exists() else []
         entries = {row["index"]: Entry(**row) for row in known}
         for index in indices:

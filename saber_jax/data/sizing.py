@@ -20,10 +20,10 @@ from saber_jax.data.records import BadRecordError
 from saber_jax.runs.files import replacing
 
 BAD = -1
-"""In every size of an example whose record cannot be used."""
+"""Stands for every size of an example whose record cannot be used."""
 
 LEAST_PAIRS = 2
-"""Frame pairs that a thinned clip keeps at least: sampling never goes below four frames either."""
+"""A thinned clip keeps at least this many frame pairs, as sampling keeps at least four frames."""
 
 
 class Measured(Protocol):
@@ -41,7 +41,7 @@ class Measured(Protocol):
 
 @dataclasses.dataclass
 class Measurements:
-    """Of N examples under K requests. Processes that measure a share each add theirs up."""
+    """Sizes of N examples under K requests; 0 where another process measures, as all are summed."""
 
     sizes: Int[np.ndarray, "K N D"]
     frame_pairs: Int[np.ndarray, " N"]
@@ -84,7 +84,7 @@ def load(path: Path, fingerprint: str) -> Measurements | None:
 def measure(
     examples: Measured, total: int, indices: Iterable[int], *, workers: int = 0, quiet: bool = True
 ) -> Measurements:
-    """Measures the `indices` of `total` examples, the others staying 0, in `workers` processes."""
+    """Measures the `indices` of `total` examples in `workers` processes; the others stay 0."""
     indices = list(indices)
     shares = [indices[i : i + 512] for i in range(0, len(indices), 512)]
     result = _nothing(examples, total)
@@ -153,8 +153,9 @@ def _measure_share(examples: Measured, indices: Sequence[int]) -> Measurements:
 class Selection:
     """Which examples take part in a run with one budget, and in which size.
 
-    `frame_pairs` is what a clip keeps of its frames, `frame_patches` the patches of one pair of
-    them; `usable` are the examples that are neither bad nor too large, even so.
+    `frame_pairs` counts the pairs of frames that a clip keeps, `frame_patches` the patches of one
+    pair. `usable` numbers the examples that are neither bad nor, with fewer frames, still too
+    large; `thinned` those of them that keep fewer frames than they have.
     """
 
     sizes: Int[np.ndarray, "K N D"]
@@ -164,7 +165,7 @@ class Selection:
     thinned: Int[np.ndarray, " T"]
 
     def left_out(self, budget: Budget, examples: Measured) -> list[Entry]:
-        """The rest, named."""
+        """The examples that are not usable, each with its reason."""
         rest = np.setdiff1d(np.arange(self.sizes.shape[1]), self.usable)
         return [
             _entry(i, self.sizes[:, i], self.frame_patches[i], budget, examples)
@@ -224,7 +225,7 @@ def _entry(
 
 
 def unigram_entropy(counts: Int[np.ndarray, " V"]) -> float:
-    """Entropy of the target tokens' frequencies, nats per token: what a model reaches that knows
-    how often each token occurs and nothing else."""
+    """Entropy of the target tokens' frequencies, in nats per token. A model that knows how often
+    each token occurs, and nothing else, reaches this loss."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

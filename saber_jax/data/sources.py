@@ -44,9 +44,10 @@ class Weighted:
 class Sources:
     """Random access to the records of several sources, numbered one source after another.
 
-    An epoch draws as many examples as there are, source k its weight's share of them (`Draw`).
-    Each source is gone through in a shuffled order of its own, again and again, across epochs: one
-    with half its natural share is seen once in two epochs, one with twice its share twice in one.
+    An epoch has as many examples as there are records, and source k gets its weight's share of
+    them (see `Draw`). Each source is gone through in a shuffled order of its own, again and again,
+    across epochs: with half of its natural share a source is seen once in two epochs, with twice
+    its share twice in one.
     """
 
     def __init__(self, sources: Sequence[RecordSource], weights: Sequence[float]):

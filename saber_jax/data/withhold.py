@@ -1,7 +1,7 @@
 """Hide one modality of a record while every media token stays in the prompt.
 
-This is how unimodal answers are mined (the model still gets the tokens, but they carry nothing)
-and how a demonstration shows what a model takes from which modality.
+The model then gets the same tokens, but they carry nothing. Preference pairs are mined from such
+answers, and the demo shows with them what a model takes from which modality.
 """
 
 import dataclasses
