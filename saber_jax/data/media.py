@@ -166,7 +166,7 @@ def _cubic(x: Float[np.ndarray, " n"], a: float = -0.5) -> Float[np.ndarray, " n
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def patchify(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "P 1176"]:
+def patchify(frames: UInt8[np.ndarray, "T H W C"]) -> UInt8[np.ndarray, "P 1176"]:
     """Raw patches in merge-block order: rows (t, y/2, x/2, y%2, x%2), columns (C, frame, y, x).
 
     T must be even, or 1 for a still image, which then stands twice in its patches; H and W must be

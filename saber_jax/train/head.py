@@ -92,6 +92,12 @@ def entropy(logits: Float[Array, "B C W"], vocab: int) -> Float[Array, "B C"]:
     return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits) * logits).sum(-1)
 
 
+def log_prob_and_entropy(
+    logits: Float[Array, "B C W"], tokens: Int[Array, "B C"], vocab: int
+) -> Float[Array, "B C 2"]:
+    return jnp.stack([log_prob(logits, tokens, vocab), entropy(logits, vocab)], axis=-1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _kept(hidden, head, tokens, vocab, chunk):
     return over_chunks(log_prob, hidden, head, tokens, vocab=vocab, chunk=chunk)
@@ -172,8 +178,10 @@ def _logits(hidden: Float[Array, "B C D"], head: Float[Array, "D W"]) -> Float[A
 
 
 def _masked(logits: Float[Array, "B C W"], vocab: int) -> Float[Array, "B C W"]:
-    """Without the columns beyond the vocabulary. Where it is summed XLA fuses the mask; what a
-    target's own logit is picked from, the mask would make it write once more."""
+    """Logits whose columns beyond the vocabulary count for nothing in a sum.
+
+    Not masked before a target's own logit is gathered: XLA would write a second copy of the logits.
+    """
     columns = logits.shape[-1]
     return logits if columns == vocab else jnp.where(jnp.arange(columns) < vocab, logits, MASKED)
 

@@ -59,34 +59,26 @@ class Compute:
     mesh: Mesh | None = None
 
 
+# From a batch to the log-probs of its targets, in reading order: hidden states of every slot, those
+# that predict targets, the vocabulary projection, log-probs. `_log_probs` and its like are written
+# for the rows of one device; `_on_each_device` is the boundary.
+
+
 def target_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Float[Array, "B T"]:
     """log pi(target | everything its slot sees), float32; 0 for padding targets."""
-
-    def measure(hidden, projection, rows, **shape):
-        values = head.log_probs(
-            hidden, projection, rows.targets.tokens, keep=compute.head_keep, **shape
-        )
-        return jnp.where(rows.targets.weights > 0, values, 0.0)
-
-    return _of_rows(measure, params, batch, cfg, compute)
+    return _on_each_device(_log_probs, params, batch, cfg, compute)
 
 
 def target_nll(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """The sum of the targets' -log pi by their weights; without a gradient, `target_log_probs`."""
-
-    def measure(hidden, projection, rows, **shape):
-        tokens, weights = rows.targets.tokens, rows.targets.weights
-        total, values = head.weighted_nll(hidden, projection, tokens, weights, **shape)
-        return total, jnp.where(weights > 0, values, 0.0)
-
     if compute.head_keep:
         values = target_log_probs(params, batch, cfg, compute)
         return -(values * batch.targets.weights).sum(), values
-    totals, values = _of_rows(measure, params, batch, cfg, compute)
+    totals, values = _on_each_device(_weighted_nll, params, batch, cfg, compute)
     return totals.sum(), values
 
 
@@ -94,31 +86,22 @@ def target_entropies(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`target_log_probs`, and the entropy of the distribution that each target is drawn from."""
-
-    def both(logits, tokens, vocab):
-        values = [head.log_prob(logits, tokens, vocab), head.entropy(logits, vocab)]
-        return jnp.stack(values, axis=-1)
-
-    def measure(hidden, projection, rows, **shape):
-        values = head.over_chunks(both, hidden, projection, rows.targets.tokens, **shape)
-        return jnp.where(rows.targets.weights[..., None] > 0, values, 0.0)
-
-    values = _of_rows(measure, params, batch, cfg, compute)
+    values = _on_each_device(_log_probs_and_entropies, params, batch, cfg, compute)
     return values[..., 0], values[..., 1]
 
 
-def _of_rows(
-    measure: Callable, params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+def _on_each_device(
+    function: Callable, params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Any:
-    """`measure(hidden, projection, rows, vocab=..., chunk=...)` of all rows.
+    """`function(params, rows, cfg, compute)` of all rows.
 
-    With a mesh, of each device's own; what they give is put together along its first axis.
+    With a mesh every device runs it on its own rows and its own shards of the parameters, and the
+    results are put together along their first axis.
     """
-    of_rows = functools.partial(_measured, measure=measure, cfg=cfg, compute=compute)
     if compute.mesh is None:
-        return of_rows(params, batch)
+        return function(params, batch, cfg, compute)
     return jax.shard_map(
-        of_rows,
+        functools.partial(function, cfg=cfg, compute=compute),
         mesh=compute.mesh,
         in_specs=(saber.specs(params, cfg, compute.mesh), sharding.BATCH_SPEC),
         out_specs=sharding.BATCH_SPEC,
@@ -126,29 +109,77 @@ def _of_rows(
     )(params, batch)
 
 
-def _measured(
-    params: dict, rows: Batch, *, measure: Callable, cfg: SaberConfig, compute: Compute
-) -> Any:
-    dtype, chunk = jnp.dtype(compute.dtype), compute.head_chunk
-    targets = rows.targets.tokens.shape[1]
+def _log_probs(
+    params: dict, rows: Batch, cfg: SaberConfig, compute: Compute
+) -> Float[Array, "B T"]:
+    states, targets = _target_states(params, rows, cfg, compute), rows.targets
+    with jax.named_scope("head"):
+        values = head.log_probs(
+            states,
+            _projection(params, cfg, compute),
+            targets.tokens,
+            vocab=cfg.text.vocab,
+            chunk=compute.head_chunk,
+            keep=compute.head_keep,
+        )
+        return jnp.where(targets.weights > 0, values, 0.0)
+
+
+def _weighted_nll(
+    params: dict, rows: Batch, cfg: SaberConfig, compute: Compute
+) -> tuple[Float[Array, " 1"], Float[Array, "B T"]]:
+    states, targets = _target_states(params, rows, cfg, compute), rows.targets
+    with jax.named_scope("head"):
+        total, values = head.weighted_nll(
+            states,
+            _projection(params, cfg, compute),
+            targets.tokens,
+            targets.weights,
+            vocab=cfg.text.vocab,
+            chunk=compute.head_chunk,
+        )
+        return total, jnp.where(targets.weights > 0, values, 0.0)
+
+
+def _log_probs_and_entropies(
+    params: dict, rows: Batch, cfg: SaberConfig, compute: Compute
+) -> Float[Array, "B T 2"]:
+    states, targets = _target_states(params, rows, cfg, compute), rows.targets
+    with jax.named_scope("head"):
+        values = head.over_chunks(
+            head.log_prob_and_entropy,
+            states,
+            _projection(params, cfg, compute),
+            targets.tokens,
+            vocab=cfg.text.vocab,
+            chunk=compute.head_chunk,
+        )
+        return jnp.where(targets.weights[..., None] > 0, values, 0.0)
+
+
+def _target_states(
+    params: dict, rows: Batch, cfg: SaberConfig, compute: Compute
+) -> Float[Array, "B T D"]:
+    """The hidden state that predicts each target."""
+    targets, chunk = rows.targets.tokens.shape[1], compute.head_chunk
     if targets % chunk:
         raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
     hidden = saber.hidden(
         params,
         rows,
         cfg,
-        dtype=dtype,
+        dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
         max_frame_patches=compute.frame_patches,
         kernel=compute.kernel,
         response=compute.response,
         mesh=compute.mesh,
     )
-    source = rows.targets.source[..., None]
-    hidden = jnp.take_along_axis(hidden, source, axis=1, mode="clip")
-    with jax.named_scope("head"):
-        projection = saber.head(params, cfg, dtype=dtype, mesh=compute.mesh)
-        return measure(hidden, projection, rows, vocab=cfg.text.vocab, chunk=chunk)
+    return jnp.take_along_axis(hidden, rows.targets.source[..., None], axis=1, mode="clip")
+
+
+def _projection(params: dict, cfg: SaberConfig, compute: Compute) -> Float[Array, "D W"]:
+    return saber.head(params, cfg, dtype=jnp.dtype(compute.dtype), mesh=compute.mesh)
 
 
 def sft_objective(
