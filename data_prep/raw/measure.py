@@ -94,7 +94,9 @@ def measure(path: Path, settings: MeasureSettings = MeasureSettings()) -> dict[s
                     raise UnmeasurableError(f"no_{kind}", path.name)
             pass_ = _Pass(container, settings)
             pass_.decode()
-    except (av.FFmpegError, UnicodeDecodeError, OSError) as error:
+    except UnmeasurableError:
+        raise
+    except (av.FFmpegError, ValueError, OSError) as error:  # PyAV: sound that changes midway.
         raise UnmeasurableError("unreadable", f"{path.name}: {error}") from error
     if not pass_.count:
         raise UnmeasurableError("unreadable", f"{path.name}: no frame decodes")

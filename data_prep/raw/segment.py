@@ -22,6 +22,7 @@ from av.video.frame import PictureType
 from data_prep.raw import measure, storage
 from data_prep.raw.shards import Dropped, Outcome, Row
 from saber_jax.data.decode import display_matrix
+from saber_jax.data.sound import TOLERANCE
 from saber_jax.data.timeline import playable
 
 REASONS = {
@@ -50,7 +51,7 @@ def work(rows: list[Row], settings: SegmentSettings, clips: str) -> Iterator[Out
     for row in rows:
         try:
             yield from _segment(row, settings, clips)
-        except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
+        except (av.FFmpegError, OSError, ValueError) as error:  # PyAV: sound that changes midway.
             yield Dropped(row=row, reason="unreadable", detail=str(error))
 
 
@@ -203,7 +204,13 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
             return
         resampler = av.AudioResampler(audio.format, audio.layout, audio.rate, frame_size=1024)
         written = 0
+        heard_until = span[0]
         for frame in _frames(sounds, told, span):
+            hole = float(frame.time or 0.0) - heard_until
+            if hole > TOLERANCE:  # Sound that starts late or pauses stays in time.
+                written += round(hole * audio.rate)
+                heard_until += hole
+            heard_until += frame.samples / frame.sample_rate
             frame.pts = None
             for part in resampler.resample(frame):
                 part.pts, part.time_base = written, Fraction(1, audio.rate)

@@ -241,6 +241,19 @@ def test_a_stretch_of_a_video_becomes_a_clip_of_its_own(tmp_path):
     assert loud[1:9].all() and not loud[11:].any()
 
 
+def test_sound_that_pauses_stays_in_time_when_a_clip_is_cut(tmp_path):
+    from saber_jax.data import decode
+
+    beep = np.concatenate([np.zeros(2 * RATE, np.int16), tone(1)])
+    source = write_clip(
+        tmp_path / "long.mkv", frames=pictures(60, 0), audio=beep, hole=(1.5, 1.0), fps=12
+    )
+    segment.write_clip(source, source, tmp_path / "cut.mp4", (1.0, 4.5))
+    for path, at in ((source, 3.0), (tmp_path / "cut.mp4", 2.0)):
+        heard = np.abs(decode.decode_clip(path, decode.Sampling()).audio.astype(int))
+        assert np.flatnonzero(heard > 4000)[0] / RATE == pytest.approx(at, abs=0.06)
+
+
 def test_a_clip_that_is_cut_stands_upright_as_its_source_does(tmp_path):
     from saber_jax.data import decode
 
