@@ -76,7 +76,7 @@ def test_the_block_works_as_it_stands(tmp_path):
     for name in ("configs", "data_prep", "saber_jax", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     mine = tmp_path / "mine"
-    corpus.build(mine, sizes=Sizes(train=24, preference=0, test=6), seed=3)
+    corpus.build(mine, sizes=Sizes(train=20, preference=4, test=6), seed=3)
     annotations = mine / "annotations"
     drafts = [path.read_text() for path in sorted(annotations.iterdir()) if path.suffix == ".json"]
     shutil.rmtree(annotations)
