@@ -34,7 +34,7 @@ from saber_jax.data.records import splits_of
 from saber_jax.runs import distributed, manifest
 from saber_jax.runs.distributed import PREEMPTED
 from saber_jax.runs.files import read_json, write_json
-from saber_jax.runs.identity import identity
+from saber_jax.runs.identity import MAY_CHANGE, identity
 
 TERMINATED = 128 + signal.SIGTERM
 UNTIL = flags.DEFINE_string(
@@ -239,11 +239,15 @@ def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
     taken = Path(config.workdir) / "config.json"
     if not taken.exists():
         return
+    # An unfinished run may go on with some other settings; saber_jax.main logs the change.
+    may = () if taken.with_name("summary.json").exists() else MAY_CHANGE
     carried = "; stage 1, the pairs and their evaluation are used again" * ("pairs" in config.data)
     try:
         manifest.check(
-            identity(read_json(taken)),
-            identity(config),
+            *(
+                {name: value for name, value in identity(held).items() if name not in may}
+                for held in (read_json(taken), config)
+            ),
             what=f"{config.workdir} holds a run with other settings",
             remedy=(
                 f"To keep both, add --config.workdir={Path(config.workdir).parent / 'NAME'}: what "

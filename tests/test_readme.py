@@ -77,11 +77,16 @@ def test_the_block_works_as_it_stands(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     mine = tmp_path / "mine"
     corpus.build(mine, sizes=Sizes(train=20, preference=4, test=6), seed=3)
-    annotations = mine / "annotations"
-    drafts = [path.read_text() for path in sorted(annotations.iterdir()) if path.suffix == ".json"]
-    shutil.rmtree(annotations)
-    first = min((mine / "clips").iterdir())
-    shutil.copy(first, mine / "clips/001.mp4")
+    lines = (mine / "labels.jsonl").read_text().splitlines()
+    english = [row for row in map(json.loads, lines) if row["language"] == "en"]
+    names = {row["clip_id"] for row in english}
+    drafts = [(mine / f"annotations/{name}.json").read_text() for name in sorted(names)]
+    shutil.rmtree(mine / "annotations")
+    for path in (mine / "clips").iterdir():
+        if path.stem not in names:
+            path.unlink()
+    (mine / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in english))
+    shutil.copy(min((mine / "clips").iterdir()), mine / "clips/001.mp4")
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").symlink_to(sys.executable)

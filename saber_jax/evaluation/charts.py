@@ -1,12 +1,15 @@
-"""Line charts as inline SVG, in colours that the page's style sheet chooses."""
+"""Charts as inline SVG, in colours that the page's style sheet chooses."""
 
 import dataclasses
+import html
 import math
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 34
 MOST_POINTS = 300
+SMOOTHED = 40
+MOST_HOVERED = 60
 
 Point = tuple[float, float]
 
@@ -25,10 +28,14 @@ def line_chart(
     x_label: str,
     y_label: str,
     reference: Reference | None = None,
+    logarithmic: bool = False,
 ) -> str:
     """Curves over (x, y) points, each ordered by x; curve i has the class "curve ci".
 
-    Long curves are drawn as means of neighbours. Raises ValueError without any point.
+    Long curves are drawn as means of neighbours. A curve of more than SMOOTHED points is drawn
+    faintly, under its moving mean. Points show their values on hover. With `logarithmic` the y axis
+    is so, where all y are above 0 and span more than a factor of ten. Raises ValueError without any
+    point.
     """
     if not any(curves.values()):
         raise ValueError(f"There is nothing to draw for {y_label}.")
@@ -36,13 +43,16 @@ def line_chart(
     drawn = {name: thinned(points, MOST_POINTS) for name, points in curves.items() if points}
     ys = [y for points in drawn.values() for _, y in points]
     x_ticks = ticks(min(xs), max(xs), 5)
-    y_ticks = ticks(*_span([*ys, reference.value] if reference else ys), 5)
+    logarithmic = logarithmic and max(ys) > 10 * min(ys) > 0
+    shown = _span([*ys, reference.value] if reference else ys)
+    y_ticks = decades(*shown) if logarithmic else ticks(*shown, 5)
+    scale = math.log10 if logarithmic else float
     x_range = (min(xs), max(max(xs), min(xs) + 1e-9))
     y_range = (y_ticks[0], y_ticks[-1])
 
     def place(x: float, y: float) -> Point:
         across = (x - x_range[0]) / (x_range[1] - x_range[0])
-        up = (y - y_range[0]) / (y_range[1] - y_range[0])
+        up = (scale(y) - scale(y_range[0])) / (scale(y_range[1]) - scale(y_range[0]))
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
             HEIGHT - TOP - BOTTOM
         )
@@ -57,14 +67,45 @@ def line_chart(
             x, _ = place(tick, y_range[0])
             parts.append(_text("tick middle", x, HEIGHT - BOTTOM + 16, _number(tick)))
     parts.append(_text("tick middle", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
-    for number, points in enumerate(drawn.values()):
-        curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        parts.append(f'<polyline class="curve c{number}" points="{curve}"/>')
+    for number, (name, points) in enumerate(drawn.items()):
+        lines = {"": points}
+        if len(points) > SMOOTHED:
+            lines = {" raw": points, "": smoothed(points, len(points) // SMOOTHED)}
+        for kind, line in lines.items():
+            curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+            parts.append(f'<polyline class="curve c{number}{kind}" points="{curve}"/>')
+        for x, y in points[:: -(-len(points) // MOST_HOVERED)]:
+            across, down = place(x, y)
+            said = html.escape(f"{name}, {x_label} {_number(round(x))}: {y:.4g}")
+            parts.append(
+                f'<circle class="hover c{number}" cx="{across:.1f}" cy="{down:.1f}" r="5">'
+                f"<title>{said}</title></circle>"
+            )
     if reference:
         _, y = place(x_range[0], reference.value)
         parts.append(_line("reference", LEFT, y, WIDTH - RIGHT, y))
         parts.append(_text("note end", WIDTH - RIGHT - 2, y - 5, reference.label))
     return "".join([*parts, "</svg>"])
+
+
+def smoothed(points: Sequence[Point], reach: int) -> list[Point]:
+    """Each point's y as the mean over the `reach` points before and after it, as far as there are
+    as many on both sides."""
+    means = []
+    for i, (x, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        part = points[i - near : i + near + 1]
+        means.append((x, math.fsum(y for _, y in part) / len(part)))
+    return means
+
+
+def decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten that enclose `low` and `high`, both above 0."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    steps = [round(factor * 10.0**power, 12) for power in powers for factor in (1, 2, 5)]
+    first = max(i for i, step in enumerate(steps) if step <= low * (1 + 1e-9))
+    last = min(i for i, step in enumerate(steps) if step >= high * (1 - 1e-9))
+    return steps[first : max(last, first + 1) + 1]
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:

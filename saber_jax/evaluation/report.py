@@ -19,7 +19,7 @@ import jinja2
 import markupsafe
 
 from saber_jax.data.conflicts import CONFLICT_TYPES
-from saber_jax.evaluation import charts, report_examples, report_tables, saber_test
+from saber_jax.evaluation import charts, figure, report_examples, report_tables, saber_test
 from saber_jax.flags import Parser
 from saber_jax.runs.files import read_json, read_jsonl, write_text
 from saber_jax.tree import flatten
@@ -90,6 +90,8 @@ def render(inputs: Inputs) -> str:
     pairs = read_jsonl(inputs.pairs / "pairs.jsonl") if inputs.pairs else []
     clips = inputs.corpus / "clips" if inputs.corpus else None
     browser = report_examples.browser(results, pairs, clips, inputs.most_media)
+    cards = report_tables.cards(results)
+    drawn = figure.svg(cards, list(stages.values()))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
@@ -106,7 +108,9 @@ def render(inputs: Inputs) -> str:
         stages=stages,
         runs=runs,
         scores=results.scores,
-        cards=report_tables.cards(results),
+        cards=cards,
+        figure=markupsafe.Markup(drawn),
+        figure_link=markupsafe.Markup(figure.link(drawn)),
         worse=report_tables.worse(results),
         summary=report_tables.summary(results),
         missing=report_tables.missing(results),
@@ -136,7 +140,10 @@ def _run(workdir: Path) -> dict[str, Any]:
         raise ValueError(f"{workdir}/metrics.jsonl is empty: that run has not taken a step.")
     config = workdir / "config.json"
     settings = flatten(read_json(config), ".") if config.exists() else {}
+    names = ("stage", "variant", "model", "seed")
+    stage, variant, model, seed = (settings.get(name) for name in names)
     return {
+        "about": f"configs/{stage}.py:{variant}, model {model}, seed {seed}" if stage else "",
         "summary": read_json(workdir / "summary.json"),
         "metrics": metrics,
         # Validation has lines of its own.
@@ -178,7 +185,13 @@ def _curve(metrics: Sequence[dict[str, Any]], name: str) -> list[charts.Point]:
 def _chart(
     curves: Mapping[str, Sequence[charts.Point]], title: str, reference: charts.Reference | None
 ) -> dict[str, Any]:
-    svg = charts.line_chart(curves, x_label="step", y_label=title, reference=reference)
+    svg = charts.line_chart(
+        curves,
+        x_label="step",
+        y_label=title,
+        reference=reference,
+        logarithmic="loss" in title,
+    )
     legend = [
         {
             "name": name.split("/")[-1].replace("_", " "),

@@ -54,8 +54,9 @@ def in_turns(items: Iterable[T], kind: Callable[[T], Hashable]) -> list[T]:
     return [item for turn in turns for item in turn if item is not None]
 
 
-def tags(labels: dict[str, str], answers: Sequence[Row]) -> list[str]:
-    """What a clip can be filtered by; the first says what became of it from stage to stage."""
+def tags(labels: dict[str, str], answers: Sequence[Row], models: Sequence[str] = ()) -> list[str]:
+    """What a clip can be filtered by; the first says what became of it from stage to stage. With
+    several `models` a fault is there twice: of any answer, and with whose it is."""
     right = [row["conclusion"] == labels["emotion"] for row in answers]
     if len(right) == 1:
         found = ["right" if right[0] else "wrong"]
@@ -63,14 +64,23 @@ def tags(labels: dict[str, str], answers: Sequence[Row]) -> list[str]:
         names = {(True, True): "right in all", (False, False): "wrong in all"}
         names |= {(False, True): "corrected", (True, False): "lost"}
         found = [names[right[0], right[-1]]]
-    for label in saber_test.MODALITIES:
-        if any(saber_test.misled(row["conclusion"], labels, label) for row in answers):
-            found.append(f"follows the {label}")
-    if any(row["conclusion"] is None for row in answers):
-        found.append("names no emotion")
-    if any(not saber_test.is_complete(row["response"]) for row in answers):
-        found.append("lacks a section")
+    faults = [_faults(labels, row) for row in answers]
+    found += dict.fromkeys(fault for each in faults for fault in each)
+    if len(models) > 1:
+        pairs = zip(models, faults, strict=True)
+        found += [f"{model} {fault}" for model, each in pairs for fault in each]
     return found
+
+
+def _faults(labels: dict[str, str], row: Row) -> list[str]:
+    """What is wrong with one answer."""
+    followed = [m for m in saber_test.MODALITIES if saber_test.misled(row["conclusion"], labels, m)]
+    faults = [f"follows the {modality}" for modality in followed]
+    if row["conclusion"] is None:
+        faults.append("names no emotion")
+    if not saber_test.is_complete(row["response"]):
+        faults.append("lacks a section")
+    return faults
 
 
 def _example(results: Results, index: int) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def _example(results: Results, index: int) -> dict[str, Any]:
         if not saber_test.is_consistent(labels)
         else "no conflict",
         "labels": shown,
-        "tags": tags(labels, answers),
+        "tags": tags(labels, answers, list(results.stages.values())),
         "truth": [row["annotation"][field] for field in FIELDS],
         "answers": [_answer(answer, labels) for answer in answers],
     }

@@ -140,6 +140,15 @@ def missing(results: Results) -> dict[str, list[str]]:
     return lacking
 
 
+CONFLICT_MEANINGS = {
+    "sarcasm": "the voice denies the words",
+    "masking": "a smile over a sad voice",
+    "suppression": "a neutral face, a feeling voice",
+    "leakage": "a feeling face, a neutral voice",
+    "other": "any other conflict",
+}
+
+
 def conflict_types(results: Results) -> list[Line]:
     """Accuracy by type of conflict."""
     names = [saber_test.conflict_type(row) for row in results.clips]
@@ -147,7 +156,9 @@ def conflict_types(results: Results) -> list[Line]:
     for name in next(iter(results.scores.values()))["conflict_types"]:
         which = np.array([n == name for n in names])
         gain = results.gain(saber_test.correct, which)
-        lines.append(_line(results, name, ("conflict_types", name), 1, gain))
+        meaning = CONFLICT_MEANINGS.get(name)
+        shown = f"{name}: {meaning}" if meaning else name
+        lines.append(_line(results, shown, ("conflict_types", name), 1, gain))
     return lines
 
 

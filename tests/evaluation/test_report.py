@@ -1,10 +1,12 @@
 import html.parser
 import json
 import re
+import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
-from saber_jax.evaluation import charts, report, report_examples, report_tables, saber_test
+from saber_jax.evaluation import charts, figure, report, report_examples, report_tables, saber_test
 from saber_jax.runs.files import read_json, write_json, write_jsonl
 from tests.evaluation.report_files import CADPO, SED, write_run
 
@@ -194,7 +196,8 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(workdir):
     page, checker = _page(workdir), _Checker()
     checker.feed(page)
     assert not checker.open
-    assert all(address.startswith("#") for address in checker.addresses)
+    own = ("#", "data:image/svg+xml;base64,")
+    assert all(address.startswith(own) for address in checker.addresses)
     assert not re.search(r"https?://(?!www\.w3)|@import|url\(", page)
     videos = [clip["video"] for clip in _examples(page)["clips"]]
     assert videos == ["data:video/mp4;base64,ZmlsbQ=="] * len(SED)
@@ -217,6 +220,8 @@ def test_examples_say_what_became_of_them(workdir):
     assert clips[0]["answers"][0]["follows"] == ["face"]
     assert clips[2]["answers"][0]["follows"] == ["voice"]
     assert "follows the voice" in clips[4]["tags"]
+    assert "CA-DPO follows the voice" in clips[4]["tags"]
+    assert "SED follows the voice" not in clips[4]["tags"]
     assert clips[0]["type"] == "sarcasm"
     assert clips[5]["type"] == "no conflict"
 
@@ -308,3 +313,38 @@ def test_a_constant_curve_and_a_single_point_can_be_drawn():
 def test_a_report_without_any_scores_is_refused(tmp_path, capsys):
     assert report.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 1
     assert "at least one stage" in capsys.readouterr().err
+
+
+def test_a_loss_has_a_logarithmic_axis_with_round_numbers():
+    assert charts.decades(0.05, 6.4) == [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert charts.decades(2.0, 2.0) == [2, 5]
+    curve = [(float(i), 10.0 ** (-i / 10)) for i in range(21)]
+    svg = charts.line_chart({"loss": curve}, x_label="step", y_label="loss", logarithmic=True)
+    points = re.search(r'class="curve c0" points="([^"]*)"', svg)[1].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    # What decays exponentially is a straight line.
+    np.testing.assert_allclose(np.diff(heights), np.diff(heights)[0], atol=0.11)
+    assert "<title>loss, step 20: 0.01</title>" in svg
+
+
+def test_long_curves_are_smoothed_and_keep_their_ends_and_lines():
+    line = [(float(i), 2.0 * i) for i in range(50)]
+    assert charts.smoothed(line, 5) == line
+    noisy = [(float(i), float(i % 2)) for i in range(100)]
+    middle = [y for _, y in charts.smoothed(noisy, 5)][10:-10]
+    assert max(middle) - min(middle) < 0.2
+    svg = charts.line_chart({"a": noisy}, x_label="step", y_label="a")
+    assert 'class="curve c0 raw"' in svg and 'class="curve c0"' in svg
+
+
+def test_the_figure_stands_alone_and_shows_both_models_and_the_paired_change():
+    score = {"value": 0.5, "interval": [0.4, 0.6]}
+    better = {"value": 0.75, "interval": [0.7, 0.8]}
+    gain = {"value": 0.25, "interval": [0.2, 0.3]}
+    rows = [{"name": "Right <here>", "values": [score, better], "gain": gain, "better": 1}]
+    drawn = figure.svg(rows, ["SED", "CA-DPO"])
+    root = xml.etree.ElementTree.fromstring(drawn)
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"SED", "CA-DPO", "Right <here>", "change, points"} <= set(texts)
+    assert drawn.count("<circle") == 2 + 3  # The legend; two scores and their change.
+    assert "var(" not in drawn and figure.link(drawn).startswith("data:image/svg+xml;base64,")
