@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from saber_jax.batch import Prompts
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.text import Block, Cache, cut
+from saber_jax.models.text import Block, Cache, last_slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def start(
     if program.cache is not None:
         cache = jax.lax.with_sharding_constraint(cache, program.cache)
     # A prompt ends in text, whose three positions are equal and the largest so far.
-    positions = cut(batch.text.positions[:, 0], ends, 1)[:, 0]
+    positions = last_slots(batch.text.positions[:, 0], ends, 1)[:, 0]
     positions, last = (jnp.repeat(x, program.samples, axis=0) for x in (positions, last))
     tokens = _next_token(params, last, jnp.int32(0), pick, program)
     out = jnp.full((tokens.size, program.max_new_tokens), pick.end, jnp.int32)

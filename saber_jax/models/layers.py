@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from saber_jax.models import kernels
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.lora import Adapted
 from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
-from saber_jax.models.remat import ATTENTION, INPUT, QKV, Remat, named, rematerialised
-from saber_jax.models.shards import whole
+from saber_jax.models.remat import ATTENTION, INPUT, QKV, Remat, rematerialised
+from saber_jax.models.shards import all_gather_weight
 from saber_jax.models.tiles import Tiled
 
 # Longer causal rows are gone through in blocks of so many queries: few scores are masked, and those
@@ -30,7 +31,11 @@ def project(
     equation: str, x: Array, w: nnx.Param | Adapted | Tiled, b: nnx.Param | None = None
 ) -> Array:
     """An einsum of activations and a weight, plus a bias over the trailing dimensions."""
-    y = jnp.einsum(equation, x, whole(w)) if isinstance(w, nnx.Param) else w.project(equation, x)
+    y = (
+        jnp.einsum(equation, x, all_gather_weight(w))
+        if isinstance(w, nnx.Param)
+        else w.project(equation, x)
+    )
     return y if b is None else y + jnp.broadcast_to(b[...], y.shape)
 
 
@@ -70,13 +75,13 @@ def attend(
     the heads that share a kv head are laid side by side, so that both products are plain batched
     matrix products, and the sum divides the output instead of the [T, S] weights.
     """
-    q, k, v = named((q, k, v), QKV)
+    q, k, v = checkpoint_name((q, k, v), QKV)
     if kernel != "xla":
         return kernels.packed(
             q, k, v, visible.query_segments, response=visible.response, kernel=kernel
         )
     long = visible.causal and q.shape[1] == k.shape[1] and q.shape[1] > QUERY_BLOCK
-    return named((_blocks if long else _dense)(q, k, v, visible), ATTENTION)
+    return checkpoint_name((_blocks if long else _dense)(q, k, v, visible), ATTENTION)
 
 
 def _dense(
@@ -203,7 +208,7 @@ def attend_nearby(
     In XLA's form queries are cut into blocks, each compared with three blocks of keys.
     """
     if kernel != "xla":
-        q, k, v = named((q, k, v), QKV)
+        q, k, v = checkpoint_name((q, k, v), QKV)
         return kernels.nearby(q, k, v, segments, reach=block, kernel=kernel)
     batch, length = segments.shape
     pad = -length % block
@@ -228,6 +233,6 @@ def scan_layers(layer: Callable, carry: Any, xs: Any, *, remat: Remat) -> tuple[
     """`jax.lax.scan` over stacked layers, which keep for the backward pass what `remat` says."""
 
     def body(carry, x):
-        return layer(named(carry, INPUT), x)
+        return layer(checkpoint_name(carry, INPUT), x)
 
     return jax.lax.scan(rematerialised(body, remat), carry, xs)

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Key
 from saber_jax.batch import Inputs
 from saber_jax.models.config import LoraConfig
 from saber_jax.models.parameters import AXES, IN_AXES, ROLE, Kind, Role
-from saber_jax.models.shards import SHARDS, shards_of, whole
+from saber_jax.models.shards import SHARDS, all_gather_weight, shards_of
 
 ADAPTERS = "lora"
 
@@ -57,9 +57,9 @@ class Adapted(nnx.Module):
         split = self.a.ndim - 1
         kept = "".join(letter for letter in given if letter not in weight[:split])
         read = x if self.keys is None else dropped(x, self.keys[...], self.cfg.dropout)
-        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", read, whole(self.a))
-        delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, whole(self.b))
-        return jnp.einsum(equation, x, whole(self.w)) + self.cfg.scale * delta
+        thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", read, all_gather_weight(self.a))
+        delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, all_gather_weight(self.b))
+        return jnp.einsum(equation, x, all_gather_weight(self.w)) + self.cfg.scale * delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,20 +7,18 @@ tokens in bfloat16; each GiB that is kept saves about as much computation as any
 from typing import Literal, get_args
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal[
     "layer_offload", "layer", "qkv_offload", "qkv", "attention", "gate", "matmuls", "none"
 ]
 
-# Names that layers give to what they compute, see `named`.
+# Names that layers give to what they compute, see jax.ad_checkpoint.checkpoint_name.
 INPUT = "layer_input"
 QKV = "qkv"  # Rotated queries and keys, and values.
 ATTENTION = "attention_output"  # The kernel's output and log-sum-exp.
 MLP_INPUT = "mlp_input"  # The sum of the layer's input and what attention adds.
 GATE, UP = "gate", "up"  # The two wide projections.
 
-named = checkpoint_name
 BY_MEMORY = get_args(Remat)  # From the least memory on the device to the most.
 
 _KEPT: dict[str, tuple[str, ...]] = {

@@ -24,7 +24,7 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.masks import packed_text
 from saber_jax.models.parameters import ROLE, logical_axes
 from saber_jax.models.remat import Remat
-from saber_jax.models.shards import lookup, mark, whole_table
+from saber_jax.models.shards import all_gather_table, lookup, mark
 from saber_jax.models.text import Block, Cache, Text, of_layer
 from saber_jax.models.tiles import tile
 from saber_jax.models.vision import Vision
@@ -162,8 +162,8 @@ def head(
     params: Params, cfg: SaberConfig, *, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> Float[Array, "D W"]:
     """The vocabulary projection, whole; `mesh` as in `hidden`, and with it columns beyond the
-    vocabulary may follow, see shards.whole_table."""
-    return whole_table(_bind(params, cfg, dtype, mesh).text.lm_head)
+    vocabulary may follow, see shards.all_gather_table."""
+    return all_gather_table(_bind(params, cfg, dtype, mesh).text.lm_head)
 
 
 def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

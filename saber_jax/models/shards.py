@@ -45,13 +45,13 @@ def shards_of(
     )
 
 
-def whole(weight: nnx.Param) -> Array:
+def all_gather_weight(weight: nnx.Param) -> Array:
     """The weight, gathered from the devices that share it."""
     return _gathered(weight[...], weight.get_metadata(SHARDS, ()))
 
 
-def whole_table(weight: nnx.Param) -> Float[Array, "D W"]:
-    """`whole`, of a [D, V] table of which each device keeps rows as wide as the vocabulary.
+def all_gather_table(weight: nnx.Param) -> Float[Array, "D W"]:
+    """A [D, V] table of which each device keeps rows as wide as the vocabulary, gathered.
 
     It travels, and is returned, with columns of zeros up to W, the next width that suits the rings.
     """
@@ -61,8 +61,12 @@ def whole_table(weight: nnx.Param) -> Float[Array, "D W"]:
 
 
 def _gathered(value: Array, kept: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
-    """The innermost ring comes first. On short rings what is gathered leads: there the transpose
-    along a last dimension, on long ones along one moved to the front, may become a sum of all."""
+    """The value, gathered along one ring after the other, the innermost first.
+
+    On rings shorter than LONG_RING it is gathered along the leading axis: XLA turns the transpose
+    into a reduce-scatter there and into an all-reduce otherwise. On long rings it is the other way
+    around for an axis that was moved to the front.
+    """
     for dimension, axes in kept:
         short = all(jax.lax.axis_size(axis) < LONG_RING for axis in axes)
         at = 0 if short else value.ndim + dimension

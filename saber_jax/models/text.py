@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -36,7 +37,7 @@ from saber_jax.models.parameters import (
     weight,
 )
 from saber_jax.models.positions import Rotary, rotate, text_rotary
-from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
+from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat
 
 
 class LayerCache(TypedDict):
@@ -94,8 +95,8 @@ class GatedMlp(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate = named(project("BLD,DF->BLF", x, self.w_gate), GATE)
-        up = named(project("BLD,DF->BLF", x, self.w_up), UP)
+        gate = checkpoint_name(project("BLD,DF->BLF", x, self.w_gate), GATE)
+        up = checkpoint_name(project("BLD,DF->BLF", x, self.w_up), UP)
         return project("BLF,FD->BLD", jax.nn.silu(gate) * up, self.w_down)
 
 
@@ -121,7 +122,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
             x = x + self.attn.out(attend(q, k, v, visible, kernel))
-        x = named(x, MLP_INPUT)
+        x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm, eps))
         return x, (k, v)
@@ -206,7 +207,7 @@ class Text(nnx.Module):
         def layer(x, block):
             x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps)
             # Cut layer by layer: keys and values of all the packed rows never stand side by side.
-            k, v = (cut(kept, ends, prompt_slots) for kept in (k, v))
+            k, v = (last_slots(kept, ends, prompt_slots) for kept in (k, v))
             return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
         x, stacked = jax.lax.scan(layer, x, self.blocks)
@@ -216,7 +217,7 @@ class Text(nnx.Module):
             prompt_k, prompt_v = of_layer(stacked, index)
             k = jnp.zeros((rows, *heads, answer_slots), x.dtype)
             cache.append(LayerCache(prompt_k=prompt_k, prompt_v=prompt_v, k=k, v=k.swapaxes(2, 3)))
-        return rms_norm(cut(x, ends, 1)[:, 0], self.norm, cfg.norm_eps), cache
+        return rms_norm(last_slots(x, ends, 1)[:, 0], self.norm, cfg.norm_eps), cache
 
     def decode(
         self,
@@ -261,7 +262,7 @@ def of_layer(stacked: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
-def cut(x: Shaped[Array, "R L ..."], ends: Int[Array, "G c"], length: int) -> Array:
+def last_slots(x: Shaped[Array, "R L ..."], ends: Int[Array, "G c"], length: int) -> Array:
     """The last `length` slots of every prompt of packed rows: [C, length, ...], C = G c.
 
     The rows are G groups of equally many, and `ends` counts slots from the start of a group. Only

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -30,7 +31,7 @@ from saber_jax.models.layers import (
 from saber_jax.models.masks import same_segment
 from saber_jax.models.parameters import Positions, bias, in_order, scale, stack, weight
 from saber_jax.models.positions import Rotary, rotate, vision_rotary
-from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat, named
+from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat
 
 # Red, green, blue of the CLIP training images, which the released tower was trained with.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -55,12 +56,12 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B P D"],
         rotary: Rotary,
-        look: Callable[[Array, Array, Array], Array],
+        attention_fn: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B P D"]:
         q = rotate(project("BPD,DNH->BPNH", x, self.w_q, self.b_q), rotary)
         k = rotate(project("BPD,DNH->BPNH", x, self.w_k, self.b_k), rotary)
         v = project("BPD,DNH->BPNH", x, self.w_v, self.b_v)
-        return project("BPNH,NHD->BPD", look(q, k, v), self.w_o, self.b_o)
+        return project("BPNH,NHD->BPD", attention_fn(q, k, v), self.w_o, self.b_o)
 
 
 class Mlp(nnx.Module):
@@ -76,8 +77,8 @@ class Mlp(nnx.Module):
         self.b_down = bias((d,), ("norm",))
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        gate = named(project("BPD,DF->BPF", x, self.w_gate, self.b_gate), GATE)
-        up = named(project("BPD,DF->BPF", x, self.w_up, self.b_up), UP)
+        gate = checkpoint_name(project("BPD,DF->BPF", x, self.w_gate, self.b_gate), GATE)
+        up = checkpoint_name(project("BPD,DF->BPF", x, self.w_up, self.b_up), UP)
         return project("BPF,FD->BPD", jax.nn.silu(gate) * up, self.w_down, self.b_down)
 
 
@@ -94,11 +95,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B P D"],
         rotary: Rotary,
-        look: Callable[[Array, Array, Array], Array],
+        attention_fn: Callable[[Array, Array, Array], Array],
         *,
         eps: float,
     ) -> Float[Array, "B P D"]:
-        x = named(x + self.attn(rms_norm(x, self.attn_norm, eps), rotary, look), MLP_INPUT)
+        x = checkpoint_name(
+            x + self.attn(rms_norm(x, self.attn_norm, eps), rotary, attention_fn), MLP_INPUT
+        )
         return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
 
 
@@ -152,8 +155,8 @@ class Vision(nnx.Module):
         `max_frame_patches` promises that no frame has more patches, which makes attention local;
         a longer frame would lose far keys.
         """
-        look = functools.partial(
-            _look, window=window, frame=frame, cfg=cfg, reach=max_frame_patches, kernel=kernel
+        attention_fn = functools.partial(
+            _attend, window=window, frame=frame, cfg=cfg, reach=max_frame_patches, kernel=kernel
         )
         rotary = vision_rotary(patch_hw, head_dim=cfg.head_dim)
         with jax.named_scope("patches"):
@@ -161,7 +164,9 @@ class Vision(nnx.Module):
 
         def layer(x, inputs):
             block, full = inputs
-            return block(x, rotary, functools.partial(look, full=full), eps=cfg.norm_eps), None
+            return block(
+                x, rotary, functools.partial(attention_fn, full=full), eps=cfg.norm_eps
+            ), None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, (self.blocks, full_attention(cfg)), remat=remat)
@@ -171,7 +176,7 @@ class Vision(nnx.Module):
         return jnp.where(real, units, jnp.zeros_like(units))
 
 
-def _look(
+def _attend(
     q: Float[Array, "B P N H"],
     k: Float[Array, "B P N H"],
     v: Float[Array, "B P N H"],

@@ -218,17 +218,17 @@ def test_every_vision_layer_equals_the_reference(answers, params):
 def vision_layers(params, batch):
     """The tower with its layers unrolled, stopped after each."""
     from saber_jax.models.positions import vision_rotary
-    from saber_jax.models.vision import _look, full_attention, normalize
+    from saber_jax.models.vision import _attend, full_attention, normalize
 
     cfg, tower = CONFIG.vision, saber._bind(params, CONFIG, jnp.float32).vision
     x = jnp.einsum("BPX,XD->BPD", normalize(batch.vision.patches), tower.w_patch[...])
     rotary = vision_rotary(batch.vision.hw, head_dim=cfg.head_dim)
     places = {"window": batch.vision.window, "frame": batch.vision.frame}
-    look = functools.partial(_look, **places, cfg=cfg, reach=None, kernel="xla")
+    attention_fn = functools.partial(_attend, **places, cfg=cfg, reach=None, kernel="xla")
 
     def layer(x, inputs):
         block, full = inputs
-        x = block(x, rotary, functools.partial(look, full=full), eps=cfg.norm_eps)
+        x = block(x, rotary, functools.partial(attention_fn, full=full), eps=cfg.norm_eps)
         return x, x
 
     x, layers = jax.lax.scan(layer, x, (tower.blocks, full_attention(cfg)))

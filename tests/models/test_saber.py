@@ -153,9 +153,9 @@ def _without_last(talk, steps: int) -> dict:
     return {"tokens": talk.tokens[:-steps], "positions": talk.positions[:, :-steps]}
 
 
-def test_the_drawing_of_cut():
+def test_the_drawing_of_last_slots():
     rows = jnp.array([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
-    got = text.cut(rows, jnp.array([[3, 5], [1, 3]]), 2)
+    got = text.last_slots(rows, jnp.array([[3, 5], [1, 3]]), 2)
     assert got.tolist() == [[2, 3], [4, 5], [6, 6], [7, 8]]
 
 
