@@ -72,6 +72,7 @@ def train(config: ConfigDict) -> None:
     """
     ranges.check(config)
     workdir = Path(config.workdir)
+    check_hosts(config)
     check_claim(workdir, config)
     watchdog = Watchdog(workdir, least_seconds=config.stall_seconds)
     with watchdog.watching():
@@ -85,6 +86,18 @@ def train(config: ConfigDict) -> None:
             claim(workdir, config)
             while not run_stage(config, stage, inputs, watchdog):
                 pass
+
+
+def check_hosts(config: ConfigDict) -> None:
+    """Raises ValueError on a host that was started with another config than the first one."""
+    ours = identity(config)
+    theirs = distributed.from_first(json.dumps(ours).encode())
+    manifest.check(
+        json.loads(theirs),
+        ours,
+        what=f"host {jax.process_index()} was started with another config than the first host",
+        remedy="Give the same command on all of them.",
+    )
 
 
 def check_claim(workdir: Path, config: ConfigDict) -> list[str]:

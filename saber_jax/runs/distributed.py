@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from saber_jax.runs import private
@@ -72,6 +73,17 @@ def barrier(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(data: bytes) -> bytes:
+    """What the first process gave, in every process."""
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    mine = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        mine[:] = np.frombuffer(data, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
 
 
 @contextlib.contextmanager
