@@ -34,8 +34,9 @@ from saber_jax.runs.watchdog import Watchdog
 from saber_jax.train import checkpoint, loop, nonfinite, samples, saved, start
 from saber_jax.train import stage as stages
 from saber_jax.train.metrics import MetricsWriter
+from saber_jax.train.optimizer import OptimizerConfig
 from saber_jax.train.profile import Profile
-from saber_jax.train.progress import Console, Meter
+from saber_jax.train.progress import Console, Course, Meter
 from saber_jax.train.references import with_references
 from saber_jax.train.stage import Stage
 
@@ -200,6 +201,8 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
         records=records,
     )
     watch = watched(config, stage, batches, workdir, first, watchdog, trouble)
+    watch = dataclasses.replace(watch, course=course(config, inputs, first))
+    watch.console.begin()
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
     # Also while the last checkpoint is being written: SIGTERM must not interrupt that.
@@ -262,6 +265,19 @@ def watched(
         attempt=attempt,
         hosts=watchdog.metrics,
         nonfinite=trouble,
+    )
+
+
+def course(config: ConfigDict, inputs: Inputs, first: int) -> Course:
+    """Learning rate and epoch of the steps from `first` on."""
+    row, usable = first * config.data.batch_rows, len(inputs.draw.usable)
+    seen = inputs.plan.position(row).epoch * usable + len(inputs.plan.begun(row))
+    return Course(
+        OptimizerConfig(**config.optimizer),
+        config.steps,
+        adapters=bool(config.lora.rank),
+        seen=seen,
+        examples=usable,
     )
 
 

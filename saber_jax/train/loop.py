@@ -15,7 +15,7 @@ from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.nonfinite import MUST_BE_FINITE, NonFinite
 from saber_jax.train.profile import Profile
-from saber_jax.train.progress import Console, Counts, Meter
+from saber_jax.train.progress import Console, Counts, Course, Meter
 from saber_jax.train.step import Metrics, TrainState
 
 
@@ -37,6 +37,7 @@ class Watch:
     nonfinite: NonFinite
     timeline: Timeline = dataclasses.field(default_factory=Timeline)
     attempt: Attempt | None = None
+    course: Course | None = None
     hosts: Callable[[], dict[str, float]] = dict
 
     def report(
@@ -53,6 +54,9 @@ class Watch:
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {"seconds": seconds, "input_wait": waited}
         values |= self.meter.measure(counted, seconds) | self.hosts()
+        if self.course is not None:
+            examples = round(values["speed/examples_per_second"] * seconds)
+            values |= self.course.after(step, examples)
         self.writer.write(step, values)
         self.console.add(step, values)
         if values["left_out"]:  # The same number in every process.

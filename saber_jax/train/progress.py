@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 from saber_jax import sharding
 from saber_jax.batch import Batch
 from saber_jax.runs.speaking import say
 from saber_jax.train import flops
+from saber_jax.train.optimizer import OptimizerConfig, schedules
 from saber_jax.train.stage import Stage
 
 Counts = dict[str, jax.Array]
@@ -59,6 +61,28 @@ class Meter:
         return result if share is None else result | {"speed/mfu": share}
 
 
+class Course:
+    """Where in training a step is: its learning rate and epoch, under TRL's names."""
+
+    def __init__(
+        self, config: OptimizerConfig, steps: int, *, adapters: bool, seen: int, examples: int
+    ):
+        """`seen` counts the examples of all steps before, `examples` those of one epoch."""
+        group = "adapters" if adapters else "rest"
+        # All at once: a schedule computes on the device.
+        rates = jnp.broadcast_to(schedules(config, steps)[group](jnp.arange(steps)), steps)
+        self._rates = jax.device_get(rates)
+        self._seen, self._examples = seen, examples
+
+    def after(self, step: int, examples: int) -> dict[str, float]:
+        """{"learning_rate", "epoch"} when `step` has seen so many examples; called step by step."""
+        self._seen += examples
+        return {
+            "learning_rate": float(self._rates[step]),
+            "epoch": self._seen / self._examples,
+        }
+
+
 @dataclasses.dataclass(kw_only=True)
 class Console:
     """One line from process 0 every `every` steps, of the mean over them; none for `every` 0.
@@ -75,6 +99,11 @@ class Console:
     def __post_init__(self):
         self._first: int | None = None
         self._since: list[Mapping[str, float]] = []
+
+    def begin(self) -> None:
+        """Announces the silence before the first step."""
+        if self.every:
+            say(f"{self.stage}: compiling the train step (a minute or so, once)")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """`values` are the step's metrics, with `seconds`, `input_wait` and `Meter.measure`'s."""
