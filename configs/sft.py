@@ -109,6 +109,12 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0
 
+    # About so many examples, whole clips, are never trained on; 0 for no validation. They are
+    # measured before the first step, every so many steps, and after the last.
+    c.validate = ConfigDict({"examples": 0 if tiny else 256, "every": 100})
+    # Stage 2 warns where log pi of the chosen answers fell by more nats a token; 0: never.
+    c.validate.warn_displacement = 0.5
+
     c.checkpoint_every = 100
     # A step whose loss or gradients are not finite: "stop" ends the run, "skip" changes nothing at
     # that step, "rollback" goes back to the last checkpoint without the records of that batch,

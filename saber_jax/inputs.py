@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from saber_jax import sharding
 from saber_jax.data import encoded, loader, sizing
+from saber_jax.data.held_out import split as held_out_of
 from saber_jax.data.pairs import Pair
 from saber_jax.data.planning import Plan, PlannedRows, Position
 from saber_jax.data.quarantine import Quarantine
@@ -30,6 +31,7 @@ class Inputs:
     examples: encoded.Examples
     plan: Plan
     draw: Draw
+    held_out: Int[np.ndarray, " H"]
     quarantine: Quarantine
     measured: sizing.Measurements
     thinned: int
@@ -41,6 +43,8 @@ class Inputs:
         if len(self.draw.names) > 1:
             counts = self.draw.counts(0)
             parts.append("from " + ", ".join(f"{n} of {name}" for name, n in counts.items()))
+        if len(self.held_out):
+            parts.append(f"{len(self.held_out)} examples are held out for validation")
         if self.thinned:
             parts.append(f"{self.thinned} clips keep fewer frames, so that a row holds them")
         if self.quarantine:
@@ -58,6 +62,7 @@ class Inputs:
             "examples": len(self.examples),
             "examples_thinned": self.thinned,
             "examples_left_out": len(self.quarantine),
+            "examples_held_out": len(self.held_out),
             "epochs_finished": epochs,
             "drawn": dict(zip(self.draw.names, drawn.tolist(), strict=True)),
             "fill": self.plan.fill(),
@@ -65,9 +70,14 @@ class Inputs:
         }
 
     @property
+    def usable(self) -> Int[np.ndarray, " M"]:
+        """Examples to train on and held out ones, in order."""
+        return np.sort(np.concatenate([self.draw.usable, self.held_out]))
+
+    @property
     def usable_sizes(self) -> Int[np.ndarray, "M D"]:
         """Of every usable example, under the first request."""
-        return self.plan.sizes[self.draw.usable]
+        return self.plan.sizes[self.usable]
 
     def resumed(self, state: dict[str, Any]) -> "Inputs":
         """Goes on from what `GlobalBatches.state` gave: same rows, same records left out."""
@@ -128,7 +138,10 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         writes=jax.process_index() == 0,
     )
     quarantine.add(selection.left_out(row, examples))
-    usable = selection.usable
+    record_of = np.array([examples.record_of(int(i)) for i in selection.usable])
+    usable, held_out = held_out_of(
+        selection.usable, record_of, config.validate.examples, config.seed
+    )
     draw = Draw(usable, examples.source_of()[usable], sources.names, sources.shares, config.seed)
     plan = Plan(selection.sizes, row, config.seed, mixture, draw=draw)
     return Inputs(
@@ -137,6 +150,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         examples=examples.with_frame_pairs(selection.frame_pairs),
         plan=plan,
         draw=draw,
+        held_out=held_out,
         quarantine=quarantine,
         measured=measured,
         thinned=len(selection.thinned),

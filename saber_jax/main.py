@@ -39,6 +39,7 @@ from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Course, Meter
 from saber_jax.train.references import with_references
 from saber_jax.train.stage import Stage
+from saber_jax.train.validate import Validation
 
 
 def main(argv: list[str]) -> None:
@@ -217,6 +218,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
                 watch=watch,
                 probe=stage.probe(),
                 probe_every=config.metrics_every,
+                validation=validated(config, stage, inputs),
             )
         except nonfinite.RolledBack as back:
             say(f"WARNING: {back}")
@@ -278,6 +280,22 @@ def course(config: ConfigDict, inputs: Inputs, first: int) -> Course:
         adapters=bool(config.lora.rank),
         seen=seen,
         examples=usable,
+    )
+
+
+def validated(config: ConfigDict, stage: Stage, inputs: Inputs) -> Validation | None:
+    """What measures the held-out part, if config.validate.examples holds out any."""
+    if not len(inputs.held_out):
+        return None
+    rows = inputs.plan.rows_of(inputs.held_out)
+    return Validation(
+        # Records that turn out bad leave empty segments, as in training.
+        batches=lambda: inputs.batches(config, stage.mesh, rows, quarantine=True),
+        measure=stage.measurement(),
+        every=config.validate.every,
+        steps=config.steps,
+        beta=stage.beta,
+        warn_displacement=config.validate.warn_displacement,
     )
 
 

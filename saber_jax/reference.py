@@ -43,7 +43,7 @@ def run(config: ConfigDict) -> None:
     base = start.base_checkpoint(config, stage, workdir)
     start.describe(config, stage, base, inputs)
     with_references(config, start.params(config, stage, base), inputs, stage, Timeline())
-    views, count = ", ".join(stage.reference_views), len(inputs.draw.usable)
+    views, count = ", ".join(stage.reference_views), len(inputs.usable)
     say(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 
 

@@ -17,6 +17,7 @@ from saber_jax.train.nonfinite import MUST_BE_FINITE, NonFinite
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Counts, Course, Meter
 from saber_jax.train.step import Metrics, TrainState
+from saber_jax.train.validate import Validation
 
 
 class Preempted(Exception):
@@ -62,6 +63,11 @@ class Watch:
         if values["left_out"]:  # The same number in every process.
             self.batches.agree()
 
+    def validate(self, validation: Validation, state: TrainState, step: int) -> None:
+        """Measures the weights after `step` steps, and passes that on."""
+        self.timeline.at("validate")
+        self.writer.write(step, validation.run(state, step))
+
 
 def run(
     state: TrainState,
@@ -73,8 +79,12 @@ def run(
     watch: Watch,
     probe: Callable[[TrainState, Batch], Metrics] | None = None,
     probe_every: int = 1,
+    validation: Validation | None = None,
 ) -> TrainState:
     """Steps from `state.step` to `steps`; `probe` adds its metrics to every `probe_every`-th step.
+
+    `validation` measures the weights before the first step, between steps and after the last, and
+    has lines of its own in metrics.jsonl, numbered by the steps that are done.
 
     Raises what `watch.nonfinite` does at a step that is not finite, and Preempted after a SIGTERM,
     when what was learnt so far is saved.
@@ -84,6 +94,12 @@ def run(
     with Preemption() as preemption:
         first = int(state.step)
         for step in range(first, steps):
+            if validation is not None and validation.due(step):
+                if pending is not None:
+                    watch.report(*pending)
+                    pending = None
+                watch.validate(validation, state, step)
+                clock = time.perf_counter()
             waiting = time.perf_counter()
             watch.timeline.at("input", step)
             batch = next(watch.batches)
@@ -118,4 +134,6 @@ def run(
                     watch.attempt.write(done)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")
+        if validation is not None:
+            watch.validate(validation, state, steps)
     return state

@@ -250,7 +250,7 @@ def with_references(
     The starting weights `params` compute what config.reference does not hold yet. Fresh adapters
     change nothing, so leaving them off keeps the digest that of the base.
     """
-    params, usable = saber.without_lora(params), inputs.draw.usable
+    params, usable = saber.without_lora(params), inputs.usable
     source = source_of(inputs, params, stage.compute.dtype)
     keys = [inputs.examples.key(i) for i in range(len(inputs.examples))]
     # The reference numbers the pairs that can be used, and nothing else does.

@@ -31,6 +31,7 @@ from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
+from saber_jax.train.validate import Measured, measure_pairs, measure_sections
 from saber_jax.tree import flatten, merge
 
 
@@ -74,6 +75,20 @@ class Stage(abc.ABC):
         """Jitted measurements that are too costly for every step, if there are any."""
         return None
 
+    @abc.abstractmethod
+    def measure(self, params: dict, batch: Batch) -> Measured:
+        """What validation adds up over the held-out part, see train/validate.py."""
+
+    def measurement(self) -> Callable[[TrainState[Array], Batch], Measured]:
+        """The jitted `measure`."""
+        everywhere = sharding.replicated(self.mesh)
+        return jax.jit(lambda s, batch: self.measure(s.params, batch), out_shardings=everywhere)
+
+    @property
+    def beta(self) -> float:
+        """By which rewards are scaled; 0 where there are none."""
+        return 0.0
+
     @property
     def param_shardings(self) -> dict:
         """As the network takes its parameters: a nested dict."""
@@ -113,6 +128,9 @@ class Sed(Stage):
             state, batch, cfg=self.cfg, compute=self.compute, tx=self.tx, seed=self.seed
         )
 
+    def measure(self, params: dict, batch: Batch) -> Measured:
+        return measure_sections(params, batch, self.cfg, self.compute)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CaDpo(Stage):
@@ -136,6 +154,13 @@ class CaDpo(Stage):
     @property
     def reference_views(self) -> tuple[View, ...]:
         return self.preference.reference_views
+
+    def measure(self, params: dict, batch: Batch) -> Measured:
+        return measure_pairs(params, batch, self.cfg, self.compute)
+
+    @property
+    def beta(self) -> float:
+        return self.preference.beta
 
     def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
         log_probs = functools.partial(

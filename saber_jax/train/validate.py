@@ -94,7 +94,10 @@ def _sections(
 
 def metrics(found: Sequence[Measured], beta: float) -> dict[str, float]:
     """All batches together; `found` holds NumPy arrays. A mean over nothing is left out."""
-    nll, tokens = (np.sum([getattr(m, f) for m in found], 0, np.float64) for f in ("nll", "tokens"))
+    nll, tokens = (
+        np.stack([getattr(m, name) for m in found]).astype(np.float64).sum(0)
+        for name in ("nll", "tokens")
+    )
     values = {f"nll/{field}": nll[i] / tokens[i] for i, field in enumerate(FIELDS) if tokens[i]}
     if tokens.sum():
         values["nll"] = nll.sum() / tokens.sum()
@@ -188,9 +191,9 @@ class Validation:
         if self.warn_displacement and fall > self.warn_displacement:
             found.append(
                 f"log pi of the chosen answers fell by {fall:.2f} nats a token, more than "
-                f"config.loss.warn_displacement={self.warn_displacement:g}: the model makes both "
-                "answers less likely. config.loss.sft and config.loss.anchor hold the chosen one "
-                "up; a lower config.optimizer.peak_lr or a higher config.loss.beta slow it down."
+                f"config.validate.warn_displacement={self.warn_displacement:g}: the model makes "
+                "both answers less likely. config.loss.sft and config.loss.anchor hold the chosen "
+                "one up; a lower config.optimizer.peak_lr or a higher config.loss.beta slow it."
             )
         return found
 
