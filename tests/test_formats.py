@@ -8,8 +8,9 @@ import pytest
 
 from data_prep.records import clips
 from data_prep.records.conversations import FORMATS
+from saber_jax.data.annotations import parse_annotation
 from saber_jax.data.pairs import read_pairs
-from saber_jax.data.records import FIELDS, LABELS, parse_annotation
+from saber_jax.data.records import FIELDS, LABELS
 from saber_jax.data.withhold import MODALITIES
 
 DOC = (Path(__file__).parents[1] / "docs/formats.md").read_text(encoding="utf-8")

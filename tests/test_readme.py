@@ -62,7 +62,7 @@ def test_every_flag_of_the_block_exists(line, capsys):
 
 def test_the_annotation_and_the_labels_that_readme_shows_are_taken(tmp_path):
     from data_prep.records import clips
-    from saber_jax.data.records import parse_annotation
+    from saber_jax.data.annotations import parse_annotation
 
     annotation, labels = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert parse_annotation(json.loads(annotation))["speech_content"] == "That went really well."

@@ -16,7 +16,7 @@ from data_prep.raw import answers, attach, wording
 from data_prep.raw.answers import EndpointSettings
 from data_prep.raw.shards import Outcome, Row
 from data_prep.records.clips import detect_language
-from saber_jax.data import records
+from saber_jax.data import annotations, records
 from saber_jax.endpoint import Endpoint
 
 REASONS = answers.REASONS
@@ -72,7 +72,7 @@ def check(value: Any, language: str) -> dict[str, Any]:
 
     Raises ValueError saying what is wrong, in words that the annotator can act on.
     """
-    fields = records.parse_annotation(value)
+    fields = annotations.parse_annotation(value)
     if empty := [field for field in REQUIRED if not fields[field]]:
         raise ValueError(f'"{empty[0]}" is empty; describe what is there.')
     if (found := detect_language(fields)) != language:

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.raw import storage
 from data_prep.raw.shards import Outcome, Row, Stage
-from saber_jax.data import records, sed
+from saber_jax.data import annotations, sed
 from saber_jax.data.tasks import Mixture, Request
 
 REASONS: dict[str, str] = {}
@@ -55,7 +55,7 @@ def plan(rows: list[Row], settings: InstructionSettings) -> Callable[[Row], Outc
 def conversation(row: Row) -> dict[str, Any]:
     """One line of conversations.jsonl."""
     request = Request(**row["request"])
-    fields = records.parse_annotation(row["annotation"])
+    fields = annotations.parse_annotation(row["annotation"])
     system, _ = sed.prompt(row["language"])
     asked = f"<video><audio>{request.instruction(row['language'])}"
     return {

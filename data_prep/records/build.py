@@ -30,7 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.records import clips, processes
-from saber_jax.data import decode, records, sed, texts, tokenizer
+from saber_jax.data import annotations, decode, records, sed, texts, tokenizer
 from saber_jax.flags import Parser
 from saber_jax.runs.files import write_json, write_jsonl
 
@@ -332,7 +332,7 @@ def _report(out: Path, summary: dict[str, Any], refusals: Sequence[clips.Refusal
         if count > SHOWN_REFUSALS:
             print(f"  and {count - SHOWN_REFUSALS} more in refused.jsonl.")
         if reason == "bad_annotation":
-            print(f"An annotation looks like this:\n{records.ANNOTATION_SHAPE}")
+            print(f"An annotation looks like this:\n{annotations.ANNOTATION_SHAPE}")
     for kind, names in summary["unused"].items():
         if names:
             more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""

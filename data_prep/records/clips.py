@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saber_jax.data import decode, records, texts
+from saber_jax.data import annotations, decode, records, texts
 
 EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".flv"),
@@ -141,13 +141,13 @@ class Inputs:
         }
 
 
-def find_inputs(clips: Path, annotations: Path, labels: Path | None) -> Inputs:
+def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> Inputs:
     """Raises FileNotFoundError for an empty folder and ValueError for wrong labels."""
     videos, other_videos = sort_files(clips, EXTENSIONS, "clips")
-    found, other_texts = sort_files(annotations, (".json",), "annotations")
+    found, other_texts = sort_files(annotated, (".json",), "annotations")
     by_name: dict[str, Path] = {}
     for path in found:
-        by_name.setdefault(name_of(path, annotations), path)
+        by_name.setdefault(name_of(path, annotated), path)
     # One folder may hold all of it, so what is no clip may be an annotation.
     used = [*videos, *by_name.values(), *([labels] if labels else [])]
     real = {os.path.realpath(path) for path in used}
@@ -249,16 +249,16 @@ class _RefusedError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def _read_annotation(name: str, annotations: Mapping[str, Path]) -> dict[str, str]:
-    if name not in annotations:
+def _read_annotation(name: str, files: Mapping[str, Path]) -> dict[str, str]:
+    if name not in files:
         detail = f"expected {name}.json in the annotations directory"
         stem = name.rpartition("/")[2]
-        if near := [other for other in annotations if other.rpartition("/")[2] == stem]:
+        if near := [other for other in files if other.rpartition("/")[2] == stem]:
             detail += f"; {near[0]}.json there lies in another folder than the clip"
         raise _RefusedError("no_annotation", detail)
     try:
-        text = annotations[name].read_text(encoding="utf-8-sig")
-        return records.parse_annotation(json.loads(text))
+        text = files[name].read_text(encoding="utf-8-sig")
+        return annotations.parse_annotation(json.loads(text))
     except (ValueError, RecursionError) as error:  # Not text, not JSON, or not the layout.
         raise _RefusedError("bad_annotation", f"{name}.json: {error}") from error
 

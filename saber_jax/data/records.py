@@ -6,16 +6,14 @@ Reading needs neither TensorFlow nor the original video.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
 import multiprocessing
-import re
 import runpy
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int16, UInt8
 
-from saber_jax.data import texts
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
 
@@ -46,27 +43,12 @@ LABELS = ("emotion", "face", "voice", "words", "conflict_type", "kappa", "speake
 """Optional labels of a clip, all strings; emotion is the fused conclusion, kappa in 0.0..1.0."""
 
 
-# Inside a section, a heading would end it.
-_HEADING = re.compile(rf"\[(?:{'|'.join(FIELDS)})\]")
-
-ANNOTATION_SHAPE = """{
-  "video_desc": "...", "facial_exp_desc": "...", "body_lang_desc": "...",
-  "audio_desc": {"acoustic_feat": "...", "speech_content": "..."},
-  "sentiment_analysis": "..."
-}"""
-"""What `parse_annotation` takes. The two keys of audio_desc may also stand beside the others."""
-
-
 class BadRecordError(ValueError):
     """A record that cannot be used, whoever reads it and how often: damaged, or against its schema.
 
     Training leaves such records out, counted and named (data/quarantine.py). Any other exception is
     taken for a fault of the program and ends it.
     """
-
-
-class AnnotationError(ValueError):
-    """An annotation that does not follow the SABER JSON layout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,61 +76,6 @@ class Record:
     question: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
     answer: str | None = None
-
-
-def parse_annotation(obj: Any) -> dict[str, str]:
-    """SABER JSON to {field: text} in FIELDS order; sections may be empty but not missing.
-
-    Both forms are taken: the published one, ANNOTATION_SHAPE, and all six keys side by side. Raises
-    AnnotationError, which names every key that is wrong or missing, and the nearest right ones.
-    """
-    values = _flattened(obj)
-    missing = [name for name in FIELDS if name not in values]
-    unknown = [str(name) for name in values if name not in FIELDS]
-    faults = [_unknown(name, missing) for name in unknown]
-    near = [name for name in missing if not any(f'"{name}"' in fault for fault in faults)]
-    if near:
-        faults.append(f'it lacks {", ".join(map(json.dumps, near))}; add "" where nothing fits')
-    if faults:
-        raise AnnotationError("; ".join(faults) + ".")
-    for field in FIELDS:
-        if not isinstance(values[field], str):
-            kind = type(values[field]).__name__
-            raise AnnotationError(f'"{field}" must be text, got {kind}; write it as one string.')
-        if fault := texts.fault(values[field]):
-            raise AnnotationError(f'"{field}" {fault}.')
-        if heading := _HEADING.search(values[field]):
-            raise AnnotationError(
-                f'"{field}" holds {heading[0]}, the heading of a section; write it another way.'
-            )
-    return {field: values[field].strip() for field in FIELDS}
-
-
-def _flattened(obj: Any) -> dict[str, Any]:
-    """The six keys side by side, whatever else there is among them."""
-    if not isinstance(obj, Mapping):
-        raise AnnotationError(f"it must be a JSON object, got {type(obj).__name__}.")
-    values = dict(obj)
-    if AUDIO_GROUP not in values:
-        return values
-    inner = values.pop(AUDIO_GROUP)
-    if not isinstance(inner, Mapping):
-        kind = type(inner).__name__
-        raise AnnotationError(
-            f'"{AUDIO_GROUP}" must be an object with {", ".join(AUDIO_FIELDS)}, got {kind}.'
-        )
-    if twice := [name for name in AUDIO_FIELDS if name in values]:
-        raise AnnotationError(
-            f'"{twice[0]}" is unknown beside "{AUDIO_GROUP}", which is where it belongs then.'
-        )
-    misplaced = {f"{AUDIO_GROUP}.{name}": inner[name] for name in inner if name not in AUDIO_FIELDS}
-    known = {name: inner[name] for name in inner if name in AUDIO_FIELDS}
-    return {**values, **known, **misplaced}
-
-
-def _unknown(name: str, missing: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, missing or FIELDS, n=1, cutoff=0.0)
-    return f'unknown key "{name}"; did you mean "{near[0]}"?'
 
 
 def to_example(record: Record) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from saber_jax.data import records
+from saber_jax.data import annotations, records
 
 GOOD = {
     "audio_desc": {"speech_content": "Hi.", "acoustic_feat": "calm"},
@@ -30,7 +30,7 @@ def record(clip_id: str = "a", frames: int = 4) -> records.Record:
 
 
 def test_annotation_comes_back_in_training_order_and_stripped():
-    parsed = records.parse_annotation(dict(reversed(GOOD.items())))
+    parsed = annotations.parse_annotation(dict(reversed(GOOD.items())))
     assert tuple(parsed) == records.FIELDS
     assert parsed["video_desc"] == "a kitchen"
     assert parsed["speech_content"] == "Hi."
@@ -65,8 +65,8 @@ def renamed(old: str, new: str) -> dict:
     ],
 )
 def test_a_wrong_annotation_is_refused_by_name(annotation, words):
-    with pytest.raises(records.AnnotationError) as error:
-        records.parse_annotation(annotation)
+    with pytest.raises(annotations.AnnotationError) as error:
+        annotations.parse_annotation(annotation)
     for word in words.split():
         assert word in str(error.value)
 

@@ -15,7 +15,8 @@ from data_prep.corpus import film, text, voice
 from data_prep.corpus.plan import EMOTIONS, Sizes, plan
 from data_prep.corpus.voice import MAX_SAMPLES, Speaker
 from saber_jax.data import sed
-from saber_jax.data.records import FIELDS, parse_annotation
+from saber_jax.data.annotations import parse_annotation
+from saber_jax.data.records import FIELDS
 
 SIZES = ["--train", "3", "--preference", "2", "--test", "2"]
 ROOT = Path(__file__).parents[3]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.records import build, clips, processes
-from saber_jax.data import records, sed
+from saber_jax.data import annotations, records, sed
 from saber_jax.data.decode import Sampling
 from saber_jax.data.tokenizer import load_tokenizer
 from tests.media_files import gray_frames, tone, write_clip
@@ -92,7 +92,7 @@ def test_a_build_holds_what_was_given(built):
     assert [int(frame.mean()) for frame in record.frames] == [0, 20, 35, 55]
     assert record.seconds_per_grid == pytest.approx(0.5, abs=1e-3)
     np.testing.assert_array_equal(record.audio, tone(1))
-    assert record.annotation == records.parse_annotation(annotation("en"))
+    assert record.annotation == annotations.parse_annotation(annotation("en"))
     assert record.labels == {"emotion": "happy", "kappa": "0.5"}
     assert record.provenance["sampling"]["mode"] == "exact"
     assert record.provenance["file"] == "one.mkv"
@@ -194,7 +194,7 @@ def test_flat_annotations_are_taken_and_the_shape_is_shown_once(corpus, capsys):
         corpus.annotate(Path(name).stem, {"description": "Said."})
     assert corpus.build() == 1
     out = capsys.readouterr().out
-    assert out.count(records.ANNOTATION_SHAPE) == 1 and "Refused 2, bad_annotation" in out
+    assert out.count(annotations.ANNOTATION_SHAPE) == 1 and "Refused 2, bad_annotation" in out
     [record] = records.RecordSource(corpus.out, "train")
     assert record.annotation == dict.fromkeys(records.FIELDS, "Said.")
 
