@@ -114,6 +114,8 @@ def _vision_rope(vision: Mapping[str, Any]) -> Iterator[str]:
     """The rotary embedding of pictures, which has no settings in the released models."""
     rope = vision.get("rope_parameters") or {}
     fixed = {"rope_theta": (10000.0,), "rope_type": ("axial", "default")}
+    if vision.get("rope_theta") not in (None, *fixed["rope_theta"]):
+        yield f"vision_config.rope_theta = {vision['rope_theta']!r} is not in this network"
     for key, value in rope.items():
         if value is not None and value not in fixed.get(key, ()):
             yield f"vision_config.rope_parameters.{key} = {value!r} is not in this network"

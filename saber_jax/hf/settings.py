@@ -130,7 +130,7 @@ INERT = {
 # Read by config.py with care of their own.
 ROTARY = {
     "text_config": {"head_dim", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"},
-    "vision_config": {"rope_parameters"},
+    "vision_config": {"rope_theta", "rope_parameters"},
 }
 
 # What transformers 4 and 5 write into every section of every model: how to load, print and

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from saber_jax.hf import settings
-from saber_jax.hf.config import from_hf, to_hf
+from saber_jax.hf.config import from_hf, portable, to_hf
 from saber_jax.hf.load import load_params
 from saber_jax.models.config import SaberConfig, TextConfig
 from tests.hf import reference
@@ -196,6 +196,7 @@ def test_a_setting_that_the_network_does_not_have_is_refused_by_name(section, ke
         ("vision_config", "tokens_per_second", 2),
         ("vision_config", "embed_dim", 64),
         ("vision_config", "head_dim", 8),
+        ("vision_config", "rope_theta", 5000.0),
         ("vision_config", "fullatt_block_indexes", [1.0]),
         ("audio_config", "num_hidden_layers", 3),
         ("audio_config", "encoder_layerdrop", 0.1),
@@ -269,6 +270,11 @@ def test_used_settings_give_transformers_numbers(tmp_path):
     assert cfg == OTHER
     got = summed_loss_and_gradients(params, row(TALK), cfg)[2]
     assert relative(got[0, : len(TALK.tokens)], logits(model)[0]) < LOGITS
+
+
+def test_a_config_of_transformers_is_one_of_ours_also_after_export_made_it_portable(model):
+    saved = json.loads(model.config.to_json_string(use_diff=False))
+    assert from_hf(saved) == from_hf(portable(saved)) == CONFIG
 
 
 def test_an_export_says_nothing_that_it_would_not_load():

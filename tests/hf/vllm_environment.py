@@ -55,7 +55,9 @@ def make(directory: Path) -> Path:
         return python
     _run([sys.executable, "-m", "venv", str(directory)])
     # The CPU build first: with no torch installed, vLLM's other packages would choose one for CUDA.
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--extra-index-url", CPU_BUILDS]
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    if _reachable(CPU_BUILDS):  # Otherwise pip would try it again and again, for every package.
+        pip += ["--extra-index-url", CPU_BUILDS]
     _run([*pip, PACKAGES[0]])
     _run([*pip, *PACKAGES])
     packages = next((directory / "lib").glob("python3*/site-packages"))
@@ -80,6 +82,14 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise NoVllmError(f"{' '.join(command[1:])}: {done.stderr.strip()[-400:]}")
+
+
+def _reachable(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/torch/", timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def _imports(python: Path, module: str) -> bool:
