@@ -5,6 +5,7 @@ once where somebody may still read it.
 """
 
 import contextlib
+import logging
 import os
 import sys
 
@@ -47,3 +48,18 @@ def _print(text: str, name: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             again = open(os.dup(getattr(sys, name).fileno()), "w", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, again)
+
+
+def keep_orbax_brief() -> None:
+    """Drops what Orbax logs beside the errors that it raises. May be called any number of times.
+
+    It logs the traceback of every thread and task that an error passes through, and warns of items
+    without a metadata file of their own, which those of a CheckpointManager never have.
+    """
+    logging.getLogger("absl").addFilter(_worth_saying)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    of_orbax = "orbax" in record.pathname and record.levelno >= logging.ERROR
+    return not (of_orbax or record.getMessage().startswith("Metadata file does not exist"))

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -32,7 +31,7 @@ from jax.typing import DTypeLike
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import buckets, distributed, manifest
+from saber_jax.runs import buckets, distributed, manifest, speaking
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.train import saved
 from saber_jax.train.step import TrainState
@@ -41,18 +40,6 @@ from saber_jax.tree import flatten, merge
 MODEL_FILE = "model.json"
 CHECKSUM = "checksum"
 ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of every thread and task that an error passes through, and raises it
-    as well. Items that a CheckpointManager wrote have no metadata file of their own, and need none.
-    """
-    of_orbax = "orbax" in record.pathname and record.levelno >= logging.ERROR
-    return not (of_orbax or record.getMessage().startswith("Metadata file does not exist"))
-
-
-logging.getLogger("absl").addFilter(_worth_saying)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class SaveError(Exception):
@@ -71,6 +58,7 @@ class Checkpoints:
     ):
         self._workdir, self._every = Path(workdir), every
         self._frozen, self._strict = frozen, strict
+        speaking.keep_orbax_brief()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             buckets.native(Path(workdir) / "checkpoints"), options=options, item_names=ITEMS

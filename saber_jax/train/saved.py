@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from saber_jax.runs import buckets
+from saber_jax.runs import buckets, speaking
 from saber_jax.train import digests
 
 DIGESTS = "digests"
@@ -177,6 +177,7 @@ def report(step: Path, differ: list[str]) -> None:
 @contextlib.contextmanager
 def readable(step: Path) -> Iterator[None]:
     """Whatever Orbax and TensorStore raise inside becomes a DamagedError with advice."""
+    speaking.keep_orbax_brief()
     try:
         yield
     except DamagedError as error:

@@ -1,0 +1,22 @@
+"""What a long job says: once, and without Orbax's tracebacks beside the error that it raises."""
+
+import logging
+
+import orbax.checkpoint as ocp
+import pytest
+
+from saber_jax.runs import speaking
+
+
+def test_a_missing_checkpoint_is_one_error_and_no_logged_traceback(tmp_path, caplog):
+    speaking.keep_orbax_brief()
+    speaking.keep_orbax_brief()
+    with ocp.StandardCheckpointer() as checkpointer, pytest.raises(FileNotFoundError):
+        checkpointer.restore(tmp_path / "none")
+    assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+def test_what_others_log_is_kept(caplog):
+    speaking.keep_orbax_brief()
+    logging.getLogger("absl").error("a message of this project")
+    assert [r.getMessage() for r in caplog.records] == ["a message of this project"]
