@@ -38,9 +38,10 @@ def entries(root: Path) -> list[dict]:
 def text(root: Path) -> str:
     """`chip-hours: 41.2 (sft 20.1, pairs 3.0, ...)`; empty where no chip was used."""
     by_step: dict[str, float] = {}
-    for entry in entries(root):
+    noted = entries(root)
+    for entry in noted:
         hours = entry["seconds"] * entry["chips"] / 3600
         by_step[entry["step"]] = by_step.get(entry["step"], 0.0) + hours
     total = sum(by_step.values())
-    parts = ", ".join(f"{name} {hours:.1f}" for name, hours in by_step.items())
-    return f"chip-hours: {total:.1f} ({parts})" if total else ""
+    parts = ", ".join(f"{name} {spent:.1f}" for name, spent in by_step.items())
+    return f"chip-hours: {total:.1f} ({parts})" if any(e["chips"] for e in noted) else ""

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saber_jax import batch
+from saber_jax.batch import Targets
 from saber_jax.data.conflicts import IGNORED
+from saber_jax.data.packing import Budget
 from saber_jax.data.withhold import VIEWS
 from saber_jax.train import objectives
 from saber_jax.train.preference import Form, Pairs, Preference, Scores, cadpo_loss
 
+BUDGET = Budget(length=8, patches=4, chunks=1, targets=11, segments=1)
 AUDIO, VIDEO = IGNORED.index("audio"), IGNORED.index("video")
 
 
@@ -254,19 +258,23 @@ def test_the_objective_equals_trls_own_from_the_log_probs_of_tokens(case, monkey
     policy = [-0.5, -1.25, -2.0, -0.75, -3.5, -4.0, -0.25, -1.5, -2.5, -0.125, -3.0]
     reference = [-0.75, -1.0, -2.5, -1.5, -3.0, -3.0, -0.5, -2.0, -1.0, -0.5, -4.0]
     monkeypatch.setattr(objectives, "target_log_probs", lambda *_: jnp.array([policy]))
-    branch = [[0] * 2 + [1] * 3 + [2] * 6]
-    batch = {
-        "target_branch": jnp.array(branch),
-        "target_index": jnp.array([[0, 1, *range(2, 5), *range(2, 8)]]),
-        "target_segment": jnp.ones((1, 11), jnp.int32),
-        "target_section": jnp.ones((1, 11), jnp.int32),
-        "target_weights": jnp.ones((1, 11)),
-        "target_reference": jnp.tile(jnp.array(reference), (1, len(VIEWS), 1)),
-        "kappa": jnp.ones((1, 1)),
-        "conflict": jnp.ones((1, 1), jnp.int32),
-        "ignored": jnp.zeros((1, 1), jnp.int32),
-        "pair_valid": jnp.ones((1, 1), bool),
-    }
-    loss, pairs, _ = objectives.cadpo_objective({}, batch, None, None, options_of(case))
+    targets = Targets(
+        tokens=jnp.zeros((1, 11), jnp.int32),
+        source=jnp.zeros((1, 11), jnp.int32),
+        section=jnp.ones((1, 11), jnp.int32),
+        segment=jnp.ones((1, 11), jnp.int32),
+        branch=jnp.array([[0] * 2 + [1] * 3 + [2] * 6]),
+        index=jnp.array([[0, 1, *range(2, 5), *range(2, 8)]]),
+        weights=jnp.ones((1, 11)),
+        reference=jnp.tile(jnp.array(reference), (1, len(VIEWS), 1)),
+    )
+    segments = batch.Pairs(
+        kappa=jnp.ones((1, 1)),
+        conflict=jnp.ones((1, 1), jnp.int32),
+        ignored=jnp.zeros((1, 1), jnp.int32),
+        valid=jnp.ones((1, 1), bool),
+    )
+    row = dataclasses.replace(batch.empty(1, BUDGET), targets=targets, pairs=segments)
+    loss, pairs, _ = objectives.cadpo_objective({}, row, None, None, options_of(case))
     assert pairs == 1
     assert float(loss) == pytest.approx(case["loss"], rel=1e-6)
