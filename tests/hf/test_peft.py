@@ -1,7 +1,6 @@
 """The adapters of a LoRA run in peft: the same logits as merged ones, and as ours."""
 
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -88,8 +87,8 @@ def test_adapters_of_other_towers_are_not_given_to_peft_which_would_lose_them(
 def test_adapters_on_a_model_that_was_trained_here_need_its_export_named(base, tmp_path, capsys):
     shutil.copytree(base.with_name("work"), tmp_path / "work")
     about = checkpoint.read_model_file(tmp_path / "work")
-    del about["source"]  # Only hf.load writes it.
-    (tmp_path / "work" / "model.json").write_text(json.dumps(about))
+    del about["source"], about["model"]  # Only hf.load writes the source.
+    checkpoint.write_model_file(tmp_path / "work", CONFIG, **about)
     run = adapters_on(tmp_path / "hf", tmp_path / "run", "text/*")
     command = ["--checkpoint", str(run), "--out", str(tmp_path / "peft"), "--peft"]
     assert export.main(command) == 1

@@ -146,8 +146,10 @@ from saber_jax.runs import distributed
 libc = ctypes.CDLL(None)
 with distributed.ending_early():
     print("ready", flush=True)
-    # As a compilation does: the interpreter cannot run a handler until it is over.
-    libc.sleep(60)
+    # As a compilation does: the interpreter cannot run a handler until it is over. Another sleep
+    # follows, because a signal ends a sleep and does not end a compilation.
+    while True:
+        libc.sleep(60)
 """
 
 

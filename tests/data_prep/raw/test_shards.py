@@ -158,8 +158,11 @@ CLUSTERS = {
 
 
 @pytest.mark.parametrize("runner", CLUSTERS)
-def test_a_pipeline_for_a_cluster_is_built_with_its_options(tmp_path, runner):
-    """Built and not run: there is no cluster here."""
+def test_a_pipeline_for_a_cluster_is_built_with_its_options(tmp_path, runner, monkeypatch):
+    """Built and not run: there is no cluster here, nor a bucket whose policy Beam could look up."""
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
+
+    monkeypatch.setattr(GoogleCloudOptions, "_warn_if_soft_delete_policy_enabled", lambda *_: None)
     options = (f"--runner={runner}", *CLUSTERS[runner])
     assert Workers(processes=8, beam=options).options() == list(options)
     source = make_source(tmp_path)
