@@ -27,14 +27,17 @@ from tests import synthetic
 from tests.finished_run import load
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory, tokenizer):
-    """Built records of eight made-up clips, and preference pairs for them."""
-    out = tmp_path_factory.mktemp("records")
-    made = [synthetic.record(i, words=2) for i in range(8)]
+def build_records(out, tokenizer, count):
+    """Built records of `count` made-up clips, the same in both splits."""
+    made = [synthetic.record(i, words=2) for i in range(count)]
     dataset.write(out, {"train": made, "preference": made}, lambda record: record)
     (out / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     return out
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, tokenizer):
+    return build_records(tmp_path_factory.mktemp("records"), tokenizer, 8)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,37 +1,29 @@
 """Validation in a whole run: which examples it is about, when it happens, and that it resumes."""
 
-import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
 from configs import cadpo, sft
-from data_prep.records import dataset
 from saber_jax import main
 from saber_jax.inputs import open_inputs
 from saber_jax.runs.files import write_jsonl
 from tests import synthetic
-from tests.test_main import config_for, train_until_killed
+from tests.test_main import (
+    build_records,
+    compiled_once,
+    config_for,
+    metrics_of,
+    train_until_killed,
+)
+
+__all__ = ["compiled_once"]  # Imported for pytest, which applies it to every test here.
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, tokenizer):
-    """Built records of twelve made-up clips."""
-    out = tmp_path_factory.mktemp("records")
-    made = [synthetic.record(i, words=2) for i in range(12)]
-    dataset.write(out, {"train": made, "preference": made}, lambda record: record)
-    (out / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
-    return out
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run here compiles the same steps."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+    return build_records(tmp_path_factory.mktemp("records"), tokenizer, 12)
 
 
 def validated(module, records, root):
@@ -47,26 +39,22 @@ def whole(records, tmp_path_factory):
     return root
 
 
-def lines(root, stage="sft"):
-    text = (root / stage / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds", "input_wait", "speed/")
-    return [{k: v for k, v in json.loads(t).items() if not k.startswith(timing)} for t in text]
-
-
 def test_it_happens_before_the_first_step_every_n_and_after_the_last(whole):
-    found = [(line["step"], "validate/nll" in line) for line in lines(whole)]
+    found = [(line["step"], "validate/nll" in line) for line in metrics_of(whole, "sft")]
     assert found == [
         *[(0, True), (0, False), (1, False), (2, False)],
         *[(3, True), (3, False), (4, True)],
     ]
-    first, *_, last = (line["validate/nll"] for line in lines(whole) if "validate/nll" in line)
+    first, *_, last = (
+        line["validate/nll"] for line in metrics_of(whole, "sft") if "validate/nll" in line
+    )
     assert last < first  # Four steps on eight similar clips are enough.
 
 
 def test_a_killed_run_validates_as_an_uninterrupted_one(records, whole, tmp_path, monkeypatch):
     train_until_killed(validated(sft, records, tmp_path), monkeypatch)
     main.train(validated(sft, records, tmp_path))
-    assert lines(tmp_path) == lines(whole)
+    assert metrics_of(tmp_path, "sft") == metrics_of(whole, "sft")
 
 
 def test_no_training_row_holds_a_clip_that_is_held_out(records, tmp_path):
@@ -95,7 +83,7 @@ def test_pairs_start_from_an_even_choice_and_are_measured_against_their_lengths(
     (tmp_path / "pairs").mkdir()
     write_jsonl(tmp_path / "pairs" / "pairs.jsonl", pairs)
     main.train(config)
-    found = [line for line in lines(tmp_path, "cadpo") if "validate/accuracy" in line]
+    found = [line for line in metrics_of(tmp_path, "cadpo") if "validate/accuracy" in line]
     assert [line["step"] for line in found] == [0, 3, 4]
     first, last = found[0], found[-1]
     assert first["validate/pairs"] == 4
