@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import cadpo, sft
 from data_prep.records import dataset
@@ -342,32 +340,22 @@ def test_a_lora_run_resumes_to_the_same_adapters(records, adapted, tmp_path, mon
     assert_equal(params_of(tmp_path, "sft"), params_of(adapted[0], "sft"))
 
 
-def in_its_own_process(request) -> bool:
-    """Whether the calling test is alone in its process; if not, runs it in one that is.
-
-    After an earlier stage 2 with collectives, XLA's CPU threads took those of a later run for
-    theirs: an abort, or other numbers. A real run always has its process to itself.
+@pytest.fixture
+def nothing_from_the_cache():
+    """Compiles afresh. Of a program with several all-gathers that XLA's CPU compiler reads from the
+    persistent cache, the devices' threads take one gather for another: an abort, or other numbers.
     """
-    if os.environ.get("ONE_TEST") == request.node.nodeid:
-        return True
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid]
-    environ = os.environ | {"ONE_TEST": request.node.nodeid}
-    done = subprocess.run(
-        command,
-        cwd=request.config.rootpath,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return False
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
-def test_stage_2_adapts_what_stage_1_and_its_adapters_made_together(request):
-    if not in_its_own_process(request):
-        return
-    records, (root, _) = map(request.getfixturevalue, ("records", "adapted"))
+@pytest.mark.usefixtures("nothing_from_the_cache")
+def test_stage_2_adapts_what_stage_1_and_its_adapters_made_together(records, adapted):
+    root, _ = adapted
     write_pairs(root / "pairs.jsonl")
     config = lora_config(cadpo, records, root)
     config.data.pairs, config.data.response = str(root / "pairs.jsonl"), 64
