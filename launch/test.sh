@@ -20,5 +20,6 @@ done
 python=$(launch/setup.sh --prep --test --demo --aot "${torch[@]}" "${interpreter[@]}")
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Files stay together, because their fixtures (goldens, a trained model) cost more than their tests.
-exec "$python" -m pytest -n auto --dist loadfile "$@"
+# Files stay together, because their fixtures (goldens, a trained model) cost more than their tests,
+# and are taken in the order of tests/conftest.py, in which the longest come first.
+exec "$python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -17,6 +17,29 @@ import pytest
 from saber_jax.data.tokenizer import Tokenizer
 from tests import synthetic
 
+# The files that take longest, longest first. A file stays on one worker, so one of these that began
+# last would leave the other workers idle until it ends.
+LONGEST = (
+    "tests/test_main.py",
+    "tests/train/test_step.py",
+    "tests/test_validation.py",
+    "tests/launch/test_pod.py",
+    "tests/models/test_attention.py",
+    "tests/models/test_saber.py",
+    "tests/train/test_packed.py",
+    "tests/models/test_lora.py",
+    "tests/data_prep/raw/test_run.py",
+    "tests/launch/test_remote.py",
+    "tests/hf/test_settings.py",
+    "tests/generate/test_generator.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; every other test keeps its place."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
