@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 # One process compiles alone on two cores while the others wait.
 PATIENCE = 400
 MESHES = {1: (1, 8, 1), 2: (1, 8, 1), 4: (2, 2, 2)}
-"""(data, fsdp, tensor) by number of processes, so that what one test compiled serves the others."""
+"""(data, fsdp, tensor) by number of processes."""
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, tokenizer):
-    """Built records of sixteen made-up clips, preference pairs for them, a compilation cache."""
+    """Built records of sixteen made-up clips, and preference pairs for them."""
     out = tmp_path_factory.mktemp("records")
     made = [synthetic.record(i, words=2) for i in range(16)]
     dataset.write(out, {"train": made, "preference": made}, lambda record: record)
@@ -85,7 +85,7 @@ def command(stage, records, root, mesh, program="main", **more):
 
 
 def start(stage, records, root, *, count, mesh=None, odd=(), **more):
-    """`count` processes of that run, which compile what no run before them compiled."""
+    """`count` processes of that run."""
     mesh = mesh or MESHES[count]
     return running(
         command(stage, records, root, mesh, **more),
@@ -93,8 +93,6 @@ def start(stage, records, root, *, count, mesh=None, odd=(), **more):
         count=count,
         odd=odd,
         devices=math.prod(mesh),
-        JAX_COMPILATION_CACHE_DIR=str(records / "compiled"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
 
 

@@ -27,8 +27,6 @@ def start(records, root) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": FLAGS.format(2),
-        "JAX_COMPILATION_CACHE_DIR": str(records / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     root.mkdir(exist_ok=True)
     with (root / "log").open("a") as log:

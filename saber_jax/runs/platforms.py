@@ -1,4 +1,4 @@
-"""Keeps an installed libtpu from being asked for TPUs on a machine that has none.
+"""What has to be settled about this machine before jax is imported, from environment variables.
 
 libtpu is installed on laptops as well, where `python -m saber_jax.aot` compiles with it. There jax
 would look for TPUs at every start, and libtpu would print five lines about those it does not find.
@@ -6,6 +6,8 @@ would look for TPUs at every start, and libtpu would print five lines about thos
 
 import importlib.util
 import os
+import re
+import sys
 from pathlib import Path
 
 GOOGLE = "0x1ae0"
@@ -23,6 +25,40 @@ def keep_libtpu_quiet() -> None:
         return
     if not may_have_accelerator(Path("/sys"), Path("/dev")):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def keep_collectives_out_of_the_cache() -> None:
+    """Unsets JAX_COMPILATION_CACHE_DIR where a program runs on several CPU devices, and says so.
+
+    XLA's CPU backend runs the collectives of a program in the order in which it compiled them. A
+    program that it reads from the persistent compilation cache has lost that order, so that devices
+    may wait for each other in different all-gathers, or take the result of one for another's.
+    """
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not cache or _cpu_devices() == 1 or not _only_cpus():
+        return
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if os.environ.get("JAX_PROCESS_ID", "0") == "0":
+        print(
+            f"compilation cache: {cache} is not used, because XLA mixes up the collectives of "
+            "programs for several CPU devices that it reads from one",
+            file=sys.stderr,
+        )
+
+
+def _only_cpus() -> bool:
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    return not may_have_accelerator(Path("/sys"), Path("/dev"))
+
+
+def _cpu_devices() -> int:
+    """How many CPU devices all processes of this run have, as far as 1 and more matter."""
+    forced = re.findall(
+        r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    local = os.environ.get("JAX_NUM_CPU_DEVICES") or (forced[-1] if forced else "1")
+    return int(local) * int(os.environ.get("JAX_NUM_PROCESSES") or "1")
 
 
 def may_have_accelerator(sysfs: Path, dev: Path) -> bool:

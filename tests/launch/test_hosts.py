@@ -14,26 +14,18 @@ PATIENCE = 600
 SHORT = ("--config.steps=4", "--config.checkpoint_every=2", "--config.data.batch_rows=8")
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def run(compiled, logs, config, root, *settings):
+def run(logs, config, root, *settings):
     """What both hosts said, each with its own four devices."""
     command = ["-m", "launch.chain", f"--config={config}", f"--config.root={root}", *SHORT]
-    with running([*command, *settings], logs, count=2, **compiled) as hosts:
+    with running([*command, *settings], logs, count=2) as hosts:
         assert hosts.wait(PATIENCE) == [0, 0], hosts.text()
         return [log.read_text() for log in hosts.logs]
 
 
 @pytest.fixture(scope="module")
-def stage_1(compiled, tmp_path_factory):
+def stage_1(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
-    return root, run(compiled, root / "logs", "configs/sft.py:tiny", root)
+    return root, run(root / "logs", "configs/sft.py:tiny", root)
 
 
 def commands(said):
@@ -52,9 +44,7 @@ def test_the_first_host_makes_corpus_and_records_and_both_train_on_them(stage_1)
     assert "sft 1/4" in first and "sft 1/4" not in second
 
 
-def test_stage_2_goes_on_from_there_to_the_exported_model_and_the_report(
-    stage_1, compiled, tmp_path
-):
+def test_stage_2_goes_on_from_there_to_the_exported_model_and_the_report(stage_1, tmp_path):
     root, _ = stage_1
     pair = {"chosen": "[video_desc] calm red room", "rejected": "[video_desc] quiet person"}
     source = RecordSource(root / "records", "preference")
@@ -67,7 +57,7 @@ def test_stage_2_goes_on_from_there_to_the_exported_model_and_the_report(
         "--config.generation.max_new_tokens=2",
     )
     config, made = "configs/cadpo.py:tiny", tmp_path / "run"
-    first, second = run(compiled, tmp_path / "logs", config, made, *settings)
+    first, second = run(tmp_path / "logs", config, made, *settings)
     assert commands(second) == ["saber_jax.main", *2 * ["saber_jax.evaluation.run"]]
     assert "--share 2/2" in second and "--share 1/2" in first
     assert "--probes" in second and "--brief" not in second
@@ -78,5 +68,5 @@ def test_stage_2_goes_on_from_there_to_the_exported_model_and_the_report(
     assert (made / "hf/config.json").exists() and list((made / "hf").glob("*.safetensors"))
     assert (made / "report.html").stat().st_size > 0
 
-    for said in run(compiled, tmp_path / "again", config, made, *settings):
+    for said in run(tmp_path / "again", config, made, *settings):
         assert "All 5 steps are done (nothing left to do)" in said and not commands(said)

@@ -1,4 +1,4 @@
-"""An installed libtpu is asked for TPUs only where there may be some."""
+"""What is settled from environment variables before jax is imported."""
 
 import importlib.util
 import os
@@ -58,3 +58,48 @@ def test_a_cpu_is_found_without_a_word_though_libtpu_is_installed():
         env=environ,
     )
     assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+TWO = "--xla_dump_to= --xla_force_host_platform_device_count=2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "kept"),
+    [
+        ({}, True),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, True),
+        ({"XLA_FLAGS": TWO}, False),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, False),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, False),
+        ({"XLA_FLAGS": TWO, "JAX_PLATFORMS": "tpu,cpu"}, True),
+    ],
+)
+def test_several_cpu_devices_do_without_the_compilation_cache_and_say_so(
+    monkeypatch, capsys, variables, kept
+):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "/compiled"} | variables
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    platforms.keep_collectives_out_of_the_cache()
+    assert ("JAX_COMPILATION_CACHE_DIR" in os.environ) is kept
+    said = capsys.readouterr().err
+    assert said == "" if kept else "/compiled is not used" in said and said.count("\n") == 1
+
+
+def test_a_program_of_this_project_has_settled_it_before_jax_reads_the_variable():
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": TWO,
+        "JAX_COMPILATION_CACHE_DIR": "/compiled",
+    }
+    code = "import saber_jax.tree, jax; print(jax.config.jax_compilation_cache_dir)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "None\n"
