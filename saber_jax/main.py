@@ -164,19 +164,20 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
         frozen=base is None,
         strict=config.strict_restore,
     )
-    params = None
+    params = start.Weights(config, stage, base)
     if stage.reference_views:
-        params = start.params(config, stage, base)
-        inputs = with_references(config, params, inputs, stage, watchdog.timeline)
+        weights = start.weights_digest(config, stage, base)
+        inputs = with_references(config, weights, params, inputs, stage, watchdog.timeline)
     state = None
     if checkpoints.latest() is not None:
-        params = None  # Freed first: both at once may not fit.
+        params.forget()  # Both at once may not fit.
         state = checkpoints.restore(start.layout(stage, base), meta)
     if state is None:
-        state = stage.begin(start.params(config, stage, base) if params is None else params)
+        state = stage.begin(params())
     else:
         inputs = inputs.resumed(checkpoints.meta()["data"])
         say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
+    params.forget()  # The step takes their memory over.
 
     if bad := nonfinite.left_out(workdir):
         inputs.quarantine.note(bad)

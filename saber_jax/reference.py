@@ -42,7 +42,8 @@ def run(config: ConfigDict) -> None:
     inputs = open_inputs(config, workdir, pairs)
     base = start.base_checkpoint(config, stage, workdir)
     start.describe(config, stage, base, inputs)
-    with_references(config, start.params(config, stage, base), inputs, stage, Timeline())
+    weights = start.weights_digest(config, stage, base)
+    with_references(config, weights, start.Weights(config, stage, base), inputs, stage, Timeline())
     views, count = ", ".join(stage.reference_views), len(inputs.usable)
     say(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 

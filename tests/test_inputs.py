@@ -63,19 +63,16 @@ def pairs_of(tokenizer, tmp_path):
     return made
 
 
-WEIGHTS = {"text": {"w": np.ones(3, np.float32)}}
-
-
 def test_pairs_that_are_added_leave_the_reference_log_probs_of_the_others_valid(pairs_of):
     few, more = pairs_of(2, "many"), pairs_of(5, "many")
-    assert source_of(few, WEIGHTS, "float32") == source_of(more, WEIGHTS, "float32")
+    assert source_of(few, "weights", "float32") == source_of(more, "weights", "float32")
     keys = [[inputs.examples.key(i) for i in range(2)] for inputs in (few, more)]
     assert keys[0] == keys[1] and len({more.examples.key(i) for i in range(5)}) == 5
 
 
 def test_the_reference_of_a_mixture_depends_on_all_of_its_records(pairs_of):
     mixed, other = pairs_of(3, "many", "few"), pairs_of(3, "many", "other")
-    sources = [source_of(inputs, WEIGHTS, "float32") for inputs in (mixed, other)]
+    sources = [source_of(inputs, "weights", "float32") for inputs in (mixed, other)]
     assert sources[0].media != sources[1].media and sources[0].tokens == sources[1].tokens
 
 

@@ -223,6 +223,19 @@ def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
     assert first["kl/chosen"] == pytest.approx(0.0, abs=1e-6) and "margins/none" not in first
 
 
+def test_a_restart_of_stage_2_reads_no_weights_but_those_of_its_own_checkpoint(
+    records, whole, monkeypatch
+):
+    config = config_for(cadpo, records, whole)
+    config.data.pairs, config.data.response = str(whole / "pairs.jsonl"), 64
+    write_pairs(whole / "pairs.jsonl")
+    config.workdir = str(whole / "restarted")
+    train_until_killed(config, monkeypatch)
+    monkeypatch.setattr(checkpoint, "load_params", lambda *_: pytest.fail("read the start"))
+    main.train(config)
+    assert [line["step"] for line in metrics_of(whole, "restarted")] == [0, 1, 2, 3]
+
+
 def test_the_reference_cache_is_used_again_and_refused_by_name_when_foreign(
     records, whole, monkeypatch
 ):

@@ -6,6 +6,7 @@ models, two corpora or two configs.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,11 @@ def claim(path: str | os.PathLike, inputs: Mapping[str, Any], *, what: str, reme
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, inputs)
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that change with any of these JSON values."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(folder: str | os.PathLike, *patterns: str) -> str:

@@ -309,6 +309,19 @@ def _restore(
     return merge(params)
 
 
+def digest(workdir: str | Path) -> str:
+    """Sixteen hex digits that change with any parameter that `load_params` would give.
+
+    They are made of the digests that lie beside the weights, which are not read. Raises
+    FileNotFoundError or DamagedError where `load_params` does for want of a file.
+    """
+    about, step = read_model_file(workdir), saved.newest(workdir)
+    parts = {"lora": about["model"].get("lora"), "params": saved.digests_of(step, "params")}
+    if "base" in about:
+        parts["base"] = digest(find_base(workdir, about["base"]))
+    return manifest.digest(parts)
+
+
 def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: Any) -> None:
     """A checkpoint of weights alone, complete when its model.json is there."""
     step = (Path(workdir) / "checkpoints" / "0").absolute()

@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -37,7 +36,6 @@ from saber_jax.runs.manifest import fingerprint
 from saber_jax.runs.speaking import warn
 from saber_jax.runs.timeline import Timeline
 from saber_jax.train.stage import Stage
-from saber_jax.tree import flatten
 
 KEY_BYTES = 16
 FLUSH_SECONDS = 30  # What a kill loses at most.
@@ -49,8 +47,8 @@ Rows = list[list[int]]
 class Source:
     """Everything but the pair itself that a reference log-prob depends on.
 
-    `weights` from `weights_digest`, `processor` from `processor_digest`; `tokens` is a digest of
-    the vocabulary, `media` of the records.
+    `weights` from `start.weights_digest`, `processor` from `processor_digest`; `tokens` is a digest
+    of the vocabulary, `media` of the records.
     """
 
     weights: str
@@ -58,32 +56,6 @@ class Source:
     tokens: str
     media: str
     dtype: str
-
-
-def weights_digest(params: dict) -> str:
-    """Sixteen hex digits that change with any change of any parameter, however they are sharded.
-
-    Sums of bits modulo 2**32, each weighted by where it stands: unlike floating-point sums they do
-    not depend on the order, so on another mesh the digest is the same.
-    """
-
-    @jax.jit
-    def sums(flat: dict[str, Array]) -> UInt32[Array, " N"]:
-        return jnp.stack([_bit_sum(leaf) for _, leaf in sorted(flat.items())])
-
-    flat = flatten(params)
-    values = np.asarray(jax.device_get(sums(flat)))
-    shapes = [f"{name}{tuple(leaf.shape)}" for name, leaf in sorted(flat.items())]
-    return hashlib.sha256(repr((shapes, values.tolist())).encode()).hexdigest()[:16]
-
-
-def _bit_sum(leaf: Float[Array, "..."]) -> UInt32[Array, ""]:
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    # An odd weight has an inverse modulo 2**32, so that no change of one number goes unseen.
-    return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
 def processor_digest(examples: Sequence[Example]) -> str:
@@ -229,12 +201,12 @@ def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -
     cache.values |= {key: part for key, part, real in zip(keys, parts, held, strict=True) if real}
 
 
-def source_of(inputs: Inputs, params: dict, dtype: str) -> Source:
-    """What log-probs of `inputs` by the weights `params` depend on, beside the pairs: the same when
-    pairs are added or removed, another for another mixture of records."""
+def source_of(inputs: Inputs, weights: str, dtype: str) -> Source:
+    """What log-probs of `inputs` depend on, beside the pairs: the same when pairs are added or
+    removed, another for another mixture of records. `weights` is the digest of the reference's."""
     examples = inputs.examples
     return Source(
-        weights=weights_digest(params),
+        weights=weights,
         processor=processor_digest(examples.probes()),
         tokens=fingerprint(inputs.tokenizer.path.parent, inputs.tokenizer.path.name),
         media=examples.source.fingerprint,
@@ -243,15 +215,20 @@ def source_of(inputs: Inputs, params: dict, dtype: str) -> Source:
 
 
 def with_references(
-    config: ConfigDict, params: dict, inputs: Inputs, stage: Stage, timeline: Timeline
+    config: ConfigDict,
+    weights: str,
+    params: Callable[[], dict],
+    inputs: Inputs,
+    stage: Stage,
+    timeline: Timeline,
 ) -> Inputs:
     """`inputs` whose pairs carry their reference log-probs, in the views that the stage needs.
 
-    The starting weights `params` compute what config.reference does not hold yet. Fresh adapters
-    change nothing, so leaving them off keeps the digest that of the base.
+    The starting weights, whose digest is `weights`, compute what config.reference does not hold
+    yet. `params` loads them, and is called only if something is missing.
     """
-    params, usable = saber.without_lora(params), inputs.usable
-    source = source_of(inputs, params, stage.compute.dtype)
+    usable = inputs.usable
+    source = source_of(inputs, weights, stage.compute.dtype)
     keys = [inputs.examples.key(i) for i in range(len(inputs.examples))]
     # The reference numbers the pairs that can be used, and nothing else does.
     number = {int(i): n for n, i in enumerate(usable)}
@@ -261,7 +238,8 @@ def with_references(
 
         def of_batch(batch: Batch) -> Float[Array, "B T"]:
             timeline.at("start")  # Every batch is a sign of life for the watchdog.
-            return step(params, batch)
+            # Fresh adapters change nothing, so the base alone is the reference.
+            return step(saber.without_lora(params()), batch)
 
         return of_batch
 

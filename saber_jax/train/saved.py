@@ -136,6 +136,11 @@ def read_meta(step: Path) -> dict[str, Any]:
     return meta
 
 
+def digests_of(step: Path, item: str) -> dict[str, list]:
+    """name -> [dtype, shape, digest] of the arrays of one item, as they were saved."""
+    return {name: e for name, e in _entries(step).items() if name.startswith(f"{item}/")}
+
+
 def check_shapes(step: Path, arrays: Mapping[str, Any]) -> None:
     """Raises ValueError when `step` was saved by a network or an optimizer of other shapes."""
     wanted = {n: tuple(e[:2]) for n, e in _entries(step).items()}

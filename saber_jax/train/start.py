@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from saber_jax.inputs import Inputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs import manifest
 from saber_jax.runs.speaking import say
 from saber_jax.train import checkpoint, saved
 from saber_jax.train.stage import Stage
@@ -78,6 +79,34 @@ def params(config: ConfigDict, stage: Stage, base: Path | None) -> dict:
     init = functools.partial(saber.init_lora, stage.cfg)
     adapters = jax.jit(init, out_shardings=shardings[lora.ADAPTERS])(_key(config))
     return _base_params(stage, base) | {lora.ADAPTERS: adapters}
+
+
+class Weights:
+    """What a run starts with: `params`, read or drawn when first asked for and kept until
+    `forget`."""
+
+    def __init__(self, config: ConfigDict, stage: Stage, base: Path | None):
+        self._make = functools.partial(params, config, stage, base)
+        self._held: dict | None = None
+
+    def __call__(self) -> dict:
+        if self._held is None:
+            self._held = self._make()
+        return self._held
+
+    def forget(self) -> None:
+        """Frees them: their memory is wanted for those of a checkpoint."""
+        self._held = None
+
+
+def weights_digest(config: ConfigDict, stage: Stage, base: Path | None) -> str:
+    """Sixteen hex digits that change with any change of the weights that the run starts from, not
+    counting fresh adapters. No weight is read: a checkpoint says it in its own digests."""
+    source = base or config.init.checkpoint
+    if source:
+        return checkpoint.digest(source)
+    drawn = {"seed": config.seed, "network": stage.cfg.to_dict(), "jax": jax.__version__}
+    return manifest.digest(drawn)
 
 
 def layout(stage: Stage, base: Path | None) -> TrainState:

@@ -3,13 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from saber_jax import sharding
 from saber_jax.data.examples import encode_record
 from saber_jax.data.withhold import VIEWS
-from saber_jax.train import references
+from saber_jax.models.config import saber_config
+from saber_jax.train import checkpoint, references
 from saber_jax.train.references import Cache, References, Source, complete
 from tests import synthetic
 
@@ -113,19 +115,27 @@ def test_views_that_nobody_asked_for_are_nan(tmp_path):
     assert [view for view, full in zip(VIEWS, filled, strict=True) if full] == ["whole", "video"]
 
 
-def test_weights_digest_sees_order_and_single_bits_but_not_the_mesh():
+def test_weights_digest_sees_order_and_single_bits_but_not_the_mesh(tmp_path):
     values = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
-    digest = references.weights_digest({"text": {"w": values}})
+    numbers = iter(range(9))
+
+    def digest(text):
+        place = tmp_path / str(next(numbers))
+        checkpoint.save_params(
+            place, {"text": jax.tree.map(jnp.asarray, text)}, saber_config("tiny")
+        )
+        return checkpoint.digest(place)
+
     swapped = values.copy()
     swapped[0, 0], swapped[1, 3] = values[1, 3], values[0, 0]
     bit = values.copy()
     bit.view(np.uint32)[2, 2] ^= 1
     others = [{"w": swapped}, {"w": bit}, {"w": values.reshape(6, 4)}, {"v": values}]
-    assert digest not in {references.weights_digest({"text": other}) for other in others}
+    assert len({digest(text) for text in ({"w": values}, *others)}) == 5
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
     spread = jax.device_put(values, sharding.batch_sharding(mesh))
     assert len(spread.sharding.device_set) == 2
-    assert references.weights_digest({"text": {"w": spread}}) == digest
+    assert digest({"w": spread}) == digest({"w": values})
 
 
 def test_processor_digest_changes_with_pixels_sound_and_prompt(tokenizer):
