@@ -33,8 +33,9 @@ def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # See check_shape.
             with Image.open(path) as opened:
                 check_shape(name, opened.height, opened.width)
+                stored = opened.tile[0].args if opened.tile else None  # Gone once it is loaded.
                 opened.load()
-                picture = _rgb(_upright(opened))
+                picture = _rgb(_upright(opened), stored)
     except MediaError:
         raise
     except Image.DecompressionBombError as error:
@@ -54,14 +55,21 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, stored: object) -> Image.Image:
+    """`stored` is Pillow's name for the layout of the pixels in the file, such as "L;2"."""
+    clear = picture.info.get("transparency")  # Of a PNG without alpha: the colour that is none.
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 bit")
     if picture.mode.startswith("I"):  # Pillow itself would cut everything above 255.
         grey = np.asarray(picture).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"its grey reaches {grey.max()}; save it as 8 or 16 bit")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        eight = np.where(grey == clear, 255, (grey + 128) // 257).astype(np.uint8)
+        return Image.fromarray(eight).convert("RGB")
+    if clear is not None and stored == "RGB;16B":  # Pillow keeps 8 of the 16 bits to compare.
+        raise ValueError("one of its colours of 16 bits is transparent; save it with alpha")
+    if clear is not None and stored in ("L;2", "L;4"):  # Pillow stretches the pixels alone.
+        picture.info["transparency"] = clear * (255 // (2 ** int(stored[-1]) - 1))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(

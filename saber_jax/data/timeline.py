@@ -81,7 +81,8 @@ class Timeline:
         # Again because of rounding: 3 s of 4 frames a second are not to be 2.999 s.
         near = (self.nominal, float(round(rate)))
         rate = next((r for r in near if r and abs(r - rate) < 0.03 * rate), rate)
-        ticks = max(2, round(float(passed[-1] + (self.last or mean)) * rate))
+        last = self.last or float(np.median(steps))
+        ticks = max(2, round((float(passed[-1]) + last) * rate))
         return dataclasses.replace(given, rate=rate, ticks=ticks, even=False)
 
     def by_number(self) -> "Timeline":

@@ -17,6 +17,22 @@ def saved(folder, name: str, picture: Image.Image, **settings):
     return folder / name
 
 
+GREY, COLOUR = 0, 2  # PNG's numbers for the two kinds of pixels without alpha.
+
+
+def png(path, width: int, height: int, *, bits: int, kind: int, pixels: bytes, clear: bytes = b""):
+    """A PNG written by hand; `clear` is the colour that is transparent."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+        if data or name != b"tRNS"
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
 def transparent(mode: str) -> Image.Image:
     """Left half opaque, right half transparent."""
     picture = Image.new("RGBA", SIZE, (*RED, 0))
@@ -48,6 +64,22 @@ def test_what_is_transparent_is_white(tmp_path, name, mode):
     left = pixels[28, 4].astype(int)
     grey = round(0.299 * RED[0])
     assert np.abs(left - ((grey,) * 3 if mode == "LA" else RED)).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("clear", [0, 1])
+def test_the_one_grey_of_a_png_that_is_transparent_is_white(tmp_path, bits, clear):
+    row = b"\0" + np.packbits(np.tile([*[0] * (bits - 1), 1], 56)).tobytes()  # All pixels are 1.
+    settings = {"kind": GREY, "pixels": row * 56, "clear": struct.pack(">H", clear)}
+    pixels = decode_image(png(tmp_path / "a.png", 56, 56, bits=bits, **settings))
+    assert (pixels == (255 if clear else round(255 / (2**bits - 1)))).all()
+
+
+def test_one_transparent_colour_among_those_of_sixteen_bits_is_refused(tmp_path):
+    row = b"\0" + struct.pack(">HHH", 1000, 2000, 60_000) * 56
+    settings = {"kind": COLOUR, "pixels": row * 56, "clear": row[1:7]}
+    with pytest.raises(MediaError, match="16 bits is transparent; save it with alpha"):
+        decode_image(png(tmp_path / "a.png", 56, 56, bits=16, **settings))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff"])
@@ -107,13 +139,7 @@ def test_extreme_sides_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("side", [12_000, 60_000])
 def test_a_picture_too_large_to_decode_is_refused_before_it_is(tmp_path, side):
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
-    )
-    path = tmp_path / "bomb.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    path = png(tmp_path / "bomb.png", side, side, bits=8, kind=GREY, pixels=b"")
     assert side * side > MOST_PIXELS
     with pytest.raises(MediaError, match=r"bomb\.png") as error:
         decode_image(path)

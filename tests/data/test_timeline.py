@@ -7,6 +7,7 @@ import pytest
 
 from saber_jax.data import decode
 from saber_jax.data.decode import MediaError, Sampling, decode_clip
+from saber_jax.data.timeline import Timeline
 from tests.media_files import copy_packets, gray_frames, tone, write_clip
 
 TEN = Sampling(fps=10, min_pixels=84 * 84, max_pixels=84 * 84)
@@ -55,6 +56,11 @@ def test_a_frame_of_variable_rate_stands_where_its_timestamp_says(tmp_path, name
     assert flash == pytest.approx(FLASH, abs=0.06) and beep == pytest.approx(FLASH, abs=0.03)
     assert len(clip.frames) * clip.seconds_per_grid / 2 == pytest.approx(6.0, abs=0.1)
     assert clip.info["sampled_by"] == "time" and not clip.info["even"]
+
+
+def test_a_last_frame_of_unknown_length_is_shown_for_as_long_as_most_others():
+    track = Timeline(video=0, times=[], hidden=False, last=0.0, average=None, nominal=None)
+    assert track.of(UNEVEN).seconds == pytest.approx(6.0)
 
 
 def test_the_release_mode_counts_frames_and_the_record_says_so(tmp_path):
