@@ -3,17 +3,19 @@
 python -m saber_jax.data.show RECORDS [--split train] [--index 0 | --clip ID] [--out record]
 """
 
-import html
+import base64
+import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from PIL import Image
 
 from saber_jax.batch import row_of
-from saber_jax.data import chat
+from saber_jax.data import chat, player
 from saber_jax.data.examples import encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import FIELDS, Record, RecordSource
@@ -125,7 +127,7 @@ def facts(record: Record) -> dict[str, str]:
 
 
 def write(record: Record, tokenizer: Tokenizer, out: Path) -> None:
-    """OUT/record.txt, record.html, frames.png, waveform.png."""
+    """OUT/record.txt, frames.png, waveform.png, and record.html, which holds all of it and plays."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"frames.png": contact_sheet(record), "waveform.png": waveform(record)}
     for name, picture in pictures.items():
@@ -141,32 +143,42 @@ def write(record: Record, tokenizer: Tokenizer, out: Path) -> None:
         for run in table
     ]
     (out / "record.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "record.html").write_text(_page(fields, runs, pictures), encoding="utf-8")
+    (out / "record.html").write_text(_page(record, fields, runs, pictures), encoding="utf-8")
 
 
-def _page(fields: dict[str, str], runs: list[dict[str, str]], pictures: dict) -> str:
-    def row(cells, tag="td", kind=""):
-        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return f'<tr class="{kind}">{inner}</tr>'
+def _page(
+    record: Record,
+    fields: dict[str, str],
+    runs: list[dict[str, str]],
+    pictures: Mapping[str, Image.Image | None],
+) -> str:
+    """One page that needs no other file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("record.html.j2").render(
+        title=record.clip_id,
+        language=record.language,
+        film=_base64(player.film(record)),
+        sound=_base64(player.sound(record)),
+        pictures={name: _base64(_png(p)) for name, p in pictures.items() if p is not None},
+        fields=fields,
+        runs=runs,
+    )
 
-    images = "".join(f'<p><img src="{n}" alt="{n}"></p>' for n, p in pictures.items() if p)
-    body = "".join(
-        row(run.values(), kind=f"{run['kind']} {'learnt' if run['loss'] != '0' else ''}")
-        for run in runs
-    )
-    style = (
-        "body{font:14px sans-serif;margin:24px;max-width:1100px}td,th{padding:2px 10px;"
-        "text-align:left;vertical-align:top}table{border-collapse:collapse;margin:16px 0}"
-        ".video{background:#e3f0fb}.audio{background:#e6f5e6}.learnt{background:#fdf1dc}"
-        "img{max-width:100%}"
-    )
-    title = html.escape(fields["clip_id"])
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1>{images}<table>{''.join(row(i) for i in fields.items())}</table>"
-        f"<p>Blue: video, green: sound, orange: what the loss is about.</p>"
-        f"<table>{row(runs[0], 'th')}{body}</table>"
-    )
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def _base64(content: bytes | None) -> str:
+    return base64.b64encode(content or b"").decode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

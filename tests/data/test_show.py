@@ -1,9 +1,15 @@
 """A record drawn for a person."""
 
+import base64
+import io
+import re
 import subprocess
 import sys
+import wave
 
+import av
 import numpy as np
+import pytest
 from PIL import Image
 
 from data_prep.records import dataset
@@ -27,6 +33,32 @@ def test_the_command_draws_fields_frames_sound_and_tokens(tmp_path, tokenizer, c
         assert len(np.unique(np.asarray(plot))) > 2
     assert show.main([str(tmp_path), "--clip", "nobody", "--out", str(out)]) == 1
     assert "nobody" in capsys.readouterr().err
+
+
+def test_the_page_plays_the_record_and_needs_no_other_file(tmp_path, tokenizer):
+    record = synthetic.record(3)
+    show.write(record, tokenizer, tmp_path)
+    page = (tmp_path / "record.html").read_text("utf-8")
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 3 and all(source.startswith("data:") for source in sources)
+    assert "prefers-color-scheme: dark" in page and "http" not in page
+    film = base64.b64decode(sources[0].removeprefix("data:video/mp4;base64,"))
+    with av.open(io.BytesIO(film)) as container:
+        assert len(container.streams.audio) == 1
+        shown = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    with av.open(io.BytesIO(film)) as container:
+        heard = [f.to_ndarray() for f in container.decode(audio=0)]
+    assert np.abs(np.stack(shown).mean((1, 2, 3)) - record.frames.mean((1, 2, 3))).max() < 4
+    samples = np.concatenate(heard, axis=1)[0]
+    assert len(samples) == pytest.approx(len(record.audio), abs=1024)
+
+
+def test_a_record_of_sound_alone_is_heard(tmp_path, tokenizer):
+    record = synthetic.record(5, frames=0)
+    show.write(record, tokenizer, tmp_path)
+    (heard,) = re.findall(r"data:audio/wav;base64,([^\"]*)", (tmp_path / "record.html").read_text())
+    with wave.open(io.BytesIO(base64.b64decode(heard))) as file:
+        assert file.readframes(file.getnframes()) == record.audio.tobytes()
 
 
 def test_the_layout_weighs_exactly_the_answer(tokenizer):
