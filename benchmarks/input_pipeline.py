@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -203,7 +203,7 @@ def theirs(processor, records: list[Record], files: list[Path] | None) -> Work:
 
     def work(passes: int) -> None:
         loading = torch.utils.data.DataLoader(
-            list(range(len(records))) * passes,
+            cast(Any, list(range(len(records))) * passes),
             batch_size=2,
             collate_fn=collate,
             num_workers=WORKERS,
@@ -245,7 +245,7 @@ def step_share(seconds_a_clip: float, rng: np.random.Generator) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer clips, once")
     quick = parser.parse_args().quick
     count, repeats = (4, 1) if quick else (24, 3)

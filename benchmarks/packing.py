@@ -90,7 +90,7 @@ def first_fit_by_text(sizes: np.ndarray, open_rows: int = 64) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer examples")
     quick = parser.parse_args().quick
     examples = 6_000 if quick else 40_000

@@ -127,7 +127,7 @@ def facts(record: Record) -> dict[str, str]:
 
 
 def write(record: Record, tokenizer: Tokenizer, out: Path) -> None:
-    """OUT/record.txt, frames.png, waveform.png, and record.html, which holds all of it and plays."""
+    """OUT/record.txt, frames.png, waveform.png, and record.html, which shows and plays it all."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"frames.png": contact_sheet(record), "waveform.png": waveform(record)}
     for name, picture in pictures.items():
