@@ -59,20 +59,22 @@ def run_ahead(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Any]]
     if not workers:
         yield from ((task, _called(task)) for task in tasks)
         return
-    waiting: collections.deque[tuple[Task, Future]] = collections.deque()
+    waiting: collections.deque[tuple[Task, Future, ProcessPoolExecutor]] = collections.deque()
     tasks, pool = iter(tasks), _pool(workers)
     try:
         while True:
             for task in itertools.islice(tasks, 4 * workers - len(waiting)):
-                waiting.append((task, _submit(pool, _called, task)))
+                waiting.append((task, _submit(pool, _called, task), pool))
             if not waiting:
                 return
-            task, future = waiting.popleft()
+            task, future, its_pool = waiting.popleft()
             try:
                 result = future.result()
             except BrokenProcessPool:
-                pool.shutdown()
-                pool, result = _pool(workers), _called_alone(task)
+                if its_pool is pool:  # One crash breaks all tasks of its pool: replace it once.
+                    pool.shutdown()
+                    pool = _pool(workers)
+                result = _called_alone(task)
             yield task, result
     finally:
         pool.shutdown(cancel_futures=True)
