@@ -1,15 +1,15 @@
-"""Annotates a folder of clips by an OpenAI-compatible endpoint that sees and hears.
+"""Annotates a folder of clips with a multimodal model behind an OpenAI-compatible endpoint.
 
     python -m data_prep.annotate --clips DIR --out ANNOTATIONS --url http://localhost:8000/v1 \
         --model Qwen/Qwen2.5-Omni-7B [--labels labels.jsonl]
 
-Leaves ANNOTATIONS/NAME.json for every clip DIR/NAME.mp4, as `python -m data_prep.build` reads it,
-and in ANNOTATIONS.answers what the endpoint said, so that no question is paid for twice.
-Look at some before you train on them. What is there already is kept, so a killed run goes on where
-it was, and a file that you write or correct by hand stays as it is. Exit code 0 if every clip has
-its annotation, 1 if some have none, 2 if nothing could be asked.
+Writes ANNOTATIONS/NAME.json for every clip DIR/NAME.mp4, as `python -m data_prep.build` reads it,
+and caches the endpoint's answers in ANNOTATIONS.answers, so that no request is paid for twice.
+Check some annotations before you train on them. Existing annotation files are kept, so an
+interrupted run continues, and files that you write or correct by hand are not changed. Exit code 0
+if every clip has an annotation, 1 if some have none, 2 if no request could be made.
 
-For more than a few hundred clips, and to have them checked, take `python -m data_prep.run`.
+For more than a few hundred clips, and to have annotations checked, use `python -m data_prep.run`.
 """
 
 import sys
@@ -36,7 +36,7 @@ def annotate(
 ) -> list[Dropped]:
     """Writes the annotation of each row to its path; returns the clips that got none.
 
-    Raises EndpointError where asking on makes no sense, as with a wrong key.
+    Raises EndpointError if further requests would fail too, for example with a wrong key.
     """
     dropped = []
     with ThreadPoolExecutor(settings.endpoint.concurrency) as pool:
@@ -59,7 +59,7 @@ def _one(row: Row, client: Endpoint, settings: AnnotateSettings) -> Outcome:
 
 
 def rows(flags: Any) -> list[tuple[Row, Path]]:
-    """What to ask about each clip that has no annotation yet, and where the answer goes.
+    """(row to annotate, path of its annotation) for each clip that has no annotation yet.
 
     Raises FileNotFoundError or ValueError for folders and labels that cannot be read.
     """
@@ -109,16 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _flags(argv: Sequence[str] | None) -> Any:
     parser = Parser(__doc__)
-    parser.add_argument("--clips", type=Path, required=True, help="video files, searched in depth")
-    parser.add_argument("--out", type=Path, required=True, help="where NAME.json of a clip goes")
-    key = f"the key, if it wants one, is read from {KEY_VARIABLE}"
-    parser.add_argument("--url", required=True, help=f"of the endpoint, with its /v1; {key}")
-    parser.add_argument("--model", required=True, help="its name at the endpoint")
-    parser.add_argument("--labels", type=Path, help="labels.jsonl: languages of single clips")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the annotations")
+    parser.add_argument("--clips", type=Path, required=True, help="folder of videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the NAME.json files")
+    key = f"its API key, if it needs one, is read from {KEY_VARIABLE}"
+    parser.add_argument("--url", required=True, help=f"URL of the endpoint, with /v1; {key}")
+    parser.add_argument("--model", required=True, help="name of the model at the endpoint")
+    parser.add_argument("--labels", type=Path, help="labels.jsonl with languages")
+    parser.add_argument(
+        "--language", choices=LANGUAGES, default="en", help="language of annotations"
+    )
     parser.add_argument("--send", choices=("frames", "video"), default="frames")
-    parser.add_argument("--concurrency", type=int, default=4, help="questions under way at once")
-    parser.add_argument("--most_tokens", type=int, help="stop before asking for more")
+    parser.add_argument("--concurrency", type=int, default=4, help="concurrent requests")
+    parser.add_argument("--most_tokens", type=int, help="stop at this number of tokens")
     return parser.parse_args(argv)
 
 

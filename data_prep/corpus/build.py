@@ -7,9 +7,9 @@ DIR/corpus.json. The default 1,840 clips take about a minute on two cores. The s
 give the same files; a run that was stopped continues where it was, and a finished one returns at
 once.
 
-Licence: pictures, sentences and annotations are this project's own. Speech is made at build time
-by espeak-ng (GPL-3, from the espeakng-loader wheel), a tool run in its own process; nothing of it
-is copied into this project or its output.
+License: pictures, sentences and annotations are this project's own. Speech is synthesised at build
+time by espeak-ng (GPL-3, from the espeakng-loader wheel), which runs in its own process; none of
+its code is part of this project or its output.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def build(
 
 
 def _claim(out: Path, settings: dict):
-    """Marks `out` as the home of this corpus, or raises when another one lives there."""
+    """Writes the manifest of this corpus to `out`; raises ValueError if another one is there."""
     manifest.claim(
         out / "settings.json",
         settings,
@@ -107,7 +107,7 @@ def _start_worker(out: Path):
 
 
 def _end_with_parent():
-    # A pool whose parent is killed waits for work for ever.
+    # Without this, a pool whose parent was killed would wait for work forever.
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
@@ -117,7 +117,7 @@ def _make(clip: Clip):
     frames, track = render(clip, _speaker)
     with replacing(_out / "clips" / f"{clip.clip_id}.mp4") as partial:
         film.write_mp4(partial, frames, track)
-    # Last, so that an annotation means a finished clip.
+    # Written last: a clip is finished if its annotation exists.
     write_json(_out / "annotations" / f"{clip.clip_id}.json", text.annotation(clip))
 
 

@@ -1,16 +1,16 @@
-"""espeak-ng as a small process of its own: one JSON request a line in, one utterance out.
+"""espeak-ng in a small separate process: reads one JSON request per line, writes one utterance.
 
     echo '{"text": "Hello.", "voice": "en-us+f3", "rate": 150, "pitch": 50, "range": 50}' |
         python -m data_prep.corpus.espeak > utterance.raw
 
-espeak-ng keeps hidden state between utterances, even through its own terminate and initialise, so
-one process that speaks twice makes two different sounds of the same text. Here every utterance is
-made by a fork of a process that has initialised the library and done nothing else, which makes it
-a function of its request alone. The exception is a breathy voice (f2, f3, f5, Alicia, sandro,
-victor): its noise is seeded with the time of day.
+espeak-ng keeps hidden state between utterances, even if it is terminated and initialised again, so
+a process that synthesises the same text twice gives two different sounds. Here every utterance is
+made by a fork of a process that has only initialised the library, so it depends on its request
+alone. The exceptions are the breathy voices (f2, f3, f5, Alicia, sandro, victor), whose noise is
+seeded with the time of day.
 
 The answer is a little-endian uint32 sample rate and a uint32 byte count, then int16 samples; a
-count of 0 means that espeak-ng could not say it.
+count of 0 means that espeak-ng failed.
 
 Only the standard library and espeakng-loader are imported, because a lean process forks fast.
 """

@@ -1,4 +1,4 @@
-"""Motion of the embedded corpus and its files: frames of one clip, and H.264 with AAC in mp4."""
+"""Frames and video files of the embedded corpus: a clip's animation, and H.264 with AAC in mp4."""
 
 import dataclasses
 from fractions import Fraction
@@ -95,7 +95,7 @@ def write_mp4(
         video.width = video.height = size
         video.pix_fmt = "yuv420p"
         video.options = {"crf": "18", "preset": "veryfast", "flags": "+bitexact"}
-        # Without it one clip in five became another file when it was written again.
+        # Without this option, one clip in five differed when it was encoded again.
         video.options |= {"x264-params": "cpu-independent=1"}
         video.codec_context.thread_count = 1  # Threads would change rate control decisions.
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")

@@ -1,7 +1,7 @@
 """Plan of the embedded corpus: what every clip shows, says and means, before anything is rendered.
 
-The plan is a pure function of `Sizes` and a seed. On clips whose face and voice disagree every
-single modality leaves three equally likely emotions, and only face and voice together fix one:
+The plan is a pure function of `Sizes` and a seed. If face and voice disagree, each of them alone
+leaves three equally likely emotions, and only both together determine the emotion:
 
     face \\ voice   happy     sad       angry     neutral
     happy          happy     sorrow    contempt  unease
@@ -41,7 +41,7 @@ CONFLICTS: dict[tuple[str, str], tuple[str, str]] = {
     ("angry", "neutral"): ("sorrow", "suppression"),
     ("angry", "happy"): ("contempt", "sarcasm"),
 }
-# Words agree with a consistent emotion or stay neutral.
+# In consistent clips, words agree with the emotion or are neutral.
 _WORDS = {
     "happy": ("positive", "neutral"),
     "sad": ("negative", "neutral"),
@@ -51,7 +51,7 @@ _WORDS = {
 # Valence and arousal of each emotion; their distance is how strongly two readings disagree.
 _AFFECT = {"happy": (1.0, 0.8), "sad": (-1.0, -0.6), "angry": (-1.0, 0.9), "neutral": (0.0, 0.0)}
 
-# espeak-ng voice variants; the test split speaks with voices that are heard nowhere else.
+# espeak-ng voice variants; the voices of the test split are used in no other split.
 # None of them is breathy: espeak-ng seeds that noise with the time of day.
 TRAIN_VOICES = {
     "male": ("m1", "m2", "m3", "m4", "m6"),

@@ -1,8 +1,8 @@
 """Words of the embedded corpus: spoken sentences and the six annotation fields, in two languages.
 
-Every field states latents that were really rendered, from a small closed vocabulary. The face field
-determines the face emotion and the acoustic field the voice emotion, so the conclusion at the end
-is a lookup over evidence that is written before it. All text here is the project's own.
+Every field describes what was rendered, in a small closed vocabulary. The face field determines
+the face emotion and the acoustic field the voice emotion, so the conclusion at the end follows from
+the evidence before it. All text here is the project's own.
 """
 
 from data_prep.corpus.plan import Clip
@@ -73,7 +73,7 @@ _COLOURS_ZH = {
     "white": "白色",
 }
 
-# Seen on the face, named without naming the emotion: the reader has to conclude it.
+# Descriptions of the face that do not name the emotion, which has to be concluded.
 _FACE = {
     "en": {
         "happy": "Broad smile, raised cheeks.",

@@ -1,4 +1,4 @@
-"""Speech of the embedded corpus: espeak-ng's words, four emotions as prosody, and room tone.
+"""Speech of the embedded corpus: espeak-ng with the prosody of four emotions, and room tone.
 
 An emotion sets espeak-ng's pitch, pitch range and rate, and then the sound's level, spectral tilt,
 saturation and tremor.

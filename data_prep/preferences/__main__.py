@@ -5,13 +5,13 @@
     python -m data_prep.preferences --method withhold \
         --checkpoint runs/tiny/sft --records runs/tiny/records --out runs/tiny/pairs
 
-`sample`, the paper's, draws several answers to each conflicting clip and prefers the best scored to
-the worst (sample.py, score.py); `withhold` prefers the record's own target to what the model says
-with one modality withheld (withhold.py). docs/cadpo.md says how to choose.
+`sample` is the paper's method: it samples several answers to each conflicting clip and prefers the
+best-scored to the worst-scored (sample.py, score.py). `withhold` prefers the record's annotation to
+the model's answer with one modality withheld (withhold.py). docs/cadpo.md says how to choose.
 
-OUT holds every answer and what became of it (answers.jsonl or decisions.jsonl, appended batch by
-batch, so a killed run goes on where it was), pairs.jsonl, summary.json, and manifest.json with the
-inputs. Several hosts each ask for a --share; the same command without it then joins them.
+OUT contains every answer with its outcome (answers.jsonl or decisions.jsonl, appended batch by
+batch, so that an interrupted run continues), pairs.jsonl, summary.json, and manifest.json with the
+inputs. To use several hosts, run each with its --share, and then once without to join the shares.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inputs(flags: argparse.Namespace) -> dict[str, Any]:
-    """What the answers depend on. Margin and pairs a clip are left out: they ask for nothing."""
+    """What the answers depend on. Margin and pairs per clip only select among existing answers."""
     inputs = {
         "method": flags.method,
         "checkpoint": model_fingerprint(flags.checkpoint),
@@ -126,7 +126,7 @@ class _First:
 
 
 class _Model:
-    """A checkpoint that is loaded when the first answer is asked for."""
+    """A checkpoint that is loaded when the first answer is needed."""
 
     def __init__(self, flags: argparse.Namespace, records: _First):
         self._flags, self._records = flags, records
@@ -136,8 +136,8 @@ class _Model:
         yield from self._load().respond_batches(batches)
 
     def draw(self, batches: Iterator[tuple[int, list[Record]]]) -> Iterator[list[list[str]]]:
-        """Several answers to each record. A draw depends on the record's number, not on who asks:
-        any number of hosts, and a run that was killed, draw the same."""
+        """Several answers to each record. They depend on the record's index, not on the host or
+        batch, so any number of hosts, and a resumed run, sample the same."""
         flags = self._flags
         yield from self._load().sample_batches(
             batches,
@@ -187,7 +187,7 @@ def _verdict(
         "other conclusions: train SED longer. Then use a new --out.",
     }
     print(
-        f"error: {about['pairs']} pairs are too few to learn from; at least {FEWEST_PAIRS} are "
+        f"error: {about['pairs']} pairs are too few to train on; at least {FEWEST_PAIRS} are "
         "needed. Many without conflict: add clips whose face and voice disagree to the split. "
         + advice[flags.method],
         file=sys.stderr,
@@ -198,20 +198,20 @@ def _verdict(
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="withhold")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="work directory of SED")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="work directory of stage 1")
     parser.add_argument("--records", required=True, type=Path, help="what data_prep.build wrote")
     parser.add_argument("--split", default="preference")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--batch_size", type=int, default=64, help="clips answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--limit", type=int, help="only the first records of the split")
-    parser.add_argument("--share", metavar="I/N", help="ask for this part alone")
+    parser.add_argument("--share", metavar="I/N", help="answer only this part")
     drawn = parser.add_argument_group("--method sample")
-    drawn.add_argument("--samples", type=int, default=10, help="answers to a clip")
+    drawn.add_argument("--samples", type=int, default=10, help="answers per clip")
     drawn.add_argument("--temperature", type=float, default=0.8)
     drawn.add_argument("--top_p", type=float, default=1.0)
     drawn.add_argument("--seed", type=int, default=0)
-    drawn.add_argument("--margin", type=float, default=0.1, help="least difference of scores")
+    drawn.add_argument("--margin", type=float, default=0.1, help="minimum difference of scores")
     drawn.add_argument("--pairs_per_clip", type=int, default=1)
     drawn.add_argument("--all_clips", action="store_true", help="also those without a conflict")
     drawn.add_argument("--scorer", choices=SCORERS, default="offline")

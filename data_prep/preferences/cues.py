@@ -1,7 +1,7 @@
-"""What words of an answer say about an emotion: a small lexicon in English and Chinese.
+"""A small lexicon of words that indicate an emotion, in English and Chinese.
 
-Made for the embedded corpus and for plain descriptions of faces and voices. It does not know
-idioms, irony or other languages, and where it finds nothing it says nothing.
+It is made for the embedded corpus and for plain descriptions of faces and voices. It does not cover
+idioms, irony or other languages. Functions return None for a text without known words.
 """
 
 import re
@@ -11,7 +11,7 @@ from saber_jax.data import sed
 
 Modality = Literal["face", "voice", "words"]
 
-# Emotions that an annotator may exchange for one another; the rest of a family's name is ours.
+# Groups of emotions that annotators do not reliably distinguish; the names of the groups are ours.
 FAMILIES = {
     "happy": "joy",
     "neutral": "neutral",
@@ -89,9 +89,9 @@ _AGREEMENT = re.compile(
 
 
 def suggested(text: str, modality: Modality) -> str | None:
-    """The family of emotions that most cues of this evidence belong to; None if none leads.
+    """The family of emotions that most cues of this evidence belong to; None if there is a tie.
 
-    A cue is not counted where the word before it, or the one before that, denies it.
+    A cue is not counted if one of the two words before it is a negation.
     """
     counts = {
         family: sum(not _DENIED.search(text[: hit.start()]) for hit in cues.finditer(text))

@@ -1,10 +1,10 @@
 """Scores by a language model behind any OpenAI-compatible endpoint.
 
-The prompts carry a version, which stands in the manifest and the summary: scores of different
-versions are not comparable, so a changed prompt comes with a new number. Logical consistency is
-asked of the answer alone. Evidence alignment is asked against the record's annotation, in both
-orders, because judges favour a place (https://arxiv.org/abs/2306.05685); or, with `media`, of a
-model that is given the clip itself and no annotation.
+The prompts have a version, which is stored in the manifest and the summary. Scores of different
+versions are not comparable, so every change of a prompt needs a new version. Logical consistency
+is judged from the answer alone. Evidence alignment is judged against the record's annotation, in
+both orders because judges have a position bias (https://arxiv.org/abs/2306.05685); or, with
+`media`, by a model that is given the clip and no annotation.
 
 Grades from 1 to 5 become (grade - 1) / 4, and a score is the mean of its grades.
 """
@@ -92,9 +92,9 @@ and what a model says is to be seen and heard in it.
 
 
 class JudgeScorer:
-    """A scorer that asks `endpoint`; with `media` it is shown the clip.
+    """A scorer that asks the judge at `endpoint`, with `media` including the clip.
 
-    `failures` counts questions that stayed without a usable answer; their score is None.
+    `failures` counts requests without a usable answer; their score is None.
     """
 
     def __init__(self, endpoint: Endpoint, *, media: bool = False):
@@ -102,7 +102,7 @@ class JudgeScorer:
         self.failures = 0
 
     def __call__(self, record: Record, answer: str) -> Scores:
-        """Raises EndpointError if asking on would be useless."""
+        """Raises EndpointError if further requests would fail too."""
         return Scores(
             consistency=self._consistency(answer), alignment=self._alignment(record, answer)
         )
@@ -153,7 +153,7 @@ def _clip(record: Record) -> tuple[Part, ...]:
 
 def _grades(text: str, names: tuple[str, ...]) -> list[float] | None:
     found: Mapping[str, Any] = {}
-    # A model may think aloud or fence its answer; the last object is the answer.
+    # A model may reason first or fence its answer; the last object is the answer.
     for candidate in re.findall(r"\{[^{}]*\}", text):
         try:
             found = json.loads(candidate)

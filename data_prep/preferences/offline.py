@@ -1,25 +1,26 @@
-"""Scores by rules, without a model: good enough for the embedded corpus, and for a first look.
+"""Scores by rules, without a model, for the embedded corpus and for first experiments.
 
 Texts are read with the lexicon of cues.py, and evidence is compared with the record's annotation
-word by word. Neither sees the clip, and neither understands a paraphrase that shares no word and no
-cue. Where answers are free prose, use a judge.
+word by word. Neither uses the clip itself, and neither recognises a paraphrase without common words
+or cues. For free prose, use a judge.
 
     consistency = (follows + together) / 2
 
 `follows` compares the conclusion with what the evidence suggests:
-    1.0 if face and voice suggest one family of emotions, and the conclusion is of it;
-    0.5 if it is of another, and both are negative;
-    1.0 if they suggest different ones, and the reasoning says that they conflict; but 0 if the
-        conclusion is not negative and nothing in the evidence is like it;
-    0.0 otherwise: where the reasoning passes over a conflict, one modality has decided.
-`together` is the least of what applies, as true claims do not make up for a contradiction:
+    1.0 if face and voice suggest the same family of emotions and the conclusion belongs to it;
+    0.5 if the conclusion belongs to another family and both are negative;
+    1.0 if face and voice suggest different families and the reasoning says that they conflict; but
+        0 if the conclusion is not negative and nothing in the evidence suggests it;
+    0.0 otherwise: the reasoning does not mention a conflict, so one modality has decided.
+`together` is the minimum of what applies, because true claims do not make up for a contradiction:
     each claim of the reasoning about face, voice or words against the evidence (1, 0.5 or 0);
-    whether the reasoning is right that the modalities agree or conflict (1 or 0).
+    whether the reasoning says correctly that the modalities agree or conflict (1 or 0).
 
     alignment = mean over the evidence sections that the answer or the annotation fills
 
-A section is worth the F1 of its words (in Chinese: of its characters) against the annotation's. If
-both suggest the same family of emotions that is raised to (1 + F1) / 2, if different ones, halved.
+The score of a section is the F1 of its words (in Chinese: of its characters) against the
+annotation's. If both suggest the same family of emotions the score is (1 + F1) / 2, if they suggest
+different ones F1 / 2.
 """
 
 import collections
@@ -69,7 +70,7 @@ def consistency(sections: Mapping[str, str]) -> float | None:
 
 
 def alignment(annotation: Mapping[str, str], sections: Mapping[str, str]) -> float | None:
-    """How much of the stated evidence the annotation bears out; None if it states none."""
+    """How well the stated evidence matches the annotation; None if there is no evidence."""
     worths = [
         _section(field, annotation.get(field, ""), sections[field])
         for field in EVIDENCE

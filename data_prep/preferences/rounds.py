@@ -1,4 +1,4 @@
-"""Questions asked batch after batch, so that a killed run and several hosts leave the same file."""
+"""Requests in batches, so that interrupted runs and several hosts produce the same file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -11,7 +11,7 @@ from saber_jax.runs.files import write_jsonl
 from saber_jax.runs.journal import Journal, batches
 
 Line = dict[str, Any]
-"""One line of the journal: what was answered to a job, or why nothing was asked."""
+"""One line of the journal: the answers to a job, or the reason why none was generated."""
 
 
 class Records(Protocol):
@@ -27,7 +27,7 @@ class Records(Protocol):
 Job = TypeVar("Job")
 
 Batch = tuple[int, list[Job]]
-"""The jobs asked together, and the number of the first of them among all jobs."""
+"""(index of the first job among all jobs, jobs of the batch)."""
 
 
 def work_through(
@@ -40,11 +40,12 @@ def work_through(
     unit: str,
     share: shares.Share | None = None,
 ) -> list[Line]:
-    """The lines that were settled without asking, then one for each job, in order.
+    """The lines that need no answer, then one line for each job, in order.
 
-    Goes on from what `journal` holds. `ask` gives the lines of batch after batch. A `share` does
-    its part of the batches and leaves the settled lines out. Without a share, where all shares are
-    there, nothing is asked; where one is unfinished, ValueError names it.
+    Continues after the lines that `journal` has. `ask` yields the lines of each batch. With a
+    `share`, only its part of the batches is asked, and the lines that need no answer are left out.
+    Without one, if shares exist, they are joined and nothing is asked; ValueError names unfinished
+    shares.
     """
     lines = list(settled)
     numbers = list(range(len(jobs)))

@@ -1,11 +1,10 @@
-"""Pairs from answers that the model itself draws: the best against the worst, as in the paper.
+"""Pairs from sampled answers of the model: the best against the worst, as in the paper.
 
-For each clip K answers are drawn from the SED model, each is scored (score.py), and the best is
-chosen over the worst if they differ by a margin. Only clips whose modalities conflict, or that the
-model is torn about, are worth a pair: those with a kappa above 0, or without that label, those
-whose K conclusions are not all the same.
+For each clip K answers are sampled from the SED model and scored (score.py). The best is chosen
+over the worst if their scores differ by a margin. Only conflicting or ambiguous clips give pairs:
+those with a kappa above 0 or, without that label, those whose K conclusions are not all the same.
 
-Answers and scores are kept whole, so that another margin, or more pairs a clip, asks for nothing.
+All answers and scores are kept, so another margin, or more pairs per clip, needs no new answers.
 """
 
 import collections
@@ -23,7 +22,7 @@ from saber_jax.runs import shares
 from saber_jax.runs.journal import Journal
 
 NAME = "answers.jsonl"
-"""Every clip with all of its answers and their scores, one clip a line."""
+"""File with all answers to every clip and their scores, one clip per line."""
 
 KEPT = "kept"
 REASONS = {
@@ -38,7 +37,7 @@ REASONS = {
 }
 
 Draw = Callable[[Iterator[tuple[int, list[Record]]]], Iterator[list[list[str]]]]
-"""The answers to each record of batch after batch, given with the first record's number."""
+"""Maps batches of (index of the first record, records) to the answers to each record."""
 
 
 def settled(record: Record, *, all_clips: bool) -> str | None:
@@ -107,7 +106,7 @@ def _line(record: Record) -> Line:
 
 
 def _answer(scorer: Scorer, record: Record, text: str) -> dict[str, Any]:
-    """One answer as it stands in a line; an unparsable one is not worth a judge's time."""
+    """One answer with its scores, as written to a line; unparsable answers are not scored."""
     concluded = sed.conclusion(text) if well_formed(text) else None
     about = {"text": text, "conclusion": concluded, "consistency": None, "alignment": None}
     if concluded is None:
@@ -118,8 +117,7 @@ def _answer(scorer: Scorer, record: Record, text: str) -> dict[str, Any]:
 
 
 def spread(line: Line) -> float | None:
-    """How torn the model is about a clip: the share of its conclusions that are not the most common
-    one. None if it concluded nothing."""
+    """The share of a clip's conclusions that differ from the most common one. None without any."""
     concluded = [a["conclusion"] for a in line["answers"] if a["conclusion"] is not None]
     if not concluded:
         return None
@@ -129,10 +127,10 @@ def spread(line: Line) -> float | None:
 def pairs_of(
     line: Line, *, margin: float, most: int, all_clips: bool
 ) -> tuple[str, list[dict[str, Any]]]:
-    """What became of a clip, a key of REASONS, and its lines of pairs.jsonl, at most `most`.
+    """The outcome of a clip, a key of REASONS, and at most `most` lines for pairs.jsonl.
 
-    The best answer is chosen over the worst, the second over the second worst, and so on, while
-    they differ by `margin`. Of answers with one score the earlier counts as better.
+    The best answer is paired with the worst, the second best with the second worst, and so on, as
+    long as they differ by `margin`. Of answers with equal scores the earlier counts as better.
     """
     if line["why"]:
         return line["why"], []
@@ -177,10 +175,10 @@ def _pair(
 def summarise(
     lines: Sequence[Line], *, margin: float, most: int, all_clips: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What summary.json and pairs.jsonl hold.
+    """The contents of summary.json and pairs.jsonl.
 
     `agrees_with_label` is the share of chosen, of rejected and of all answers whose conclusion is
-    the clip's label. Scoring never saw the label, so this tells whether the scores can be trusted.
+    the clip's label. Scoring does not use the label, so this shows how reliable the scores are.
     """
     outcomes = [pairs_of(line, margin=margin, most=most, all_clips=all_clips) for line in lines]
     pairs = [pair for _, found in outcomes for pair in found]

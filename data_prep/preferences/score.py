@@ -1,13 +1,14 @@
-"""How good an answer is, in two numbers from 0 to 1 that need no label.
+"""Scores of an answer: two numbers from 0 to 1 that need no label.
 
 - Logical consistency: does the conclusion follow from the evidence that the answer itself states,
-  and do its claims about face, voice and words stand together?
+  and are its claims about face, voice and words consistent?
 - Evidence alignment: is the evidence that it states in the clip?
 
-An answer that notes a trembling voice and concludes happiness loses the first, one that reports a
-smile where there is none the second. Their mean decides which of several answers is preferred.
+An answer that describes a trembling voice and concludes happiness is not consistent; one that
+describes a smile where there is none is not aligned. The mean of both decides which of several
+answers is preferred.
 
-A scorer is a function of a record and an answer. There are two: `offline.score` goes by rules, and
+A scorer is a function of a record and an answer. There are two: `offline.score` uses rules, and
 `judge.JudgeScorer` asks a language model.
 """
 
@@ -23,14 +24,14 @@ EVIDENCE = FIELDS[:-1]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Both from 0 to 1; None where the scorer found nothing to go by, or gave no usable number."""
+    """Both from 0 to 1; None if there was nothing to score, or the judge gave no usable number."""
 
     consistency: float | None
     alignment: float | None
 
     @property
     def total(self) -> float | None:
-        """The mean of both, rounded so that differences of rounding decide nothing."""
+        """The mean of both, rounded so that floating-point errors do not rank answers."""
         if self.consistency is None or self.alignment is None:
             return None
         return round((self.consistency + self.alignment) / 2, 6)

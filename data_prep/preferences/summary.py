@@ -1,7 +1,7 @@
-"""What the mined pairs are like, before a model learns from them.
+"""Statistics of mined pairs, to look at before training.
 
-A preference that could be told from the texts' lengths alone teaches lengths, so their means and
-how often the longer answer is the chosen one stand beside every count.
+If the chosen answer can be told from length alone, the model will learn to prefer length. So every
+group has the mean lengths and how often the longer answer is the chosen one.
 """
 
 import collections
@@ -39,9 +39,9 @@ def _grouped(pairs: Sequence[Pair], key: str) -> dict[str, Any]:
 
 
 def _about(pairs: Sequence[Pair]) -> dict[str, float | None]:
-    """Means over the pairs; None where there is none, or no label to go by.
+    """Means over the pairs; None without pairs, or without labels.
 
-    Lengths are in characters. Of pairs of equal length each counts half as won by the longer.
+    Lengths are in characters. A pair with equal lengths counts as half won by the longer answer.
     """
     longer = [0.5 + 0.5 * _sign(len(pair["chosen"]) - len(pair["rejected"])) for pair in pairs]
     return {

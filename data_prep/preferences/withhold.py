@@ -1,12 +1,12 @@
-"""Pairs from what the model concludes when it can only see, or only hear.
+"""Pairs from the model's answers with one modality withheld.
 
-Chosen is a record's own six-section target. Rejected is the model's answer with one modality
-withheld, kept when it is well formed but concludes what the remaining modality alone suggests: the
-error of letting one modality dominate, made by the model itself and not invented. This is our own
-variant; what the paper does is in sample.py.
+Chosen is the record's own six-section target. Rejected is the model's answer with one modality
+withheld, if it is well formed but concludes what the remaining modality alone suggests. Such an
+answer shows the error of letting one modality dominate, as the model itself makes it. This method
+is ours; the paper's is in sample.py.
 
-A pair's kappa, how strongly the modalities disagree, is the record's label; where it has none, 1 if
-the model concludes something else from the picture alone than from the sound alone, and 0 if not.
+The kappa of a pair (how strongly the modalities disagree) is the record's label. Without a label it
+is 1 if the model's conclusions from the picture alone and from the sound alone differ, else 0.
 """
 
 import collections
@@ -23,7 +23,7 @@ from saber_jax.runs import shares
 from saber_jax.runs.journal import Journal
 
 NAME = "decisions.jsonl"
-"""Every decision and answer, one a line."""
+"""File with every answer and the decision about it, one per line."""
 
 # The label that says what the modality still present suggests.
 SEEN: dict[Modality, str] = {"audio": "face", "video": "voice"}
@@ -68,7 +68,7 @@ def settled(record: Record, withheld: Modality) -> str | None:
 
 
 def judge(record: Record, withheld: Modality, answer: str) -> str:
-    """What becomes of an answer given without one modality: a key of REASONS."""
+    """The decision about an answer given without one modality: a key of REASONS."""
     if not well_formed(answer):
         return "unparsable"
     concluded = sed.conclusion(answer)
@@ -111,8 +111,8 @@ def mine(
 ) -> list[Decision]:
     """Decides about every record and modality; see rounds.work_through.
 
-    First come the decisions that need no answer, then the others. `respond` answers batch after
-    batch.
+    First come the decisions that need no answer, then the others. `respond` answers a batch at a
+    time.
     """
     quick, jobs = _divided(records)
 
@@ -138,7 +138,7 @@ def mine(
 
 
 def _divided(records: Records) -> tuple[list[Decision], list[tuple[int, Modality]]]:
-    """The decisions that need no answer, and what to ask: (index of a record, what is withheld)."""
+    """The decisions that need no answer, and the jobs: (index of a record, withheld modality)."""
     quick: list[Decision] = []
     jobs: list[tuple[int, Modality]] = []
     for index in range(len(records)):
@@ -152,10 +152,10 @@ def _divided(records: Records) -> tuple[list[Decision], list[tuple[int, Modality
 
 
 def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:
-    """kappa of clips that no label gives one: 1.0 where what is concluded without sound and what is
-    concluded without picture differ, 0.0 where they agree.
+    """kappa of clips without that label: 1.0 if the conclusions without sound and without picture
+    differ, 0.0 if they agree.
 
-    Clips that were not answered both ways, or concluded nothing in one of them, are left out.
+    Clips without a conclusion in one of the two cases are left out.
     """
     concluded: dict[str, list[str]] = {}
     for d in decisions:
@@ -166,7 +166,7 @@ def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:
 
 
 def pairs_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
-    """Lines of pairs.jsonl: what was kept, with kappa from the labels or else `disagreements`."""
+    """Lines of pairs.jsonl, with kappa from the labels or else from `disagreements`."""
     mined = disagreements(decisions)
     kept = [{key: d[key] for key in PAIR_KEYS} for d in decisions if d["chosen"] is not None]
     return [
@@ -190,5 +190,5 @@ def summarise(decisions: Iterable[Decision]) -> dict[str, Any]:
 
 
 def _conclusion(record: Record) -> str | None:
-    """The label if there is one, else what the record's own reasoning ends on."""
+    """The label if there is one, else the conclusion of the record's own reasoning."""
     return record.labels.get("emotion") or sed.conclusion(sed.target_text(record.annotation))

@@ -1,1 +1,1 @@
-"""Anyone's clips to records."""
+"""Clips and annotations -> records."""

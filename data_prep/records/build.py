@@ -2,14 +2,14 @@
 
     python -m data_prep.build --clips DIR --annotations DIR --out OUT [--labels labels.jsonl]
 
-Leaves in OUT: saber/ (the records; read with saber_jax.data.records.RecordSource, or with
+Writes to OUT: saber/ (the records; read with saber_jax.data.records.RecordSource, or with
 tfds.data_source("saber", data_dir=OUT, split="train")), tokenizer.model, refused.jsonl (every clip
-left out, and why) and build.json (settings, counts, and what in the folders was of no use).
+that was left out, with the reason) and build.json (settings, counts, and unused files).
 docs/formats.md describes annotations and labels.
 
 Exit code 0 if every clip was kept, 1 if some were refused, 2 if nothing could be built, 3 if the
-build failed on the way, here or in Beam. A killed build continues where it was when started again;
-a finished one is left alone.
+build failed, here or in Beam. An interrupted build continues when the command is repeated; a
+finished one is not changed.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from saber_jax.flags import Parser
 from saber_jax.runs.files import write_json, write_jsonl
 
 FORMAT = 3
-"""Version of what a build leaves; part of its fingerprint."""
+"""Version of the output format; part of the fingerprint of a build."""
 
 TRAIN = "train"
 SHOWN_REFUSALS = 20
 SHOWN_UNUSED = 10
 UNUSED = {
-    "files": "files were passed over, being neither clips nor annotations",
+    "files": "files were ignored because they are neither clips nor annotations",
     "annotations": "annotations have no clip",
     "labels": "labels have no clip",
 }
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except Exception:  # Left to Python, its exit code would say that some clips were refused.
+    except Exception:  # Python's exit code would be 1, which means that clips were refused.
         traceback.print_exc()
         return 3
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
     )
     path, whole = Path, int
-    parser.add_argument("--clips", type=path, required=True, help="video files, searched in depth")
+    parser.add_argument("--clips", type=path, required=True, help="folder of videos")
     parser.add_argument(
         "--annotations", type=path, required=True, help="A/NAME.json for A/NAME.mp4"
     )
@@ -83,16 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", type=path, help="labels.jsonl with split, language, emotion")
     parser.add_argument("--split", default=TRAIN, help="split of clips without a label")
     parser.add_argument("--mode", choices=decode.MODES, default="exact")
-    parser.add_argument("--fps", type=float, help="frames kept a second")
-    parser.add_argument("--max_frames", type=whole, help="most frames kept of a clip")
-    parser.add_argument("--min_pixels", type=whole, help="least pixels of a frame")
-    parser.add_argument("--max_pixels", type=whole, help="most pixels of a frame")
+    parser.add_argument("--fps", type=float, help="frames per second to keep")
+    parser.add_argument("--max_frames", type=whole, help="maximum number of frames per clip")
+    parser.add_argument("--min_pixels", type=whole, help="minimum pixels per frame")
+    parser.add_argument("--max_pixels", type=whole, help="maximum pixels per frame")
     parser.add_argument("--max_seconds", type=float, help="longer clips are refused")
     parser.add_argument(
         "--audio_in_video",
         action="store_true",
         default=None,
-        help="weave the sound into the video every 2 s; the default puts it behind",
+        help="interleave the sound with the video every 2 s; by default it follows the video",
     )
     parser.add_argument("--vocab_size", type=whole, default=768)
     parser.add_argument(
@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_beam_options,
         default=(),
         metavar="NAME=VALUE,...",
-        help="lets Apache Beam decode the clips and write the records, the same ones, as in "
-        "runner=DataflowRunner,project=P; its workers must reach --clips and OUT.partial",
+        help="decode the clips and write the same records with Apache Beam, for example "
+        "runner=DataflowRunner,project=P; its workers must be able to read --clips and OUT.partial",
     )
     return parser
 
@@ -166,7 +166,7 @@ def _partial(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Two builds into one directory would spoil each other. The lock dies with its process."""
+    """Prevents two concurrent builds into one directory. The lock is released with its process."""
     partial = _partial(out)
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("w") as file:
@@ -182,7 +182,7 @@ def _lock(out: Path) -> Iterator[None]:
 def _fingerprint(
     arguments: argparse.Namespace, sampling: decode.Sampling, inputs: clips.Inputs
 ) -> dict[str, Any]:
-    """All that decides the result, without reading a video: files by name, size and time."""
+    """Everything that decides the result. Files count by name, size and time; none is read."""
     given = arguments.tokenizer
     vocabulary = {"vocab_size": arguments.vocab_size} if given == "train" else {}
     return {
@@ -228,7 +228,7 @@ def _finished(out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     if changed:
         raise ValueError(
             f"{out} was built differently ({'; '.join(changed)}). Choose another --out, or delete "
-            "it to build anew."
+            "it to build again."
         )
     return summary
 
@@ -237,7 +237,7 @@ _PARTS = ("settings", "inputs")
 
 
 def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.Job]) -> None:
-    """Fails before the long part of the work."""
+    """Raises ValueError, before the long work, if there is no text to train a vocabulary on."""
     if arguments.tokenizer != "train":
         tokenizer.load_tokenizer(arguments.tokenizer)
     elif jobs and not any(job.split == TRAIN for job in jobs):
@@ -250,7 +250,7 @@ def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.J
 def _decode(
     jobs: Sequence[clips.Job], workers: int, beam: Sequence[str]
 ) -> tuple[list[clips.Job], list[clips.Refusal]]:
-    """Decodes what is not staged yet; returns the usable jobs and the refused clips."""
+    """Decodes clips that are not staged yet; returns the usable jobs and the refused clips."""
     todo = [job for job in jobs if not job.staged.exists()]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} clips were decoded by an earlier run.")
@@ -268,7 +268,7 @@ def _write(
     jobs: Sequence[clips.Job],
     refusals: Iterable[clips.Refusal],
 ) -> dict[str, Any]:
-    from data_prep.records import dataset  # Slow to import, and the decoding processes do without.
+    from data_prep.records import dataset  # Slow to import, and decoding does not need it.
 
     ready.mkdir(parents=True)
     vocabulary = _vocabulary(ready, arguments, jobs)
@@ -300,7 +300,7 @@ def _vocabulary(
         return tokenizer.load_tokenizer(copied)
     train = [job for job in jobs if job.split == TRAIN]
     said = [sed.target_text(job.annotation) for job in train]
-    # Once per clip, as training sees it; then a prompt costs few tokens.
+    # Once per clip, as often as training sees it, so that the vocabulary encodes it in few tokens.
     said += [sed.prompt_text(job.language, True, True) for job in train]
     headings = [sed.heading(field) for field in records.FIELDS]
     out = ready / "tokenizer.model"

@@ -1,7 +1,7 @@
 """Finding clips with their annotations and labels, and decoding them one by one.
 
-A clip, its annotation and its labels belong together by their name: the path below their folder,
-without the suffix. clips/B/001.mp4 takes annotations/B/001.json and the labels of "B/001".
+A clip, its annotation and its labels are matched by name: the path below their folder, without
+the suffix. clips/B/001.mp4 has the annotation annotations/B/001.json and the labels of "B/001".
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ EXTENSIONS = (
     *(".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".ogv", ".ogm", ".mxf"),
     *(".gif", ".rm", ".rmvb", ".dv"),
 )
-"""Of files that may hold a video with sound and that FFmpeg reads."""
+"""Suffixes of files that may contain a video with sound and that FFmpeg reads."""
 
 REASONS = {
     **decode.REASONS,
@@ -49,9 +49,9 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One clip to decode, everything but its media already checked.
+    """One clip to decode. Everything except its media has been checked.
 
-    `file` is its path below the clips' folder; `staged` is where its media go.
+    `file` is its path below the clips' folder; the decoded media are written to `staged`.
     """
 
     clip_id: str
@@ -76,7 +76,7 @@ def sort_files(
     """Files below a directory that have one of the suffixes, and all others, both sorted.
 
     Hidden files are among the others: file managers leave some that look like clips. Raises
-    FileNotFoundError if there is no directory or nothing to take.
+    FileNotFoundError if there is no directory or no file with one of the suffixes.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"The {what} directory {directory} does not exist.")
@@ -92,7 +92,7 @@ def sort_files(
 
 
 def _files_below(directory: Path, above: set[str]) -> Iterator[Path]:
-    """Also behind links to folders, which Path.rglob leaves out, but once round a circle."""
+    """Follows links to folders, which Path.rglob does not, and stops at cycles."""
     real = os.path.realpath(directory)
     if real in above:
         return
@@ -109,21 +109,21 @@ def _listed(paths: Sequence[Path], most: int = 5) -> str:
 
 
 def shown(name: str) -> str:
-    """A file name that any terminal and any file takes."""
+    """A file name in characters that can be printed and written anywhere."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def name_of(path: Path, root: Path) -> str:
-    """What a clip is called: see the module. NFC, whichever way the file system spells it."""
+    """The name of a clip (see the module docstring), in Unicode NFC on every file system."""
     name = path.relative_to(root).with_suffix("").as_posix()
     return unicodedata.normalize("NFC", name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the folders hold: clips (file to name), annotations (name to file) and labels by name.
+    """Contents of the folders: clips (file to name), annotations (name to file), labels by name.
 
-    `others` are files of no use, by their paths; nothing in the folders is passed over in silence.
+    `others` are the paths of all files that are not used, so that they can be reported.
     """
 
     clips: dict[Path, str]
@@ -175,7 +175,7 @@ def read_labels(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _label(line: str) -> dict[str, str]:
-    """One line; the ValueError goes on from its number."""
+    """Parses one line. The text of a ValueError continues "labels.jsonl, line 3 ..."."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -211,7 +211,7 @@ def _is_share(text: str) -> bool:
 def plan(
     inputs: Inputs, *, split: str, staging: Path, sampling: decode.Sampling
 ) -> tuple[list[Job], list[Refusal]]:
-    """Pairs clips with annotations and labels; what cannot be paired is refused at no cost."""
+    """Matches clips with annotations and labels; refuses clips without a match before decoding."""
     jobs: list[Job] = []
     refusals: list[Refusal] = []
     seen: dict[str, Path] = {}
@@ -273,7 +273,7 @@ def detect_language(annotation: Mapping[str, str]) -> str:
 
 
 def _staging_key(name: str, path: Path, sampling: decode.Sampling) -> str:
-    """Changes with the file and with the settings, so stale work is never picked up."""
+    """Changes with the file and with the settings, so that stale staged files are not reused."""
     stat = path.stat()
     facts = (name, path.suffix, stat.st_size, stat.st_mtime_ns, dataclasses.astuple(sampling))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
@@ -290,7 +290,7 @@ def decode_job(job: Job) -> Refusal | None:
     except OSError as error:
         return Refusal(file=job.file, reason="unreadable", detail=str(error))
     facts = {"seconds_per_grid": clip.seconds_per_grid, "info": clip.info, "sha256": digest}
-    # Not named by process: on a cluster, those of two machines can have the same number.
+    # Not named after the process id, which two machines of a cluster may share.
     temporary = job.staged.with_suffix(f".{uuid.uuid4().hex}")
     with temporary.open("wb") as file:
         np.savez(file, frames=clip.frames, audio=clip.audio, facts=np.array(json.dumps(facts)))

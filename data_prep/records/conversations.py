@@ -36,7 +36,7 @@ class RowError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A conversation up to its answer, in one form whatever it came from."""
+    """A conversation and its answer, in a form that does not depend on the source format."""
 
     messages: Turns
     answer: str
@@ -45,7 +45,7 @@ class Row:
 
     @property
     def clip_id(self) -> str:
-        """The same for rows that ask the same about the same media, which share a record."""
+        """Equal for rows with the same conversation about the same media, which share a record."""
         key = json.dumps([self.messages, self.media], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -67,7 +67,7 @@ def from_ms_swift(row: dict[str, Any]) -> Row:
         turns = _turns(row["rejected_messages"], "role", "content", "rejected_messages", shown)
         other, rejected = _split(_with_system(row, turns))
         if other != prompt:
-            raise RowError("rejected_messages asks something else than messages")
+            raise RowError("rejected_messages has another question than messages")
         for key, paths in media.items():
             if _paths(row.get(f"rejected_{key}"), f"rejected_{key}") not in ([], paths):
                 raise RowError(f"rejected_{key} are other files than {key}; a pair has one clip")
@@ -116,7 +116,7 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Row]] = {
 
 
 def _check_keys(row: dict[str, Any], read: set[str]) -> None:
-    """Refuses keys that mean something and are not read. Empty ones mean nothing."""
+    """Refuses keys that have a meaning but are not supported, unless their value is empty."""
     for key, value in row.items():
         known = read | {*TAGS, *KINDS, "split", "language"}
         if key not in known and value not in (None, "", [], {}) and _MEANT.search(str(key)):
@@ -161,7 +161,7 @@ def _with_system(row: dict[str, Any], turns: Turns) -> Turns:
 
 
 def _turns(value: Any, role: str, content: str, where: str, media: Media | None = None) -> Turns:
-    """The turns under their own two keys; media that parts of a message name go to `media`."""
+    """Turns with our own two keys; media that message parts name are added to `media`."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise RowError(f"{where} must be a list of turns with {role!r} and {content!r}")
     turns = []
@@ -217,7 +217,7 @@ def _split(turns: Turns) -> tuple[Turns, str]:
 
 
 def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]]) -> Row:
-    """Checks, and puts the tags that are missing before the first question, pictures first."""
+    """Checks the row and puts missing media tags before the first question, pictures first."""
     if rejected is not None and not isinstance(rejected, str):
         raise RowError("the rejected answer must be text")
     for name, said in (("answer", answer), ("rejected answer", rejected)):
@@ -236,7 +236,7 @@ def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]])
         raise RowError(f"{pictures} pictures or videos and {sounds} sounds; a record has one each")
     asked = next((turn for turn in prompt if turn["role"] == "user"), None)
     if asked is None:
-        raise RowError("nobody asks anything")
+        raise RowError("the conversation has no user turn")
     text = "".join(turn["content"] for turn in prompt)
     missing = ""
     for key, tag in TAGS.items():
@@ -251,9 +251,9 @@ def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]])
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of a JSON list or of JSON lines; a broken line is its error.
+    """(number from 1, value) of a JSON list or of JSON lines; for an invalid line, its error.
 
-    One value is in memory at a time; of a list, its text too.
+    One value is in memory at a time; for a list, the text of the file too.
     """
     with path.open("rb") as file:
         first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
@@ -272,7 +272,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _list_items(text: str) -> Iterator[Any]:
-    """What json.loads(text) holds, one after another. Raises JSONDecodeError as it does."""
+    """The items of json.loads(text), one after another. Raises JSONDecodeError as it does."""
     decoder, space, place = json.JSONDecoder(), re.compile(r"\s*"), 1
 
     def skipped(start: int) -> int:

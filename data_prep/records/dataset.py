@@ -2,8 +2,8 @@
 
     tfds.data_source("saber", data_dir=OUT, split="train")
 
-reads what `write` left in OUT, as does saber_jax.data.records.RecordSource. Reading needs nothing
-of this module, and neither does it import Apache Beam unless Beam writes.
+reads what `write` wrote to OUT, as does saber_jax.data.records.RecordSource. Reading does not need
+this module. Apache Beam is only imported if it writes the records.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ class Saber(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES: ClassVar[dict[str, str]] = {
         "1.0.0": "Frames, sound, six sections, labels; conversations of other tasks."
     }
-    # Nothing is downloaded. Left to itself, the base class looks for a checksum file beside this
-    # module and for that needs importlib_resources, which it does not install.
+    # Nothing is downloaded. Without this, the base class looks for a checksum file next to this
+    # module with importlib_resources, which is not installed.
     url_infos = None
 
     def __init__(
@@ -44,9 +44,9 @@ class Saber(tfds.core.GeneratorBasedBuilder):
         beam: bool = False,
         **kwargs,
     ):
-        """`load` turns each item of a split into its record; reading needs no splits.
+        """`load` turns an item of a split into a record. Readers pass no splits.
 
-        With `beam`, items and `load` are pickled and Beam's workers call `load`, wherever they are.
+        With `beam`, items and `load` are pickled, and Beam's workers call `load`.
         """
         self._splits, self._load, self._beam = splits or {}, load, beam
         super().__init__(**kwargs)
@@ -63,7 +63,7 @@ class Saber(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self._splits}
 
     def _generate_examples(self, split: str):
-        """Examples under their clip_id, whose hash decides their order, whoever writes them."""
+        """Examples keyed by clip_id; the hash of the key decides their order, also with Beam."""
         # Not a method: Beam would pickle the builder, and all of its items, with every step.
         encode = functools.partial(_encode, self._load)
         items = self._splits[split]
@@ -85,7 +85,7 @@ def _features() -> dict[str, tfds.features.FeatureConnector]:
     # faster than zlib; a video codec would not give back the exact pixels.
     return {
         "clip_id": text("Name of the clip, unique in its split; UTF-8, as all text here."),
-        "language": text("Of annotation and prompt: en or zh."),
+        "language": text("Language of annotation and prompt: en or zh."),
         "frames": text("RGB pixels, uint8, in the order of frames_shape and 3 channels."),
         "frames_shape": number(
             np.int32, "Frames (even, 1 for a picture, 0 for none), height, width.", (3,)
@@ -95,7 +95,7 @@ def _features() -> dict[str, tfds.features.FeatureConnector]:
         "annotation": text(f"JSON object of text: {', '.join(records.FIELDS)}."),
         "labels": text(f"JSON object of text, any of {', '.join(records.LABELS)}."),
         "provenance": text("JSON object: the clip's file, its SHA-256, how it was sampled."),
-        "audio_in_video": number(np.bool_, "Whether the sound is woven into the video."),
+        "audio_in_video": number(np.bool_, "Whether the sound is interleaved with the video."),
         "messages": text("JSON list of role and content, for tasks other than SABER's; else []."),
         "answer": text("The answer to messages; empty without them."),
     }
@@ -115,10 +115,10 @@ def write(
 ) -> dict[str, int]:
     """Writes all splits to `directory`/saber/1.0.0 and returns the clips of each.
 
-    Items are taken once, and `load` turns one at a time into its record. Also leaves the outlines
-    of all records beside them, so that training starts at once, and the shards' checksums. `beam`
-    are Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any, Beam
-    writes the same records in the same order. `directory` must then be reachable from its workers.
+    Each item is consumed once, and `load` turns one at a time into a record. The outlines of all
+    records, which make training start quickly, and the checksums of the shards are written too.
+    `beam` are Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any,
+    Beam writes the same records in the same order, and its workers need access to `directory`.
     """
     tfds.disable_progress_bar()  # Its bars count splits and shards; ours count clips.
     builder = Saber(

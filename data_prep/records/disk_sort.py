@@ -1,8 +1,8 @@
 """Sorting a split that is larger than memory, with tensorflow-datasets but without TensorFlow.
 
-tensorflow-datasets puts records in the order of their hashed keys. Past a gigabyte it does so in a
-thousand files, for which its own class needs TensorFlow and keeps all of them open. There is no
-public way to give it another, so `without_tensorflow` puts ours in the place of its private one;
+tensorflow-datasets sorts records by their hashed keys. For more than a gigabyte it uses a thousand
+bucket files; its own class for them needs TensorFlow and keeps all of them open. It has no public
+option to use another class, so `without_tensorflow` replaces the private one by ours;
 tests/data_prep/records/test_disk_sort.py fails when a new version moves or changes it.
 """
 
@@ -47,7 +47,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """tensorflow-datasets uses `Bucket` while this is open."""
+    """Makes tensorflow-datasets use `Bucket` inside the `with` block."""
     theirs = shuffle._Bucket
     shuffle._Bucket = Bucket
     try:

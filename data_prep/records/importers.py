@@ -8,16 +8,16 @@ FORMAT is one of
 - trl: JSON lines or a JSON list with prompt, chosen, rejected (conversations or plain texts);
 - llama-factory: sharegpt, a JSON list or lines with conversations, and for pairs chosen, rejected.
 
-Leaves in OUT what `python -m data_prep.build` leaves (records, tokenizer), refused.jsonl, and
-pairs.jsonl if the file holds pairs. A record holds one picture or video and one sound; a row that
-needs more is refused by name, as is one whose rejected answer was given to other media. A video's
-own sound is heard where the row names the file in its audios. Of several assistant turns the last
-is what is learnt, the others are context. Rows with a "split" of their own, as the instructions
-stage of data_prep.run writes them, are imported for --split alone.
+Writes to OUT the same files as `python -m data_prep.build` (records, tokenizer), refused.jsonl, and
+pairs.jsonl if the input has pairs. A record holds one picture or video and one sound. Rows that
+need more, or whose rejected answer was given to other media, are listed in refused.jsonl. The
+sound track of a video is used if the row names the file in its audios. Of several assistant turns
+the last is the target and the others are context. Rows with a "split", as the instructions stage
+of data_prep.run writes them, are imported only if it equals --split.
 
-Rows are read, decoded and written one after another, so a file may hold more than memory does.
-Exit code 0 if every row was kept, 1 if some were refused, 2 if nothing could be imported, 3 if the
-import failed on the way.
+Rows are read, decoded and written one after another, so the input may be larger than memory. Exit
+code 0 if every row was kept, 1 if some were refused, 2 if nothing could be imported, 3 if the
+import failed.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def to_record(row: Row, folder: Path, sampling: decode.Sampling) -> records.Reco
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Task:
-    """A row of the input on its way to a record. `new` is False if an earlier row has it."""
+    """A row to be decoded into a record. `new` is False if an earlier row has the same record."""
 
     number: int
     row: Row
@@ -94,9 +94,9 @@ class _Task:
 
 
 class _Import:
-    """The records of the input, decoded as they are asked for; pairs go to a file meanwhile.
+    """Iterates over the records of the input, decoding lazily, and writes pairs to a file.
 
-    Of a row that was dealt with there remain its clip_id and a number, or why it was refused.
+    Only the clip_id and a number, or the refusal, of a finished row stay in memory.
     """
 
     def __init__(self, flags: argparse.Namespace, pairs: IO[str]):
@@ -137,7 +137,7 @@ class _Import:
             yield _Task(number=number, row=row, new=new, folder=folder, sampling=sampling)
 
     def _settle(self, task: _Task) -> None:
-        """Refuses the row of a task, or keeps its pair. Its record is made, or never will be."""
+        """Refuses the row of a task, or writes its pair, once its record is done or has failed."""
         row = task.row
         if row.clip_id in self._failed:
             self.refused.append((task.number, self._failed[row.clip_id]))
@@ -165,7 +165,7 @@ def run(flags: argparse.Namespace) -> int:
     """Imports; returns the exit code. Raises ValueError or OSError if nothing can be imported."""
     if flags.out.exists() and any(flags.out.iterdir()):
         raise ValueError(f"{flags.out} is not empty; choose another --out.")
-    with replacing_folder(flags.out) as partial:  # In the place of an empty folder, if any.
+    with replacing_folder(flags.out) as partial:  # Replaces an empty folder, if there is one.
         result = _import(flags, partial)
     others = "".join(f", {n} of split {name}" for name, n in result.of_other_splits.items())
     counts = f"{result.made} records, {result.pairs} pairs, {len(result.refused)} refused{others}"
@@ -180,7 +180,7 @@ def _import(flags: argparse.Namespace, out: Path) -> _Import:
     with pairs.open("w", encoding="utf-8") as file:
         result = _Import(flags, file)
         made = iter(result)
-        first = next(made, None)  # A split of no records cannot be written.
+        first = next(made, None)  # A split without records cannot be written.
         if first is None:
             raise ValueError(_nothing(result, flags))
         dataset.write(out, {flags.split: itertools.chain([first], made)}, lambda record: record)
@@ -194,7 +194,7 @@ def _import(flags: argparse.Namespace, out: Path) -> _Import:
 def _nothing(result: _Import, flags: argparse.Namespace) -> str:
     text = f"None of the {result.rows} rows of {flags.input} could be used."
     if result.of_other_splits:
-        text += f" They are of split {', '.join(result.of_other_splits)}; choose with --split."
+        text += f" They are of split {', '.join(result.of_other_splits)}; choose it with --split."
     if refused := result.refusals():
         text += f" The first: {refused[0]['file']}: {refused[0]['detail']}."
     return text
@@ -209,14 +209,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=sorted(FORMATS), required=True)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--media", type=Path, help="what paths are relative to; default: --input's")
+    parser.add_argument(
+        "--media", type=Path, help="root of relative paths; default: that of --input"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or .model")
     parser.add_argument(
-        "--split", default="train", help="of rows that name none; those of others are passed over"
+        "--split", default="train", help="split to import; also that of rows that name none"
     )
     parser.add_argument("--mode", choices=decode.MODES, default="exact")
     parser.add_argument(
-        "--workers", type=int, default=1, help="decoding processes; 0: none beside this one"
+        "--workers", type=int, default=1, help="decoding processes; 0: decode in this process"
     )
     flags = parser.parse_args(argv)
     flags.sampling = decode.Sampling() if flags.mode == "exact" else decode.release_sampling()
@@ -226,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"data_prep.importers: {error}", file=sys.stderr)
         return 2
-    except Exception:  # Left to Python, its exit code would say that some rows were refused.
+    except Exception:  # Python's exit code would be 1, which means that rows were refused.
         traceback.print_exc()
         return 3
 

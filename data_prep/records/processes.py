@@ -1,4 +1,4 @@
-"""Decoding in processes of its own, so that a file which crashes a native decoder costs itself."""
+"""Decoding in separate processes, so that a file that crashes a native decoder affects no other."""
 
 import collections
 import dataclasses
@@ -24,11 +24,11 @@ Task = TypeVar("Task", bound=Callable[[], Any])
 def run_jobs(
     jobs: Iterable[Job], workers: int, work: Callable[[Job], Refusal | None] = decode_job
 ) -> Iterator[tuple[Job, Refusal | None]]:
-    """Does the jobs in `workers` processes; yields each with its refusal, if any.
+    """Runs the jobs in `workers` processes; yields each with its refusal, if any.
 
     A damaged file can crash a native decoder and with it the whole pool. The jobs that may have
-    done so are then tried alone, the rest goes on in a new pool. With 0 workers nothing protects
-    this process, which does all of them itself.
+    caused the crash are then run one by one, and the others in a new pool. With 0 workers the jobs
+    run in this process, which a crash would end.
     """
     remaining = list(jobs)
     if not workers:
@@ -98,9 +98,9 @@ def _called_alone(task: Callable[[], Any]) -> Any:
 def run_beam(
     jobs: Sequence[Job], options: Sequence[str], work: Callable[[Job], Refusal | None] = decode_job
 ) -> Iterator[tuple[Job, Refusal | None]]:
-    """As `run_jobs`, by the workers of Apache Beam under its own `options`.
+    """Like `run_jobs`, with the workers of Apache Beam, configured by its own `options`.
 
-    They must reach the clips and the staging directory under the paths that they have here.
+    They need the clips and the staging directory under the same paths as here.
     """
     import apache_beam as beam  # Takes two seconds.
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -113,15 +113,15 @@ def run_beam(
 
 
 def _note(job: Job) -> Path:
-    """What a Beam worker leaves in place of `staged` when it refuses a clip."""
+    """The file that a Beam worker writes instead of `staged` when it refuses a clip."""
     return job.staged.with_suffix(".refused")
 
 
 def _run_guarded(work: Callable[[Job], Refusal | None], job: Job) -> None:
-    """Does a job in a process beside Beam's worker, which survives if the decoder crashes."""
+    """Runs a job in a process next to Beam's worker, so that the worker survives a crash."""
     try:
         refusal = _submit(_beside(), work, job).result()
-    except BrokenProcessPool:  # By this job or by one of another thread.
+    except BrokenProcessPool:  # Broken by this job or by one of another thread.
         _beside.cache_clear()
         refusal = _run_alone(job, work)
     if refusal:
@@ -151,7 +151,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _die_with_parent() -> None:
-    """Without this, the workers of a killed build would wait for work for ever."""
+    """Ends this worker with its parent; otherwise it would wait for work forever."""
 
     def watch(sentinel: int) -> None:
         multiprocessing.connection.wait([sentinel])
