@@ -7,7 +7,9 @@ that --help and typing errors are answered at once. It gives `parse_flags` to ab
 import ast
 import difflib
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,13 @@ parsed, and cannot be parsed twice."""
 
 
 def answer_early() -> None:
-    """Exits with the help text if asked for it, and with one line if what was typed is wrong."""
+    """Exits with the help text if asked for it, and with one line if what was typed is wrong.
+
+    From then on SIGTERM ends the process with status 75 (try again): nothing is begun yet. A run
+    has handlers of its own later (runs/distributed.py).
+    """
     global _positional
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
     _positional = parse_flags(sys.argv)
 
 

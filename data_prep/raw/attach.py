@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.raw import storage
 from data_prep.raw.answers import Unanswered
-from saber_jax.data import decode, media
+from saber_jax.data import decode, isolation, media
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def _pictures_and_sound(path: Path, settings: AttachSettings, with_sound: bool) 
         min_pixels=min(decode.MIN_PIXELS, settings.max_pixels),
         max_pixels=settings.max_pixels,
     )
-    clip = decode.decode_clip(path, sampling)
+    clip = isolation.call(decode.decode_clip, path, sampling)
     content = pictures(clip.frames, settings.jpeg_quality)
     return [*content, sound(clip.audio)] if with_sound else content
 

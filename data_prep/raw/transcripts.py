@@ -23,7 +23,7 @@ import numpy as np
 from data_prep.raw import answers, attach, ears, storage, wording
 from data_prep.raw.answers import EndpointSettings
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
-from saber_jax.data import decode
+from saber_jax.data import decode, isolation
 
 REASONS = {
     **answers.REASONS,
@@ -180,7 +180,7 @@ def _with_check(row: Row, check: dict[str, Any], made: dict[str, Any]) -> Row:
 
 def sound(file: str) -> np.ndarray:
     with storage.local_copy(file) as path:
-        return decode.decode_clip(path, decode.Sampling(max_frames=2)).audio
+        return isolation.call(decode.decode_clip, path, decode.Sampling(max_frames=2)).audio
 
 
 MOST_SHOWN = 200

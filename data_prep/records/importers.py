@@ -34,9 +34,9 @@ from typing import IO
 
 import numpy as np
 
-from data_prep.records import clips, dataset, processes
+from data_prep.records import clips, dataset
 from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
-from saber_jax.data import decode, media, records, tokenizer
+from saber_jax.data import decode, isolation, media, records, tokenizer
 from saber_jax.flags import Parser
 from saber_jax.runs.files import replacing_folder, write_jsonl
 
@@ -108,7 +108,7 @@ class _Import:
         self.of_other_splits: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[records.Record]:
-        for task, result in processes.run_ahead(self._tasks(), self._flags.workers):
+        for task, result in isolation.ahead(self._tasks(), self._flags.workers):
             if isinstance(result, Exception):
                 self._failed[task.row.clip_id] = result
             elif result is not None:

@@ -121,6 +121,12 @@ def opened(path: Path) -> Iterator[InputContainer]:
         raise MediaError("unreadable", detail) from error
 
 
+def stated_seconds(path: Path) -> float:
+    """How long a container says it is, 0 if it says nothing. Raises MediaError or OSError."""
+    with opened(path) as container:
+        return (container.duration or 0) / av.time_base
+
+
 def packets(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Packet]:
     """All packets, and at the end an empty one for each stream.
 

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 from tqdm import tqdm
 
-from saber_jax.data import sed
+from saber_jax.data import isolation, sed, timeline
 from saber_jax.data.decode import MediaError
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.generate.generator import record_of_clip
@@ -136,9 +135,8 @@ def _read(records: Sequence[Record] | RecordSource, index: int) -> Record | Exce
 
 
 def _seconds(path: Path) -> float:
-    """What the container says; 0 if it says nothing, the reading itself will tell why."""
+    """0 for a file that says nothing or cannot be opened: reading it will tell why."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            return (container.duration or 0) / av.time_base
-    except (av.FFmpegError, OSError):
+        return isolation.call(timeline.stated_seconds, path)
+    except (MediaError, OSError):
         return 0.0

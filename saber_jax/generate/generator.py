@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from saber_jax import sharding
-from saber_jax.data import decode
+from saber_jax.data import decode, isolation
 from saber_jax.data import withhold as hiding
 from saber_jax.data.examples import Example, encode_record
 from saber_jax.data.records import ClipSize, Record, clip_size
@@ -275,7 +275,8 @@ def model_fingerprint(workdir: str | Path) -> str:
 
 
 def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | None) -> Record:
-    """A video or picture file as a record without annotation, decoded as model.json says.
+    """A video or picture file as a record without annotation, decoded as model.json says, in a
+    process of its own.
 
     `settings` are the fields of decode.Sampling; None takes its defaults. Raises FileNotFoundError
     or decode.MediaError.
@@ -287,12 +288,12 @@ def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | N
     about = {"clip_id": path.stem, "language": language, "annotation": {}, "labels": {}}
     provenance = {"file": path.name, "sampling": dataclasses.asdict(sampling)}
     if path.suffix.lower() in decode.PICTURES:
-        frames = decode.decode_image(path, sampling.mode)
+        frames = isolation.call(decode.decode_image, path, sampling.mode)
         silence = np.zeros(0, np.int16)
         return Record(
             **about, frames=frames, audio=silence, seconds_per_grid=0.0, provenance=provenance
         )
-    clip = decode.decode_clip(path, sampling)
+    clip = isolation.call(decode.decode_clip, path, sampling)
     return Record(
         **about,
         frames=clip.frames,

@@ -29,8 +29,8 @@ from saber_jax.runs.speaking import warn
 HEARTBEAT_SECONDS = 60
 # Time for the slowest host's disk and network when all start at once.
 JOIN_SECONDS = 600
-PREEMPTED = 75
-"""Exit status of a run that was told to stop and saved first (EX_TEMPFAIL: try again)."""
+PREEMPTED = os.EX_TEMPFAIL
+"""75, the exit status of a run that was told to stop and saved first: try again."""
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

@@ -87,3 +87,12 @@ def test_main_takes_settings_though_they_were_looked_at_before(tmp_path):
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode != 0 and f"{tmp_path}/none" in answer.stderr
     assert "Traceback" not in answer.stderr and "twice" not in answer.stderr
+
+
+def test_sigterm_while_a_command_still_imports_asks_to_try_again():
+    program = (
+        "import signal, sys; from configs import command_line;"
+        "sys.argv = ['main', '--config=configs/sft.py:tiny']; command_line.answer_early();"
+        "signal.raise_signal(signal.SIGTERM)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 75

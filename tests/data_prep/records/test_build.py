@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import shutil
@@ -369,35 +368,6 @@ def test_a_file_that_crashes_the_decoder_is_refused_alone():
     assert set(results) == {job.clip_id for job in jobs}
     assert results.pop("bad").detail == "the decoder crashed"
     assert set(results.values()) == {None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Gives its number, late if even, or kills the process that it runs in."""
-
-    number: int
-    crashes: bool = False
-
-    def __call__(self) -> int:
-        if self.crashes:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05 if self.number % 2 == 0 else 0)
-        return self.number
-
-
-def test_what_runs_ahead_keeps_its_order_and_a_crash_to_itself():
-    taken = []
-
-    def tasks():
-        for number in range(24):
-            taken.append(number)
-            yield Task(number, crashes=number == 3)
-
-    for number, (task, result) in enumerate(processes.run_ahead(tasks(), 2)):
-        assert task.number == number and len(taken) <= number + 8
-        want = "the file cannot be decoded: the decoder crashed" if task.crashes else str(number)
-        assert str(result) == want
-    assert len(taken) == 24
 
 
 def test_a_beam_worker_survives_a_file_that_crashes_the_decoder(tmp_path):
