@@ -1,8 +1,9 @@
-"""Stage `annotate`: the six fields of every clip, by any OpenAI-compatible endpoint.
+"""Stage `annotate`: asks an OpenAI-compatible endpoint for the six fields of every clip.
 
-The request holds pictures, sound and a prompt in the clip's language; the answer has to be SABER
-JSON in that language, is repaired once if it is not, and is refused if it holds what would mean
-something else in training (special tokens, section headings). A killed run asks nothing again.
+A request has pictures, sound and a prompt in the clip's language. The answer has to be SABER JSON
+in that language. If it is not, the model is asked once to correct it. Answers with special tokens
+or section headings are refused, because those have a meaning in training. An interrupted run does
+not repeat requests.
 
     rows gain    annotation    SABER JSON, as data_prep.build takes it
 """
@@ -22,7 +23,7 @@ from saber_jax.endpoint import Endpoint
 REASONS = answers.REASONS
 
 REQUIRED = ("video_desc", "facial_exp_desc", "acoustic_feat", "sentiment_analysis")
-"""Fields that no clip with a face and a voice can leave empty."""
+"""Fields that must not be empty for a clip with a face and a voice."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class AnnotateSettings:
     use_transcript: bool = True  # Tell the annotator what the corpus says was said.
 
     def of_result(self) -> dict[str, Any]:
-        """What decides an annotation, for the stage's manifest."""
+        """The settings that affect annotations, for the stage's manifest."""
         return {
             **self.endpoint.of_result(),
             **dataclasses.asdict(self.clip),

@@ -1,7 +1,8 @@
-"""Answers in JSON from a chat endpoint: asked for, checked, and once asked for again.
+"""JSON answers from a chat endpoint: requests, checks, and one correction.
 
-`saber_jax.endpoint` outlasts what passes (429, 5xx, timeouts, broken connections); here is what
-does not: refusals, half answers, wrong keys. All end as an `Unanswered` with a reason.
+`saber_jax.endpoint` retries temporary errors (429, 5xx, timeouts, broken connections). This module
+handles the others: refusals, truncated answers, wrong keys. All of them raise `Unanswered` with a
+reason.
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ from saber_jax.endpoint import Endpoint, EndpointError, Message
 T = TypeVar("T")
 
 Clients = Mapping[str, Endpoint]
-"""The endpoints of a stage, by what they are for."""
+"""The endpoints of a stage, by purpose."""
 
 REASONS = {
     **{reason: text for reason, text in endpoint.REASONS.items() if reason not in endpoint.FATAL},
@@ -43,11 +44,11 @@ class Unanswered(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EndpointSettings:
-    """Where to ask, how often, and for how much. The key comes from SABER_API_KEY alone.
+    """Address, model and limits of an endpoint. The API key is read from SABER_API_KEY only.
 
-    `most_tokens` and `most_cost` bound one run of the stage, `prices` are per million prompt and
-    completion tokens, in the currency of `most_cost`. With `json_mode`, the endpoint is asked to
-    produce JSON by itself, which vLLM and most others can.
+    `most_tokens` and `most_cost` limit one run of the stage. `prices` are per million prompt and
+    completion tokens, in the currency of `most_cost`. `json_mode` uses the endpoint's own JSON
+    mode, which vLLM and most others have.
     """
 
     url: str = ""
@@ -76,7 +77,7 @@ class EndpointSettings:
             )
 
     def open(self, cache: str) -> Endpoint:
-        """A client that keeps its answers in the local folder `cache`."""
+        """A client that caches answers in the local folder `cache`."""
         return Endpoint(
             url=self.url,
             model=self.model,
@@ -91,18 +92,18 @@ class EndpointSettings:
         )
 
     def of_request(self) -> dict[str, Any]:
-        """What goes into every request."""
+        """The settings that are sent with every request."""
         mode = {"response_format": {"type": "json_object"}} if self.json_mode else {}
         return {"max_tokens": self.max_tokens, "temperature": self.temperature, **mode}
 
     def of_result(self) -> dict[str, Any]:
-        """What decides an answer, for manifests; speed and limits may change within a stage."""
+        """The settings that affect answers, for manifests; speed and limits may change any time."""
         return {"model": self.model, **self.of_request()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer(Generic[T]):
-    """A checked answer. `tokens` counts prompt and completion, of the repair too."""
+    """A checked answer. `tokens` counts prompts and completions, including the correction."""
 
     value: T
     model: str
@@ -118,10 +119,10 @@ def ask_json(
     language: str,
     settings: Mapping[str, Any],
 ) -> Answer[T]:
-    """Asks, and asks once more saying what was wrong.
+    """Sends a request and, if the answer is wrong, sends it back once with the error.
 
     `check` turns the JSON value into the result, or raises ValueError saying what is wrong with it.
-    Raises Unanswered; EndpointError if asking anything else would fail too.
+    Raises Unanswered, or EndpointError if further requests would fail too.
     """
     asked, spent, model = list(messages), 0, client.model
     for attempt in (0, 1):
@@ -157,7 +158,7 @@ class NoJsonError(ValueError):
 
 
 def extract_json(text: str) -> dict[str, Any]:
-    """The JSON object in an answer, whatever stands around it. Raises NoJsonError."""
+    """The JSON object in an answer, which may have other text around it. Raises NoJsonError."""
     for match in re.finditer(r"\{", text):
         try:
             value, _ = json.JSONDecoder(strict=False).raw_decode(text, match.start())
@@ -172,9 +173,9 @@ def each_row(
     answer: Callable[[Row], Outcome],
     pool: concurrent.futures.Executor,
 ) -> Iterator[Outcome]:
-    """The outcomes of `answer`, in order; a row that stays unanswered is dropped with its reason.
+    """The outcomes of `answer`, in order; a row without an answer is dropped with the reason.
 
-    A fatal EndpointError ends it at once: what was not begun yet is not asked.
+    A fatal EndpointError ends the iteration; requests that were not started are not sent.
     """
     stopped = threading.Event()
 
@@ -204,12 +205,12 @@ def run_with(
     work: Callable[[list[Row], Clients, concurrent.futures.Executor], Iterator[Outcome]],
     endpoints: Mapping[str, EndpointSettings],
 ) -> dict[str, Any]:
-    """Runs a stage whose work asks endpoints; adds what they used to STAGE/usage.jsonl.
+    """Runs a stage that uses endpoints; appends their usage to STAGE/usage.jsonl.
 
-    One process asks, so that limits are exact; two shards at a time, so that the last clips of one
-    do not leave the endpoint idle.
+    One process sends all requests, so that limits are exact. It works on two shards at a time, so
+    that the last clips of a shard do not leave the endpoint idle.
     """
-    # Beside the shards, or here when those are in a bucket.
+    # Next to the shards, or in the current folder if those are in a bucket.
     cache = Path(stage.out if storage.is_local(stage.out) else ".") / "answers" / stage.name
     clients = {name: settings.open(str(cache)) for name, settings in endpoints.items()}
     threads = sum(settings.concurrency for settings in endpoints.values())
@@ -230,7 +231,7 @@ def _add_usage(stage: Stage, name: str, client: Endpoint) -> None:
     now = {"endpoint": name, "model": client.model, **dataclasses.asdict(used)}
     storage.write_lines(path, [*before, now | {"cost": round(client.cost, 6)}])
     print(
-        f"{stage.name}, {client.model}: {used.asked} questions answered, {used.cached} known "
-        f"before, {used.failed} failed, {used.retries} asked again, {used.tokens} tokens, cost "
+        f"{stage.name}, {client.model}: {used.asked} requests answered, {used.cached} from the "
+        f"cache, {used.failed} failed, {used.retries} retried, {used.tokens} tokens, cost "
         f"{client.cost:.4f}"
     )

@@ -1,8 +1,8 @@
-"""Stage `captions`: do the visual fields of the annotation say what is seen?
+"""Stage `captions`: checks the visual fields of the annotation.
 
-A second, independent vision-language model describes the pictures without sound and without having
-read anything; a judge then scores, field by field, how well annotation and description fit. Leaves
-`disagreements.txt`, the worst first, with both texts.
+A second, independent vision-language model describes the pictures without sound and without the
+annotation. A judge then scores for each field how well annotation and description agree. The stage
+writes `disagreements.txt`, with the worst clips first and both texts.
 
     rows gain    checks.caption    scores 1..5 of three fields, contradiction, caption
 """
@@ -26,7 +26,7 @@ PARTS = ("scene", "face", "body")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionSettings:
-    """A clip is dropped if any field scores below `least_score`; 3 is "one says more"."""
+    """A clip is dropped if any field scores below `least_score`; 3 means one text says more."""
 
     least_score: int = 3
     caption: EndpointSettings = dataclasses.field(default_factory=EndpointSettings)
@@ -34,7 +34,7 @@ class CaptionSettings:
     clip: attach.AttachSettings = dataclasses.field(default_factory=attach.AttachSettings)
 
     def of_result(self) -> dict[str, Any]:
-        """What decides a check, for the stage's manifest."""
+        """The settings that affect checks, for the stage's manifest."""
         return {
             "least_score": self.least_score,
             "caption": self.caption.of_result(),
@@ -151,7 +151,7 @@ MOST_SHOWN = 200
 
 
 def report(stage: Stage) -> None:
-    """Writes disagreements.txt: the lowest scores first, annotation beside caption."""
+    """Writes disagreements.txt: the lowest scores first, with annotation and caption."""
     checked = [
         (min(check[field] for field in FIELDS), row, check)
         for row, check in stage.checked("caption")

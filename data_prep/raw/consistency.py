@@ -1,8 +1,8 @@
-"""Stage `consistency`: do face, voice and words of a clip say the same?
+"""Stage `consistency`: finds whether face, voice and words of a clip agree.
 
-What each modality suggests comes, in this order, from labels of the corpus (CREMA-D's crowd saw
+What each modality suggests is taken, in this order, from labels of the corpus (CREMA-D's raters saw
 clips without sound and heard them without picture), from valence per modality (CH-SIMS), or from a
-judge that reads the fields of one modality and nothing else. Then a rule decides, the same for all.
+judge that reads the fields of one modality only. The same rule then decides for all clips.
 
     rows gain    labels.face, .voice, .words    what each suggests
                  labels.conflict_type           none, sarcasm, masking, suppression, leakage, other
@@ -24,7 +24,7 @@ from saber_jax.data.conflicts import NO_CONFLICT, OTHER_CONFLICT
 
 REASONS = answers.REASONS
 
-# Valence and arousal. Half as far apart as happy and sad is as clear a conflict as there is.
+# Valence and arousal of each emotion.
 AFFECT = {
     "happy": (1.0, 0.8),
     "sad": (-1.0, -0.6),
@@ -36,7 +36,7 @@ AFFECT = {
     "contempt": (-0.7, 0.2),
     "surprise": (0.3, 0.8),
 }
-# The four that the table of conflicts is written in.
+# The four emotions of the table of conflicts.
 _COARSE = {
     "fear": "sad",
     "worried": "sad",
@@ -62,7 +62,7 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConsistencySettings:
-    """Below `least_kappa` a difference is called unclear; valence within `neutral` is neutral."""
+    """A kappa below `least_kappa` is unclear; a valence within +-`neutral` is neutral."""
 
     use_labels: bool = True
     least_kappa: float = 0.25
@@ -70,7 +70,7 @@ class ConsistencySettings:
     judge: EndpointSettings = dataclasses.field(default_factory=EndpointSettings)
 
     def of_result(self) -> dict[str, Any]:
-        """What decides a relation, for the stage's manifest."""
+        """The settings that affect relations, for the stage's manifest."""
         return {
             "use_labels": self.use_labels,
             "least_kappa": self.least_kappa,
@@ -110,10 +110,10 @@ class Relation:
 
 
 def relate(face: Cue, voice: Cue, words: Cue | None, settings: ConsistencySettings) -> Relation:
-    """The rule.
+    """The relation of the modalities of a clip.
 
-    Face and voice decide. Where they agree on something negative and the words are positive, that
-    is sarcasm too; other words that disagree with both are a conflict of type "other".
+    Face and voice decide. If they agree on a negative emotion and the words are positive, the type
+    is sarcasm; any other words that disagree with both are a conflict of type "other".
     """
     kappa = min(1.0, math.dist(face.point, voice.point) / _FARTHEST)
     pair = (_COARSE.get(face.emotion, face.emotion), _COARSE.get(voice.emotion, voice.emotion))
@@ -145,7 +145,7 @@ _FARTHEST = math.dist(AFFECT["happy"], AFFECT["sad"])
 
 
 def known_cues(row: Row) -> dict[str, Cue] | None:
-    """Cues of face and voice (and words) that the corpus itself gives."""
+    """Cues of face and voice (and words) from labels of the corpus."""
     labels, valence = row["labels"], row.get("valence", {})
     if labels.get("face") in AFFECT and labels.get("voice") in AFFECT:
         cues = {name: Cue(emotion=labels[name]) for name in ("face", "voice")}
@@ -181,7 +181,7 @@ def work(
             if text := _evidence(row, name):
                 answer = _conclude(row["language"], name, text, clients, settings)
                 cues[name], model = answer.value, answer.model
-        if "voice" not in cues:  # Nothing is heard, so nothing can disagree.
+        if "voice" not in cues:  # Without a voice nothing can disagree.
             cues["voice"] = cues["face"]
         return _related(row, cues, settings, "unimodal conclusions", model)
 

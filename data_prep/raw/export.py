@@ -3,7 +3,7 @@
 OUT/saber/clips/ID.mp4           the clips (links where the disk allows it)
           annotations/ID.json    SABER JSON
           labels.jsonl           split, language, emotion, face, voice, conflict_type, kappa ...
-          provenance.jsonl       per clip, which tool, model, prompt and parameters made what
+          provenance.jsonl       per clip and field: the tool, model, prompt and parameters
 """
 
 import json
@@ -42,7 +42,7 @@ def write(stage: Stage, folder: str) -> None:
 
 
 def build_command(folder: str, out: str, more: tuple[str, ...]) -> tuple[str, ...]:
-    """What turns the export into records."""
+    """The command that builds records from the export."""
     return (
         *("python", "-m", "data_prep.build", "--clips", f"{folder}/clips"),
         *("--annotations", f"{folder}/annotations", "--labels", f"{folder}/labels.jsonl"),

@@ -1,8 +1,8 @@
-"""Stage `filter`: thresholds over what `measure` found, and duplicates.
+"""Stage `filter`: applies thresholds to the measures, and finds duplicates.
 
-Moving a threshold costs no decoding. So that a person can judge the thresholds, the stage leaves a
-contact sheet for every reason, `sheets/REASON.png`: pictures of clips that were dropped for it
-with the value that decided, and `sheets/kept.png` to compare with.
+Changing a threshold does not need decoding. To help you judge the thresholds, the stage writes a
+contact sheet for every reason, `sheets/REASON.png`, with pictures of dropped clips and the value
+that decided, and `sheets/kept.png` to compare with.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilterSettings:
-    """Limits on the measures of data_prep.raw.measure; a clip is dropped beyond any of them."""
+    """Limits on the measures of data_prep.raw.measure; a clip that violates one is dropped."""
 
     shortest: float = 1.0  # Seconds.
     longest: float = 30.0
@@ -52,7 +52,7 @@ class FilterSettings:
 
 
 def verdicts(measures: dict[str, Any], limits: FilterSettings) -> Iterator[tuple[str, str]]:
-    """Every (reason, detail) why a clip of these measures is dropped; none if it is kept."""
+    """All (reason, detail) for which a clip with these measures is dropped; none if it is kept."""
     m = measures
     shorter = min(m["height"], m["width"])
     kilobits = limits.least_kilobits * (m["height"] * m["width"] / (360 * 288)) ** 0.5
@@ -77,11 +77,11 @@ def verdicts(measures: dict[str, Any], limits: FilterSettings) -> Iterator[tuple
 
 
 class Duplicates:
-    """Finds what looks and sounds like something added before, in time that hardly grows.
+    """Finds clips that look and sound like an earlier one, in nearly constant time per clip.
 
-    Candidates share 16 bits of a picture's hash at the same place; they are then compared in all
-    three pictures and in the sound. Both, because one speaker before one wall looks the same in
-    every clip, and a dubbed copy sounds different.
+    Candidates share 16 bits at the same place of a picture's hash. They are then compared in all
+    three pictures and in the sound: one speaker in one room looks the same in every clip, and a
+    dubbed copy sounds different.
     """
 
     def __init__(self, limits: FilterSettings):
@@ -122,7 +122,7 @@ def _hashes(measures: dict[str, Any]) -> tuple[list[int], int]:
 
 
 def run(stage: Stage, source: Stage, limits: FilterSettings) -> dict[str, Any]:
-    """Does the stage, shard after shard, so that of duplicates the first is kept; the summary."""
+    """Runs the stage, shard after shard so that the first of duplicates is kept; the summary."""
     stage.claim(source.fingerprint())
     todo = set(stage.missing())
     known = Duplicates(limits)

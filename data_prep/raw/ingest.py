@@ -1,10 +1,10 @@
-"""Stage `ingest`: which clips there are, from a folder of videos or from a published corpus.
+"""Stage `ingest`: lists the clips of a folder of videos or of a published corpus.
 
 A folder may hold `labels.jsonl`, one object a line: {"clip_id": file name without its ending,
 "speaker", "language", "split", "video", "transcript", and any of saber_jax.data.records.LABELS}. A
 corpus is read by the layout it is published in, see data_prep.raw.corpora.
 
-Rows of one source video share a shard, so that what is cut from it stays together.
+Rows of one source video are in the same shard, so that clips cut from it stay together.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder, and the corpus whose layout it has; "" for any folder of videos.
+    """A folder and the corpus whose layout it has, or "" for any folder of videos.
 
-    The folder is listed here; `url` says where the workers of a cluster find the same files.
+    The folder is listed on this machine; `url` is where the workers of a cluster find the files.
     """
 
     folder: str
@@ -70,7 +70,7 @@ class Source:
 
 
 def ingest(stage: Stage, sources: Iterable[Source]) -> dict[str, Any]:
-    """Does the stage; it reads no media and is quick. Returns the summary."""
+    """Runs the stage, which reads no media. Returns the summary."""
     stage.claim("")
     if not stage.missing():
         return stage.summarise()
@@ -94,7 +94,7 @@ def ingest(stage: Stage, sources: Iterable[Source]) -> dict[str, Any]:
 
 
 def _lost(row: Row) -> str | None:
-    """A file that a corpus lists and nobody has: the clip, or its sound in a file of its own."""
+    """A listed file that does not exist, the clip or its separate sound; None if all exist."""
     files = (row[key] for key in ("file", "sound") if key in row)
     return next((file for file in files if not Path(file).is_file()), None)
 

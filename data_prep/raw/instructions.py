@@ -1,8 +1,8 @@
-"""Stage `instructions`: a conversation for every clip, in the layout that ms-swift reads.
+"""Stage `instructions`: writes a conversation for every clip in the format of ms-swift.
 
-Our own training draws the request of a clip anew in every epoch (config.data.tasks, see
-saber_jax.data.tasks), so it needs none of this. For others the stage draws one request per clip
-from the same tasks and wordings, evidence before reasoning, and writes it down:
+Our own training draws a new request for a clip in every epoch (config.data.tasks, see
+saber_jax.data.tasks) and does not need this stage. For other trainers it draws one request per
+clip from the same tasks and wordings, with the evidence before the reasoning:
 
     conversations.jsonl    {"messages": [system, user, assistant], "videos": [...], "audios": [...],
                             "clip_id", "task", "split"}
@@ -38,13 +38,13 @@ KEYS = ("clip_id",)
 
 
 def plan(rows: list[Row], settings: InstructionSettings) -> Callable[[Row], Outcome]:
-    """Draws a request for all rows; what it returns gives one row its `request`."""
+    """Draws a request for every row; returns a function that adds `request` to a row."""
     mixture = settings.mixture()
     ids = sorted(row["clip_id"] for row in rows)
     drawn = dict(zip(ids, mixture.draw(0, len(ids)).tolist(), strict=True))
 
     def ask(row: Row) -> Outcome:
-        # The test set asks for everything, in the usual words.
+        # Test clips get the full request in its first wording.
         test = row["split"] == "test"
         request = Request() if test else mixture.requests[drawn[row["clip_id"]]]
         return {**row, "request": dataclasses.asdict(request)}

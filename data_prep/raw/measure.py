@@ -1,9 +1,9 @@
-"""Stage `measure`: what can be known about a clip without a model of language.
+"""Stage `measure`: measures picture, sound, speech and faces of a clip.
 
-Picture quality and loudness are FFmpeg's own filters (blurdetect, blackdetect, freezedetect,
-ebur128), speech is silero-vad (from the faster-whisper wheel), faces are OpenCV's cascade,
-look-alikes a 64-bit perceptual hash. Nothing is decided here: data_prep.raw.filters holds the
-thresholds, so they can be moved without measuring again.
+Picture quality and loudness come from FFmpeg filters (blurdetect, blackdetect, freezedetect,
+ebur128), speech from silero-vad (in the faster-whisper wheel), faces from OpenCV's cascade, and
+similarity from 64-bit perceptual hashes. The thresholds are in data_prep.raw.filters, so that they
+can be changed without measuring again.
 
     measures     seconds, width, height, fps, kilobits_per_second
                  loudness      integrated, LUFS; -70 is silence
@@ -11,8 +11,8 @@ thresholds, so they can be moved without measuring again.
                  blur          width of edges as FFmpeg estimates it, in pixels at 320 px, median
                                over the pictures; 100 without edges
                  black, frozen share of the time, 0 to 1
-                 faces         share of the looked-at pictures that show a face
-                 face_track    longest unbroken run of one face, as such a share
+                 faces         share of the sampled pictures that show a face
+                 face_track    longest unbroken run of one face, as a share of these pictures
                  face_height   median height of the largest face, as share of the picture
                  hashes        perceptual hashes (hex) of the pictures at 1/6, 3/6 and 5/6
                  sound_hash    the same of the log-mel spectrogram
@@ -66,7 +66,7 @@ class UnmeasurableError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
-    """How closely to look. `looks_per_second` are the pictures searched for faces."""
+    """Resolution of the measures. `looks_per_second`: pictures that are searched for faces."""
 
     looks_per_second: float = 2.0
     smallest_face: float = 0.12  # Height, as share of the picture.
@@ -96,7 +96,7 @@ def measure(path: Path, settings: MeasureSettings = MeasureSettings()) -> dict[s
             pass_.decode()
     except UnmeasurableError:
         raise
-    except (av.FFmpegError, ValueError, OSError) as error:  # PyAV: sound that changes midway.
+    except (av.FFmpegError, ValueError, OSError) as error:  # PyAV: the audio format changes midway.
         raise UnmeasurableError("unreadable", f"{path.name}: {error}") from error
     if not pass_.count:
         raise UnmeasurableError("unreadable", f"{path.name}: no frame decodes")
@@ -111,7 +111,7 @@ class _Pass:
         self._container = container
         video = playable(container.streams.video)[0]
         audio = playable(container.streams.audio)[0]
-        # Whole clips are done side by side, so a clip gets one thread.
+        # Clips are processed in parallel, so each gets one thread.
         video.codec_context.thread_count = audio.codec_context.thread_count = 1
         self._video, self._audio = video, audio
         self.count = 0
@@ -208,7 +208,7 @@ class _Pass:
 
 
 class _Intervals:
-    """Stretches of time that a filter announces as NAME_start and NAME_end."""
+    """Intervals that a filter reports as NAME_start and NAME_end."""
 
     def __init__(self):
         self._total, self._since = 0.0, None
@@ -251,7 +251,7 @@ def pulled(graph: Graph) -> Iterator[Any]:
 
 
 def speech(sound: Float[np.ndarray, " n"]) -> list[tuple[float, float]]:
-    """(start, end) in seconds of every stretch of speech in 16 kHz mono sound within [-1, 1]."""
+    """(start, end) in seconds of every interval of speech in 16 kHz mono sound within [-1, 1]."""
     from faster_whisper import vad  # Takes a second, and only workers need it.
 
     if len(sound) < 512:  # One window of the detector.
@@ -279,7 +279,7 @@ def faces(picture: UInt8[np.ndarray, "H W"], smallest: float) -> list[Box]:
 
 
 def longest_track(looks: Iterable[list[Box]]) -> int:
-    """How many successive looks show one face: boxes that overlap by a third are the same."""
+    """The longest run of pictures with the same face: boxes that overlap by a third match."""
     best = 0
     runs: list[tuple[Box, int]] = []
     for boxes in looks:

@@ -1,13 +1,13 @@
-"""Runs SABER's data pipeline: from raw videos to checked clips, test set and instructions.
+"""Runs the data pipeline: from raw videos to checked clips, a test set and instructions.
 
     python -m data_prep.run --config my.toml                     everything that is not done yet
     python -m data_prep.run --config my.toml --stage measure     one stage alone
-    python -m data_prep.run --config my.toml --again annotate    ask again what an endpoint failed
+    python -m data_prep.run --config my.toml --again annotate    retry failed requests
 
-Every stage leaves a folder below `out` (data_prep.raw.shards says what is in it). Interrupt it
-whenever you like; the same command goes on from the finished shards and the known answers. Exit
-code 0 if everything asked for is done, 1 if it could not be, 3 if clips were lost to an endpoint in
-trouble (--again brings them back).
+Every stage writes a folder below `out` (data_prep.raw.shards describes it). You can interrupt the
+command at any time; repeated, it continues from the finished shards and the cached answers. Exit
+code 0 if everything is done, 1 if not, 3 if clips were dropped because of a failing endpoint
+(--again retries them).
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ from saber_jax.endpoint import EndpointError
 from saber_jax.flags import Parser
 
 TRANSIENT = ("rate_limited", "timeout", "disconnected", "server_error", "malformed")
-"""Reasons that another try may mend."""
+"""Reasons that a retry may resolve."""
 
 _REASONS = {
     "ingest": ingest.REASONS,
@@ -59,7 +59,7 @@ _REASONS = {
 
 
 def stage_of(settings: Settings, name: str) -> Stage:
-    """A stage's folder and what its result depends on."""
+    """A stage's folder and the inputs of its result."""
     part: Any = getattr(settings, name, None)
     decides: dict[str, Any] = {"sources": [vars(source) for source in settings.sources]}
     if name != "ingest":
@@ -75,7 +75,7 @@ def stage_of(settings: Settings, name: str) -> Stage:
 
 
 def run_stage(settings: Settings, name: str) -> dict[str, Any]:
-    """Does one stage; returns its summary. ValueError if the one before it is not finished."""
+    """Runs one stage; returns its summary. ValueError if the stage before it is not finished."""
     order = settings.stages
     stage = stage_of(settings, name)
     if name == "ingest":
@@ -191,9 +191,9 @@ def _workers(settings: Settings) -> Workers:
 
 
 def forget_failures(settings: Settings, name: str) -> int:
-    """Undoes shards of a stage that lost clips to an endpoint in trouble, and what came after.
+    """Deletes shards of a stage that dropped clips because an endpoint failed, and later stages.
 
-    Returns how many clips will be asked about again; known answers are not asked for anew.
+    Returns how many clips will be retried; cached answers are not requested again.
     """
     stage, later = stage_of(settings, name), settings.stages[settings.stages.index(name) + 1 :]
     lost = 0
@@ -212,7 +212,7 @@ def forget_failures(settings: Settings, name: str) -> int:
 
 
 def check_endpoints(settings: Settings, names: Sequence[str]) -> None:
-    """ValueError if a stage has nobody to ask: better now than after hours of decoding."""
+    """ValueError if a stage has no endpoint. Checked before hours of decoding."""
     if "annotate" in names:
         settings.annotate.endpoint.require("annotate.endpoint")
     if "transcripts" in names and settings.transcripts.recogniser == "endpoint":
@@ -236,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
     )
     parser.add_argument("--config", type=Path, required=True, help="a TOML file")
-    parser.add_argument("--stage", choices=STAGES, help="this one alone")
-    parser.add_argument("--again", choices=STAGES, help="ask again what failed, then go on")
+    parser.add_argument("--stage", choices=STAGES, help="run only this stage")
+    parser.add_argument("--again", choices=STAGES, help="retry what failed, then continue")
     flags = parser.parse_args(argv)
     try:
         settings = settings_lib.load(flags.config)
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{name} is in `skip` of {flags.config}.")
         if flags.again:
             lost = forget_failures(settings, flags.again)
-            print(f"{flags.again}: {lost} clips to be asked about again")
+            print(f"{flags.again}: {lost} clips to be retried")
         summaries = []
         names = [flags.stage] if flags.stage else settings.stages
         check_endpoints(settings, names)
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"data_prep.run: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        print("Interrupted; the same command continues from here.", file=sys.stderr)
         return 130
     return _verdict(summaries)
 
@@ -270,7 +270,7 @@ def _verdict(summaries: Sequence[dict[str, Any]]) -> int:
     for name, count in troubled.items():
         if count:
             print(
-                f"{name} lost {count} clips to an endpoint in trouble; when it is well again: "
+                f"{name} dropped {count} clips because the endpoint failed; to retry them: "
                 f"--again {name}",
                 file=sys.stderr,
             )

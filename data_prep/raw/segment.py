@@ -1,9 +1,9 @@
-"""Stage `segment`: long videos are cut where nobody speaks and where the picture changes.
+"""Stage `segment`: cuts long videos at pauses in speech and at scene changes.
 
-A clip never crosses a scene boundary (FFmpeg's scdet), holds whole stretches of speech
-(silero-vad) with a little room around them, and is at most `longest` seconds long: a longer stretch
-is cut at its longest pauses. A file that is short enough stays as it is; sound that a corpus keeps
-in a file of its own is joined to its picture.
+A clip never crosses a scene boundary (FFmpeg's scdet), contains whole intervals of speech
+(silero-vad) with a margin around them, and is at most `longest` seconds long: longer intervals are
+cut at their longest pauses. Files that are short enough are not changed. If a corpus has sound in
+separate files, it is joined with the video.
 
     rows gain    start, end (seconds in `video`); `file` is the new clip, `video` the source
 """
@@ -37,11 +37,11 @@ Span = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentSettings:
-    """All in seconds, but `scene_change`, scdet's score from 0 to 100."""
+    """All in seconds except `scene_change`, which is scdet's score from 0 to 100."""
 
     longest: float = 20.0
     shortest: float = 1.0
-    pause: float = 1.0  # Stretches of speech that are closer together belong together.
+    pause: float = 1.0  # Intervals of speech with a shorter pause between them are joined.
     room: float = 0.25  # Kept before and after speech.
     scene_change: float = 10.0
 
@@ -81,7 +81,7 @@ def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcom
 
 
 def length(path: Path) -> float | None:
-    """Seconds that the header promises, or that the packets add up to; None without a picture."""
+    """Duration in seconds from the header, or else from the packets; None without video."""
     with av.open(str(path), metadata_errors="ignore") as container:
         pictures = playable(container.streams.video)
         if not pictures:
@@ -93,7 +93,7 @@ def length(path: Path) -> float | None:
 
 
 def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[float]]:
-    """(stretches of speech, times of scene changes) of a whole video."""
+    """(intervals of speech, times of scene changes) of a whole video."""
     sound: list[np.ndarray] = []
     changes: list[float] = []
     with av.open(str(path), metadata_errors="ignore") as container:
@@ -139,7 +139,7 @@ def plan(
             if start < scene_end and end > scene_start
         ]
         for group in _grouped(inside, settings):
-            begun = spans[-1][1] if spans else 0.0  # Of a stretch that was divided.
+            begun = spans[-1][1] if spans else 0.0  # End of the last part.
             start = max(scene_start, begun, group[0][0] - settings.room)
             end = min(scene_end, group[-1][1] + settings.room)
             if end - start >= settings.shortest:
@@ -148,7 +148,7 @@ def plan(
 
 
 def _grouped(speech: Sequence[Span], settings: SegmentSettings) -> Iterator[list[Span]]:
-    """Joins what is close together, then divides what is too long at its longest pause."""
+    """Joins intervals that are close together, then divides long ones at their longest pause."""
     groups: list[list[Span]] = []
     for span in speech:
         if groups and span[0] - groups[-1][-1][1] < settings.pause:
@@ -167,7 +167,7 @@ def _divided(group: list[Span], longest: float) -> Iterator[list[Span]]:
         at = pauses.index(max(pauses)) + 1
         yield from _divided(group[:at], longest)
         yield from _divided(group[at:], longest)
-    else:  # Somebody speaks without a pause for longer than a clip may be.
+    else:  # Speech without a pause that is longer than a clip may be.
         start, end = group[0]
         pieces = int(-(-(end - start) // longest))
         step = (end - start) / pieces
@@ -176,7 +176,7 @@ def _divided(group: list[Span], longest: float) -> Iterator[list[Span]]:
 
 
 def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
-    """Encodes one stretch as H.264 and AAC; picture from `path`, sound from `heard`."""
+    """Encodes one interval as H.264 and AAC, with video from `path` and sound from `heard`."""
     with (
         av.open(str(path), metadata_errors="ignore") as pictures,
         av.open(str(heard), metadata_errors="ignore") as sounds,
@@ -192,7 +192,7 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
         video.codec_context.time_base = Fraction(1, 90_000)
         audio = out.add_stream("aac", rate=told.rate or 44_100) if told is not None else None
         for number, frame in enumerate(_frames(pictures, seen, span)):
-            if not number:  # The clip is turned as its source is.
+            if not number:  # The clip keeps the rotation of its source.
                 video.set_display_matrix(display_matrix(frame))
             picture = frame.reformat(video.width, video.height, "yuv420p")
             picture.pts = round((frame.time - span[0]) * 90_000)
@@ -207,7 +207,7 @@ def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
         heard_until = span[0]
         for frame in _frames(sounds, told, span):
             hole = float(frame.time or 0.0) - heard_until
-            if hole > TOLERANCE:  # Sound that starts late or pauses stays in time.
+            if hole > TOLERANCE:  # Keeps sound in sync that starts late or has gaps.
                 written += round(hole * audio.rate)
                 heard_until += hole
             heard_until += frame.samples / frame.sample_rate

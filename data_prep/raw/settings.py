@@ -1,4 +1,4 @@
-"""The TOML file that says what the data pipeline does; docs/data_prep.md shows a whole one."""
+"""The settings of the data pipeline, read from TOML; configs/data_prep.toml is an example."""
 
 import dataclasses
 import difflib
@@ -32,21 +32,21 @@ STAGES = (
     "instructions",
     "export",
 )
-"""In order. Each reads what the one before it kept."""
+"""In order of execution. Each reads the rows that the one before it kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """`build` are further options of data_prep.build, such as ["--fps", "2"]."""
+    """`build` are additional options for data_prep.build, such as ["--fps", "2"]."""
 
     build: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything. `out` may be in a bucket, except for `export`; `skip` names stages left out.
+    """All settings. `out` may be in a bucket, except for `export`. `skip` names stages to skip.
 
-    `processes` run the stages that decode; `beam` are options that hand those to a Beam cluster.
+    The stages that decode run in `processes` local processes, or with `beam` options on a cluster.
     """
 
     out: str

@@ -1,19 +1,19 @@
 """Stages of the data pipeline: rows in shards, and work that is done once per shard.
 
-A stage leaves a folder. Shard k of a stage is made from shard k of the one before it, and is
-finished when both of its files are there:
+A stage writes a folder. Shard k of a stage is made from shard k of the one before it, and is
+finished when both of its files exist:
 
-    OUT/measure/manifest.json                  settings of the stage, fingerprint of what it read
+    OUT/measure/manifest.json                  settings of the stage, fingerprint of its inputs
                 dropped-00003-of-00016.jsonl   {"clip_id", "reason", "detail", "row"} a line
                 kept-00003-of-00016.jsonl      a row a line; written last
                 summary.json                   counts by reason, once all shards are finished
 
 A row is one clip: clip_id, file, corpus, video (the source it was cut from), speaker, language,
 split, labels, and what the stages add to it (measures, annotation, checks, ...). `provenance` lists
-{"fields", "tool", "model", "prompt", "parameters"}, one entry for whatever was made together.
+{"fields", "tool", "model", "prompt", "parameters"}, one entry per group of fields made together.
 
-A killed stage goes on from its finished shards. Every row of a shard is kept or dropped, once:
-anything else is an error in the stage and stops it.
+An interrupted stage continues from its finished shards. Every row of a shard is kept or dropped
+exactly once; anything else is an error in the stage's code and stops it.
 """
 
 import collections
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """A row that ends here. `reason` is a key of its stage's REASONS."""
+    """A row that a stage drops. `reason` is a key of the stage's REASONS."""
 
     row: Row
     reason: str
@@ -50,10 +50,10 @@ ShardWork = Callable[[list[Row]], Iterable[Outcome]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who does the shards: this process, `processes` of Beam's direct runner, or a Beam cluster.
+    """What runs the shards: this process, `processes` of Beam's direct runner, or a Beam cluster.
 
     `beam` are Beam's own options, such as ("--runner=DataflowRunner", "--project=..."); with any,
-    they alone decide. The folders must then be reachable from the cluster.
+    `processes` is ignored, and the folders must be accessible from the cluster.
     """
 
     processes: int = 1
@@ -66,16 +66,16 @@ class Workers:
             "--runner=DirectRunner",
             "--direct_running_mode=multi_processing",
             f"--direct_num_workers={self.processes}",
-            # Workers tell every step of their start, a screen each.
+            # Otherwise every worker logs its start in detail.
             "--default_sdk_harness_log_level=ERROR",
         ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One folder of shards. `reasons` maps each reason for dropping to a sentence for people.
+    """One folder of shards. `reasons` maps each reason for dropping to a description.
 
-    With `splits_rows`, a row may become several; otherwise every row comes out once.
+    With `splits_rows` a row may become several; otherwise every row comes out exactly once.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Stage:
             yield from self.kept(shard)
 
     def checked(self, check: str) -> Iterator[tuple[Row, dict[str, Any]]]:
-        """Rows with what `checks` of them holds under that name, whether kept or dropped."""
+        """(row, row["checks"][check]) of kept and dropped rows that have this check."""
         for shard in range(self.shards):
             for row in (*self.kept(shard), *(item["row"] for item in self.dropped(shard))):
                 if found := row.get("checks", {}).get(check):
@@ -119,8 +119,8 @@ class Stage:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def claim(self, after: str) -> None:
-        """Writes the manifest; ValueError when the folder was made from something else."""
-        # Through JSON, so that tuples and lists are the same thing.
+        """Writes the manifest; ValueError if the folder was made from other inputs."""
+        # Through JSON, so that tuples and lists compare equal.
         ours = json.loads(
             json.dumps({"settings": self.settings, "shards": self.shards, "after": after})
         )
@@ -132,7 +132,7 @@ class Stage:
             storage.read_json(path),
             ours,
             what=f"{self.folder} was made with other settings",
-            remedy="Delete it to make it anew (later stages too), or choose another output folder.",
+            remedy="Delete it and the later stages to make it again, or choose another `out`.",
         )
 
     def missing(self) -> list[int]:
@@ -144,7 +144,7 @@ class Stage:
         ]
 
     def write(self, shard: int, rows: Sequence[Row], outcomes: Iterable[Outcome]) -> None:
-        """Writes one shard, having checked that no row was lost or doubled."""
+        """Writes one shard after checking that no row was lost or duplicated."""
         kept: list[Row] = []
         dropped: list[dict[str, Any]] = []
         for outcome in outcomes:
@@ -196,9 +196,9 @@ def run(
     *,
     at_once: int = 1,
 ) -> dict[str, Any]:
-    """Does the unfinished shards of `stage` from those of `source`; returns the summary.
+    """Makes the unfinished shards of `stage` from those of `source`; returns the summary.
 
-    `at_once` shards are done by threads of this process, for work that waits more than it computes.
+    Threads of this process work on `at_once` shards, for work that mostly waits.
     """
     stage.claim(source.fingerprint())
     todo = stage.missing()
@@ -218,10 +218,10 @@ def run_whole(
     keys: Sequence[str],
     plan: Callable[[list[Row]], Callable[[Row], Outcome]],
 ) -> dict[str, Any]:
-    """For what needs to know of all rows before it can decide about one.
+    """Like `run`, for stages that need all rows before they can decide about one.
 
-    `plan` gets every row, reduced to `keys` so that they fit in memory, and returns what decides
-    about each whole row.
+    `plan` gets every row, reduced to `keys` so that all fit into memory, and returns a function
+    that decides about one whole row.
     """
     stage.claim(source.fingerprint())
     if todo := stage.missing():
@@ -234,7 +234,7 @@ def run_whole(
 
 @dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """Picklable, so that it can go to Beam's workers."""
+    """Makes one shard. Picklable, so that it can be sent to Beam's workers."""
 
     stage: Stage
     source: Stage
@@ -272,13 +272,13 @@ def _run_beam(job: ShardJob, todo: Sequence[int], workers: Workers) -> None:
         watch.join()
     if left := job.stage.missing():
         raise RuntimeError(
-            f"{job.stage.name}: Beam ended without {len(left)} shards; run it again to do them."
+            f"{job.stage.name}: Beam ended without {len(left)} shards; run the command again."
         )
 
 
 def pipeline(job: ShardJob, todo: Sequence[int], workers: Workers) -> Any:
-    """A beam.Pipeline that does the shards `todo`, built and not yet run."""
-    # Takes two seconds to import, which the other stages do without.
+    """A beam.Pipeline that makes the shards `todo`, not yet run."""
+    # Takes two seconds to import, and the other stages do not need it.
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -290,7 +290,7 @@ def pipeline(job: ShardJob, todo: Sequence[int], workers: Workers) -> Any:
 
 
 def _watch(stage: Stage, todo: int, finished: threading.Event) -> None:
-    """A progress bar from the files that the workers leave, wherever they run."""
+    """A progress bar that counts the files that the workers write."""
     with tqdm(total=todo, desc=stage.name, unit="shard", file=sys.stderr) as bar:
         while not finished.wait(1.0):
             bar.update(todo - len(stage.missing()) - bar.n)

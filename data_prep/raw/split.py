@@ -1,9 +1,9 @@
-"""Stage `split`: SABER-Test, balanced, and nobody in it whom training has met.
+"""Stage `split`: holds out a balanced test set whose speakers are not in the training set.
 
-Clips that share a speaker or a source video belong together, and so does whoever shares one with
-them; such a group is never divided. Whole groups are set aside until the test set can be drawn from
-them: as many inconsistent as consistent clips, in each language. What is left of those groups is
-dropped as `reserved`, because training on it would be a leak.
+Clips that share a speaker or a source video form a group, directly or through other clips. Groups
+are never divided. Whole groups are set aside until a test set can be drawn from them that has as
+many inconsistent as consistent clips in each language. The remaining clips of these groups are
+dropped as `reserved`, because training on them would leak test speakers.
 
     rows gain    split    train, preference (a share of the inconsistent ones), or test
 """
@@ -25,12 +25,12 @@ BALANCED = ("consistent", "inconsistent")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """`test` clips are wanted in all. A group of more than `largest_group` of all clips (the cast
-    of a series) stays in training, or the test set would eat it. Clips that a corpus publishes as
-    its test set are kept out of training unless `train_on_published_tests`."""
+    """`test` is the wanted number of test clips. A group with more than the share `largest_group`
+    of all clips (the cast of a series) stays in training, which would lose too many clips
+    otherwise. Published test clips are kept out of training unless `train_on_published_tests`."""
 
     test: int = 1000
-    preference: float = 0.5  # Share of the inconsistent clips that are not for the test.
+    preference: float = 0.5  # Share of the inconsistent clips outside the test set.
     largest_group: float = 0.1
     train_on_published_tests: bool = False
     seed: int = 0
@@ -75,13 +75,13 @@ def leaks(rows: Iterable[Row]) -> list[str]:
 
 
 KEYS = ("clip_id", "corpus", "video", "speaker", "language", "split", "relation")
-"""What the plan needs to know of a row."""
+"""The fields of a row that the plan needs."""
 
 
 def plan(rows: list[Row], settings: SplitSettings) -> Callable[[Row], Outcome]:
-    """Decides about all rows (of KEYS); what it returns places one whole row.
+    """Splits all rows (with KEYS only); returns a function that sets the split of a whole row.
 
-    Raises RuntimeError should the split leak.
+    Raises RuntimeError if the split leaks.
     """
     group_of = groups(rows)
     members: dict[int, list[Row]] = collections.defaultdict(list)
@@ -89,7 +89,7 @@ def plan(rows: list[Row], settings: SplitSettings) -> Callable[[Row], Outcome]:
         members[group_of[row["clip_id"]]].append(row)
     candidates = _reserve(members, len(rows), settings)
     chosen = _draw([row for group in candidates for row in members[group]], settings)
-    # Where one relation is rare the draw is small, and groups that gave nothing may go back.
+    # If one relation is rare, few clips are drawn; groups without any return to training.
     reserved = {group_of[clip_id] for clip_id in chosen}
 
     def place(row: Row) -> Outcome:
@@ -102,7 +102,7 @@ def plan(rows: list[Row], settings: SplitSettings) -> Callable[[Row], Outcome]:
 
 
 def _reserve(members: dict[int, list[Row]], total: int, settings: SplitSettings) -> set[int]:
-    """Groups to draw the test set from, taken in seeded order while they add what is missing."""
+    """Groups to draw the test set from: in seeded order, those that add missing clips."""
     languages = sorted({row["language"] for rows in members.values() for row in rows})
     wanted = {
         (relation, language): settings.test / len(BALANCED) / len(languages)
@@ -127,7 +127,7 @@ def _reserve(members: dict[int, list[Row]], total: int, settings: SplitSettings)
 
 
 def _draw(rows: list[Row], settings: SplitSettings) -> set[str]:
-    """clip_ids of the test set: per language, as many of either relation as both can give."""
+    """clip_ids of the test set: for each language, equally many clips of both relations."""
     cells: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: _draw_key(row["clip_id"], settings.seed)):
         cells[row["language"], row["relation"]].append(row["clip_id"])
@@ -171,7 +171,7 @@ def _draw_key(clip_id: str, seed: int) -> int:
 
 
 def summary(rows: Iterable[Row]) -> dict[str, Any]:
-    """Counts by split, relation and language, for people."""
+    """Counts by split, relation and language."""
     counts = collections.Counter(
         f"{row['split']} {row['relation']} {row['language']}" for row in rows
     )
@@ -179,12 +179,12 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def shortfall(counts: dict[str, int], settings: SplitSettings) -> str | None:
-    """A sentence if the test set of a `summary` is smaller than was asked for."""
+    """A message if the test set of a `summary` is smaller than the settings ask for, else None."""
     drawn = sum(count for what, count in counts.items() if what.startswith("test "))
     if drawn >= settings.test:
         return None
     return (
-        f"The test set has {drawn} of the {settings.test} clips asked for: it takes as many "
-        "inconsistent as consistent ones in each language, from people and videos that training "
-        "does without."
+        f"The test set has {drawn} of the {settings.test} clips asked for: it needs as many "
+        "inconsistent as consistent ones in each language, from people and videos that are not "
+        "in training."
     )

@@ -1,6 +1,6 @@
-"""Files of the data pipeline, on a disk here or in a bucket that fsspec knows (gs://, s3://, ...).
+"""Files of the data pipeline, on a local disk or in a bucket (gs://, s3://, ...) through fsspec.
 
-A bucket needs its own package beside fsspec (gcsfs, s3fs); a path without `://` needs nothing.
+A bucket needs its fsspec package (gcsfs, s3fs); a path without `://` is local.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from saber_jax.runs import files
 
 
 def join(folder: str, *names: str) -> str:
-    """A path below `folder`, whatever it lies on."""
+    """A path below `folder`, on a disk or in a bucket."""
     return "/".join([folder.rstrip("/"), *names])
 
 
@@ -42,11 +42,11 @@ def names(folder: str) -> set[str]:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes in one step: a reader sees the old file or the whole new one."""
+    """Writes atomically: a reader sees the old file or the complete new one."""
     fs, name = fsspec.core.url_to_fs(path)
     fs.makedirs(os.path.dirname(name), exist_ok=True)
     if not is_local(path):
-        fs.pipe_file(name, text.encode())  # Objects in a bucket appear whole.
+        fs.pipe_file(name, text.encode())  # Writing an object to a bucket is atomic.
         return
     files.write_text(name, text)
 
@@ -58,7 +58,7 @@ def read_text(path: str) -> str:
 
 
 def delete(path: str) -> None:
-    """A file, or a folder with all that is in it; nothing happens if there is none."""
+    """Deletes a file or a folder with its contents, if it exists."""
     fs, name = fsspec.core.url_to_fs(path)
     if fs.exists(name):
         fs.rm(name, recursive=True)
@@ -73,7 +73,7 @@ def read_json(path: str) -> Any:
 
 
 def write_lines(path: str, items: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, in one step."""
+    """Writes one JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
 
 
@@ -83,7 +83,7 @@ def read_lines(path: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[Path]:
-    """The file on a local disk: itself, or for as long as needed a copy of what is in a bucket."""
+    """The local file, or a temporary local copy of a file in a bucket."""
     if is_local(path):
         yield Path(path)
         return
@@ -96,7 +96,7 @@ def local_copy(path: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[Path]:
-    """A local path to write to; what is there in the end appears at `path` in one step."""
+    """A local path to write to; on success the file appears at `path` atomically."""
     suffix = os.path.splitext(path)[1]
     fs, name = fsspec.core.url_to_fs(path)
     fs.makedirs(os.path.dirname(name), exist_ok=True)

@@ -1,10 +1,9 @@
-"""Stage `transcripts`: does the speech_content of the annotation say what is heard?
+"""Stage `transcripts`: compares the annotation's speech_content with a speech recogniser.
 
-An independent recogniser listens, and the word error rate (characters for Chinese) between the two
-decides. Sound events in angle brackets are no words. The recogniser is a whisper that comes in a
-package (raw.ears), or a chat endpoint that takes sound. Beside the counts the stage leaves
-`disagreements.txt`, worst first, aligned word by word, so that a person can judge the threshold,
-and below them the clips that were not checked.
+The word error rate (for Chinese the character error rate) between the two decides. Sound events in
+angle brackets are ignored. The recogniser is a Whisper model from a package (raw.ears), or a chat
+endpoint that takes sound. The stage also writes `disagreements.txt`, sorted by error and aligned
+word by word, to help you judge the threshold. It ends with the clips that were not checked.
 
     rows gain    checks.transcript    heard, errors, words, rate, measure ("wer" or "cer"),
                                       or skipped, saying why nothing was checked
@@ -38,8 +37,8 @@ _EVENT = re.compile(r"<[^<>]*>|（[^（）]*声）")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranscriptSettings:
-    """`recogniser` is "offline", "endpoint" or "none". A clip is dropped above `most_rate`, but not
-    for fewer than `fewest_errors` errors: two words of three may be wrong by one slip."""
+    """`recogniser` is "offline", "endpoint" or "none". A clip is dropped if its rate is above
+    `most_rate` and it has at least `fewest_errors` errors, because rates of short texts vary."""
 
     recogniser: Literal["offline", "endpoint", "none"] = "offline"
     most_rate: float = 0.5
@@ -53,7 +52,7 @@ class TranscriptSettings:
             )
 
     def of_result(self) -> dict[str, Any]:
-        """What decides a check, for the stage's manifest."""
+        """The settings that affect checks, for the stage's manifest."""
         asked = {**self.endpoint.of_result(), "prompts": wording.versions("transcribe")}
         return {
             "recogniser": self.recogniser,
@@ -64,7 +63,7 @@ class TranscriptSettings:
 
 
 def words(text: str, language: str) -> list[str]:
-    """What is compared: words without case and punctuation, or characters for Chinese.
+    """The units to compare: words without case and punctuation, or characters for Chinese.
 
     >>> words("Well, <laughs> DON'T go!", "en")
     ['well', "don't", 'go']
@@ -77,7 +76,7 @@ def words(text: str, language: str) -> list[str]:
 
 
 def compare(written: str, heard: str, language: str) -> dict[str, Any]:
-    """Errors between two transcripts, in `words`. The rate is over what is written."""
+    """Errors between two transcripts, in `words`. The rate is relative to `written`."""
     reference, hypothesis = words(written, language), words(heard, language)
     if not reference:
         errors = len(hypothesis)
@@ -106,7 +105,7 @@ def verdict(check: dict[str, Any], language: str, settings: TranscriptSettings) 
 
 
 def offline(rows: list[Row], settings: TranscriptSettings) -> Iterator[Outcome]:
-    """The stage without an endpoint; what it cannot check passes, and says why in its row."""
+    """The stage without an endpoint; clips that it cannot check are kept, with the reason."""
     for row in rows:
         language = row["language"]
         if settings.recogniser == "none" or language not in ears.MODELS:
@@ -187,7 +186,7 @@ MOST_SHOWN = 200
 
 
 def report(stage: Stage) -> None:
-    """Writes disagreements.txt: the worst first, reference over hypothesis; then the unchecked."""
+    """Writes disagreements.txt: aligned transcripts, the worst first, then unchecked clips."""
     checked, skipped = [], []
     for row, check in stage.checked("transcript"):
         if "skipped" in check:

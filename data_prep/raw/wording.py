@@ -1,8 +1,7 @@
-"""What annotators and judges are asked, in the language of the clip; the texts are in prompts/.
+"""Prompts for annotators and judges, in the language of the clip; the texts are in prompts/.
 
-Whatever a clip says or a model wrote is quoted as JSON under a heading that says that it is data.
-A transcript that tells the reader to do something is then a transcript, not an instruction; that an
-answer has the shape and the words that were asked for is checked in any case.
+Transcripts and model outputs are quoted as JSON under a heading that says that they are data, so
+that instructions in them are less likely to be followed. The form of an answer is always checked.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """`version` changes with every letter of the text, so provenance cannot lie about it."""
+    """A prompt. `version` is a hash of the text, so every change of the text changes it."""
 
     version: str
     text: str
