@@ -52,7 +52,10 @@ def bound(variant: str, stage: str = "sft") -> Bound:
     config = STAGES[stage](variant)
     names = [field.name for field in dataclasses.fields(Budget)]
     budget = Budget(**{name: config.data[name] for name in names})
-    local = -(-config.data.batch_rows // hosts_of(topology.parse(config.topology)))
+    slices = topology.parse(config.topology)
+    chips = slices.count * slices.chips
+    total = -(-config.data.batch_rows // chips) * chips  # Every chip has equally many.
+    local = total // hosts_of(slices)
     rows = loader.most_rows(local, threads=config.data.threads, workers=config.data.workers)
     return Bound(local, rows, row_bytes(budget))
 

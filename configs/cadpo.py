@@ -27,7 +27,9 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.stage = "cadpo"
     root = c.get_ref("root")
     c.workdir = root + "/cadpo"
-    c.steps = 80 if tiny else 1_000
+    if tiny:
+        c.steps = 80
+    c.epochs = 0 if tiny else 1
     c.init.checkpoint = root + "/sft"
 
     c.data.split = "preference"
@@ -35,7 +37,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.withhold = 0.0
     del c.data.tasks, c.data.wordings  # A pair answers the six-section request.
     # A row: [shared prefixes | chosen | rejected], `length` + 2 * `response` slots.
-    c.data.batch_rows = 12 if tiny else 256
+    c.data.batch_rows = 12 if tiny else 48
+    c.data.batch_examples = 0 if tiny else 64
     c.data.length = 176 if tiny else 3072
     c.data.response = 112 if tiny else 1_152
     c.data.patches = 144 if tiny else 7_680

@@ -30,6 +30,8 @@ SHARE, BELOW_ONE = Range(0, 1), Range(0, 1 - 2**-24)
 RANGES = {
     "seed": Range(0, 2**32 - 1),
     "steps": COUNT,
+    "epochs": NOT_NEGATIVE,
+    "data.batch_examples": NOT_NEGATIVE,
     "lora.rank": NOT_NEGATIVE,
     "lora.alpha": POSITIVE,
     "lora.dropout": BELOW_ONE,

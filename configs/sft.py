@@ -13,7 +13,7 @@ Without optimizer.vocabulary_steps it never reads the faces.
 `python -m saber_jax.hf.load` wrote, and config.data.path to what `python -m data_prep.build` wrote.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import pods
 from saber_jax.data.records import FIELDS
@@ -35,7 +35,11 @@ def get_config(variant: str = "7b") -> ConfigDict:
     root = c.get_ref("root")
     c.workdir = root + "/sft"
     c.seed = 0
-    c.steps = 500 if tiny else 4_000
+    # Of the run; None: as many as `epochs` take, which needs data.batch_examples.
+    c.steps = config_dict.placeholder(int)
+    if tiny:
+        c.steps = 500
+    c.epochs = 0 if tiny else 2
 
     # Where the weights come from: a checkpoint directory, or "" for random ones.
     c.init = ConfigDict({"checkpoint": "" if tiny else root + "/init"})
@@ -58,7 +62,10 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # Examples that cannot be used are named in WORKDIR/quarantine.jsonl; past this share of all of
     # them the run ends with an error.
     c.data.max_bad_fraction = 0.01
-    c.data.batch_rows = 10 if tiny else 256  # Rows of an optimizer step, over all hosts.
+    # Of an optimizer step, over all hosts: the rows that it has room for, and how many examples it
+    # takes (saber_jax/data/steps.py). 0: as many as the rows hold, a few more or less every step.
+    c.data.batch_rows = 10 if tiny else 96
+    c.data.batch_examples = 0 if tiny else 128
     # The static shape of a row; examples are packed into it. `response` is for preference pairs.
     # Which budgets suit other data: python -m saber_jax.data.budgets.
     c.data.length = 352 if tiny else 4096

@@ -17,14 +17,17 @@ from saber_jax.data.pairs import Pair
 from saber_jax.data.planning import Plan, PlannedRows, Position
 from saber_jax.data.quarantine import Quarantine
 from saber_jax.data.sources import Draw, Sources, Weighted
+from saber_jax.data.steps import StepSize
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.train import saved
 from saber_jax.train.stage import budget
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What `open_inputs` found. `examples` without the pairs that cannot be used."""
+    """What `open_inputs` found. `examples` without the pairs that cannot be used; `steps` are those
+    of the run."""
 
     tokenizer: Tokenizer
     provenance: dict[str, Any]
@@ -35,6 +38,7 @@ class Inputs:
     quarantine: Quarantine
     measured: sizing.Measurements
     thinned: int
+    steps: int
 
     def describe(self) -> str:
         """For the console: how much there is, where from, and how full rows are."""
@@ -118,7 +122,8 @@ class Inputs:
 def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> Inputs:
     """The records that `config` names, or `pairs` of answers to them.
 
-    Raises TooManyBadError when more of them cannot be used than config.data.max_bad_fraction.
+    Raises TooManyBadError when more of them cannot be used than config.data.max_bad_fraction, and
+    ValueError when a step has no room for config.data.batch_examples of them.
     """
     d, row = config.data, budget(config)
     parts = [Weighted.parse(text) for text in d.mixture] or [Weighted(d.path, d.split, 1.0)]
@@ -143,7 +148,14 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         selection.usable, record_of, config.validate.examples, config.seed
     )
     draw = Draw(usable, examples.source_of()[usable], sources.names, sources.shares, config.seed)
-    plan = Plan(selection.sizes, row, config.seed, mixture, draw=draw)
+    step = None
+    if d.batch_examples:
+        step = StepSize(examples=d.batch_examples, rows=d.batch_rows)
+    steps = steps_of(config, draw, step)
+    plan = Plan(selection.sizes, row, config.seed, mixture, draw=draw, step=step)
+    # Is there room in every step? A run that has a checkpoint has been asked before.
+    if step is not None and not saved.steps(workdir):
+        plan.rows(steps * d.batch_rows).plan()
     return Inputs(
         tokenizer=tokenizer,
         provenance=dict(sources.outline(int(examples.record_of(usable[0]))).provenance),
@@ -154,4 +166,21 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         quarantine=quarantine,
         measured=measured,
         thinned=len(selection.thinned),
+        steps=steps,
     )
+
+
+def steps_of(config: ConfigDict, draw: Draw, step: StepSize | None) -> int:
+    """config.steps, or those that config.epochs take.
+
+    Raises ValueError where neither says it, or a step is not counted in examples.
+    """
+    if config.steps is not None:
+        return config.steps
+    if step is None or not config.epochs:
+        raise ValueError(
+            f"config.epochs={config.epochs} and config.data.batch_examples="
+            f"{config.data.batch_examples} do not say how many steps to train for, because a row "
+            "holds as many examples as fit. Set both above 0, or config.steps."
+        )
+    return sum(step.steps(sum(draw.counts(e).values())) for e in range(config.epochs))

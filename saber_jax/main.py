@@ -86,6 +86,10 @@ def train(config: ConfigDict) -> None:
         with alone:
             inputs = open_inputs(config, workdir, pairs)
             claim(workdir, config)
+            if config.steps is None:  # The data say now how long the epochs are.
+                config = config.copy_and_resolve_references()
+                config.steps = inputs.steps
+                stage = stages.build(config, stage.mesh)
             while not run_stage(config, stage, inputs, watchdog):
                 pass
 

@@ -13,7 +13,7 @@ from saber_jax.runs.identity import identity
 @pytest.mark.parametrize("variant", pods.RECIPES)
 def test_a_recipe_says_where_and_how_and_never_what_is_computed(stage, variant):
     recipe, plain = stage.get_config(variant), stage.get_config(variant.split("-")[0])
-    assert recipe.topology and recipe.data.batch_rows == 256
+    assert recipe.topology and recipe.data.batch_examples == {sft: 128, cadpo: 64}[stage]
     if recipe.lora.rank:
         assert recipe.root != plain.root
         plain.lora.rank, plain.init.checkpoint = recipe.lora.rank, recipe.init.checkpoint

@@ -82,3 +82,19 @@ def test_a_clip_that_keeps_other_frames_asks_the_reference_anew(pairs_of):
     before, after = examples.with_frame_pairs(kept), examples.with_frame_pairs(others)
     same = [before.key(i) == after.key(i) for i in range(3)]
     assert same == [True, False, True]
+
+
+def test_epochs_become_steps_of_so_many_examples_and_steps_override_them(config, tmp_path):
+    config.steps, config.epochs = None, 2
+    with pytest.raises(ValueError, match=r"epochs=2 and config\.data\.batch_examples=0 do not say"):
+        open_inputs(config, tmp_path, None)
+    config.data.batch_examples = 7
+    inputs = open_inputs(config, tmp_path, None)
+    assert inputs.steps == 2 * 4  # Of 24 examples.
+    summary = inputs.summary(inputs.steps, config.data.batch_rows)
+    assert summary["epochs_finished"] == 2 and sum(summary["drawn"].values()) == 48
+    config.steps = 3
+    assert open_inputs(config, tmp_path, None).steps == 3
+    config.data.batch_rows = 1
+    with pytest.raises(ValueError, match="Set batch_rows to"):
+        open_inputs(config, tmp_path, None)

@@ -106,6 +106,18 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_metrics(
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
 
 
+def test_a_run_counted_in_epochs_and_examples_ends_with_its_epoch_also_after_a_kill(
+    records, tmp_path, monkeypatch
+):
+    config = config_for(sft, records, tmp_path, steps=None, epochs=1)
+    config.data.batch_examples = 1  # Of the two that its rows would hold.
+    train_until_killed(config, monkeypatch)
+    main.train(config)
+    epochs = [line["epoch"] for line in metrics_of(tmp_path, "sft")]
+    assert epochs == [n / 8 for n in range(1, 9)]
+    assert json.loads((tmp_path / "sft/summary.json").read_text())["epochs_finished"] == 1
+
+
 def test_the_loss_falls(whole):
     losses = [line["loss"] for line in metrics_of(whole, "sft")]
     assert losses[-1] < losses[0]

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from saber_jax.data.examples import Size
 from saber_jax.data.packing import Budget
+from saber_jax.data.steps import StepSize
 from saber_jax.data.tasks import Mixture
 
 SIZE_NAMES = tuple(field.name for field in dataclasses.fields(Size))
@@ -234,9 +235,14 @@ class Plan:
         mixture: Mixture | None = None,
         *,
         draw: Callable[[int], Int[np.ndarray, " M"]] | None = None,
+        step: StepSize | None = None,
     ):
-        """`draw` says which records an epoch visits, by default all."""
+        """`draw` says which records an epoch visits, by default all.
+
+        With a `step` every `step.rows` rows hold `step.examples` examples; some may be empty.
+        """
         self.budget = budget
+        self._step = step
         self._draw = draw
         self.sizes = sizes.reshape(-1, sizes.shape[-1])
         self._requests, self._records = sizes.shape[:2]
@@ -288,7 +294,10 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Changes with anything that would change a batch's composition."""
-        digest = hashlib.sha256(repr((self.budget, self._seed, WINDOW, CARRIED)).encode())
+        settings = (self.budget, self._seed, WINDOW, CARRIED)
+        if self._step is not None:
+            settings = (*settings, self._step)
+        digest = hashlib.sha256(repr(settings).encode())
         for array in (self.sizes, self._drawn(0), self._drawn(1)):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]
@@ -312,7 +321,11 @@ class Plan:
         rows, carried = _plan_window(self.sizes, ids, self.budget, last=last)
         # Rows come out hardest first; a batch should not be all long clips.
         shuffle = np.random.default_rng([self._seed, at.epoch, at.window]).permutation(len(rows))
-        self._planned.append((at, [rows[i] for i in shuffle]))
+        rows = [rows[i] for i in shuffle]
+        if self._step is not None:
+            rows, over = self._step.lay_out(rows, last=last)
+            carried = np.concatenate([np.asarray(over, np.int64), carried])
+        self._planned.append((at, rows))
         self._next = Position(
             row=at.row + len(rows),
             epoch=at.epoch + last,
@@ -349,6 +362,11 @@ class PlannedRows(Sequence[list[int]]):
         if not 0 <= index < self._count:
             raise IndexError(f"Row {index} of {self._count}.")
         return self._plan.row(index)
+
+    def plan(self) -> None:
+        """Plans all of them now. Raises ValueError as that does."""
+        if self._count:
+            self._plan.row(self._count - 1)
 
     def position(self, index: int) -> Position:
         """See `Plan.position`; `index` may lie behind the end."""

@@ -22,7 +22,7 @@ APART = (
 )
 
 MAY_CHANGE = (
-    "steps",
+    *("steps", "epochs"),
     *(f"optimizer.{key}" for key in ("peak_lr", "adapter_factor", "warmup_steps")),
     *(f"optimizer.{key}" for key in ("final_fraction", "weight_decay", "clip_norm")),
 )

@@ -217,11 +217,14 @@ def checked_pairs(config: ConfigDict, options: Preference) -> list[Pair]:
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Stage:
-    """Everything about a run but its data and its values."""
+    """Everything about a run but its data and its values.
+
+    Where config.steps is None, as the data decide, learning rates are those of a run of one step.
+    """
     cfg = network(config)
     optimizer = optimizer_lib.OptimizerConfig(**config.optimizer)
     roles = flatten(saber.roles(cfg))
-    tx = optimizer_lib.make_optimizer(optimizer, config.steps, roles)
+    tx = optimizer_lib.make_optimizer(optimizer, config.steps or 1, roles)
     patterns = tuple(config.trainable if cfg.lora is None else config.lora.trainable)
     state = _abstract_state(cfg, tx, patterns, mesh, config.compute.dtype)
     optimizer_lib.check_vocabulary(optimizer, state.trainable, roles)

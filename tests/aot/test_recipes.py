@@ -107,12 +107,12 @@ def test_nothing_is_rematerialised_that_no_policy_names(compiled):
 def test_layers_gather_each_weight_once_a_pass_and_nothing_else(compiled):
     """Forward, and backward where something below trains; frozen towers only forward."""
     once = {t: compiled.gathered(rf"(lora/)?{t}/blocks/") for t in ("text", "vision", "audio")}
-    passes = compiled.recipe.microbatches * (sum(once.values()) + once["text"])
+    passes = compiled.stage.compute.microbatches * (sum(once.values()) + once["text"])
     assert compiled.sent("all-gather", in_layers=True) <= 1.02 * passes
     gradients = 0.0 if compiled.recipe.lora_rank else compiled.gathered("text/blocks/")
     scattered = compiled.sent("reduce-scatter", in_layers=True)
     # Shares that do not fill a register tile travel padded: on rings of four 2, 7 and 28%.
-    assert scattered <= 1.06 * compiled.recipe.microbatches * gradients + 1e6
+    assert scattered <= 1.06 * compiled.stage.compute.microbatches * gradients + 1e6
     for op in ("all-reduce", "all-to-all", "collective-permute"):
         assert compiled.sent(op, in_layers=True) <= 0.02 * passes
 
@@ -121,5 +121,5 @@ def test_around_the_layers_nothing_travels_whole_but_the_vocabulary(compiled):
     """lm_head, the projections of media into the text tower, and a share of the embedding."""
     rest = compiled.gathered(r"text/(lm_head|embed)|vision/(w_|merger)|audio/(w_|conv)")
     assert compiled.sent("all-gather", in_layers=False) <= (
-        1.05 * compiled.recipe.microbatches * rest
+        1.05 * compiled.stage.compute.microbatches * rest
     )

@@ -15,5 +15,5 @@ def test_a_host_of_every_recipe_loads_within_a_few_batches_and_gigabytes(variant
 
 
 def test_a_pod_of_one_wide_host_makes_all_rows_there():
-    assert loader_memory.bound("7b-lora-v6e-8").local == 256
+    assert loader_memory.bound("7b-lora-v6e-8").local == 96
     assert loader_memory.bound("7b-v5e-256").local == 4
