@@ -1,4 +1,4 @@
-"""Tokens a second that generation makes, ours over transformers' `generate`.
+"""Tokens a second that generation makes: over transformers' `generate`, and over waiting.
 
     python -m benchmarks.generate [--quick]
 
@@ -7,8 +7,14 @@ prompts are clips of SABER-like lengths (log-normal seconds, median 4.5) with th
 batches of them: theirs are answered one after the other, ours as Generator answers any records,
 two at a time. `one_batch` is the ratio when there is only one. Ours is timed from records to text,
 so log-mel and patches are in it; theirs from ready tensors to tokens, as its processor's work is
-not what is compared. Needs what
-launch/setup.sh --bench installs.
+not what is compared.
+
+`refilling` answers short clips whose answers are of very different lengths (log-normal tokens),
+many at a time: once with the places of finished answers given to the clips that follow, and once
+batch by batch, each waiting for its longest answer. Random weights end no answer, so the lengths
+are given.
+
+Needs what launch/setup.sh --bench installs.
 """
 
 import argparse
@@ -28,8 +34,9 @@ import numpy as np
 from benchmarks import result
 from saber_jax.data import media
 from saber_jax.data.examples import encode_record
-from saber_jax.data.records import Record
+from saber_jax.data.records import Record, clip_size
 from saber_jax.data.tokenizer import SPECIALS
+from saber_jax.generate import decoding
 from saber_jax.generate.generator import Generator
 from saber_jax.hf.config import to_hf
 from saber_jax.hf.names import to_disk
@@ -43,7 +50,7 @@ from saber_jax.models.config import (
 )
 from saber_jax.models.vision import normalize
 
-GOAL = 2.0
+GOAL, REFILL_GOAL = 2.0, 1.5
 BATCHES = 2
 
 CONFIG = SaberConfig(
@@ -208,6 +215,42 @@ def compare(
     }
 
 
+def refilling(params: saber.Params, *, rows: int, batches: int, most: int) -> dict[str, Any]:
+    """How much sooner the same answers stand when their places are given away as they end."""
+    rng = np.random.default_rng(1)
+    lengths = np.exp(np.log(most / 4) + 0.6 * rng.standard_normal(rows * batches))
+    lengths = np.clip(lengths, 4, most).astype(np.int32)
+    records = [clip(rng, number, 1.0) for number in range(len(lengths))]
+    table = jnp.asarray(lengths)
+    usual = decoding.next_token
+
+    def ending(params, hidden, answers, numbers, pick, program):
+        tokens = usual(params, hidden, answers, numbers, pick, program)
+        return jnp.where(numbers + 1 < table[answers], tokens, pick.end)
+
+    decoding.next_token = ending
+    generator = Generator(params, CONFIG, Letters(), max_new_tokens=most, batch_size=rows)
+    generator.reserve(map(clip_size, records))
+    parts = [(first, records[first : first + rows]) for first in range(0, len(records), rows)]
+
+    def answers(parts: Sequence[tuple[int, Sequence[Record]]]) -> list[list[str]]:
+        said = generator.sample_batches(parts, 1, sampling=decoding.GREEDY)
+        return [text for batch in said for text in batch]
+
+    answers(parts[:1])  # Compiles.
+    together = _timed(lambda: answers(parts))
+    waiting = _timed(lambda: [text for part in parts for text in answers([part])])
+    decoding.next_token = usual
+    return {
+        "ratio": round(waiting.wall / together.wall, 2),
+        "tokens_equal": together.answers == waiting.answers,
+        "tokens_per_second": round(float(lengths.sum()) / together.wall, 1),
+        "rows": rows,
+        "answers": len(lengths),
+        "answer_tokens": {"mean": round(float(lengths.mean()), 1), "most": int(lengths.max())},
+    }
+
+
 def _answers(model: Any, batch: dict[str, Any], new_tokens: int) -> list[list[int]]:
     import torch
 
@@ -221,10 +264,10 @@ def _answers(model: Any, batch: dict[str, Any], new_tokens: int) -> list[list[in
 @dataclasses.dataclass(frozen=True)
 class Run:
     wall: float
-    answers: list[list[int]]
+    answers: list[list[Any]]
 
 
-def _timed(work: Callable[[], list[list[int]]]) -> Run:
+def _timed(work: Callable[[], list[list[Any]]]) -> Run:
     """Seconds, and what came out."""
     start = time.perf_counter()
     answers = work()
@@ -234,8 +277,23 @@ def _timed(work: Callable[[], list[list[int]]]) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer tokens, one repetition")
-    quick = parser.parse_args().quick
-    params = weights()
+    parser.add_argument("--only", choices=("refilling",), help="leave transformers out")
+    flags = parser.parse_args()
+    quick, params = flags.quick, weights()
+    refilled = refilling(params, rows=48, batches=2 if quick else 4, most=64 if quick else 256)
+    print(f"refilling: {refilled}", flush=True)
+    if flags.only:
+        result.finish(
+            "generate_refilling",
+            value=refilled["ratio"],
+            unit="x the speed of waiting for each batch's longest answer",
+            goal=REFILL_GOAL,
+            reached=refilled["ratio"] >= REFILL_GOAL and refilled["tokens_equal"],
+            quick=quick,
+            device=result.device(),
+            refilling=refilled,
+        )
+        return
     model = reference(params)
     found = {}
     for batch in (1, 8):
@@ -257,6 +315,7 @@ def main() -> None:
         device=result.device(),
         batch_1=found[1],
         batch_8=found[8],
+        refilling=refilled,
     )
 
 

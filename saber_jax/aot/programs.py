@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from saber_jax import sharding
 from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
+from saber_jax.generate.prompts import PREFILL
 from saber_jax.train import flops
 from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
@@ -29,24 +30,20 @@ def lower(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
 
 
 def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
-    """Answers to one prompt a row, of the config's row size, a batch as in config.generation."""
-    mesh = stage.mesh
-    rows = sharding.batch_rows(config.generation.batch_size, mesh)
+    """Prompts as long as the config's rows, one a row, answered config.generation.batch_size at a
+    time: `prefill` reads PREFILL of them (one a group, where there are more groups)."""
+    mesh, compute = stage.mesh, stage.compute
+    places = sharding.batch_rows(config.generation.batch_size, mesh)
+    new = sharding.batch_rows(min(PREFILL, places), mesh)
     groups = sharding.shards(sharding.BATCH_AXES, mesh)
     place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def of(shape, dtype, where=everywhere):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    dtype = jnp.dtype(stage.compute.dtype)
+    dtype = jnp.dtype(compute.dtype)
     params = jax.tree.map(lambda p: of(p.shape, dtype, p.sharding), stage.state.params)
-    given, places = stage.batch, of((groups, rows // groups), jnp.int32, place)
-    text, vision, audio = jax.tree.map(
-        lambda leaf: of((rows, *leaf.shape[1:]), leaf.dtype, place),
-        (given.text, given.vision, given.audio),
-    )
-    batch = Prompts(text=text, vision=vision, audio=audio, ends=places, lengths=places)
-    cached = sharding.cache_sharding(stage.cfg.text.kv_heads, mesh)
+    given, cached = stage.batch, sharding.cache_sharding(stage.cfg.text.kv_heads, mesh)
     program = decoding.Program(
         cfg=stage.cfg,
         dtype=dtype,
@@ -54,25 +51,35 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
         prompt_slots=given.text.tokens.shape[1],
         max_new_tokens=config.generation.max_new_tokens,
         samples=1,
-        max_frame_patches=stage.compute.frame_patches,
+        groups=groups,
+        rows=place,
         cache=cached,
     )
     pick = decoding.Pick(
         seed=of((), jnp.uint32),
-        rows=of((rows,), jnp.uint32, place),
         temperature=of((), jnp.float32),
         top_p=of((), jnp.float32),
         end=of((), jnp.int32),
         vocabulary=of((), jnp.int32),
     )
-    prompts = (params, batch, of((rows,), jnp.bool_, place), pick)
-    if name == "prefill":
-        return decoding.start.lower(*prompts, program=program)
-    state, cache = jax.eval_shape(lambda *args: decoding.start(*args, program=program), *prompts)
+    state, cache = jax.eval_shape(lambda: decoding.blank(prompts=places, program=program))
     state = {k: of(v.shape, v.dtype, place if v.ndim else everywhere) for k, v in state.items()}
     cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, cached), cache)
-    limit = of((), jnp.int32)
-    return decoding.proceed.lower(params, None, state, cache, limit, pick, program=program)
+    if name == "decode":
+        count = of((), jnp.int32)
+        return decoding.proceed.lower(
+            params, None, state, cache, count, count, pick, program=program
+        )
+    text, vision, audio = jax.tree.map(
+        lambda leaf: of((new, *leaf.shape[1:]), leaf.dtype, place),
+        (given.text, given.vision, given.audio),
+    )
+    slots = of((groups, new // groups), jnp.int32, place)
+    batch = Prompts(text=text, vision=vision, audio=audio, ends=slots, lengths=slots)
+    source = of((groups, places // groups), jnp.int32, place)
+    answers = of((new,), jnp.uint32, place)
+    program = dataclasses.replace(program, max_frame_patches=compute.frame_patches)
+    return decoding.admit.lower(params, batch, source, answers, state, cache, pick, program=program)
 
 
 def branch_shares(stage: Stage) -> dict[str, float]:

@@ -1,23 +1,28 @@
-"""The two device programs behind saber_jax.generate: read the prompts, then go on token by token.
+"""The two device programs behind saber_jax.generate: read some prompts, then go on token by token.
+
+C prompts are answered at a time. `admit` reads a few new ones and puts them in the place of those
+whose answers have ended; `proceed` adds a token to every answer, until enough of them have ended.
+All rows write into one slot of the cache at a time, and the slots are a ring of as many as an
+answer may have tokens: whenever an answer begins, it finds room for all of its own.
 
 Axis letters: C prompts   B rows, equally many answers to each prompt   D width   V vocabulary
-N new tokens.
+N new tokens   G groups, of which each lies on devices of its own   c = C / G   n new prompts.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from saber_jax.batch import Prompts
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.text import Block, Cache, last_slots
+from saber_jax.models.text import Block, Cache, LayerCache, last_slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,69 +59,126 @@ class Program:
     prompt_slots: int  # The longest prompt.
     max_new_tokens: int
     samples: int  # Answers to every prompt, next to each other among the rows.
-    max_frame_patches: int | None  # Most patches of one frame pair.
-    cache: NamedSharding | None = None  # How the cache lies on the devices, see sharding.py.
+    groups: int = 1  # Prompts lie in so many groups, each on devices of its own.
+    max_frame_patches: int | None = None  # Most patches of one frame pair of new prompts.
+    # How rows and the cache lie on the devices, see sharding.py.
+    rows: NamedSharding | None = None
+    cache: NamedSharding | None = None
 
 
 class State(TypedDict):
-    """What one batch carries from token to token."""
+    """What is carried from token to token."""
 
-    step: Int[Array, ""]  # New tokens so far.
-    tokens: Int[Array, "B"]  # The newest one, not read by the model yet.
-    positions: Int[Array, "B"]  # Its TMRoPE position, the same on all three axes.
+    slot: Int[Array, ""]  # Of the ring, where the newest tokens are read into.
+    tokens: Int[Array, "B"]  # The newest ones, not read by the model yet.
+    positions: Int[Array, "B"]  # Their TMRoPE positions, the same on all three axes.
+    answers: UInt32[Array, "B"]  # Numbers of the answers: different ones draw differently.
     first: Int[Array, "C"]  # Where in its slots of the cache the prompt begins.
+    begun: Int[Array, "C"]  # The slot of the answers' first tokens.
+    counts: Int[Array, "C"]  # Tokens of the prompt's longest answer, the newest included.
     finished: Bool[Array, "B"]
-    out: Int[Array, "B N"]
+    out: Int[Array, "B N"]  # Each token in the slot that it is read into.
 
 
 class Pick(NamedTuple):
     """What decides the next token besides the model."""
 
-    seed: Int[Array, ""]
-    rows: Int[Array, "B"]  # Number of each row's answer: different rows draw differently.
+    seed: UInt32[Array, ""]
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     end: Int[Array, ""]  # The token that ends an answer.
     vocabulary: Int[Array, ""]  # Ids from here on are padding of the model's vocabulary.
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def start(
+@functools.partial(jax.jit, static_argnames=("prompts", "program"))
+def blank(*, prompts: int, program: Program) -> tuple[State, Cache]:
+    """Room for `prompts` prompts, none of which is there yet."""
+    rows, text, new = prompts * program.samples, program.cfg.text, program.max_new_tokens
+
+    def zeros(first: int, slots: int) -> tuple[Array, Array]:
+        k = jnp.zeros((first, text.kv_heads, text.head_dim, slots), program.dtype)
+        return k, k.swapaxes(2, 3)
+
+    cache = []
+    for _ in range(text.layers):
+        (prompt_k, prompt_v), (k, v) = zeros(prompts, program.prompt_slots), zeros(rows, new)
+        cache.append(LayerCache(prompt_k=prompt_k, prompt_v=prompt_v, k=k, v=v))
+    state = State(
+        slot=jnp.int32(0),
+        tokens=jnp.zeros(rows, jnp.int32),
+        positions=jnp.zeros(rows, jnp.int32),
+        answers=jnp.zeros(rows, jnp.uint32),
+        first=jnp.zeros(prompts, jnp.int32),
+        begun=jnp.zeros(prompts, jnp.int32),
+        counts=jnp.zeros(prompts, jnp.int32),
+        finished=jnp.ones(rows, jnp.bool_),
+        out=jnp.zeros((rows, new), jnp.int32),
+    )
+    return _on_devices(state, cache, program)
+
+
+# Donated, so that prompts are written into the one cache.
+@functools.partial(jax.jit, static_argnames="program", donate_argnames=("state", "cache"))
+def admit(
     params: saber.Params,
     batch: Prompts,
-    finished: Bool[Array, "B"],
+    source: Int[Array, "G c"],
+    answers: UInt32[Array, "m"],
+    state: State,
+    cache: Cache,
     pick: Pick,
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Reads every prompt once and picks each row's first token. `finished` rows stay silent."""
-    ends = batch.ends
-    last, cache = saber.prefill(
+    """Reads n prompts, picks the first token of each answer to them, and gives them places.
+
+    `source` says for each of a group's places which of the group's new prompts takes it, or -1 for
+    none. `answers` are the numbers of the m = n * samples answers that begin.
+    """
+    ends, samples = batch.ends, program.samples
+    last, new = saber.prefill(
         params,
         batch,
         program.cfg,
         prompt_slots=program.prompt_slots,
         answer_slots=program.max_new_tokens,
-        samples=program.samples,
+        samples=samples,
         dtype=program.dtype,
         max_frame_patches=program.max_frame_patches,
     )
-    if program.cache is not None:
-        cache = jax.lax.with_sharding_constraint(cache, program.cache)
     # A prompt ends in text, whose three positions are equal and the largest so far.
     positions = last_slots(batch.text.positions[:, 0], ends, 1)[:, 0]
-    positions, last = (jnp.repeat(x, program.samples, axis=0) for x in (positions, last))
-    tokens = _next_token(params, last, jnp.int32(0), pick, program)
-    out = jnp.full((tokens.size, program.max_new_tokens), pick.end, jnp.int32)
+    positions, last = (jnp.repeat(x, samples, axis=0) for x in (positions, last))
+    counts = jnp.ones(ends.size, jnp.int32)
+    tokens = next_token(params, last, answers, jnp.repeat(counts - 1, samples), pick, program)
+
+    def put(old: Array, new: Array) -> Array:
+        return _put(old, new, source)
+
+    cache = [
+        LayerCache(
+            prompt_k=put(old["prompt_k"], fresh["prompt_k"]),
+            prompt_v=put(old["prompt_v"], fresh["prompt_v"]),
+            k=old["k"],
+            v=old["v"],
+        )
+        for old, fresh in zip(cache, new, strict=True)
+    ]
+    finished = (tokens == pick.end) | (program.max_new_tokens == 1)
+    out = jax.lax.dynamic_index_in_dim(state["out"], state["slot"], 1, keepdims=False)
+    out = put(out, tokens)
     state = State(
-        step=jnp.int32(1),
-        tokens=tokens,
-        positions=positions + 1,
-        first=program.prompt_slots - batch.lengths.reshape(-1),
-        finished=finished | (tokens == pick.end),
-        out=out.at[:, 0].set(tokens),
+        slot=state["slot"],
+        tokens=put(state["tokens"], tokens),
+        positions=put(state["positions"], positions + 1),
+        answers=put(state["answers"], answers),
+        first=put(state["first"], program.prompt_slots - batch.lengths.reshape(-1)),
+        begun=put(state["begun"], counts * state["slot"]),
+        counts=put(state["counts"], counts),
+        finished=put(state["finished"], finished),
+        out=jax.lax.dynamic_update_index_in_dim(state["out"], out, state["slot"], 1),
     )
-    return state, cache
+    return _on_devices(state, cache, program)
 
 
 # Donated, so that every step writes into the one cache.
@@ -127,54 +189,93 @@ def proceed(
     state: State,
     cache: Cache,
     limit: Int[Array, ""],
+    wanted: Int[Array, ""],
     pick: Pick,
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Goes on until every row has ended or `limit` tokens stand.
+    """Adds up to `limit` tokens, until in each group `wanted` prompts have no unfinished answer.
 
     `layers` are those of `saber.text_layers`, if the device is one that reads them faster.
     """
+    ring = program.max_new_tokens
 
     def unfinished(carry):
-        state, _ = carry
-        return (state["step"] < limit) & ~state["finished"].all()
+        state, _, steps = carry
+        ended = state["finished"].reshape(program.groups, -1, program.samples).all(2)
+        return (steps < limit) & (ended.sum(1).min() < wanted)
 
     def one_token(carry):
-        state, cache = carry
+        state, cache, steps = carry
         hidden, cache = saber.decode(
             params,
             state["tokens"],
             state["positions"],
             cache,
             state["first"],
-            state["step"] - 1,
+            state["slot"],
+            state["counts"],
             program.cfg,
             program.dtype,
             layers,
         )
-        tokens = _next_token(params, hidden, state["step"], pick, program)
-        tokens = jnp.where(state["finished"], pick.end, tokens)
+        numbers = jnp.repeat(state["counts"], program.samples)
+        ended = state["finished"].reshape(-1, program.samples).all(1)
+        tokens = next_token(params, hidden, state["answers"], numbers, pick, program)
+        slot = (state["slot"] + 1) % ring
+        # An answer that has ended keeps its tokens until its place is given away.
+        old = jax.lax.dynamic_index_in_dim(state["out"], slot, 1, keepdims=False)
+        out = jnp.where(state["finished"], old, tokens)
+        counts = jnp.where(ended, state["counts"], state["counts"] + 1)
+        full = jnp.repeat(counts, program.samples) == ring
         following = State(
-            step=state["step"] + 1,
+            slot=slot,
             tokens=tokens,
             positions=state["positions"] + 1,
+            answers=state["answers"],
             first=state["first"],
-            finished=state["finished"] | (tokens == pick.end),
-            out=state["out"].at[:, state["step"]].set(tokens),
+            begun=state["begun"],
+            counts=counts,
+            finished=state["finished"] | (tokens == pick.end) | full,
+            out=jax.lax.dynamic_update_index_in_dim(state["out"], out, slot, 1),
         )
-        return following, cache
+        return following, cache, steps + 1
 
-    return jax.lax.while_loop(unfinished, one_token, (state, cache))
+    return jax.lax.while_loop(unfinished, one_token, (state, cache, jnp.int32(0)))[:2]
 
 
-def _next_token(
+def _put(
+    old: Shaped[Array, "a ..."], new: Shaped[Array, "b ..."], source: Int[Array, "G c"]
+) -> Shaped[Array, "a ..."]:
+    """`old` with what `admit` puts in the places that `source` names: of a place's rows, all."""
+    groups, places = source.shape
+    rows = len(old) // source.size
+    fresh = new.reshape(groups, -1, rows, *new.shape[1:])
+    kept = old.reshape(groups, places, rows, *old.shape[1:])
+    index = source.reshape(groups, places, *(1 for _ in fresh.shape[2:]))
+    # Groups stay apart, so that a mesh has nothing to send; the selection is made in place.
+    taken = jnp.take_along_axis(fresh, jnp.maximum(index, 0), axis=1)
+    return jnp.where(index >= 0, taken, kept).reshape(old.shape)
+
+
+def _on_devices(state: State, cache: Cache, program: Program) -> tuple[State, Cache]:
+    if program.rows is None or program.cache is None:
+        return state, cache
+    constrain = jax.lax.with_sharding_constraint
+    rows = {name: array for name, array in state.items() if name != "slot"}  # The only scalar.
+    placed = cast("State", constrain(rows, program.rows) | {"slot": state["slot"]})
+    return placed, constrain(cache, program.cache)
+
+
+def next_token(
     params: saber.Params,
     hidden: Float[Array, "B D"],
-    step: Int[Array, ""],
+    answers: UInt32[Array, "B"],
+    numbers: Int[Array, "B"],
     pick: Pick,
     program: Program,
 ) -> Int[Array, "B"]:
+    """Token number `numbers` of each answer."""
     logits = saber.logits(params, hidden)
     # Released checkpoints pad the vocabulary; no tokenizer can read those ids.
     real = jnp.arange(logits.shape[-1])[None] < pick.vocabulary
@@ -182,7 +283,11 @@ def _next_token(
     if program.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     root = jax.random.key(pick.seed)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), step))(pick.rows)
+
+    def key(answer: Array, number: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(root, answer), number)
+
+    keys = jax.vmap(key)(answers, numbers)
     return sample(logits, keys, pick.temperature, pick.top_p)
 
 

@@ -1,13 +1,10 @@
-"""Answers from a trained model: prefill, decode with a static cache, greedy or sampled."""
+"""Answers from a trained model, greedy or sampled, a new prompt in the place of an answered one."""
 
-import collections
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +15,12 @@ from jaxtyping import Int
 from saber_jax import sharding
 from saber_jax.data import decode, isolation
 from saber_jax.data import withhold as hiding
-from saber_jax.data.examples import Example, encode_record
 from saber_jax.data.records import ClipSize, Record, clip_size
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import Modality
 from saber_jax.generate import decoding
-from saber_jax.generate.prompts import Packer, Room
+from saber_jax.generate.prompts import PREFILL, Packer, Room
+from saber_jax.generate.running import Requests, Running
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs.manifest import fingerprint
@@ -31,11 +28,9 @@ from saber_jax.train import checkpoint
 
 STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the device is never asked.
 
-T = TypeVar("T")
-
 
 class Generator:
-    """Answers records in batches of one static shape.
+    """Answers records, up to `batch_size` of them at a time (generate/running.py).
 
     Shapes grow to the largest clip seen. Call `reserve` with the sizes of everything that will come
     and the first call compiles once for all.
@@ -49,13 +44,17 @@ class Generator:
         *,
         max_new_tokens: int,
         batch_size: int,
+        prefill: int = PREFILL,
         dtype: jnp.dtype = jnp.float32,
     ):
-        """`params` may be sharded over a mesh; rows are then spread over its data axes."""
-        if max_new_tokens < 1 or batch_size < 1:
+        """Reads `prefill` prompts at a time, as soon as so many of the `batch_size` have answers.
+
+        `params` may be sharded over a mesh; rows are then spread over its data axes.
+        """
+        if min(max_new_tokens, batch_size, prefill) < 1:
             raise ValueError(
-                "max_new_tokens and batch_size must be at least 1, got "
-                f"{max_new_tokens} and {batch_size}."
+                "max_new_tokens, batch_size and prefill must be at least 1, got "
+                f"{max_new_tokens}, {batch_size} and {prefill}."
             )
         self._cfg, self._tokenizer, self._dtype = cfg, tokenizer, dtype
         self._max_new_tokens, self._end = max_new_tokens, tokenizer.id("<|im_end|>")
@@ -73,13 +72,12 @@ class Generator:
             self._everywhere = sharding.replicated(mesh)
             self._cache = sharding.cache_sharding(cfg.text.kv_heads, mesh)
             groups = sharding.shards(sharding.BATCH_AXES, mesh)
-        self._packer = Packer(tokenizer, groups=groups, prompts=-(-batch_size // groups))
-        self._batch_size = self._packer.batch_size
-        # What the programs are compiled for: a room, and answers to each prompt.
-        self._answered: tuple[Room, int] | None = None
+        self._groups, self._batch_size = groups, -(-batch_size // groups) * groups
+        prompts = -(-min(prefill, batch_size) // groups)
+        self._packer = Packer(tokenizer, groups=groups, prompts=prompts)
 
     def reserve(self, sizes: Iterable[ClipSize]) -> None:
-        """Makes room for clips of these sizes, in batches in this order; see RecordSource.sizes."""
+        """Makes room for clips of these sizes, answered in this order; see RecordSource.sizes."""
         self._packer.reserve(sizes)
 
     def respond(
@@ -109,12 +107,12 @@ class Generator:
         sampling: decoding.Sampling = decoding.GREEDY,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[list[str]]:
-        """Answers of batch after batch. Two batches are in work, so that neither host nor device
-        waits; with `on_text`, or with several devices, one.
+        """Answers of batch after batch, in order.
 
-        Batches hold at most `batch_size` records; their sizes should have been reserved.
+        What is answered at a time does not depend on the batches: those that follow are read, and
+        begun, while the last answers of one are still growing. Sizes should have been reserved.
         """
-        numbered = zip(itertools.count(step=self._batch_size), batches, strict=False)
+        numbered = _numbered(batches)
         answers = self._batches(numbered, 1, sampling, on_text)
         return ([text for (text,) in batch] for batch in answers)
 
@@ -142,50 +140,38 @@ class Generator:
         sampling: decoding.Sampling,
         on_text: Callable[[int, str], None] | None,
     ) -> Iterator[list[list[str]]]:
-        # Programs with collectives, started from two threads, could wait for each other for ever.
-        alone = on_text is not None or len(self._devices) > 1
-        compiled = self._answered == (self._packer.room, samples)
-        work = (
-            functools.partial(self._answer, first, batch, samples, sampling, on_text)
-            for first, batch in batches
-        )
-        return _in_flight(work, 1 if alone else 2, first_alone=not compiled)
+        requests = Requests(batches, self._packer, self._tokenizer)
+        tokens = STREAM_TOKENS if on_text else self._max_new_tokens
+        running, share = None, self._packer.share
+        # The host reads the next prompts while devices compute. Only this thread starts programs:
+        # those with collectives, started from two, could wait for each other for ever.
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            following = reader.submit(requests.next_group)
+            while True:
+                added = False
+                while running is None or running.has_room(share):
+                    group = following.result()
+                    if group is None or (running and running.live and running.outgrown(group.room)):
+                        break
+                    if running is None or running.outgrown(group.room):
+                        running = self._running(group.room, samples, sampling)
+                    running.admit(group)
+                    added = True
+                    following = reader.submit(requests.next_group)
+                if running is None or not running.live:
+                    break
+                waiting = not running.has_room(share)
+                # The first token of an answer comes with its prompt.
+                running.proceed(max(tokens - added, 1), until=share if waiting else None)
+                for request, answers, ended in running.collect():
+                    if on_text is not None:
+                        on_text(request.number, self._text(answers[0]))
+                    if ended:
+                        requests.answer(request, [self._text(answer) for answer in answers])
+                yield from requests.answered_batches()
+        yield from requests.answered_batches()  # Batches without any record.
 
-    def _answer(
-        self,
-        first: int,
-        records: Sequence[Record],
-        samples: int,
-        sampling: decoding.Sampling,
-        on_text: Callable[[int, str], None] | None,
-    ) -> list[list[str]]:
-        """`samples` answers to each record of one batch, whose first record is number `first`."""
-        texts: list[list[str]] = []
-        if not records:
-            return texts
-        examples = [encode_record(r, self._tokenizer, responses=()) for r in records]
-        streaming = on_text is not None
-        for state in self._run(examples, first, samples, sampling, streaming=streaming):
-            out, step = jax.device_get((state["out"], state["step"]))
-            answers = out.reshape(self._batch_size, samples, -1)[: len(records), :, :step]
-            texts = [[self._text(tokens) for tokens in of_record] for of_record in answers]
-            if on_text is not None:
-                for row, (text,) in enumerate(texts):
-                    on_text(first + row, text)
-        return texts
-
-    def _run(
-        self,
-        examples: Sequence[Example],
-        first: int,
-        samples: int,
-        sampling: decoding.Sampling,
-        *,
-        streaming: bool,
-    ) -> Iterator[decoding.State]:
-        """States of one batch: every few tokens when streaming, else only the last."""
-        batch, room = self._packer.pack(examples)
-        row = np.arange(self._batch_size * samples)
+    def _running(self, room: Room, samples: int, sampling: decoding.Sampling) -> Running:
         program = decoding.Program(
             cfg=self._cfg,
             dtype=self._dtype,
@@ -193,34 +179,26 @@ class Generator:
             prompt_slots=room.prompt,
             max_new_tokens=self._max_new_tokens,
             samples=samples,
-            max_frame_patches=room.frame_patches or None,
+            groups=self._groups,
+            rows=self._rows,
             cache=self._cache,
         )
         pick = decoding.Pick(
             seed=self._put(np.uint32(sampling.seed)),
-            rows=self._put_rows((first * samples + row).astype(np.uint32)),
             temperature=self._put(np.float32(sampling.temperature)),
             top_p=self._put(np.float32(sampling.top_p)),
             end=self._put(np.int32(self._end)),
             vocabulary=self._put(np.int32(self._tokenizer.vocab_size)),
         )
-        state, cache = decoding.start(
+        return Running(
             self._params,
-            self._put_rows(batch),
-            self._put_rows(row >= len(examples) * samples),
+            self._layers,
             pick,
-            program=program,
+            program,
+            places=self._batch_size,
+            put=self._put,
+            put_rows=self._put_rows,
         )
-        stride = STREAM_TOKENS if streaming else self._max_new_tokens
-        for limit in range(stride, self._max_new_tokens + stride, stride):
-            limit = self._put(np.int32(min(limit, self._max_new_tokens)))
-            state, cache = decoding.proceed(
-                self._params, self._layers, state, cache, limit, pick, program=program
-            )
-            yield state
-            if streaming and jax.device_get(state["finished"]).all():
-                break
-        self._answered = room, samples
 
     def _put(self, values: Any) -> Any:
         return jax.device_put(values, self._everywhere)
@@ -233,19 +211,11 @@ class Generator:
         return self._tokenizer.decode(tokens[: ended[0]] if len(ended) else tokens)
 
 
-def _in_flight(work: Iterable[Callable[[], T]], most: int, *, first_alone: bool) -> Iterator[T]:
-    """Results in order, of which up to `most` are being made at any time.
-
-    With `first_alone`, that one is finished first: what it compiles, the others use.
-    """
-    with ThreadPoolExecutor(max_workers=most) as pool:
-        started: collections.deque[Future[T]] = collections.deque()
-        for position, job in enumerate(work):
-            started.append(pool.submit(job))
-            if len(started) == most or (first_alone and position == 0):
-                yield started.popleft().result()
-        while started:
-            yield started.popleft().result()
+def _numbered(batches: Iterable[Sequence[Record]]) -> Iterator[tuple[int, Sequence[Record]]]:
+    first = 0
+    for batch in batches:
+        yield first, batch
+        first += len(batch)
 
 
 def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:

@@ -42,6 +42,11 @@ Plan = list[list[list[int]]]
 """Numbers of the prompts of each row of each group."""
 
 
+PREFILL = 8
+"""Prompts read at a time. More would take more memory and be no faster, because reading a prompt
+is bound by arithmetic. Adding a token is bound by reading the weights, for 60 as for one."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Room:
     """The static shape of a packed batch: `rows` a group, and what each row holds."""
@@ -61,7 +66,7 @@ class Room:
 
 
 class Packer:
-    """Lays out batches of up to `groups` x `prompts` prompts, in a room that only ever grows."""
+    """Lays out up to `groups` x `prompts` prompts at a time, in a room that only ever grows."""
 
     def __init__(self, tokenizer: Tokenizer, *, groups: int, prompts: int):
         self._tokenizer, self._groups, self._prompts = tokenizer, groups, prompts
@@ -71,6 +76,11 @@ class Packer:
     @property
     def batch_size(self) -> int:
         return self._groups * self._prompts
+
+    @property
+    def share(self) -> int:
+        """Prompts a group."""
+        return self._prompts
 
     @property
     def room(self) -> Room:

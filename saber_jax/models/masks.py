@@ -86,18 +86,30 @@ def packed_text(
     )
 
 
-def cached_text(first: Int[Array, " C"], slot: Int[Array, ""], length: int) -> Visibility:
-    """A new token, in the same cache slot of all rows, sees its prompt and what was said since.
+def cached_text(
+    first: Int[Array, " C"],
+    counts: Int[Array, " C"],
+    slot: Int[Array, ""],
+    *,
+    prompt_slots: int,
+    answer_slots: int,
+) -> Visibility:
+    """A new token sees its prompt and what was said since, itself included.
 
-    One row per prompt. Two prompts begin in slots 2 and 0 of a cache of 5 and end in slot 2; the
-    new tokens are in slot 3:
+    One row per prompt, in a cache of `prompt_slots`, then `answer_slots`. The new tokens of all
+    rows are in `slot` of the latter, which are a ring: the slot after the last one is the first.
+    Three prompts begin in slots 2, 0 and 1 and end in slot 2; their answers have 1, 2 and 3 tokens,
+    the newest in slot 1 of 4:
 
-        cache       0 1 2 3 4
-        prompt 0        x x
-        prompt 1    x x x x
+        cache       0 1 2   0 1 2 3
+        prompt 0        x     x
+        prompt 1    x x x   x x
+        prompt 2      x x   x x   x
     """
-    slots = jnp.arange(length)[None, :]
-    seen = (slots >= first[:, None]) & (slots <= slot)
+    prompt = jnp.arange(prompt_slots)[None, :] >= first[:, None]
+    ages = (slot - jnp.arange(answer_slots)) % answer_slots
+    said = ages[None, :] < counts[:, None]
+    seen = jnp.concatenate([prompt, said], axis=1)
     return Visibility(
         query_segments=jnp.ones((len(first), 1), jnp.int32), key_segments=seen.astype(jnp.int32)
     )

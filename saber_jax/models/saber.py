@@ -228,20 +228,21 @@ def decode(
     cache: Cache,
     first: Int[Array, " C"],
     slot: Int[Array, ""],
+    counts: Int[Array, " C"],
     cfg: SaberConfig,
     dtype: DTypeLike = jnp.float32,
     layers: Sequence[Block] | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Reads one token per row and returns its hidden state and the new cache.
 
-    Keys and values go to `slot` of the answers' slots, the same in all rows: 0 for the first token
-    that was generated. A row sees its prompt from slot `first[prompt]` on, where that begins, and
-    its own slots up to this one.
+    Keys and values go to `slot` of the answers' slots, the same in all rows; after the last slot
+    comes the first again. A row sees its prompt from slot `first[prompt]` on, where that begins,
+    and the last `counts[prompt]` tokens of its answer, this one included.
     `layers` are those of `text_layers`, to be read instead of `params`'.
     """
     text = _bind(params, cfg, dtype).text
     x = text.embed[tokens]
-    return text.decode(x, positions, cache, first, slot, cfg.text, layers=layers)
+    return text.decode(x, positions, cache, first, slot, counts, cfg.text, layers=layers)
 
 
 def check_tree(expected: Params, got: Params, *, dtypes: bool = True) -> None:

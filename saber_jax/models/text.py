@@ -226,6 +226,7 @@ class Text(nnx.Module):
         cache: Cache,
         first: Int[Array, " C"],
         slot: Int[Array, ""],
+        counts: Int[Array, " C"],
         cfg: TextConfig,
         *,
         layers: Sequence[Block] | None = None,
@@ -236,9 +237,10 @@ class Text(nnx.Module):
         """
         axes = jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1))
         rotary = self._rotary(axes, cfg, x.dtype)
-        prompt_slots = cache[0]["prompt_v"].shape[2]
-        length = prompt_slots + cache[0]["v"].shape[2]
-        visible = cached_text(first, prompt_slots + slot, length)
+        prompt_slots, answer_slots = cache[0]["prompt_v"].shape[2], cache[0]["v"].shape[2]
+        visible = cached_text(
+            first, counts, slot, prompt_slots=prompt_slots, answer_slots=answer_slots
+        )
 
         x, cache = x[:, None], list(cache)
         for index, layer in enumerate(cache):

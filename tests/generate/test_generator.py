@@ -171,8 +171,10 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
     slots = {"prompt_": 64, "": new}
     layer = {f"{of}k": shaped((2, heads, size, n), jnp.float32, cache) for of, n in slots.items()}
     layer |= {f"{of}v": shaped((2, heads, n, size), jnp.float32, cache) for of, n in slots.items()}
-    state = {name: shaped((2,), jnp.int32) for name in ("tokens", "positions", "first")}
-    state |= {"step": shaped((), jnp.int32, everywhere), "finished": shaped((2,), bool)}
+    numbers = ("tokens", "positions", "first", "begun", "counts")
+    state = {name: shaped((2,), jnp.int32) for name in numbers}
+    state |= {"slot": shaped((), jnp.int32, everywhere), "finished": shaped((2,), bool)}
+    state |= {"answers": shaped((2,), jnp.uint32)}
     one = shaped((), jnp.int32, everywhere)
     program = decoding.Program(
         cfg=cfg,
@@ -190,7 +192,8 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
         state | {"out": shaped((2, new), jnp.int32)},
         [layer] * cfg.text.layers,
         one,
-        decoding.Pick(one, shaped((2,), jnp.uint32), one, one, one, one),
+        one,
+        decoding.Pick(one, one, one, one, one),
         program=program,
     ).compile()
     moved = [
@@ -205,6 +208,32 @@ def test_an_answer_stops_before_the_end_token_and_other_rows_go_on(params, token
     assert end not in greedy[0][:2] + greedy[1]
     answers = _generator(params, _OtherEnd(tokenizer, end)).respond(RECORDS[:2])
     assert answers == [tokenizer.decode(greedy[0][:2]), tokenizer.decode(greedy[1])]
+
+
+def test_a_prompt_takes_the_place_of_an_answer_that_has_ended(
+    params, tokenizer, greedy, monkeypatch
+):
+    def admit(params, batch, source, answers, state, *args, **options):
+        ended.append((state["finished"].tolist(), source.tolist()))
+        return original(params, batch, source, answers, state, *args, **options)
+
+    original, ended = decoding.admit, []
+    monkeypatch.setattr(decoding, "admit", admit)
+    end = greedy[0][2]
+    generator = generating.Generator(
+        params,
+        saber_config("tiny"),
+        _OtherEnd(tokenizer, end),
+        max_new_tokens=NEW_TOKENS,
+        batch_size=2,
+        prefill=1,
+    )
+    order = [1, 0, 0, 2, 1, 0]
+    answers = generator.respond([RECORDS[i] for i in order])
+    said = [greedy[0][:2], *greedy[1:]]
+    assert answers == [tokenizer.decode(said[i]) for i in order]
+    # Two places, of which the second is given away twice while the first answer still grows.
+    assert ended[2:4] == [([False, True], [[-1, 0]])] * 2
 
 
 def test_ids_that_the_tokenizer_does_not_know_are_never_generated(params, tokenizer, greedy):
@@ -302,10 +331,10 @@ def test_impossible_sampling_is_refused():
 def test_after_reserving_nothing_is_compiled_again(params, tokenizer):
     generator = _generator(params, tokenizer)
     generator.respond(RECORDS)
-    before = decoding.start._cache_size()
+    before = decoding.admit._cache_size()
     for record in RECORDS:
         generator.respond([record])
-    assert decoding.start._cache_size() == before
+    assert decoding.admit._cache_size() == before
 
 
 def test_a_missing_clip_is_named(tmp_path):

@@ -28,13 +28,17 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
     )
     pick = decoding.Pick(
         seed=np.uint32(0),
-        rows=np.arange(count, dtype=np.uint32),
         temperature=np.float32(0),
         top_p=np.float32(1),
         end=np.int32(-1),  # Never: every answer has all its tokens.
         vocabulary=np.int32(CONFIG.text.vocab),
     )
-    state, cache = decoding.start(params, batch, np.zeros(count, bool), pick, program=program)
-    limit = np.int32(NEW_TOKENS)
-    state, _ = decoding.proceed(params, None, state, cache, limit, pick, program=program)
+    state, cache = decoding.blank(prompts=count, program=program)
+    numbers = np.arange(count, dtype=np.int32)
+    answers = numbers.astype(np.uint32)
+    state, cache = decoding.admit(
+        params, batch, numbers[None], answers, state, cache, pick, program=program
+    )
+    limit, wanted = np.int32(NEW_TOKENS), np.int32(count)
+    state, _ = decoding.proceed(params, None, state, cache, limit, wanted, pick, program=program)
     return np.asarray(state["out"])

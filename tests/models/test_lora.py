@@ -100,7 +100,9 @@ def test_decoding_uses_the_adapters():
         batch = prompts(BATCH, jnp.array([[12]]), jnp.array([[12]]))
         _, cache = saber.prefill(params, batch, cfg, prompt_slots=12, answer_slots=1)
         one = jnp.full((1,), 77)
-        return saber.decode(params, jnp.array([11]), one, cache, one * 0, jnp.int32(0), cfg)[0]
+        return saber.decode(
+            params, jnp.array([11]), one, cache, one * 0, jnp.int32(0), one * 0 + 1, cfg
+        )[0]
 
     run = jax.jit(next_hidden, static_argnames="cfg")
     got, want = run(params, cfg), run(saber.merge_lora(params, cfg), CONFIG)

@@ -30,8 +30,16 @@ def test_packed_text_is_the_drawing():
 
 
 def test_cached_text_is_the_drawing():
-    got = masks.cached_text(jnp.array([2, 0]), jnp.int32(3), 5).dense()
+    first, counts = jnp.array([2, 0]), jnp.array([1, 1])
+    got = masks.cached_text(first, counts, jnp.int32(0), prompt_slots=3, answer_slots=2).dense()
     np.testing.assert_array_equal(got[:, 0], [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]])
+
+
+def test_slots_of_answers_are_a_ring_as_drawn():
+    first, counts = jnp.array([2, 0, 1]), jnp.array([1, 2, 3])
+    got = masks.cached_text(first, counts, jnp.int32(1), prompt_slots=3, answer_slots=4).dense()
+    want = [[0, 0, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 1]]
+    np.testing.assert_array_equal(got[:, 0], want)
 
 
 def test_audio_chunk_is_the_drawing():

@@ -145,7 +145,9 @@ def test_packed_prefill_and_decode_equal_one_forward_pass(params):
         now = lengths + offset
         tokens = np.array([talk.tokens[i] for talk, i in zip(talks, now, strict=True)])
         positions = np.array([talk.positions[0, i] for talk, i in zip(talks, now, strict=True)])
-        out, cache = step(params, tokens, positions, cache, slots - lengths, offset)
+        out, cache = step(
+            params, tokens, positions, cache, slots - lengths, offset, lengths * 0 + offset + 1
+        )
         np.testing.assert_allclose(out, whole[rows, now], atol=2e-5)
 
 

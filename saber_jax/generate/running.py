@@ -1,0 +1,196 @@
+"""Continuous batching: a prompt is read as soon as there is a place for it.
+
+Answers are of very different lengths. Were a batch answered as a whole, most of its rows would wait
+for its longest answer; here the prompts that follow take the places of those that are answered:
+
+    place 0     a a a a d d d d
+    place 1     b b e e e e f f
+    place 2     c c c c c c c g
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from saber_jax.batch import Prompts
+from saber_jax.data.examples import Example, encode_record
+from saber_jax.data.records import Record
+from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.generate import decoding
+from saber_jax.generate.prompts import Packer, Room
+from saber_jax.models import saber
+from saber_jax.models.text import Block
+
+Tokens = Int[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A record to answer: its number in the call, by which its answers draw, and its place."""
+
+    number: int
+    batch: int
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Prompts that are read at once, and the shape that they are packed in."""
+
+    requests: Sequence[Request]
+    prompts: Prompts[np.ndarray]
+    room: Room
+
+
+class Requests:
+    """Batches of records: read from one thread, group by group, and answered from another one."""
+
+    def __init__(
+        self,
+        batches: Iterable[tuple[int, Sequence[Record]]],
+        packer: Packer,
+        tokenizer: Tokenizer,
+    ):
+        """Each batch comes with the number of its first record."""
+        self._packer, self._tokenizer = packer, tokenizer
+        self._sizes: list[int] = []  # Of the batches that have been read.
+        self._answers: dict[int, dict[int, list[str]]] = collections.defaultdict(dict)
+        self._given = 0
+        self._examples = self._read(batches)
+
+    def _read(
+        self, batches: Iterable[tuple[int, Sequence[Record]]]
+    ) -> Iterator[tuple[Request, Example]]:
+        for batch, (first, records) in enumerate(batches):
+            self._sizes.append(len(records))
+            for position, record in enumerate(records):
+                example = encode_record(record, self._tokenizer, responses=())
+                yield Request(first + position, batch, position), example
+
+    def next_group(self) -> Group | None:
+        """None when all are read."""
+        part = list(itertools.islice(self._examples, self._packer.batch_size))
+        if not part:
+            return None
+        prompts, room = self._packer.pack([example for _, example in part])
+        return Group([request for request, _ in part], prompts, room)
+
+    def answer(self, request: Request, texts: list[str]) -> None:
+        self._answers[request.batch][request.position] = texts
+
+    def answered_batches(self) -> Iterator[list[list[str]]]:
+        """The answers to each record of each batch that is answered as a whole, in order."""
+        while self._given < len(self._sizes):
+            size = self._sizes[self._given]
+            if len(self._answers[self._given]) < size:
+                return
+            answers = self._answers.pop(self._given)
+            self._given += 1
+            yield [answers[position] for position in range(size)]
+
+
+class Running:
+    """The answers that grow at the moment, on the device."""
+
+    def __init__(
+        self,
+        params: saber.Params,
+        layers: Sequence[Block] | None,
+        pick: decoding.Pick,
+        program: decoding.Program,
+        *,
+        places: int,
+        put: Callable[[Any], Any],
+        put_rows: Callable[[Any], Any],
+    ):
+        """`places` prompts at a time, equally many in each of `program.groups`.
+
+        `put` puts values on all devices, `put_rows` rows on the devices that hold them.
+        """
+        self._params, self._layers, self._pick, self._program = params, layers, pick, program
+        self._put, self._put_rows = put, put_rows
+        self._places: list[list[Request | None]] = [
+            [None] * (places // program.groups) for _ in range(program.groups)
+        ]
+        self._state, self._cache = decoding.blank(prompts=places, program=program)
+
+    @property
+    def live(self) -> bool:
+        """Whether any answer is growing."""
+        return any(request for group in self._places for request in group)
+
+    def outgrown(self, room: Room) -> bool:
+        """Whether prompts of this shape are too long for the cache."""
+        return room.prompt > self._program.prompt_slots
+
+    def has_room(self, prompts: int) -> bool:
+        """Whether every group has places for `prompts` new ones."""
+        return all(group.count(None) >= prompts for group in self._places)
+
+    def admit(self, group: Group) -> None:
+        """Reads these prompts; there must be room for them."""
+        share, samples = group.prompts.ends.shape[1], self._program.samples
+        source = np.full((len(self._places), len(self._places[0])), -1, np.int32)
+        for number, request in enumerate(group.requests):
+            places = self._places[number // share]
+            place = places.index(None)
+            places[place] = request
+            source[number // share, place] = number % share
+        numbers = np.zeros((group.prompts.ends.size, samples), np.uint32)
+        records = np.array([request.number for request in group.requests], np.uint32)
+        numbers[: len(records)] = records[:, None] * samples + np.arange(samples, dtype=np.uint32)
+        program = dataclasses.replace(
+            self._program, max_frame_patches=group.room.frame_patches or None
+        )
+        self._state, self._cache = decoding.admit(
+            self._params,
+            self._put_rows(group.prompts),
+            self._put_rows(source),
+            self._put_rows(numbers.reshape(-1)),
+            self._state,
+            self._cache,
+            self._pick,
+            program=program,
+        )
+
+    def proceed(self, tokens: int, *, until: int | None) -> None:
+        """Adds up to `tokens` tokens to every answer, until in every group there are `until` free
+        places; None: until all are answered."""
+        wanted = len(self._places[0]) if until is None else until
+        self._state, self._cache = decoding.proceed(
+            self._params,
+            self._layers,
+            self._state,
+            self._cache,
+            self._put(np.int32(tokens)),
+            self._put(np.int32(wanted)),
+            self._pick,
+            program=self._program,
+        )
+
+    def collect(self) -> Iterator[tuple[Request, list[Tokens], bool]]:
+        """Each request with its answers so far, and whether they have ended; it then gives up its
+        place. Tokens behind an answer's end token mean nothing."""
+        state = jax.device_get({name: self._state[name] for name in READ})
+        samples = self._program.samples
+        ended = state["finished"].reshape(-1, samples).all(1)
+        out = state["out"].reshape(len(ended), samples, -1)
+        number = itertools.count()
+        for group in self._places:
+            for place, request in enumerate(group):
+                at = next(number)
+                if request is None:
+                    continue
+                slots = (state["begun"][at] + np.arange(state["counts"][at])) % out.shape[2]
+                if ended[at]:
+                    group[place] = None
+                yield request, list(out[at][:, slots]), bool(ended[at])
+
+
+READ = ("out", "begun", "counts", "finished")
