@@ -110,7 +110,7 @@ class Packer:
             self._plan(batch, largest)
 
     def pack(self, examples: Sequence[Example]) -> tuple[Prompts[np.ndarray], Room]:
-        """What decoding.start takes, and the shape that it has. Missing prompts are padding."""
+        """What decoding.admit takes, and the shape that it has. Missing prompts are padding."""
         needs, largest = [], 0
         for example in examples:
             size = size_of(example)
