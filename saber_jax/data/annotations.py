@@ -1,4 +1,4 @@
-"""The SABER JSON: what annotators say about a clip, in six sections (docs/formats.md)."""
+"""Parsing of SABER JSON, the six-section annotation of a clip (docs/formats.md)."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ ANNOTATION_SHAPE = """{
   "audio_desc": {"acoustic_feat": "...", "speech_content": "..."},
   "sentiment_analysis": "..."
 }"""
-"""What `parse_annotation` takes. The two keys of audio_desc may also stand beside the others."""
+"""The form that `parse_annotation` takes. The keys of audio_desc may also be at the top level."""
 
 
 class AnnotationError(ValueError):
@@ -27,8 +27,8 @@ class AnnotationError(ValueError):
 def parse_annotation(obj: Any) -> dict[str, str]:
     """SABER JSON to {field: text} in FIELDS order; sections may be empty but not missing.
 
-    Both forms are taken: the published one, ANNOTATION_SHAPE, and all six keys side by side. Raises
-    AnnotationError, which names every key that is wrong or missing, and the nearest right ones.
+    Takes the published form, ANNOTATION_SHAPE, or all six keys at the top level. Raises
+    AnnotationError, which lists the wrong and missing keys and suggests similar valid ones.
     """
     values = _flattened(obj)
     missing = [name for name in FIELDS if name not in values]
@@ -53,7 +53,7 @@ def parse_annotation(obj: Any) -> dict[str, str]:
 
 
 def _flattened(obj: Any) -> dict[str, Any]:
-    """The six keys side by side, whatever else there is among them."""
+    """The object with the keys of audio_desc at the top level; other keys are kept."""
     if not isinstance(obj, Mapping):
         raise AnnotationError(f"it must be a JSON object, got {type(obj).__name__}.")
     values = dict(obj)

@@ -1,18 +1,19 @@
-"""Which row budgets suit a data set: tries some on its sizes and prints the best.
+"""Finds row budgets for a data set: plans rows with candidate budgets and prints the best.
 
     python -m saber_jax.data.budgets --records DIR [--split train] [--pairs DIR] [--length 4096]
 
-The settings go to stdout and the tables behind them to stderr, so that a shell can pass them on:
+The settings are printed to stdout and the tables to stderr, so that a shell can pass them on:
 
     python -m saber_jax.main --config=... $(python -m saber_jax.data.budgets --records DIR)
 
-`--length` is how much text a row holds: everything, or of pairs what both answers share. The other
-budgets follow from what the examples have per text slot. Among budgets that media fill to 92% and
-that leave out at most 0.8% of the examples, the one whose text slots are fullest wins, a little
-less full if attention then runs in longer blocks. A budget that holds the longest clip of a data
-set would be two thirds empty most of the time: longer clips keep fewer frames, and those with more
-sound than a row are left out and named. `batch_rows` is how many rows one pass over the data takes,
-up to --most_rows: with more of them an optimizer step would see clips twice.
+`--length` is the number of text slots of a row; for pairs, those of the part that both answers
+share. The other budgets follow from the sizes of the examples per text slot. Among budgets that are
+at least 92% full of media and leave out at most 0.8% of the examples, the one with the fullest text
+slots is chosen; slightly emptier ones are preferred if attention can then use longer blocks. A
+budget for the longest clip of a data set would be two thirds empty most of the time, so longer
+clips keep fewer frames, and clips with more sound than a row holds are left out and named.
+`batch_rows` is the number of rows of one pass over the data, at most --most_rows: with more, an
+optimizer step would contain clips twice.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ SAMPLE = 3 * planning.WINDOW
 """At most this many examples are sampled to try budgets on."""
 
 ROUGHLY, FINALISTS, ROUGH_LOSS = 2048, 6, 0.02
-"""All budgets are first tried on ROUGHLY of the sampled examples. The FINALISTS best ones, judged
-with media budgets that may be ROUGH_LOSS emptier, are then tried on the whole sample."""
+"""All budgets are first tried on ROUGHLY examples of the sample. The FINALISTS best of them are
+then tried on the whole sample. In the first round media budgets may be ROUGH_LOSS emptier."""
 
 MOST_SEGMENTS = 64
 LEAST_MEDIA = 0.92
@@ -46,14 +47,14 @@ MOST_LEFT_OUT = 0.008
 # the attention kernels work on; the vocabulary head takes TARGET_STEP targets at a time.
 LENGTH_STEP, TARGET_STEP = 64, 256
 
-# Attention on a TPU runs in the longest blocks, up to LONGEST_BLOCK slots, that divide a row (see
-# models/kernels.py). Rows in such blocks may be WORTH emptier than others and still count more.
+# Attention on a TPU uses the longest blocks, up to LONGEST_BLOCK slots, that divide a row (see
+# models/kernels.py). Rows with longer blocks are preferred if they are at most WORTH emptier.
 LANES, LONGEST_BLOCK, WORTH = 128, 512, 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A budget, and what it does to a data set: shares of 1."""
+    """A budget, and its effect on a data set as shares from 0 to 1."""
 
     budget: Budget
     fill: dict[str, float]
@@ -82,7 +83,7 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
     measured = _sample(measured)
     few = _some(measured, slice(ROUGHLY))
     rough = [choice for budget in _candidates(measured, length) if (choice := _try(few, budget))]
-    # With fewer examples to choose from, all rows are a little emptier than they will be.
+    # With fewer examples to choose from, rows are slightly emptier than in training.
     rough.sort(key=lambda choice: choice.score(LEAST_MEDIA - ROUGH_LOSS))
     tried = [choice for one in rough[-FINALISTS:] if (choice := _try(measured, _open(one.budget)))]
     if not tried:
@@ -107,10 +108,10 @@ def _some(
 
 
 def _patch_step(patches: Int[np.ndarray, "K N"]) -> int:
-    """The greatest number of which every clip's patches are a multiple, at least 64.
+    """The greatest common divisor of all clips' numbers of patches, at least 64.
 
-    Where all frames have one size it is the patches of a frame pair. A budget between two multiples
-    could never be filled.
+    If all frames have the same size it is the patches of a frame pair. A budget between two
+    multiples could never be filled.
     """
     step = int(np.gcd.reduce(patches.ravel()))
     return step * -(-64 // step) if step else 64
@@ -119,7 +120,7 @@ def _patch_step(patches: Int[np.ndarray, "K N"]) -> int:
 def _candidates(measured: sizing.Measurements, length: int) -> Iterator[Budget]:
     """Budgets near what the average row needs when its text is full."""
     mean = dict(zip(planning.SIZE_NAMES, measured.sizes.mean((0, 1)), strict=True))
-    rows = mean["text"] / length  # That one example fills.
+    rows = mean["text"] / length  # Rows per example.
     answer = max(mean["chosen"], mean["rejected"]) / rows
     responses = {_up(answer * k, LENGTH_STEP) for k in (0.98, 1.02, 1.06) if answer}
     responses |= {
@@ -190,7 +191,7 @@ def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:
 
 
 def describe(measured: sizing.Measurements) -> str:
-    """Mean, median, 99% and most of every size."""
+    """Mean, median, 99% quantile and maximum of every size."""
     lines = ["                mean   median      99%     most"]
     for name, values in zip(planning.SIZE_NAMES, measured.sizes[0].T, strict=True):
         if values.any():
@@ -200,7 +201,7 @@ def describe(measured: sizing.Measurements) -> str:
 
 
 def table(choices: Sequence[Choice]) -> str:
-    """One line a choice, the best last."""
+    """One line per choice, the best last."""
     lines = [
         "length response patches chunks targets segments |  text patches chunks | left out thinned"
     ]
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows_of_a_pass(measured: sizing.Measurements, budget: Budget) -> int:
-    """Rows that hold every example of a data set once, as far as they fit."""
+    """Number of rows for one pass over the examples that fit."""
     selection = sizing.select(measured, budget)
     return len(planning.plan_rows(selection.sizes[0], selection.usable, budget))
 

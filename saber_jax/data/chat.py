@@ -1,9 +1,9 @@
-"""Conversations as Qwen2.5-Omni reads them: chat template, media placeholders, where media goes.
+"""Conversations in Qwen2.5-Omni's format: chat template, media placeholders and media slots.
 
-A message holds text and media in any order. Every medium is written as one placeholder, and after
-tokenising each placeholder grows to as many tokens as the towers give rows for it. Drawn for a
-video of 4 frame pairs of one unit each, a second apart, and 3 s of sound, side by side and woven
-together (V one token of the video, A 25 of the sound, small letters the markers around them):
+A message holds text and media in any order. Each medium is rendered as one placeholder, which is
+expanded after tokenisation to one token per output of its tower. For a video of 4 frame pairs with
+one unit each, one second apart, and 3 s of sound, one after the other and interleaved (V is one
+token of the video, A is 25 tokens of the sound, small letters are the markers around them):
 
     Video, Audio     v V V V V /v a A A A /a
     AudioInVideo     v a V V A A V V A /a /v
@@ -25,7 +25,7 @@ TEXT, VISION, AUDIO = 0, 1, 2
 """Values of `Prompt.media_kind`."""
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-"""What the template says in front of a conversation that has no system message of its own."""
+"""The system message of a conversation that has none of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audio:
-    """Sound of `frames` mel frames (10 ms); fewer than three make no token and are refused."""
+    """Sound of `frames` mel frames (10 ms). Fewer than three give no token: ValueError."""
 
     frames: int
 
@@ -58,7 +58,7 @@ class Audio:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioInVideo:
-    """A video and its own sound, woven together every two seconds (`use_audio_in_video`)."""
+    """A video interleaved with its own sound every two seconds (`use_audio_in_video`)."""
 
     video: Video
     audio: Audio
@@ -99,9 +99,9 @@ class Prompt:
 
 
 def render(messages: Sequence[Message], *, open_answer: bool = True) -> str:
-    """The text that is tokenised, with one placeholder a medium.
+    """The text that is tokenised, with one placeholder per medium.
 
-    `open_answer` ends it where the assistant's answer starts.
+    With `open_answer` it ends where the assistant's answer starts.
     """
     if not messages or messages[0].role != "system":
         messages = [Message(role="system", content=(DEFAULT_SYSTEM,)), *messages]
@@ -119,10 +119,10 @@ def encode(
 ) -> Prompt:
     """Tokens, TMRoPE positions and media slots of a conversation.
 
-    Images and videos take their slots in the order in which they stand, whichever they are, and so
-    do the sounds. Raises ValueError if the text itself holds a special token, and if some videos
-    are woven with their sound and others are not: the released model knows one way for all of a
-    conversation (`use_audio_in_video`).
+    Images and videos get their slots in the order in which they appear, and so do sounds. Raises
+    ValueError if the text itself contains a special token, or if some videos are interleaved with
+    their sound and others are not: `use_audio_in_video` of the released model applies to a whole
+    conversation.
     """
     parts = [part for message in messages for part in message.content]
     shown = [part for part in parts if not isinstance(part, str)]
@@ -135,8 +135,8 @@ def encode(
     woven = sum(isinstance(part, AudioInVideo) for part in shown)
     if woven and any(isinstance(part, Video) for part in shown):
         raise ValueError(
-            f"The conversation has {woven} videos woven with their sound beside others that are "
-            "not; weave all of them or none."
+            f"The conversation has {woven} videos interleaved with their sound and others that "
+            "are not; interleave all of them or none."
         )
     ids = media_ids(tokenizer)
     audio_eos = tokenizer.id("<|audio_eos|>")
@@ -188,7 +188,7 @@ def media_ids(tokenizer: Tokenizer) -> tmrope.MediaIds:
 def _expand(
     tokens: list[int], ids: tmrope.MediaIds, audio_eos: int, shown: Sequence[Media]
 ) -> Int[np.ndarray, " n"]:
-    """Each placeholder as many times as its medium has tokens."""
+    """Repeats each placeholder once for every token of its medium."""
     waiting = list(reversed(shown))
     row: list[int] = []
     for token in tokens:
@@ -209,7 +209,7 @@ def _expand(
 
 
 def _audio_slots(frames: Sequence[int]) -> Int[np.ndarray, " tokens"]:
-    """Every full chunk of 200 frames pools to exactly 50 tokens, and every sound starts a chunk."""
+    """Slots of sounds: a chunk of 200 frames pools to 50 tokens, and every sound starts a chunk."""
     slots, chunk = [np.zeros(0, np.int32)], 0
     for count in frames:
         slots.append(

@@ -1,12 +1,12 @@
 """Video files to model-ready frames and sound, with PyAV.
 
-A clip is read twice. The packets are counted first (data/timeline.py): headers are often wrong, and
-which frames are kept depends on how long the clip is. Then it is decoded (`_decoded`), frames are
-resized as they come, and only those that are kept are in memory.
+A clip is read twice. First the timestamps of its packets are read (data/timeline.py), because
+headers are often wrong and the choice of frames depends on the clip's duration. Then it is decoded
+(`_decoded`). Frames are resized as they are decoded, and only the chosen ones stay in memory.
 
-    moments kept    0.0         0.5         1.0         1.5
+    sampled times   0.0         0.5         1.0         1.5
     frames          |  a  |  b  |  c              |  d  |     each until the next one's timestamp
-    frames kept     a           c           c           d
+    chosen frames   a           c           c           d
 """
 
 import dataclasses
@@ -98,12 +98,12 @@ def decode_sound(path: str | Path, sampling: Sampling) -> Int16[np.ndarray, " n"
 
 
 def decode_clip(path: str | Path, sampling: Sampling, *, sound: bool = True) -> Clip:
-    """Decodes one video file of any container and codec that FFmpeg reads; without `sound` its
-    frames alone.
+    """Decodes one video file of any container and codec that FFmpeg reads; without `sound`, only
+    its frames.
 
-    In mode "exact" the clip is what a player shows: upright, each frame until the next one's
-    timestamp, and sound that starts at the first frame, cut or led in by silence as the tracks' own
-    times say. Raises MediaError, whatever is wrong with the file.
+    In mode "exact" the clip is what a player shows: upright, with each frame until the next one's
+    timestamp. Its sound starts at the first frame; it is cut, or preceded by silence, according to
+    the timestamps of the tracks. Raises MediaError for any fault of the file.
     """
     path = Path(path)
     timeline = read_timeline(path, sampling, sound)
@@ -112,7 +112,7 @@ def decode_clip(path: str | Path, sampling: Sampling, *, sound: bool = True) -> 
         timeline = dataclasses.replace(timeline, disordered=True)
         film = _decoded(path, timeline, sampling, sound)
     if film.times != timeline.times:
-        # Some packets give no frame (cut groups of pictures, hidden frames): sample what exists.
+        # Some packets give no frame (cut groups of pictures, hidden frames); sample existing ones.
         if film.count < max(0.9 * len(timeline.times), media.TEMPORAL_PATCH):
             detail = f"{path.name}: only {film.count} of {len(timeline.times)} frames decode"
             raise MediaError("unreadable", detail)
@@ -140,7 +140,7 @@ def _seconds(audio: Int16[np.ndarray, " n"]) -> float:
 
 @dataclasses.dataclass
 class _Film:
-    """Frames kept, resized, one for each of `moments` (seconds); the times of all; the sound."""
+    """The frames shown at `moments` (seconds), resized; the times of all frames; the sound."""
 
     path: Path
     sampling: Sampling
@@ -159,12 +159,12 @@ class _Film:
         return len(self.times)
 
     def see(self, frame: av.VideoFrame, time: float) -> None:
-        """The next frame in display order: until `time` the one before it was shown."""
+        """Adds the next frame in display order, which is shown from `time` on."""
         self._keep_until(time)
         self._shown = frame
 
     def end(self) -> None:
-        """The last frame is shown to the end."""
+        """Ends the clip: the last frame is used for all remaining moments."""
         self._keep_until(float("inf"))
 
     def _keep_until(self, time: float) -> None:
@@ -186,9 +186,9 @@ class _Film:
 
 
 def _decoded(path: Path, timeline: Timeline, sampling: Sampling, sounds: bool) -> _Film:
-    """Decodes in one pass, keeping the frames that are on show at the moments to be sampled."""
+    """Decodes in one pass and keeps the frames that are shown at the sampled times."""
     clock = timeline.by_number() if sampling.mode == "saber_release" else timeline
-    # An uneven clip may have fewer frames a second than are to be kept: they are kept repeatedly.
+    # An uneven clip may have fewer frames per second than are sampled; then frames are repeated.
     finer = 1 if clock.even else math.ceil(sampling.fps / clock.rate)
     indices = media.frame_indices(
         clock.ticks * finer,
@@ -197,7 +197,7 @@ def _decoded(path: Path, timeline: Timeline, sampling: Sampling, sounds: bool) -
         min_frames=sampling.min_frames,
         max_frames=sampling.max_frames,
     )
-    # A frame counts from the tick nearest to its timestamp, hence the half.
+    # Half a tick is added because a frame belongs to the tick nearest to its timestamp.
     moments = clock.start + (indices + 0.5) / (clock.rate * finer)
     film = _Film(path, sampling, moments, sound.Track(sampling.max_seconds))
     with opened(path) as container:
@@ -241,11 +241,11 @@ def _facts(timeline: Timeline, film: _Film, sampling: Sampling) -> dict[str, Any
 
 
 def display_matrix(frame: av.VideoFrame) -> list[int] | None:
-    """The nine numbers by which a player turns or mirrors frames; None if there are none.
+    """The display matrix by which a player rotates or mirrors frames; None if there is none.
 
-    They are a b u, c d v, x y w of x' = a x + c y, y' = b x + d y.
+    Its nine numbers are a b u, c d v, x y w of x' = a x + c y, y' = b x + d y.
     """
-    stored = cast(Mapping[Any, Any], frame.side_data)  # Declared with one other key alone.
+    stored = cast(Mapping[Any, Any], frame.side_data)  # PyAV's type declares another key type.
     data = stored.get(SideData.DISPLAYMATRIX)
     if data is None:
         return None
@@ -255,7 +255,7 @@ def display_matrix(frame: av.VideoFrame) -> list[int] | None:
 def _upright(
     picture: UInt8[np.ndarray, "H W 3"], matrix: list[int] | None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Turned by the nearest quarter and mirrored, which is all that cameras write."""
+    """The picture, rotated by the nearest multiple of 90 degrees and mirrored."""
     if matrix is None:
         return picture
     a, b, _, c, d, *_ = matrix

@@ -19,7 +19,7 @@ from saber_jax.data.withhold import Modality, withhold
 
 
 class References(Protocol):
-    """Element i is float32 [views, targets] of pair i, NaN where a view was not computed."""
+    """Reference log-probs: element i is float32 [views, targets] of pair i; NaN if not computed."""
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]: ...
 
@@ -27,8 +27,8 @@ class References(Protocol):
 class Examples:
     """Random access to encoded examples: one per record, or one per preference pair.
 
-    A record can be asked for more than one thing: of N records, example i + N * k is record i as
-    the answer to request k. A pair answers the six-section request alone.
+    A record gives one example for each request: with N records, example i + N * k is record i with
+    request k. A pair always has the six-section request.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Examples:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Raises ValueError when these are records and not pairs."""
+        """The pairs. Raises ValueError if the examples are records."""
         if self._pairs is None:
             raise ValueError("These examples are records, not preference pairs.")
         return self._pairs
@@ -63,10 +63,10 @@ class Examples:
         return self.encode(index, None)
 
     def encode(self, index: int, hidden: Modality | None) -> Example:
-        """The example as it is, or with one modality of its clip hidden; its size is the same.
+        """Encodes an example, with the modality `hidden` withheld if given; its size is the same.
 
-        Raises BadRecordError naming the record when it cannot be used, and RuntimeError naming it
-        when the program fails on it.
+        Raises BadRecordError if the record cannot be used, and RuntimeError if the code fails for
+        another reason; both name the record.
         """
         asked, index = divmod(int(index), len(self))
         position = self.record_of(index)
@@ -110,7 +110,7 @@ class Examples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with what examples are made from: records, vocabulary, requests and pairs."""
+        """Changes if the inputs of examples change: records, vocabulary, requests or pairs."""
         digest = hashlib.sha256(repr((self.source.fingerprint, self.requests)).encode())
         digest.update(self._tokenizer.path.read_bytes())
         for pair in self._pairs or ():
@@ -118,14 +118,14 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def key(self, index: int) -> bytes:
-        """Sixteen bytes that no other pair has, nor this one when its clip keeps other frames."""
+        """Sixteen bytes that identify a pair and the number of frames that its clip keeps."""
         kept = -1 if self._frame_pairs is None else int(self._frame_pairs[index])
         parts = self.pairs[index].key + kept.to_bytes(4, "big", signed=True)
         return hashlib.blake2b(parts, digest_size=16).digest()
 
     def probes(self) -> list[Example]:
-        """The first and the last record that can be read, without any answer. Whatever pairs there
-        are, these show what the program makes of pictures, sound and prompts."""
+        """The first and the last readable record as prompts without answers. They do not depend on
+        the pairs and show how pictures, sound and prompts are encoded."""
         found = []
         for order in (range(len(self.source)), reversed(range(len(self.source)))):
             for position in order:
@@ -138,7 +138,7 @@ class Examples:
         return found
 
     def entry(self, index: int, reason: str, detail: str) -> Entry:
-        """How quarantine.jsonl names an example; a damaged record has lost its clip id."""
+        """An example's entry for quarantine.jsonl; a damaged record has no known clip id."""
         index = int(index) % len(self)
         position = self.record_of(index)
         try:
@@ -153,11 +153,11 @@ class Examples:
         return self.source.source_of(np.array(self._indices or range(len(self)), np.int64))
 
     def with_frame_pairs(self, frame_pairs: Int[np.ndarray, " N"]) -> "Examples":
-        """The same examples, clips thinned to so many frame pairs."""
+        """The same examples, with clips reduced to these numbers of frame pairs."""
         return self._with(_frame_pairs=frame_pairs)
 
     def without(self, indices: Iterable[int]) -> "Examples":
-        """The same examples, those of `indices` bad whatever their records hold."""
+        """The same examples, with those of `indices` treated as bad records."""
         return self._with(_skipped=frozenset(indices))
 
     def record_of(self, index: int) -> int:
@@ -170,11 +170,11 @@ class Examples:
         return other
 
     def _named(self, position: int, error: Exception) -> Exception:
-        """What to raise instead of `error`, which record `position` is behind."""
+        """The exception to raise instead of `error`, with the name of record `position`."""
         where = self.source.where(position)
-        if isinstance(error, BadRecordError | ValueError):  # What is stored makes no sense.
+        if isinstance(error, BadRecordError | ValueError):  # The stored record is invalid.
             return BadRecordError(f"{where}: {error}")
-        # Also for StopIteration, which a stream would take for the end of the data.
+        # This includes StopIteration, which would look like the end of the data.
         return RuntimeError(
             f"Encoding {where} failed with {type(error).__name__}: {error}. This is a fault of the "
             "program, not of the record."

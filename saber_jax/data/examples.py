@@ -15,14 +15,14 @@ from saber_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Response:
-    """One answer, end token included; `sections[i]` is the field of token i, 1 to 6, or 0: none."""
+    """One answer with its end token. `sections[i]` is the section of token i, 1 to 6, or 0."""
 
     tokens: Int[np.ndarray, "R"]
     sections: Int[np.ndarray, "R"]
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, text: str) -> "Response":
-        """A text without any section heading belongs to no section: 0."""
+        """Tokenises an answer. A text without section headings has section 0."""
         tokens, sections = sed.section_of_tokens(tokenizer, text)
         free = not any(sed.heading(field) in text for field in FIELDS)
         return cls(tokens=tokens, sections=0 * sections if free else sections)
@@ -30,7 +30,7 @@ class Response:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """A clip's prompt and media, ready to be packed, and none, one or two responses to it."""
+    """The encoded prompt and media of a clip, with zero, one or two responses."""
 
     clip_id: str
     prompt: chat.Prompt
@@ -47,11 +47,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """What an example asks of a row's budgets.
+    """The number of slots that an example takes from each budget of a row.
 
-    `text` counts the slots of the region that all branches see: the prompt and, in a pair, the
-    tokens with which both responses begin; `chosen` and `rejected` count the two remainders. For a
-    single response everything is `text`.
+    `text` counts the prompt and, in a pair, the tokens that both responses begin with; `chosen` and
+    `rejected` count the rest of the two responses. With a single response everything is `text`.
     """
 
     text: int
@@ -63,7 +62,7 @@ class Size:
 
 
 def common_prefix(chosen: Int[np.ndarray, "R"], rejected: Int[np.ndarray, "S"]) -> int:
-    """How many tokens the two responses begin with in common."""
+    """The number of tokens at the beginning that the two responses have in common."""
     n = min(len(chosen), len(rejected))
     differs = np.flatnonzero(chosen[:n] != rejected[:n])
     return int(differs[0]) if len(differs) else n
@@ -98,7 +97,7 @@ def measure_record(
     request: Request = Request(),
     responses: tuple[str, ...] | None = None,
 ) -> tuple[Size, Int[np.ndarray, " n"]]:
-    """`size_of` the encoded record and its target tokens, without a look at pixels and samples."""
+    """`size_of` the encoded record, and its target tokens, without reading pixels and samples."""
     mel_frames = media.mel_frames(len(record.audio))
     pictures = _pictures(record)
     encoded = _responses(record, tokenizer, request, responses)
@@ -112,10 +111,10 @@ def measure_record(
 
 
 def thinned(record: Record, frame_pairs: int) -> Record:
-    """The record with `frame_pairs` evenly chosen pairs of its frames, the first and last included.
+    """The record with `frame_pairs` evenly spaced pairs of its frames, including first and last.
 
-    The seconds between pairs grow accordingly, unless the record was sampled as the SABER release
-    does, which knows one second and no other.
+    The seconds between pairs grow accordingly, unless the record was sampled in mode
+    "saber_release", which always uses one second.
     """
     before, after = len(record.frames), 2 * frame_pairs
     kept = np.round(np.linspace(0, before - 1, after)).astype(int)
@@ -134,10 +133,10 @@ def encode_record(
     ignored: str = "",
     reference: Float[np.ndarray, "V n"] | None = None,
 ) -> Example:
-    """Encodes a record as the answer to `request`, by default the six-section one.
+    """Encodes a record with `request`, by default the six-section one, and its responses.
 
-    `responses` defaults to the record's own target; `()` gives a bare prompt. `kappa` defaults to
-    the record's own label; `ignored` and `reference` are those of a pair.
+    `responses` defaults to the record's own target; `()` gives a prompt without a response. `kappa`
+    defaults to the record's label. `ignored` and `reference` are for pairs.
     """
     pictures, layout = _pictures(record), None
     patches = np.zeros((0, media.PATCH_FEATURES), np.uint8)
@@ -179,7 +178,10 @@ def _prompt(record: Record, tokenizer: Tokenizer, request: Request, mel_frames: 
 
 
 def _conversation(record: Record, shown: list[chat.Media]) -> list[chat.Message]:
-    """The record's own messages, <video> and its like replaced. ValueError if one is left over."""
+    """The record's own messages with <video> and other tags replaced by media.
+
+    Raises ValueError if tags and media do not match.
+    """
     waiting = {TAGS[type(medium)]: medium for medium in shown}
     messages = []
     for message in record.messages:
@@ -201,12 +203,12 @@ TAGS = {
     chat.Audio: "<audio>",
     chat.AudioInVideo: "<video>",
 }
-"""What stands for a medium in the messages of a record."""
+"""The tag of each kind of medium in the messages of a record."""
 _TAG = re.compile("(<image>|<video>|<audio>)")
 
 
 def _shown(record: Record, mel_frames: int) -> list[chat.Media]:
-    """The clip's media in the order of the prompt. Fewer than three mel frames make no sound."""
+    """The clip's media in prompt order. Sound of fewer than three mel frames is left out."""
     pictures = _pictures(record)
     sound = chat.Audio(frames=mel_frames) if media.audio_tokens(mel_frames) else None
     if record.audio_in_video and sound and isinstance(pictures, chat.Video):

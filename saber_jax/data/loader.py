@@ -1,9 +1,9 @@
 """The input pipeline: planned rows -> encoded examples -> packed rows -> global arrays, by Grain.
 
-`pipeline` is all of it on one page. Which examples share a row is planned before (planning.py), so
-batch number s is a pure function of (seed, sizes, budget), the same whoever makes it. The state of
-the pipeline is the number of the next step: a resumed run reads exactly what an uninterrupted one
-would have, on any number of hosts.
+`pipeline` defines the whole pipeline. The plan (planning.py) decides in advance which examples
+share a row, so batch s is a pure function of (seed, sizes, budget) on every host. The state of the
+pipeline is the position of the next step: a resumed run reads exactly the batches that an
+uninterrupted run would have read, on any number of hosts.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ from saber_jax.data.workers import in_processes, sigterm_held
 def measure(examples: Examples, cache: Path, *, workers: int = 0) -> sizing.Measurements:
     """Sizes of all N examples under all K requests, and how often each target token occurs.
 
-    Kept in `cache`, under what the examples are made from. Several processes measure a share each
-    and exchange the results.
+    The result is cached in the file `cache` under a fingerprint of the examples' inputs. Several
+    processes measure a share each and exchange the results.
     """
     stored = sizing.load(cache, examples.fingerprint)
-    # On disks of their own some processes may have the file and others not.
+    # If processes have separate disks, only some of them may have the file.
     if multihost_utils.process_allgather(np.int32(stored is not None)).all():
         assert stored is not None, "this process has said so"
         return stored
@@ -56,7 +56,7 @@ def measure(examples: Examples, cache: Path, *, workers: int = 0) -> sizing.Meas
 
 
 def _sum_over_processes(values: Int[np.ndarray, "... N"]) -> Int[np.ndarray, "... M"]:
-    """Elementwise over arrays that may differ in their last length, which grows to the longest."""
+    """Elementwise sum over processes of arrays that may differ in the length of the last axis."""
     if jax.process_count() == 1:
         return values
     lengths = multihost_utils.process_allgather(np.int32(values.shape[-1]))
@@ -66,10 +66,11 @@ def _sum_over_processes(values: Int[np.ndarray, "... N"]) -> Int[np.ndarray, "..
 
 
 def local_rows(rows: int, place: NamedSharding) -> list[int]:
-    """Which rows of a global batch of `rows` the devices of this process hold, in order.
+    """The rows of a global batch of `rows` that the devices of this process hold, in order.
 
-    The sharding says, and nothing simpler does: on a torus a host's devices need not be neighbours
-    along the batch, and hosts that share a tensor axis hold the same rows.
+    They are read from the sharding. The process index is not enough: on a torus, the devices of a
+    host need not be neighbours along the batch, and hosts that share a tensor axis hold the same
+    rows.
     """
     held: set[int] = set()
     for index in place.addressable_devices_indices_map((rows,)).values():
@@ -80,11 +81,10 @@ def local_rows(rows: int, place: NamedSharding) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedRow:
-    """One row of a batch before anything of it is read.
+    """One row of a batch, before its examples are read.
 
-    `number` counts the rows of the whole run, so that what is drawn for a row depends on nothing
-    else. `position` is set in the last row that a host makes of a batch: where a plan has to be
-    entered to go on after that batch.
+    `number` counts the rows of the whole run and seeds the random choices for the row. `position`
+    is set in the last row that a host makes of a batch: the position of the plan after that batch.
     """
 
     number: int
@@ -94,7 +94,7 @@ class PlannedRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedRow:
-    """A row whose examples are read. `left_out` are those that could not be."""
+    """A row with its encoded examples. `left_out` are those that could not be read."""
 
     examples: list[Example]
     left_out: list[Entry]
@@ -103,8 +103,8 @@ class EncodedRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What of a row, or of a batch, stays on the host: which examples could not be used, and where
-    a plan has to be entered to go on after it."""
+    """What the host needs to know about a row or batch: the examples that could not be used, and
+    the position of the plan after it."""
 
     left_out: list[Entry]
     position: dict[str, Any] | None
@@ -114,7 +114,7 @@ HostBatch = tuple[Batch[np.ndarray], About]
 
 
 class HostRows:
-    """Grain source: the rows that this host makes, batch after batch, those of `start` first."""
+    """Grain source: the rows that this host makes, batch by batch, from batch `start` on."""
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class HostRows:
         *,
         local: Sequence[int] | None = None,
     ):
-        """`rows[r]` lists the examples of global row r. `local` are the rows of each batch to make,
-        all by default; those from `batch_rows` on are empty."""
+        """`rows[r]` lists the examples of global row r. `local` are the rows of each batch that
+        this host makes, by default all; rows from `batch_rows` on are empty."""
         self._rows, self._batch_rows, self._start = rows, batch_rows, start
         self.local = range(batch_rows) if local is None else local
 
@@ -156,8 +156,8 @@ class HostRows:
 
 @dataclasses.dataclass(frozen=True)
 class Encode(grain.transforms.Map):
-    """Reads and encodes a row's examples. Of each, one modality is hidden with probability
-    `withhold`; which one, and whether, depends on `seed` and the row's number alone."""
+    """Reads and encodes a row's examples. With probability `withhold`, one modality of an example
+    is withheld. This choice depends only on `seed` and the row's number."""
 
     examples: Examples
     withhold: float
@@ -196,17 +196,17 @@ def join(rows: Sequence[HostBatch]) -> HostBatch:
 
 
 def _concatenated(*parts: np.ndarray) -> np.ndarray:
-    # Into memory of our own: parts from other processes lie in shared memory, which this frees.
+    # Copied, because parts from other processes are in shared memory, which is freed after this.
     out = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     return np.concatenate(parts, out=out)
 
 
 SHARED_BYTES = 1 << 16
-"""Arrays of at least so many bytes come from loader processes in shared memory."""
+"""Arrays of at least this many bytes are passed from loader processes in shared memory."""
 ROWS_AHEAD = 2
-"""Rows that a loader process holds for each of its threads: read, or being read."""
+"""Rows that a loader process holds for each of its threads, finished or in progress."""
 BATCHES_AHEAD = 1
-"""Batches that wait for the training loop, joined."""
+"""Joined batches that are ready for the training loop."""
 
 
 def pipeline(
@@ -221,9 +221,9 @@ def pipeline(
 ) -> grain.IterDataset:
     """Plan -> read and encode -> pack -> this host's part of every batch, as one Grain dataset.
 
-    `threads` of each of `workers` processes (0: of this one) work ahead of the training loop. An
-    element is one row until the rows of a batch are joined here, so what waits is counted in rows:
-    see `most_rows`.
+    `threads` threads of each of `workers` processes (0: of this process) work ahead of the training
+    loop. An element is a single row until the rows of a batch are joined in this process, so
+    buffers are counted in rows: see `most_rows`.
     """
     dataset = (
         grain.MapDataset.source(rows)
@@ -236,7 +236,7 @@ def pipeline(
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, which only absl's app.run parses.
             flags.FLAGS.mark_as_parsed()
-        # Small arrays go through the queue: a file in shared memory for each costs more.
+        # Small arrays go through the queue, because a shared memory file for each costs more.
         shared = grain.experimental.DatasetOptions(min_shm_size=SHARED_BYTES)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, shared)
         dataset = in_processes(dataset, workers)
@@ -245,21 +245,21 @@ def pipeline(
 
 
 def most_rows(local: int, *, threads: int, workers: int) -> int:
-    """The most memory that a host's loading takes, in rows, if it makes `local` of every batch.
+    """Upper bound of a host's loading memory, in rows, if it makes `local` rows of every batch.
 
-    In a process each thread holds ROWS_AHEAD rows, and of the one that it makes the frames and the
-    patches besides, which are no larger than two rows; one more row is handed over. Between
-    processes one row waits in a queue and one is on its way. The training loop has a batch,
-    BATCHES_AHEAD wait, one is joined and waits for a place, and the rows of the next are collected.
+    Each thread holds ROWS_AHEAD rows, and the frames and patches of the row in progress, which are
+    no larger than two rows; each process also hands over one row. Between processes, one row waits
+    in a queue and one is in transit. The training loop has a batch, BATCHES_AHEAD are ready, one is
+    joined and waits for a place in the queue, and the rows of the next one are collected.
     """
     ahead = max(1, workers) * ((ROWS_AHEAD + 2) * threads + 1) + 2 * workers
     return ahead + (BATCHES_AHEAD + 3) * local
 
 
 def stream(rows: HostRows, *args, **options) -> Iterator[HostBatch]:
-    """The batches of `pipeline`, of the same arguments, in order.
+    """The batches of `pipeline` with the same arguments, in order.
 
-    Raises RuntimeError if they end too soon, whatever the reason: that never looks like success.
+    Raises RuntimeError if they end too soon, so that this cannot be mistaken for the end of data.
     """
     count, iterator = 0, iter(pipeline(rows, *args, **options))
     try:
@@ -272,15 +272,15 @@ def stream(rows: HostRows, *args, **options) -> Iterator[HostBatch]:
             count += 1
             yield batch
     finally:
-        iterator.close()  # Else threads and processes wait for ever for somebody to take a batch.
+        iterator.close()  # Otherwise threads and processes would wait forever to hand over a batch.
     if count != rows.batches:
         raise RuntimeError(f"The input pipeline ended after {count} of {rows.batches} batches.")
 
 
 class GlobalBatches:
-    """The stream as arrays over the whole mesh, and all that a checkpoint has to know about it.
+    """The stream as global arrays over the whole mesh, with its state for checkpoints.
 
-    Without a quarantine a record that cannot be used ends it with BadRecordError.
+    Without a quarantine, a record that cannot be used raises BadRecordError.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class GlobalBatches:
         place: NamedSharding,
         rows: int,
     ):
-        """`rows` of each batch are laid out by `place`; `batches` are this process's `stream`."""
+        """Batches have `rows` rows, sharded by `place`; `batches` is this process's `stream`."""
         self._stream = batches
         self._quarantine, self._place, self._rows = quarantine, place, rows
         self._local = local_rows(rows, place)
@@ -309,10 +309,10 @@ class GlobalBatches:
         return to_global(batch, self._place, self._rows, self._local)
 
     def agree(self) -> None:
-        """Makes every process know what any process left out so far, and list it.
+        """Exchanges between all processes the examples that were left out, and lists them.
 
-        All processes have to call this at the same step; the count that is part of every batch
-        tells them when. Raises TooManyBadError in all of them alike.
+        All processes have to call this at the same step, which they recognise by the count that is
+        part of every batch. Raises TooManyBadError in all of them.
         """
         listed = json.dumps([dataclasses.asdict(entry) for entry in self._left_out])
         mine = np.frombuffer(listed.encode(), np.uint8)
@@ -327,7 +327,7 @@ class GlobalBatches:
         self._quarantine.add(Entry(**entry) for entry in entries)
 
     def state(self) -> dict[str, Any]:
-        """JSON from which the stream goes on after the batch that was given last."""
+        """JSON from which the stream can resume after the last yielded batch."""
         quarantined = self._quarantine.indices if self._quarantine else []
         return {"position": self._position, "quarantined": quarantined}
 
@@ -335,7 +335,7 @@ class GlobalBatches:
 def to_global(
     batch: Batch[np.ndarray], place: NamedSharding, rows: int, local: list[int]
 ) -> Batch[jax.Array]:
-    """The `local` rows that this process made -> arrays of `rows` rows over the whole mesh."""
+    """Converts the `local` rows of this process to global arrays of `rows` rows over the mesh."""
     position = {row: i for i, row in enumerate(local)}
 
     def distribute(value: np.ndarray) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Pixels and sound as the Qwen2.5-Omni towers take them, in NumPy only.
+"""Patches and log-mel, the inputs of the Qwen2.5-Omni towers, in NumPy.
 
 Axis letters: T frames   H W pixels   P patches of 2 frames x 14 x 14 pixels   n audio samples.
 A merged unit is 2 x 2 patches of one frame pair; a window is up to 4 x 4 units.
@@ -31,8 +31,8 @@ __all__ = [
     "vision_layout",
 ]
 
-# Constants of every released Qwen2.5-Omni, under the names of its config: what loads a checkpoint
-# refuses one whose config says otherwise.
+# Constants of every released Qwen2.5-Omni, with their names in its config. Loading a checkpoint
+# with other values is refused.
 PATCH = 14
 """`patch_size`: pixels along one side of a patch."""
 TEMPORAL_PATCH = 2
@@ -56,13 +56,13 @@ HOP = 160
 FFT = 400
 MAX_AUDIO_SECONDS = 300
 MAX_SIDE_RATIO = 200
-"""How many times longer one side of a picture may be than the other."""
+"""Largest ratio of the longer to the shorter side of a picture."""
 
 
 def frame_indices(
     total: int, video_fps: float, *, fps: float = 2.0, min_frames: int = 4, max_frames: int = 768
 ) -> Int[np.ndarray, " T"]:
-    """Which of `total` frames to keep so that about `fps` of them remain a second; an even number.
+    """The indices of an even number of `total` frames, about `fps` of them per second.
 
     The rule of qwen_omni_utils: evenly spaced, first and last frame included. Raises ValueError
     for fewer than two frames.
@@ -82,7 +82,7 @@ def _floor_even(value: float) -> int:
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width), both multiples of 28, area within the limits, ratio nearly kept.
+    """(height, width), multiples of 28 with an area within the limits and nearly the same ratio.
 
     Raises ValueError for a side ratio above 200.
     """
@@ -90,7 +90,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
         raise ValueError(
             f"The side ratio must be at most {MAX_SIDE_RATIO}, got {height} x {width} pixels."
         )
-    # round() is to even on purpose: 42 pixels give 1.5 -> 2 units, 70 give 2.5 -> 2 units.
+    # Python's round() to even is intended: 42 pixels give 1.5 -> 2 units, 70 give 2.5 -> 2 units.
     rows = max(UNIT, round(height / UNIT) * UNIT)
     columns = max(UNIT, round(width / UNIT) * UNIT)
     if rows * columns > max_pixels:
@@ -169,8 +169,8 @@ def _cubic(x: Float[np.ndarray, " n"], a: float = -0.5) -> Float[np.ndarray, " n
 def patchify(frames: UInt8[np.ndarray, "T H W C"]) -> UInt8[np.ndarray, "P 1176"]:
     """Raw patches in merge-block order: rows (t, y/2, x/2, y%2, x%2), columns (C, frame, y, x).
 
-    T must be even, or 1 for a still image, which then stands twice in its patches; H and W must be
-    multiples of 28. ValueError otherwise.
+    T must be even, or 1 for a still image, which is then repeated in its patches; H and W must be
+    multiples of 28. Raises ValueError otherwise.
     """
     if len(frames) == 1:
         frames = np.repeat(frames, TEMPORAL_PATCH, axis=0)
@@ -198,11 +198,11 @@ def patchify(frames: UInt8[np.ndarray, "T H W C"]) -> UInt8[np.ndarray, "P 1176"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class VisionLayout:
-    """How the vision tower orders the patches of a clip: whole windows, one after another.
+    """The order of a clip's patches in the vision tower: whole windows, one after another.
 
-    Tower row i holds patch `order[i]` of `patchify`, at `hw[i]` inside its frame, in window
-    `window[i]` and frame pair `frame[i]`, both counted from 1. Unit j in (t, y, x) order comes out
-    of the tower at `unit_slot[j]`.
+    Tower slot i holds patch `order[i]` of `patchify`, at `hw[i]` inside its frame, in window
+    `window[i]` and frame pair `frame[i]`, both counted from 1. The output for unit j in (t, y, x)
+    order is at `unit_slot[j]`.
     """
 
     order: Int[np.ndarray, " P"]
@@ -214,9 +214,9 @@ class VisionLayout:
 
 @functools.lru_cache(maxsize=256)
 def vision_layout(grid: Grid) -> VisionLayout:
-    """Layout of a (t, h, w) patch grid; h and w must be even. Arrays are shared: do not write.
+    """Layout of a (t, h, w) patch grid; h and w must be even. The arrays are cached: do not modify.
 
-    A frame of 1 x 6 units is cut into windows of 4 and 2 units; with 2 patches drawn per unit row:
+    A frame of 1 x 6 units is cut into windows of 4 and 2 units:
 
         unit    0  1  2  3 | 4  5
         window  1  1  1  1 | 2  2
@@ -249,7 +249,7 @@ def vision_layout(grid: Grid) -> VisionLayout:
 
 
 def join_layouts(layouts: Sequence[VisionLayout]) -> VisionLayout:
-    """Clips one behind the other in one buffer of patches."""
+    """The layout of several clips, one after another in one buffer of patches."""
     none = np.zeros(0, np.int32)
     empty = VisionLayout(order=none, hw=none.reshape(0, 2), window=none, frame=none, unit_slot=none)
     return functools.reduce(_behind, layouts, empty)
@@ -267,22 +267,22 @@ def _behind(first: VisionLayout, second: VisionLayout) -> VisionLayout:
 
 
 def mel_frames(samples: int) -> int:
-    """Rows that `log_mel` makes of so many samples."""
+    """The number of rows of `log_mel` for this many samples."""
     return -(-min(samples, MAX_AUDIO_SECONDS * SAMPLE_RATE) // HOP)
 
 
 def log_mel(pcm: Int16[np.ndarray, " n"] | Float[np.ndarray, " n"]) -> Float[np.ndarray, "F 128"]:
     """Whisper log-mel of 16 kHz mono sound: float32 [ceil(n / 160), 128], one row every 10 ms.
 
-    `pcm` is int16, or floats in [-1, 1]. Anything after 300 s is cut, as Qwen2.5-Omni does. Equal
-    to transformers' WhisperFeatureExtractor on the valid frames, without padding to 300 s first.
+    `pcm` is int16, or floats in [-1, 1]. Sound is cut at 300 s, as in Qwen2.5-Omni. Equal to the
+    valid frames of transformers' WhisperFeatureExtractor, but without padding to 300 s first.
     """
     wave = pcm.astype(np.float32) / 32768 if pcm.dtype == np.int16 else pcm.astype(np.float32)
     wave = wave[: MAX_AUDIO_SECONDS * SAMPLE_RATE]
     count = mel_frames(len(wave))
     if count == 0:
         return np.zeros((0, MELS), np.float32)
-    # Two frames past the end still see sound and take part in the maximum below.
+    # The windows of two frames past the end still contain sound and affect the maximum below.
     frames = count + 2
     padded = np.zeros(FFT // 2 + frames * HOP + FFT, np.float32)
     padded[FFT // 2 : FFT // 2 + len(wave)] = wave
@@ -316,7 +316,7 @@ def _mel_filters() -> Float[np.ndarray, "201 128"]:
 def audio_chunks(
     mel: Float[np.ndarray, "F 128"],
 ) -> tuple[Float[np.ndarray, "n 200 128"], Int[np.ndarray, " n"]]:
-    """Chunks of 2 s, the last zero-padded, and how many frames of each are real."""
+    """Chunks of 2 s, the last one zero-padded, and the number of valid frames of each."""
     count = -(-len(mel) // CHUNK_FRAMES)
     chunks = np.zeros((count * CHUNK_FRAMES, MELS), np.float32)
     chunks[: len(mel)] = mel

@@ -1,20 +1,20 @@
-"""Budgets -> static batches: how the examples of a row are laid out; planning.py chooses them.
+"""Lays out the examples of a row in arrays of static shape; planning.py chooses the examples.
 
 A row of a supervised batch, three examples long (p prompt, r response, . padding):
 
     tokens    p p p r r r p p r r p p p r . .
     segments  1 1 1 1 1 1 2 2 2 2 3 3 3 3 0 0
 
-A row of preference pairs has three static regions, and every region packs several pairs. What the
-two responses begin with in common stands once, in the shared region:
+A row of preference pairs has three static regions, and every region packs several pairs. The tokens
+that both responses begin with (s) are stored once, in the shared region:
 
               |-- length -----------|-- response --|-- response --|
     tokens     p p p s p p . . . . .  c c c c c . .  r r r r . . .
     segments   1 1 1 1 2 2 0 0 0 0 0  1 1 1 2 2 0 0  1 1 2 2 0 0 0
     branch     0 0 0 0 0 0 0 0 0 0 0  1 1 1 1 1 0 0  2 2 2 2 0 0 0
 
-Both responses take their positions from the end of their own prefix, and a query sees an earlier
-slot of its segment when that slot is shared or of its own branch.
+The positions of both responses continue from the end of their own prefix. A query attends to an
+earlier slot of its segment if that slot is shared or in its own branch.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ _SIZE_FIELDS = tuple(field.name for field in dataclasses.fields(Size))
 class Budget:
     """The static shape of one row. `response` is 0 for supervised rows; drawn at the top.
 
-    `frame_patches` is a promise, not a size: no frame pair of the row has more patches, so that
-    attention inside frames may be local. None promises nothing.
+    `frame_patches` is an upper bound of the patches of a frame pair, which allows local attention
+    inside frames. None means no bound.
     """
 
     length: int
@@ -53,7 +53,7 @@ class Budget:
 
     @property
     def views(self) -> int:
-        """In how many views the reference's log-probs come; supervised rows have none."""
+        """Number of views of the reference log-probs; 0 for supervised rows."""
         return len(VIEWS) if self.response else 0
 
     patch_features = media.PATCH_FEATURES
@@ -62,7 +62,7 @@ class Budget:
 
     @property
     def limits(self) -> Int[np.ndarray, " D"]:
-        """The most that the examples of a row may ask for together, in the order of `Size`."""
+        """The limits for the sum of the sizes of a row's examples, in the order of `Size`."""
         response = (self.response, self.response)
         return np.array([self.length, *response, self.patches, self.chunks, self.targets])
 
@@ -96,7 +96,7 @@ def _place_vision(row: batch.Vision[np.ndarray], cursor: Size, example: Example)
     patches = slice(cursor.patches, cursor.patches + len(example.patches))
     row.patches[patches] = example.patches
     row.hw[patches] = example.layout.hw
-    # Ids only have to differ between neighbours in the row: offset by what came before.
+    # Ids of different clips in the row must differ, so they are offset by the largest one so far.
     row.window[patches] = example.layout.window + row.window.max()
     row.frame[patches] = example.layout.frame + row.frame.max()
 
@@ -132,7 +132,7 @@ def _place_text(
         text.positions[:, slots] = prompt.next_position + places
         here = slice(target, target + n)
         targets.tokens[here] = tokens
-        # The first token of a branch is predicted by the last slot before the branching.
+        # The first token of a branch is predicted from the last slot before the branches.
         targets.source[here] = [run.source, *range(run.slot, run.slot + n - 1)] if n else []
         targets.section[here] = run.response.sections[run.first : run.last]
         targets.segment[here] = segment
@@ -158,7 +158,7 @@ class _Run:
 
 
 def _runs(example: Example, cursor: Size, budget: Budget, stop: int) -> list[_Run]:
-    """Where the responses of an example stand whose prompt ends before slot `stop`."""
+    """The slots of the responses of an example whose prompt ends before slot `stop`."""
     if len(example.responses) < 2:
         return [
             _Run(branch=Branch.SHARED, slot=stop, source=stop - 1, response=response)

@@ -14,10 +14,10 @@ REQUIRED = ("clip_id", "chosen", "rejected")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one clip; `chosen` weighs all modalities, one of them dominates `rejected`.
+    """Two answers to one clip: `chosen` weighs all modalities, `rejected` follows a single one.
 
-    `withheld` is the modality that `rejected` was given without, "" if unknown; `kappa` in 0.0..1.0
-    is how strongly the modalities disagree, None to take it from the record.
+    `withheld` is the modality without which `rejected` was generated, "" if unknown. `kappa` in
+    0.0..1.0 is how strongly the modalities disagree; None means the record's label.
     """
 
     clip_id: str
@@ -28,13 +28,13 @@ class Pair:
 
     @property
     def key(self) -> bytes:
-        """Sixteen bytes that no other pair has: under them its reference log-probs are kept."""
+        """Sixteen bytes that identify the pair; its reference log-probs are stored under them."""
         parts = "\0".join((self.clip_id, self.chosen, self.rejected))
         return hashlib.blake2b(parts.encode(), digest_size=16).digest()
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Reads pairs.jsonl as `python -m data_prep.preferences` leaves it; other keys are for people.
+    """Reads pairs.jsonl as `python -m data_prep.preferences` writes it; other keys are ignored.
 
     `path` is the file or its folder. Raises FileNotFoundError, or ValueError naming the line.
     """

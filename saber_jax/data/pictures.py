@@ -18,14 +18,14 @@ from saber_jax.data.sampling import (
 )
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Suffixes of the files that `decode_image` is for."""
+"""Suffixes of the files that `decode_image` reads."""
 
 
 def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1 H W 3"]:
-    """A picture as the frames of a still-image record, resized as the released processor does.
+    """A picture as the single frame of a record, resized as by the released processor.
 
-    It stands upright as its EXIF says, what is transparent becomes white, and 16 bits of grey
-    become 8. Of an animation or of several pages the first is taken. Raises MediaError.
+    It is rotated according to its EXIF data, transparent pixels become white, and 16-bit greyscale
+    is scaled to 8 bits. Only the first picture or page of a file is used. Raises MediaError.
     """
     name = Path(path).name
     try:
@@ -40,33 +40,33 @@ def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1
         raise
     except Image.DecompressionBombError as error:
         raise MediaError("too_large", f"{name}: {error}") from error
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them into.
+    except Exception as error:  # Pillow's decoders raise exceptions of any type for damaged files.
         raise MediaError("unreadable", f"{name}: {type(error).__name__}: {error}") from error
     most = IMAGE_MAX_PIXELS if mode == "exact" else RELEASE_IMAGE_MAX_PIXELS
     height, width = media.smart_resize(picture.height, picture.width, IMAGE_MIN_PIXELS, most)
-    # Pillow itself, because it rounds between its two passes: no other resize gives these pixels.
+    # Pillow rounds between its two passes, so only Pillow gives exactly these pixels.
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
 
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # Damaged EXIF says nothing about the picture, which is whole.
+    except Exception:  # A picture with damaged EXIF data is used as it is.
         return picture
 
 
 def _rgb(picture: Image.Image, stored: object) -> Image.Image:
     """`stored` is Pillow's name for the layout of the pixels in the file, such as "L;2"."""
-    clear = picture.info.get("transparency")  # Of a PNG without alpha: the colour that is none.
+    clear = picture.info.get("transparency")  # The transparent colour of a PNG without alpha.
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 bit")
-    if picture.mode.startswith("I"):  # Pillow itself would cut everything above 255.
+    if picture.mode.startswith("I"):  # Pillow's own conversion would clip at 255.
         grey = np.asarray(picture).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"its grey reaches {grey.max()}; save it as 8 or 16 bit")
         eight = np.where(grey == clear, 255, (grey + 128) // 257).astype(np.uint8)
         return Image.fromarray(eight).convert("RGB")
-    if clear is not None and stored == "RGB;16B":  # Pillow keeps 8 of the 16 bits to compare.
+    if clear is not None and stored == "RGB;16B":  # Pillow keeps only 8 of the 16 bits.
         raise ValueError("one of its colours of 16 bits is transparent; save it with alpha")
     if clear is not None and stored in ("L;2", "L;4"):  # Pillow stretches the pixels alone.
         picture.info["transparency"] = clear * (255 // (2 ** int(stored[-1]) - 1))

@@ -1,9 +1,9 @@
-"""Which examples share a row: all of a row's budgets are filled together, by looking ahead.
+"""Plans which examples share a row, so that all budgets of a row are well filled.
 
 Examples are planned in windows of the shuffled order. In a window, the example that is hardest to
-place opens a row, and the waiting examples are searched for those that leave least of the row
-unused. What a window leaves over is the start of the next one. A plan is a pure function of (sizes,
-budget, seed). With what was left over it can be entered at any window: see `Plan.position`.
+place opens a row, and the row is completed with the waiting examples that leave least of it unused.
+Examples that are left over move to the next window. A plan is a pure function of (sizes, budget,
+seed). It can be resumed at any window if the left-over examples are known: see `Plan.position`.
 """
 
 import dataclasses
@@ -28,22 +28,21 @@ WINDOW = 4096
 """Examples that are planned together."""
 
 CARRIED = 1024
-"""This many examples are left to the next window of an epoch. Rows made of the last ones, with
-little to choose from, would be a fifth emptier than the others."""
+"""The last CARRIED examples of a window move to the next window of the epoch. Rows made of these
+alone, with few to choose from, would be a fifth emptier than the others."""
 
 CANDIDATES = 128
-"""How many of the waiting examples are tried in pairs, as the last two of a row."""
+"""Number of waiting examples that are tried in pairs as the last two of a row."""
 
 ENOUGH = 0.01
-"""A row that wastes no more than this is not searched for a better one."""
+"""The search for a better row stops if a row wastes no more than this."""
 
 SWITCHES = (2.2, 1.5)
-"""A row takes one example at a time while it has room for more average examples than this; then it
-takes the best two together. Each value is tried, from left to right."""
+"""Examples are added to a row one at a time while it has room for more average examples than this;
+then the best two are added together. Each value is tried, from left to right."""
 
 TEXT_WORTH = 8.0
-"""A full text budget counts as much as this many full media budgets, because a text slot costs the
-most to compute."""
+"""Weight of the text budget relative to a media budget: a text slot costs the most to compute."""
 
 
 def plan_rows(
@@ -77,19 +76,19 @@ def _refuse_too_large(
 
 
 def fits(sizes: Int[np.ndarray, "N D"], budget: Budget) -> Bool[np.ndarray, " N"]:
-    """Which examples a row of their own would hold."""
+    """Whether each example fits into an empty row."""
     return np.all(sizes <= budget.limits, axis=1)
 
 
 def _windows(order: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " m"]]:
-    """Of nearly equal length, so that none is left with a few examples and poor rows."""
+    """Windows of nearly equal length, so that none has few examples and badly filled rows."""
     return np.array_split(order, max(1, round(len(order) / WINDOW)))
 
 
 def _plan_window(
     sizes: Int[np.ndarray, "N D"], ids: Int[np.ndarray, " n"], budget: Budget, *, last: bool
 ) -> tuple[list[list[int]], Int[np.ndarray, " c"]]:
-    """Rows of `ids`, all of which fit into a row, and what of them is carried on."""
+    """Rows of `ids`, each of which fits into a row, and the examples that are carried over."""
     waiting = _Waiting(sizes[ids], budget)
     waits, rows = np.ones(len(ids), bool), []
     while waits.sum() > (0 if last else CARRIED) and (row := waiting.best_row()) is not None:
@@ -120,7 +119,7 @@ class _Waiting:
         self._waits = np.ones(len(sizes), bool)
 
     def best_row(self) -> list[int] | None:
-        """The hardest example and its best company; None when nothing is left."""
+        """A row that starts with the hardest waiting example; None if none is waiting."""
         if not self._waits.any():
             return None
         best, best_worth = [], -1.0
@@ -144,7 +143,7 @@ class _Waiting:
         self._waits = np.ones(len(self._rank), bool)
 
     def _row(self, switch: float) -> tuple[list[int], bool]:
-        """A row, and whether any other switch would have made the same."""
+        """A row, and whether every other switch would give the same row."""
         first = int(self._waits.argmax())
         row, same = [first], True
         free = self._limits - self._sizes[:, first]
@@ -169,7 +168,7 @@ class _Waiting:
     def _leaving_average(
         self, waits: Bool[np.ndarray, " n"], room: Float[np.ndarray, " D"], others: int
     ) -> int:
-        """The example that leaves the room nearest to what `others` average examples take."""
+        """The example that leaves room closest to what `others` average examples need."""
         want = (room - others * self._mean).astype(np.float32)
         distance = np.square(self._share - want[:, None]).sum(0)
         return int(np.where(waits, distance, np.inf).argmin())
@@ -182,7 +181,7 @@ class _Waiting:
         candidates = np.flatnonzero(waits)
         if len(candidates) < 2 or most < 2:
             return [single]
-        if len(candidates) > CANDIDATES:  # Of every size: they are sorted by it.
+        if len(candidates) > CANDIDATES:  # Candidates are sorted by size; take some of every size.
             candidates = candidates[_spread(len(candidates))]
         worth = self._worth[candidates]
         both = np.add.outer(worth, worth)
@@ -197,12 +196,12 @@ class _Waiting:
 
 @functools.cache
 def _spread(count: int) -> Int[np.ndarray, " c"]:
-    """CANDIDATES of `count` indices, evenly."""
+    """CANDIDATES of `count` indices, evenly spaced."""
     return np.linspace(0, count - 1, CANDIDATES).astype(int)
 
 
 def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
-    """How much a full budget of each kind counts. Targets count nothing: they follow the text."""
+    """The weight of each full budget. Targets have none, because they follow the text."""
     text = TEXT_WORTH / budget.slots
     of = {"text": text * budget.length, "patches": 1.0, "chunks": 1.0, "targets": 0.0}
     of |= dict.fromkeys(("chosen", "rejected"), text * budget.response)
@@ -211,8 +210,8 @@ def _worth(budget: Budget) -> Float[np.ndarray, " D"]:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a plan can be entered: the first row of a window, and the examples that the window
-    before it left over."""
+    """A point where a plan can be resumed: the first row of a window, and the examples that were
+    carried over to it."""
 
     row: int = 0
     epoch: int = 0
@@ -221,10 +220,10 @@ class Position:
 
 
 class Plan:
-    """Which examples share row r of an endless stream of rows; every epoch is shuffled anew.
+    """The examples of each row of an endless stream of rows; every epoch is shuffled again.
 
-    Every epoch visits the records that `draw` names, each under a request that `mixture` draws
-    anew; without a mixture it is the first. Rows are planned when asked for, a window at a time.
+    Every epoch visits the records that `draw` selects, each with a request that `mixture` draws;
+    without a mixture it is the first. Rows are planned lazily, one window at a time.
     """
 
     def __init__(
@@ -237,7 +236,7 @@ class Plan:
         draw: Callable[[int], Int[np.ndarray, " M"]] | None = None,
         step: StepSize | None = None,
     ):
-        """`draw` says which records an epoch visits, by default all.
+        """`draw` selects the records that an epoch visits, by default all.
 
         With a `step` every `step.rows` rows hold `step.examples` examples; some may be empty.
         """
@@ -263,22 +262,23 @@ class Plan:
         return rows[index - position.row]
 
     def rows(self, count: int) -> "PlannedRows":
-        """The first `count` rows, planned when asked for."""
+        """The first `count` rows, planned lazily."""
         return PlannedRows(self, count)
 
     def position(self, index: int) -> Position:
-        """Where a plan of the same arguments can be `entered` to give row `index` at once."""
+        """The position at which a plan with the same arguments can be `entered` to get row `index`
+        without planning earlier windows."""
         return self._window_of(index)[0]
 
     def begun(self, row: int) -> Int[np.ndarray, " n"]:
-        """Examples in those rows before `row` that are of its epoch, by number."""
+        """The examples in earlier rows of the epoch of `row`."""
         at, rows = self._window_of(row)
         seen = [*self._windows(at.epoch)[: at.window], *rows[: row - at.row]]
         counts = sum(self._counted(ids) for ids in seen) - self._counted(at.carried)
         return np.repeat(np.arange(len(self.sizes)), counts)
 
     def entered(self, position: Position) -> "Plan":
-        """The same plan from `position` on; rows before it are out of reach."""
+        """The same plan from `position` on; earlier rows are not available."""
         other = Plan.__new__(Plan)
         other.__setstate__(self.__getstate__() | {"_planned": [], "_next": position})
         return other
@@ -288,12 +288,12 @@ class Plan:
         return plan_rows(self.sizes, np.asarray(indices, np.int64), self.budget)
 
     def fill(self) -> dict[str, float]:
-        """Share of each budget that carries data, over the first window."""
+        """Share of each budget that is used, over the first window."""
         _, rows = self._window_of(self._planned[0][0].row if self._planned else self._next.row)
         return fill(self.sizes, rows, self.budget)
 
     def fingerprint(self) -> str:
-        """Changes with anything that would change a batch's composition."""
+        """Changes with anything that affects which examples share a row."""
         settings = (self.budget, self._seed, WINDOW, CARRIED)
         if self._step is not None:
             settings = (*settings, self._step)
@@ -319,7 +319,7 @@ class Plan:
         ids = np.concatenate([np.asarray(at.carried, np.int64), windows[at.window]])
         _refuse_too_large(self.sizes, ids, self.budget)
         rows, carried = _plan_window(self.sizes, ids, self.budget, last=last)
-        # Rows come out hardest first; a batch should not be all long clips.
+        # Rows are planned hardest first; without a shuffle, a batch would have only long clips.
         shuffle = np.random.default_rng([self._seed, at.epoch, at.window]).permutation(len(rows))
         rows = [rows[i] for i in shuffle]
         if self._step is not None:
@@ -369,7 +369,7 @@ class PlannedRows(Sequence[list[int]]):
             self._plan.row(self._count - 1)
 
     def position(self, index: int) -> Position:
-        """See `Plan.position`; `index` may lie behind the end."""
+        """See `Plan.position`; `index` may be beyond the last row."""
         return self._plan.position(index)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -379,7 +379,7 @@ class PlannedRows(Sequence[list[int]]):
 def fill(
     sizes: Int[np.ndarray, "N D"], rows: Sequence[Sequence[int]], budget: Budget
 ) -> dict[str, float]:
-    """Share of each budget that carries data: 1.0 is a batch without padding."""
+    """Share of each budget that is used: 1.0 is a batch without padding."""
     ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
     total = dict(zip(SIZE_NAMES, sizes[ids].sum(0) / len(rows), strict=True))
     slots = total["text"] + total["chosen"] + total["rejected"]

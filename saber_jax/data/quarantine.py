@@ -1,12 +1,12 @@
-"""What is left out of training: counted, named in quarantine.jsonl, and limited.
+"""The list of examples that are left out of training, quarantine.jsonl, and its limit.
 
     {"index": 1207, "clip_id": "dia3_utt2", "file": "1.0.0/*-train.*-00002-of-00008[17]",
      "reason": "too_large", "detail": "text 5120 > 4096"}
 
-An example is left out before training when its record is damaged or a row cannot hold it. Every
-process finds the same ones, so they are in no plan. A record that turns out to be bad while
+An example is left out before training if its record is damaged or it does not fit into a row. Every
+process finds the same ones, and they are not planned. A record that turns out to be bad during
 training leaves an empty segment in its row: no shape depends on it, so no process waits for
-another. At the end of that step all processes exchange what they left out.
+another. At the end of that step, all processes exchange the names of what they left out.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class TooManyBadError(ValueError):
 
 
 class Quarantine:
-    """The list in `path`, which only the process with `writes` touches."""
+    """The list of left-out examples, stored in `path` by the process with `writes`."""
 
     def __init__(self, path: Path, *, total: int, limit: float, writes: bool):
         """`limit` is the most that may be left out, as a share of `total` examples."""
@@ -53,7 +53,7 @@ class Quarantine:
         return sorted(self._entries)
 
     def recall(self, indices: Iterable[int]) -> None:
-        """Leaves out what the run, before it was resumed, had left out: `indices` of examples."""
+        """Leaves out the examples `indices` that were left out before the run was resumed."""
         known = read_jsonl(self._path) if self._path.exists() else []
         entries = {row["index"]: Entry(**row) for row in known}
         for index in indices:
@@ -61,12 +61,12 @@ class Quarantine:
             self._entries[index] = entries.get(index, lost)
 
     def note(self, entries: Iterable[Entry]) -> None:
-        """Takes over what is left out already, whatever the limit."""
+        """Adds entries without checking the limit."""
         for entry in entries:
             self._entries[entry.index] = entry
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Raises TooManyBadError past the limit, after everything is on the disk."""
+        """Adds entries and writes the list; raises TooManyBadError if there are too many then."""
         before = len(self._entries)
         for entry in entries:
             self._entries.setdefault(entry.index, entry)

@@ -44,10 +44,10 @@ LABELS = ("emotion", "face", "voice", "words", "conflict_type", "kappa", "speake
 
 
 class BadRecordError(ValueError):
-    """A record that cannot be used, whoever reads it and how often: damaged, or against its schema.
+    """A record that is damaged or violates its schema, so that reading it again will not help.
 
-    Training leaves such records out, counted and named (data/quarantine.py). Any other exception is
-    taken for a fault of the program and ends it.
+    Training leaves such records out and lists them (data/quarantine.py). Any other exception counts
+    as an error of the code and ends the run.
     """
 
 
@@ -56,12 +56,12 @@ class Record:
     """One clip: frames, 16 kHz mono sound, and what is said about them.
 
     T is even, 1 for a still image, 0 without any; H and W are multiples of 28. `seconds_per_grid`
-    is the time between two frame pairs. `audio_in_video` weaves the sound into the video instead of
-    putting it behind, as use_audio_in_video does in transformers. `annotation` maps FIELDS to text,
-    `labels` some of LABELS to text, `provenance` says which file and settings the clip came from.
-    `question` is asked instead of the usual request; it is not stored on disk. A record of another
-    task brings a conversation of its own instead of an annotation: `messages`, each with "role" and
-    "content", in which <video>, <audio> and <image> stand for the clip's media, and the `answer`.
+    is the time between two frame pairs. With `audio_in_video` the sound is interleaved with the
+    video instead of following it, as with use_audio_in_video in transformers. `annotation` maps
+    FIELDS to text and `labels` some of LABELS to text. `provenance` describes the source file and
+    the settings. `question` replaces the usual request; it is not stored on disk. A record of
+    another task has a conversation instead of an annotation: `messages` with "role" and "content",
+    in which <video>, <audio> and <image> stand for the clip's media, and the `answer`.
     """
 
     clip_id: str
@@ -85,7 +85,7 @@ def to_example(record: Record) -> dict[str, Any]:
         "language": record.language.encode(),
         "frames": np.ascontiguousarray(record.frames).tobytes(),
         "frames_shape": np.asarray(record.frames.shape[:3], np.int32),
-        # Not float32: woven sound is cut at float64 times, see tmrope.woven.
+        # Not float32: interleaved sound is cut at float64 times, see tmrope.woven.
         "seconds_per_grid": np.float64(record.seconds_per_grid),
         "audio": np.asarray(record.audio, "<i2").tobytes(),
         "annotation": _json(record.annotation),
@@ -123,10 +123,10 @@ ClipSize = tuple[str, str, int, int, int, int, float]
 """(clip_id, language, T, H, W, audio_samples, seconds_per_grid)."""
 
 CHECKSUMS = "SHA256SUMS"
-"""Beside the shards; `sha256sum --check SHA256SUMS` there says whether a copy is whole."""
+"""File next to the shards; `sha256sum --check SHA256SUMS` verifies a copy of them."""
 
 ATTEMPTS = 3
-"""Reads of a record before its storage is believed to be broken."""
+"""Number of attempts to read a record before an error is raised."""
 
 
 class RecordSource:
@@ -150,7 +150,7 @@ class RecordSource:
         return sum(self._shards)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadRecordError when what is stored is not a record."""
+        """Raises BadRecordError if the stored bytes are not a valid record."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Record {index} of {len(self)} in split {self.split!r}.")
         index = int(index) % len(self)
@@ -161,16 +161,16 @@ class RecordSource:
             raise BadRecordError(f"{self.where(index)} cannot be read: {detail}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind; every process opens its own."""
+        """Excludes open files; every process opens its own."""
         keep = ("path", "split", "directory", "_shards", "_warned")
         return {name: self.__dict__[name] for name in keep}
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes when other records are put in the place of these, at the cost of no record.
+        """Changes if the records are replaced by others; reads no record.
 
-        From the names and sizes of the files and the checksums that the build left beside them; of
-        records without checksums, from the first and last MiB of every file.
+        Computed from the names, sizes and stored checksums of the files; for records without
+        checksums, from the first and last MiB of every file.
         """
         summed = (self.directory / CHECKSUMS).exists()
         sizes = [
@@ -195,10 +195,10 @@ class RecordSource:
         return self._positions[clip_id]
 
     def outline(self, index: int) -> Record:
-        """The record with media of the right shapes and no content, at the cost of its text.
+        """The record with media of the right shapes but without content, which is cheap to read.
 
-        From the file that `write_outlines` left beside the records, or else from the record itself.
-        Raises BadRecordError as reading the record does.
+        It is read from the file that `write_outlines` wrote, or else from the record itself. Raises
+        BadRecordError as reading the record does.
         """
         outlines = self._outlines
         if outlines is None:
@@ -207,13 +207,13 @@ class RecordSource:
             return _from_outline(outlines[index])
         except BadRecordError:
             raise
-        except Exception as error:  # Whatever a damaged file makes its reader raise.
+        except Exception as error:  # Readers raise exceptions of any type for a damaged file.
             self._read_records_instead(error)
             return self[index]
 
     @functools.cached_property
     def sizes(self) -> list[ClipSize]:
-        """What generation needs to make room for every record."""
+        """The sizes of all clips, from which generation computes its buffers."""
         return [clip_size(self.outline(index)) for index in range(len(self))]
 
     @functools.cached_property
@@ -244,7 +244,7 @@ class RecordSource:
         return outlines
 
     def _read_records_instead(self, error: Exception) -> None:
-        """Says so, once a process: it is right, and much slower than reading outlines."""
+        """Warns once per process that records are read instead of outlines, which is slower."""
         if not self._warned:
             self._warned = True
             logging.warning(
@@ -258,7 +258,7 @@ class RecordSource:
         for attempt in range(ATTEMPTS):
             try:
                 return self._source[index]
-            except OSError:  # Network storage has moments; a damaged record raises other errors.
+            except OSError:  # A temporary storage error; damaged records raise other exceptions.
                 if attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(2**attempt)
@@ -275,14 +275,14 @@ class RecordSource:
 
 
 def clip_size(record: Record) -> ClipSize:
-    """What packing needs to know about a record."""
+    """The sizes of a record's media, as needed for packing."""
     shape = record.frames.shape[:3]
     clip = (record.clip_id, record.language)
     return (*clip, *shape, len(record.audio), record.seconds_per_grid)
 
 
 def _from_outline(stored: bytes) -> Record:
-    """Raises BadRecordError where the record is known to be bad, anything else for damage."""
+    """Raises BadRecordError if the record is known to be bad, other exceptions for damage."""
     fields = json.loads(stored)
     if "bad" in fields:
         raise BadRecordError(fields["bad"])
@@ -298,9 +298,9 @@ def outlines_file(directory: Path, split: str) -> Path:
 
 
 def write_outlines(source: RecordSource, *, workers: int = 1) -> int:
-    """Writes what `RecordSource.outline` reads, in one pass over the split; returns the bad ones.
+    """Writes the outlines of a split in one pass; returns the number of bad records.
 
-    A million clips are then planned without reading a pixel. `workers` processes read.
+    With them, a million clips can be planned without reading a pixel. `workers` processes read.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

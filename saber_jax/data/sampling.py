@@ -1,4 +1,4 @@
-"""What is kept of a clip, and the names of the reasons for which a file gives none."""
+"""Settings of frame sampling, and the reasons why a file cannot be used."""
 
 import dataclasses
 from typing import Literal
@@ -37,7 +37,7 @@ REASONS = {
 
 
 class MediaError(ValueError):
-    """A file that gives no clip. `reason` is a key of REASONS, `detail` says what was found."""
+    """A media file that cannot be used. `reason` is a key of REASONS, `detail` says more."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{REASONS[reason]}: {detail}")
@@ -58,12 +58,12 @@ def check_shape(name: str, height: int, width: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which frames and how many pixels to keep, and whether to weave the sound into the video.
+    """Which frames and how many pixels to keep, and whether to interleave the sound with the video.
 
-    Mode "exact" goes by timestamps, honours every limit and measures the seconds between frame
-    pairs. Mode "saber_release" repeats what produced the published SABER results: frames are
-    counted as if each lasted equally long, holes in the sound are closed, a `max_pixels` below
-    1.05 * `min_pixels` has no effect, and the seconds are always 1.0.
+    Mode "exact" uses timestamps, applies every limit and measures the seconds between frame pairs.
+    Mode "saber_release" reproduces the published SABER scripts: frames are counted as if they were
+    evenly spaced, gaps in the sound are removed, a `max_pixels` below 1.05 * `min_pixels` has no
+    effect, and the seconds are always 1.0.
     """
 
     mode: Mode = "exact"

@@ -1,4 +1,4 @@
-"""Structured Evidence Decomposition: the six-section target, the prompt, and reading answers back.
+"""Structured evidence decomposition: the six-section target, the prompt, and parsing of answers.
 
 A target lists what is seen, then what is heard, then the reasoning, each under its own heading:
 
@@ -28,7 +28,7 @@ TITLES = {
     "speech_content": "Words",
     "sentiment_analysis": "Reasoning",
 }
-"""Of the sections, for people who look at answers."""
+"""Titles of the sections, for display."""
 
 _WORDS = {
     "happy": "开心",
@@ -44,7 +44,7 @@ _WORDS = {
     "worried": "担忧",
 }
 EMOTIONS = tuple(_WORDS)
-"""What an answer may conclude: SABER's seven, and what other corpora label besides."""
+"""The emotions that an answer may conclude: SABER's seven, and those that other corpora label."""
 _LEXICON = {
     "en": {word: word for word in EMOTIONS},
     "zh": {word: emotion for emotion, word in _WORDS.items()},
@@ -99,7 +99,7 @@ def prompt(language: str) -> tuple[str, str]:
 
 
 def spelled_out(language: str) -> str:
-    """The request for a model that was not trained on SED: it names the headings and emotions."""
+    """The request for a model without SED training, which lists the headings and emotions."""
     return _SPELLED_OUT[_known(language)].format(
         headings=" ".join(map(heading, FIELDS)),
         emotions=(", " if language == "en" else "、").join(_LEXICON[language]),
@@ -109,7 +109,7 @@ def spelled_out(language: str) -> str:
 def messages(
     language: str, shown: Sequence[chat.Media], instruction: str | None = None
 ) -> list[chat.Message]:
-    """The conversation up to the answer: the system message, then the media and the instruction.
+    """The conversation before the answer: system message, media and instruction.
 
     `instruction` defaults to the one of `prompt`; `saber_jax.data.tasks` has others.
     """
@@ -123,16 +123,16 @@ def messages(
 def prompt_text(
     language: str, has_video: bool, has_audio: bool, instruction: str | None = None
 ) -> str:
-    """The whole chat up to where the answer starts, placeholders not yet expanded."""
+    """The chat up to the start of the answer, with placeholders that are not expanded yet."""
     shown: list[chat.Media] = [chat.Video(grid=(1, 2, 2), seconds_per_grid=1.0)] * has_video
     shown += [chat.Audio(frames=3)] * has_audio
     return chat.render(messages(language, shown, instruction))
 
 
 def parse_response(text: str) -> dict[str, str]:
-    """Sections of a generated answer; "" for a missing one, the first wins if repeated.
+    """Sections of a generated answer: "" for a missing one, the first of repeated ones.
 
-    Tolerates any order, text before the first heading and special tokens at the end.
+    Accepts any order, text before the first heading and special tokens at the end.
     """
     sections = dict.fromkeys(FIELDS, "")
     text = re.sub(r"<\|(?:im_end|endoftext)\|>.*", "", text, flags=re.DOTALL)
@@ -144,7 +144,7 @@ def parse_response(text: str) -> dict[str, str]:
 
 
 def conclusion(text: str, language: str | None = None) -> str | None:
-    """The emotion an answer ends on: the last known word of its sentiment_analysis section.
+    """The emotion that an answer concludes: the last known emotion word of sentiment_analysis.
 
     Returns one of EMOTIONS, or None if the section is missing or names none of them. `language`
     restricts the lexicon to "en" or "zh"; by default both are searched.
@@ -159,7 +159,7 @@ def conclusion(text: str, language: str | None = None) -> str | None:
 def section_of_tokens(
     tokenizer: Tokenizer, text: str
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Token ids of a target plus <|im_end|>, and each one's section 1..6 in FIELDS order.
+    """Token ids of a target plus <|im_end|>, and the section of each, 1..6 in FIELDS order.
 
     A heading and the line break after a section belong to that section, <|im_end|> to the last one.
     Text before the first heading counts as section 1; without any heading, <|im_end|> is section 6.
@@ -188,7 +188,7 @@ def encode_prompt(
     shown: Sequence[chat.Media],
     instruction: str | None = None,
 ) -> chat.Prompt:
-    """The prompt of one clip, whose pictures and sound are `shown` in this order."""
+    """The encoded prompt of one clip with the media `shown`, in this order."""
     return chat.encode(tokenizer, messages(language, shown, instruction))
 
 

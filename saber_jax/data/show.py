@@ -1,4 +1,4 @@
-"""Draws one record for a person: its fields, frames, sound, and the exact tokens it becomes.
+"""Shows one record as a page: its fields, frames, sound, and the exact tokens that it becomes.
 
 python -m saber_jax.data.show RECORDS [--split train] [--index 0 | --clip ID] [--out record]
 """
@@ -28,7 +28,7 @@ KINDS = {chat.TEXT: "text", chat.VISION: "video", chat.AUDIO: "audio"}
 
 
 def contact_sheet(record: Record) -> Image.Image | None:
-    """All frames, in reading order; None without any."""
+    """All frames in one picture, in reading order; None without frames."""
     if not len(record.frames):
         return None
     height, width = record.frames.shape[1:3]
@@ -43,7 +43,7 @@ def contact_sheet(record: Record) -> Image.Image | None:
 
 
 def waveform(record: Record) -> Image.Image | None:
-    """Least and greatest sample of every column of pixels; None without sound."""
+    """Picture of the minimum and maximum sample per column; None without sound."""
     if not len(record.audio):
         return None
     width, height = PLOT
@@ -60,10 +60,10 @@ def waveform(record: Record) -> Image.Image | None:
 
 
 def layout(record: Record, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Runs of slots of the packed row: what stands there, its segment, positions and loss weight.
+    """The slots of the packed row: tokens, segment, positions and loss weight.
 
-    The row is made by `pack_rows`, as training makes it, so what is shown is what is trained on.
-    Text is one line a token, media one line a run.
+    The row is made by `pack_rows`, so it shows exactly what training uses. Text has one line per
+    token, media one line per run of tokens.
     """
     example = encode_record(record, tokenizer)
     size = size_of(example)
@@ -110,7 +110,7 @@ def layout(record: Record, tokenizer: Tokenizer) -> list[dict[str, str]]:
 
 
 def facts(record: Record) -> dict[str, str]:
-    """Every field but the media's content."""
+    """Every field of the record except the contents of its media."""
     frames = " x ".join(map(str, record.frames.shape[:3]))
     values = {
         "clip_id": record.clip_id,
@@ -127,7 +127,7 @@ def facts(record: Record) -> dict[str, str]:
 
 
 def write(record: Record, tokenizer: Tokenizer, out: Path) -> None:
-    """OUT/record.txt, frames.png, waveform.png, and record.html, which shows and plays it all."""
+    """Writes OUT/record.txt, frames.png, waveform.png, and record.html, which has everything."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"frames.png": contact_sheet(record), "waveform.png": waveform(record)}
     for name, picture in pictures.items():
@@ -152,7 +152,7 @@ def _page(
     runs: list[dict[str, str]],
     pictures: Mapping[str, Image.Image | None],
 ) -> str:
-    """One page that needs no other file."""
+    """A self-contained HTML page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""How large every example is, and which of them fit: from outlines, before any pixel is read."""
+"""Computes the sizes of all examples from outlines, and selects those that fit into a row."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -20,14 +20,14 @@ from saber_jax.data.records import BadRecordError
 from saber_jax.runs.files import replacing
 
 BAD = -1
-"""Stands for every size of an example whose record cannot be used."""
+"""The value of all sizes of an example whose record cannot be used."""
 
 LEAST_PAIRS = 2
 """A thinned clip keeps at least this many frame pairs, as sampling keeps at least four frames."""
 
 
 class Measured(Protocol):
-    """What `measure` needs to know about examples; `encoded.Examples` is that."""
+    """The part of `encoded.Examples` that `measure` uses."""
 
     @property
     def requests(self) -> Sequence: ...
@@ -41,7 +41,7 @@ class Measured(Protocol):
 
 @dataclasses.dataclass
 class Measurements:
-    """Sizes of N examples under K requests; 0 where another process measures, as all are summed."""
+    """Sizes of N examples with K requests; 0 for those of other processes, so that they add up."""
 
     sizes: Int[np.ndarray, "K N D"]
     frame_pairs: Int[np.ndarray, " N"]
@@ -49,7 +49,7 @@ class Measurements:
 
     @property
     def frame_patches(self) -> Int[np.ndarray, " N"]:
-        """Of one frame pair; all pairs of a clip are of one size."""
+        """Patches of one frame pair; all pairs of a clip have the same size."""
         patches = self.sizes[..., SIZE_NAMES.index("patches")].max(0)
         return patches // np.maximum(self.frame_pairs, 1)
 
@@ -61,13 +61,13 @@ class Measurements:
 
 
 def save(path: Path, measurements: Measurements, fingerprint: str) -> None:
-    """Keeps measurements of the examples that have this `fingerprint`."""
+    """Stores the measurements under the `fingerprint` of the examples."""
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **vars(measurements), fingerprint=np.array(fingerprint))
 
 
 def load(path: Path, fingerprint: str) -> Measurements | None:
-    """What `save` kept, or None when that is nothing, damaged, or of other examples."""
+    """The stored measurements, or None if there are none, or damaged or other examples' ones."""
     if not path.exists():
         return None
     fields = [field.name for field in dataclasses.fields(Measurements)]
@@ -76,7 +76,7 @@ def load(path: Path, fingerprint: str) -> Measurements | None:
             if str(stored["fingerprint"]) == fingerprint:
                 return Measurements(**{name: stored[name] for name in fields})
         logging.info("%s is of other records or pairs; they are measured again.", path)
-    except Exception as error:  # A damaged zip makes its reader raise a dozen kinds.
+    except Exception as error:  # Reading a damaged zip raises many types of exceptions.
         logging.warning("%s is damaged (%s); the examples are measured again.", path, error)
     return None
 
@@ -151,11 +151,11 @@ def _measure_share(examples: Measured, indices: Sequence[int]) -> Measurements:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which examples take part in a run with one budget, and in which size.
+    """The examples that a run with one budget uses, and their sizes.
 
-    `frame_pairs` counts the pairs of frames that a clip keeps, `frame_patches` the patches of one
-    pair. `usable` numbers the examples that are neither bad nor, with fewer frames, still too
-    large; `thinned` those of them that keep fewer frames than they have.
+    `frame_pairs` is the number of frame pairs that a clip keeps, `frame_patches` the patches of one
+    pair. `usable` are the indices of examples that are not bad and fit into a row, if necessary
+    with fewer frames; `thinned` are those of them that keep fewer frames than they have.
     """
 
     sizes: Int[np.ndarray, "K N D"]
@@ -174,7 +174,7 @@ class Selection:
 
 
 def select(measured: Measurements, budget: Budget) -> Selection:
-    """Thins the frames of clips that a row cannot hold; sound and text are never cut."""
+    """Selects examples, with fewer frames for clips that are too large; sound and text stay."""
     sizes, pairs = measured.sizes.astype(np.int64), measured.frame_pairs
     text, patches = sizes[..., SIZE_NAMES.index("text")], sizes[..., SIZE_NAMES.index("patches")]
     frame_patches = measured.frame_patches

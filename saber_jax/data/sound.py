@@ -1,4 +1,4 @@
-"""A sound track as it is decoded: 16 kHz mono, every sample where its timestamp says."""
+"""Collects a decoded sound track as 16 kHz mono, with every sample at its timestamp."""
 
 import dataclasses
 import itertools
@@ -13,15 +13,15 @@ from jaxtyping import Float, Int16
 from saber_jax.data import media
 
 TOLERANCE = 0.02
-"""Seconds by which a timestamp may differ from the sample count before it is believed.
+"""Timestamps that differ from the sample count by less than this, in seconds, are ignored.
 
-Containers round timestamps, so small differences mean nothing; 20 ms are half an audio token.
+Containers round timestamps, so small differences have no meaning; 20 ms are half an audio token.
 """
 
 
 @dataclasses.dataclass
 class _Run:
-    """Samples without a hole between them, float32 in -1..1 at one rate, from `start` seconds."""
+    """Samples without a gap, float32 in -1..1 at one rate, starting at `start` seconds."""
 
     start: float
     rate: int
@@ -34,10 +34,10 @@ class _Run:
 
 
 class Track:
-    """Collects decoded frames and gives the sound.
+    """Collects decoded audio frames and returns the sound.
 
-    A hole in the timestamps and a change of rate begin a new run. At most `max_seconds` of sound
-    are held, counted from the first sample: what comes later is not kept.
+    A gap in the timestamps or a change of the sample rate begins a new run. Only the first
+    `max_seconds` of sound are kept.
     """
 
     def __init__(self, max_seconds: float):
@@ -59,7 +59,7 @@ class Track:
 
     @property
     def holes(self) -> int:
-        """Places where the timestamps leave out more than TOLERANCE."""
+        """Number of gaps of more than TOLERANCE in the timestamps."""
         pairs = itertools.pairwise(self._runs)
         return sum(after.start - before.end > TOLERANCE for before, after in pairs)
 
@@ -77,7 +77,7 @@ class Track:
             return
         if frame.pts is not None and self._guessed:
             self._guessed = False
-            if abs(time - expected) > TOLERANCE:  # What came first lies before zero.
+            if abs(time - expected) > TOLERANCE:  # The first samples are before time zero.
                 self._runs, last = [], None
         elif frame.pts is None and last is None:
             self._guessed = True
@@ -88,10 +88,10 @@ class Track:
         last.samples += sum(map(len, pieces))
 
     def _mono(self, frame: av.AudioFrame) -> list[Float[np.ndarray, " n"]]:
-        """The mean of all channels, as librosa has it."""
+        """The mean of all channels, as in librosa."""
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != self._format or self._resampler is None:
-            # Packed, because PyAV crashes on the planes of eight and more channels.
+            # In a packed format, because PyAV crashes for planar sound with eight or more channels.
             self._format, self._resampler = kind, av.AudioResampler(format="flt")
         channels = frame.layout.nb_channels
         parts = self._resampler.resample(frame)
@@ -100,8 +100,8 @@ class Track:
     def placed(self, start: Fraction | float) -> Int16[np.ndarray, " n"]:
         """The sound from `start` seconds on.
 
-        Holes are silent. Of what overlaps the later counts: for sound before its zero, a Matroska
-        file has no timestamps, and FFmpeg makes some up.
+        Gaps are silent. Later runs overwrite earlier ones that overlap: a Matroska file has no
+        timestamps for sound before zero, and FFmpeg invents some.
         """
         most = int(self._max_seconds * media.SAMPLE_RATE)
         sound, end = np.zeros(most, np.int16), 0
@@ -115,17 +115,17 @@ class Track:
         return sound[:end].copy()
 
     def joined(self) -> Int16[np.ndarray, " n"]:
-        """All samples one after another, whatever their timestamps say."""
+        """All samples one after another, ignoring timestamps."""
         heard = [resample(np.concatenate(run.pieces), run.rate) for run in self._runs]
         most = int(self._max_seconds * media.SAMPLE_RATE)
         return np.concatenate([np.zeros(0, np.int16), *heard])[:most]
 
 
 def resample(sound: Float[np.ndarray, " n"], rate: int) -> Int16[np.ndarray, " m"]:
-    """To 16 kHz by the resampler that librosa.load uses, on which the released model was trained.
+    """Resamples to 16 kHz with the resampler of librosa.load, with which the model was trained.
 
-    n samples become ceil(n * 16000 / rate), as there. FFmpeg's own resampler lets other frequencies
-    pass near 8 kHz: the highest mel bins change by up to 1.3.
+    n samples become ceil(n * 16000 / rate), as in librosa. FFmpeg's own resampler has another
+    response near 8 kHz, which changes the highest mel bins by up to 1.3.
     """
     if rate != media.SAMPLE_RATE:
         length = math.ceil(len(sound) * media.SAMPLE_RATE / rate)

@@ -1,4 +1,4 @@
-"""Several record directories as one, each drawn as often as its weight says."""
+"""Several record directories combined, each drawn in proportion to its weight."""
 
 import dataclasses
 import hashlib
@@ -44,10 +44,10 @@ class Weighted:
 class Sources:
     """Random access to the records of several sources, numbered one source after another.
 
-    An epoch has as many examples as there are records, and source k gets its weight's share of
-    them (see `Draw`). Each source is gone through in a shuffled order of its own, again and again,
-    across epochs: with half of its natural share a source is seen once in two epochs, with twice
-    its share twice in one.
+    An epoch has as many examples as there are records, and source k gets the share of its weight
+    (see `Draw`). Each source is visited in its own shuffled order, which continues across epochs:
+    with half of its natural share a source is visited once in two epochs, with twice its share
+    twice in one.
     """
 
     def __init__(self, sources: Sequence[RecordSource], weights: Sequence[float]):
@@ -73,7 +73,7 @@ class Sources:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any source's records and with their order, but not with the weights."""
+        """Changes with the records of the sources and the order of sources, not with weights."""
         parts = [source.fingerprint for source in self.sources]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -115,9 +115,9 @@ class Sources:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Which of the `usable` examples an epoch visits: a pure function of its number.
+    """Maps an epoch number to the `usable` examples that the epoch visits; a pure function.
 
-    `source_of[i]` is the source of usable example i, `shares` the part of an epoch that each
+    `source_of[i]` is the source of usable example i, `shares` the share of an epoch that each
     source gets.
     """
 
@@ -128,7 +128,7 @@ class Draw:
     seed: int
 
     def __call__(self, epoch: int) -> Int[np.ndarray, " M"]:
-        """Source by source, unshuffled."""
+        """The examples of an epoch, source by source, not shuffled."""
         return np.concatenate([self._of(k, epoch) for k in range(len(self.shares))])
 
     def counts(self, epoch: int) -> dict[str, int]:

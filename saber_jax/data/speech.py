@@ -1,4 +1,4 @@
-"""How far a transcript is from what was said: word errors, or character errors in Chinese."""
+"""Errors of a transcript: word errors, or character errors in Chinese."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ import unicodedata
 import jiwer
 
 UNITS = {"en": "word", "zh": "character"}
-"""What errors are counted in, by language."""
+"""The unit in which errors are counted, by language."""
 
 
 def words(text: str) -> list[str]:
@@ -25,9 +25,9 @@ def units(text: str, language: str) -> list[str]:
 
 
 def errors(reference: str, said: str, language: str) -> tuple[int, int]:
-    """(edits, units of the reference); without speech in the reference every unit said is an edit.
+    """(edits, number of units in the reference), in words or characters.
 
-    Edits are the fewest substitutions, insertions and deletions (Levenshtein).
+    Edits are the Levenshtein distance; with an empty reference every unit of `said` is one.
     """
     wanted, got = units(reference, language), units(said, language)
     if not wanted:

@@ -1,11 +1,11 @@
-"""What a clip is asked for: the six-section task, its parts, and the words of the request.
+"""Tasks of stage 1: all six sections or some of them, and several wordings of each request.
 
-A task is a choice of FIELDS, and its target lists them in SED order, so that evidence always stands
-before the reasoning. `sed` asks for all six; `visual` and `acoustic` for what is seen and what is
-heard; a field's own name asks for that field alone. Every task is worded in several ways in each
+A task is a set of FIELDS. Its target lists them in SED order, so that evidence always precedes the
+reasoning. `sed` asks for all six sections, `visual` and `acoustic` for what is seen and what is
+heard, and the name of a field asks for that field alone. Every task has several wordings in each
 language. The first wording of `sed` is the prompt of `saber_jax.data.sed`.
 
-Training draws a `Request` for every example of every epoch, see `Mixture`.
+Training draws a `Request` (task and wording) for every example of every epoch, see `Mixture`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 """Task name -> the sections of its target, in SED order."""
 
 WORDINGS = 4
-"""Ways in which every task can be asked for in each language."""
+"""Number of wordings of every task in each language."""
 
 _REQUESTS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
@@ -147,7 +147,7 @@ _REQUESTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One way of asking for one task; `wording` counts from 0 to WORDINGS - 1."""
+    """A task and the wording of its instruction, from 0 to WORDINGS - 1."""
 
     task: str = "sed"
     wording: int = 0
@@ -163,11 +163,11 @@ class Request:
 
     @property
     def sections(self) -> tuple[str, ...]:
-        """The FIELDS that the target holds, in SED order."""
+        """The FIELDS of the target, in SED order."""
         return TASKS[self.task]
 
     def instruction(self, language: str) -> str:
-        """The user's words, in "en" or "zh"."""
+        """The user's instruction in "en" or "zh"."""
         return _REQUESTS[language][self.task][self.wording]
 
 
@@ -184,8 +184,8 @@ def conversation(record: Record, task: str, wording: int = 0) -> tuple[str, str]
 class Mixture:
     """Draws a request for every example of every epoch: a pure function of (seed, epoch, example).
 
-    `weights` maps tasks to how often they are drawn, relative to each other; the first `wordings`
-    ways of asking are drawn alike. Raises ValueError for unknown tasks and impossible weights.
+    `weights` maps tasks to relative frequencies. The first `wordings` wordings of a task are drawn
+    with equal probability. Raises ValueError for unknown tasks and invalid weights.
     """
 
     def __init__(self, weights: Mapping[str, float], *, wordings: int = 1, seed: int = 0):
@@ -196,7 +196,7 @@ class Mixture:
                 f"Task weights must be positive numbers, got {dict(weights)}. Try {{'sed': 1.0}}."
             )
         drawn = {task: weight for task, weight in weights.items() if weight}
-        # Sorted, so that the order in which a config lists its tasks means nothing.
+        # Sorted, so that the order of tasks in a config does not matter.
         self.requests = tuple(
             Request(task=task, wording=wording)
             for task in sorted(drawn)
@@ -213,5 +213,5 @@ class Mixture:
         return np.minimum(drawn, len(self.requests) - 1)
 
 
-# Keeps the draws apart from the shuffle, which is seeded with (seed, epoch) too.
+# Makes the draws independent of the shuffle, which is also seeded with (seed, epoch).
 _STREAM = 7919

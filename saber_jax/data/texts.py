@@ -1,16 +1,16 @@
-"""Texts that come from outside: lines of JSON, and what a text must not hold."""
+"""Reading JSON lines, and checks of texts from outside."""
 
 import re
 from collections.abc import Iterator
 
 SPECIAL = re.compile(r"<\|\w+\|>")
-"""Special tokens: in a text they would stand for media, or for the end of a turn."""
+"""Special tokens; in a text they would be read as media or as the end of a turn."""
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def fault(text: str) -> str | None:
-    """What a text holds that cannot be stored or would be read as something else, or None."""
+    """Describes content that cannot be stored or would be misread in training; None if fine."""
     if special := SPECIAL.search(text):
         return f"holds {special[0]}, which has a meaning of its own in training; write it otherwise"
     if half := _HALF.search(text):
@@ -22,8 +22,8 @@ def fault(text: str) -> str | None:
 def lines(text: str) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of JSON lines, empty ones left out.
 
-    They end at a newline and nowhere else: str.splitlines also cuts at U+2028 and U+0085, which a
-    JSON text may hold.
+    Lines end only at newline characters; str.splitlines also splits at U+2028 and U+0085, which
+    JSON strings may contain.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

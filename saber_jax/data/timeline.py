@@ -1,4 +1,4 @@
-"""What the packets of a file say, before anything is decoded: which tracks, and when is what."""
+"""Tracks and timestamps of a media file, read from its packets before decoding."""
 
 import contextlib
 import dataclasses
@@ -19,24 +19,24 @@ from saber_jax.data import media
 from saber_jax.data.sampling import MediaError, Sampling, check_shape
 
 EVEN_SECONDS = 0.05
-"""Frames no further than this from equal distances are evenly spaced."""
+"""Frames that deviate from equal spacing by at most this count as evenly spaced."""
 
 RESTART_SECONDS = 1.0
-"""Timestamps that go back by more than this begin anew, as in files that were put together."""
+"""Timestamps that jump back by more than this start again, as in concatenated files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """When the frames of the chosen video track are shown.
+    """The times at which the frames of the chosen video track are shown.
 
-    `times` are seconds in display order, `start` is the first of them, and the last frame is shown
-    for `last` seconds, 0 if the file does not say. `average` and `nominal` are the frame rates that
-    the container names. On a clock of `rate` ticks a second the clip is `ticks` long: frames of an
-    even clip are one tick apart, and of an uneven one the two that are closest together.
+    `times` are in seconds and display order, and `start` is the first of them. The last frame is
+    shown for `last` seconds, 0 if unknown. `average` and `nominal` are frame rates from the
+    container. The clip is `ticks` long on a clock with `rate` ticks per second; one tick is the
+    distance of frames, or the smallest distance if they are not evenly spaced.
 
-    With `hidden`, the first frames have no timestamps: they lie before zero, where Matroska has
-    none, and no player shows them. With `disordered`, timestamps are in the order of decoding, as
-    in AVI, and only a frame's number counts.
+    With `hidden`, the first frames have no timestamps: they are before time zero, for which
+    Matroska has none, and no player shows them. With `disordered`, timestamps are in decoding
+    order, as in AVI, and only the number of a frame is used.
     """
 
     video: int
@@ -68,8 +68,8 @@ class Timeline:
         passed = np.array(times) - start
         mean = float(passed[-1]) / (count - 1) if count > 1 else 0.0
         given = dataclasses.replace(self, times=times, start=start)
-        # Containers round times to ticks of their own, and some writers leave a frame out at the
-        # beginning, so an even clip is only nearly so.
+        # Containers round times to their own ticks, and some writers skip a frame at the beginning,
+        # so evenly spaced frames are only approximately so.
         for rate, frames in ((self.average, 1.01), (1 / mean if mean else None, 0.5)):
             if rate is None:
                 continue
@@ -97,10 +97,10 @@ class Timeline:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[InputContainer]:
-    """An open file; OSError without one.
+    """Opens a file; raises OSError if it does not exist.
 
-    Whatever goes wrong while it is read is the file's fault and becomes a MediaError. FFmpeg's
-    errors are of many classes, some of which look like the system's.
+    Any exception while it is read is attributed to the file and raised as MediaError. FFmpeg's
+    errors have many classes, some of which look like operating system errors.
     """
     try:
         size = path.stat().st_size
@@ -130,8 +130,8 @@ def stated_seconds(path: Path) -> float:
 def packets(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Packet]:
     """All packets, and at the end an empty one for each stream.
 
-    Where a container allows timestamps to begin anew, as MPEG does in files that were put together,
-    they are moved behind what came before.
+    If a container allows timestamps to start again, as in concatenated MPEG files, they are shifted
+    to continue after the earlier ones.
     """
     part = dict.fromkeys((stream.index for stream in streams), 0)
     shifts, latest = [Fraction(0)], {}
@@ -156,7 +156,7 @@ def packets(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Pa
 
 
 def playable(streams: Sequence[Stream]) -> list:
-    """Those that have a decoder and are no cover picture, in the order a player prefers them."""
+    """The streams with a decoder that are not cover pictures, in a player's order of preference."""
     able = [
         stream
         for stream in streams
@@ -174,7 +174,7 @@ def sound_track(path: Path, container: InputContainer) -> AudioStream:
 
 
 def film_tracks(path: Path, container: InputContainer) -> list[VideoStream]:
-    """Video tracks that may be the film: cover pictures are not."""
+    """Video tracks that are not cover pictures."""
     if not container.streams.video:
         raise MediaError("no_video", path.name)
     films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -186,7 +186,7 @@ def film_tracks(path: Path, container: InputContainer) -> list[VideoStream]:
 
 
 def check_header(path: Path, container: InputContainer, sampling: Sampling) -> None:
-    """Refuses before any packet is read, so that a film of four hours costs nothing."""
+    """Refuses files that are too long or too large before reading packets."""
     if container.duration:
         # Matroska counts its duration from zero, also when it starts later.
         late = max(0, container.start_time or 0)
@@ -211,7 +211,7 @@ def read_timeline(path: Path, sampling: Sampling, sound: bool) -> Timeline:
         times: dict[int, list[Fraction | None]] = {stream.index: [] for stream in videos}
         rates = {s.index: s.average_rate or s.guessed_rate or Fraction(25) for s in videos}
         for packet in packets(container, [*videos, *heard]):
-            # Discarded packets are decoded and not shown: an edit list cuts them off.
+            # Discarded packets are decoded but not shown, because an edit list cuts them.
             if packet.size == 0 or packet.is_discard:
                 continue
             index = packet.stream.index
@@ -228,13 +228,13 @@ def read_timeline(path: Path, sampling: Sampling, sound: bool) -> Timeline:
         promised = (container.duration or 0) / av.time_base
         offset = (container.start_time or 0) / av.time_base
         films = [s for s in videos if len(times[s.index]) >= media.TEMPORAL_PATCH]
-        # A cover picture may lack its mark, but has one frame.
+        # A cover picture may not be marked as one, but it has a single frame.
         chosen = films[0] if films else max(videos, key=lambda s: len(times[s.index]))
         check_shape(path.name, chosen.height or 1, chosen.width or 1)
         index, nominal = chosen.index, chosen.guessed_rate
     if len(times[index]) < media.TEMPORAL_PATCH:
         raise MediaError("too_short", f"{path.name}: {len(times[index])} frame(s)")
-    # A duration is counted from the start, in Matroska from zero.
+    # A duration is counted from the first timestamp, in Matroska from zero.
     end = float(max(ends.values(), default=0))
     reached = max(end, end - offset)
     if promised and reached < 0.9 * promised - 0.1:

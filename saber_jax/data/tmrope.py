@@ -14,12 +14,12 @@ from jaxtyping import Bool, Int
 Grid = tuple[int, int, int]
 """(t, h, w) of one video or image, in 14-pixel patches."""
 
-# Constants of every released Qwen2.5-Omni, under the names of its config: what loads a checkpoint
-# refuses one whose config says otherwise.
+# Constants of every released Qwen2.5-Omni, with their names in its config. Loading a checkpoint
+# with other values is refused.
 POSITIONS_PER_SECOND = 25
 """`position_id_per_seconds`: temporal positions of a second of video or sound."""
 SECONDS_PER_CHUNK = 2
-"""`seconds_per_chunk`: a video woven with its sound is cut this often."""
+"""`seconds_per_chunk`: seconds between the cuts of a video that is interleaved with its sound."""
 SPAN = POSITIONS_PER_SECOND * SECONDS_PER_CHUNK
 """Positions between two cuts."""
 
@@ -107,7 +107,7 @@ def grid_tokens(grid: Grid) -> int:
 
 
 def woven(grid: Grid, seconds: float, audio_tokens: int) -> Bool[np.ndarray, " n"]:
-    """Which of the tokens of a video woven with its sound are the sound's.
+    """Which tokens of a video that is interleaved with its sound belong to the sound.
 
     The order is the released processor's. It cuts the video at float64 times, whereas positions
     come from float32 times rounded down, so for some frame rates the two cut differently by one

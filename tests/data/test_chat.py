@@ -85,7 +85,7 @@ def test_every_slot_exists_in_the_joined_layout():
 
 def test_woven_and_plain_videos_in_one_conversation_are_refused(tokenizer):
     both = [user(woven(VIDEO, SOUND), "and"), user(VIDEO, SOUND)]
-    with pytest.raises(ValueError, match="weave all of them or none"):
+    with pytest.raises(ValueError, match="interleave all of them or none"):
         encode(tokenizer, both)
     picture = Image(grid=(1, 2, 2))
     encode(tokenizer, [user(woven(VIDEO, SOUND), picture, SOUND, woven(VIDEO, SOUND))])

@@ -222,7 +222,7 @@ def test_again_brings_back_what_an_endpoint_in_trouble_lost(finished, drawn, tmp
     with chat_server(healthy) as server:
         path = config(tmp_path, drawn, server.url)
         assert run.main(["--config", str(path), "--again", "annotate"]) == 0
-    assert "annotate: 1 clips to be asked about again" in capsys.readouterr().out
+    assert "annotate: 1 clips to be retried" in capsys.readouterr().out
     kept = list(stage(tmp_path, "annotate").rows())
     assert len(kept) == GOOD + 1
     assert set(healthy.asked.values()) == {1}  # Only unanswered questions were asked.

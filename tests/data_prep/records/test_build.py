@@ -205,7 +205,7 @@ def test_what_was_of_no_use_is_counted_and_named(corpus, capsys):
     assert corpus.build() == 0
     for _ in range(2):  # The second run does nothing, and says it again.
         out = capsys.readouterr().out
-        assert "1 files were passed over" in out and "song.xyz" in out
+        assert "1 files were ignored" in out and "song.xyz" in out
         assert "1 annotations have no clip: lonely.json" in out
         assert corpus.build() == 0
     unused = json.loads((corpus.out / "build.json").read_text())["unused"]
