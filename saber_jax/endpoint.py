@@ -22,12 +22,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
-import openai
 
 from saber_jax.runs.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import openai
 
 KEY_VARIABLE = "SABER_API_KEY"
 
@@ -145,6 +147,8 @@ class Endpoint:
         self._pause = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0
         self._key = os.environ.get(KEY_VARIABLE, "")
+        import openai  # Takes a second, for which no command's --help shall wait.
+
         self._client = openai.OpenAI(
             base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout
         )
@@ -222,6 +226,8 @@ class Endpoint:
 
     def _attempt(self, request: Request) -> Reply:
         """One request. Raises _Failed."""
+        import openai
+
         messages: Any = list(request.messages)
         try:
             raw = self._client.chat.completions.with_raw_response.create(
@@ -299,8 +305,10 @@ def _reply(body: str, model: str) -> Reply:
         raise _Failed("malformed", f"{error}, in {body[:200]!r}") from None
 
 
-def _failure(error: openai.OpenAIError | httpx2.HTTPError) -> _Failed:
+def _failure(error: "openai.OpenAIError | httpx2.HTTPError") -> _Failed:
     """What an error of the client library means."""
+    import openai
+
     if isinstance(error, openai.APITimeoutError):
         return _Failed("timeout", "the last attempt timed out")
     if isinstance(error, openai.APIConnectionError):

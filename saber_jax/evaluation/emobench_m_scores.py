@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from nltk.translate.bleu_score import sentence_bleu
-from rouge_score import rouge_scorer
 
 from saber_jax.evaluation import bootstrap
 from saber_jax.evaluation.bootstrap import Score
@@ -106,6 +104,10 @@ def weighted(counts: Float[np.ndarray, "R K K"]) -> tuple[np.ndarray, np.ndarray
 
 def generation(rows: Sequence[Row]) -> dict[str, Any]:
     """BLEU-4 without smoothing and ROUGE-L F with stems, means over the rows with both texts."""
+    # Both bring scipy, pandas and scikit-learn, and --help would wait three seconds for them.
+    from nltk.translate.bleu_score import sentence_bleu
+    from rouge_score import rouge_scorer
+
     texts = [(str(row.get("reference") or ""), str(row.get("prediction") or "")) for row in rows]
     texts = [(ref.strip(), said.strip()) for ref, said in texts if ref.strip() and said.strip()]
     rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
