@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Sets up and runs the test suite.
 #
-#   launch/test.sh               everything but the tests marked slow
+#   launch/test.sh               everything but the tests marked slow or science
 #   launch/test.sh --no-torch    without installing torch; tests that need it are skipped by name
 #   launch/test.sh --python PATH in an environment of its own, .venv-3.12 say, made with that Python
 #   launch/test.sh -m slow       the slow ones; any other argument goes to pytest
+#   launch/test.sh -m science    whether CA-DPO still gains over SED, on two seeds, in an hour
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,0 +1,1 @@
+"""What each part of the method contributes: arms trained on the embedded corpus, and compared."""

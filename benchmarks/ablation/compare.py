@@ -1,0 +1,230 @@
+"""What the arms score, and which of the method's claims that shows."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ablation import intervals
+from benchmarks.ablation.arms import ARMS, scores_of
+from benchmarks.ablation.intervals import Counts
+from saber_jax.data import sed, speech
+from saber_jax.evaluation import saber_test
+from saber_jax.evaluation.bootstrap import Score
+from saber_jax.runs.files import read_jsonl
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+    """An arm's answers to the test clips of one seed, as they are, without and with another sound.
+
+    All three list the same clips in the same order.
+    """
+
+    plain: Sequence[Row]
+    muted: Sequence[Row]
+    swapped: Sequence[Row]
+
+    @classmethod
+    def read(cls, scores: Path) -> "Answers":
+        """Of a folder that saber_jax.evaluation.run --probes wrote."""
+        probes = scores / "probes"
+        return cls(
+            plain=read_jsonl(scores / "predictions.jsonl"),
+            muted=read_jsonl(probes / "audio_muted" / "predictions.jsonl"),
+            swapped=read_jsonl(probes / "audio_swapped" / "predictions.jsonl"),
+        )
+
+
+def _those(rows: Sequence[Row], agree: bool) -> list[Row]:
+    return [row for row in rows if saber_test.is_consistent(row["labels"]) == agree]
+
+
+def _rate(values: np.ndarray) -> Counts:
+    return np.stack([values.astype(float), np.ones(len(values))], axis=1)
+
+
+def _moved(answers: Answers, changed: Sequence[Row]) -> Counts:
+    pairs = zip(answers.plain, changed, strict=True)
+    return _rate(np.array([a["conclusion"] != b["conclusion"] for a, b in pairs]))
+
+
+def _word_errors(answers: Answers) -> Counts:
+    counts = []
+    for row in answers.plain:
+        if row["language"] == "en":
+            said = sed.parse_response(row["response"])["speech_content"]
+            counts.append(speech.errors(row["annotation"]["speech_content"], said, "en"))
+    return np.array(counts, float).reshape(-1, 2)
+
+
+MEASURES: dict[str, Callable[[Answers], Counts]] = {
+    "consistent": lambda a: _rate(saber_test.correct(_those(a.plain, True))),
+    "conflicting": lambda a: _rate(saber_test.correct(_those(a.plain, False))),
+    "dominance": lambda a: _rate(
+        saber_test.follows(_those(a.plain, False), *saber_test.MODALITIES)
+    ),
+    "moved_muted": lambda a: _moved(a, a.muted),
+    "moved_swapped": lambda a: _moved(a, a.swapped),
+    "word_error_rate": _word_errors,
+}
+"""Accuracy on clips whose modalities agree, and conflict; how often one modality alone decides a
+conflicting clip wrongly; how often the conclusion changes when the sound is silenced, or is another
+clip's; and the word error rate of English speech."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`after` lies more than `at_least` above `share` times `before`, or below it with `falls`."""
+
+    says: str
+    measure: str
+    before: str
+    after: str
+    at_least: float = 0.0
+    share: float = 1.0
+    falls: bool = False
+
+    def verdict(self, gained: Score) -> str:
+        """ "shown" or "refuted" if the whole interval says so, else "open"."""
+        low, high = gained["interval"]
+        if self.falls:
+            low, high = -high, -low
+        if low > self.at_least:
+            return "shown"
+        return "refuted" if high < self.at_least else "open"
+
+
+MAIN = Claim(
+    says="CA-DPO gains at least 10 points over SED where modalities conflict",
+    measure="conflicting",
+    before="sed",
+    after="anchored",
+    at_least=0.10,
+)
+CLAIMS = (
+    Claim(
+        says="evidence before the conclusion beats the label alone",
+        measure="conflicting",
+        before="label_only",
+        after="sed",
+    ),
+    Claim(
+        says="evidence before the reasoning beats evidence after it",
+        measure="conflicting",
+        before="reason_first",
+        after="sed",
+    ),
+    MAIN,
+    Claim(
+        says="CA-DPO loses at most 1 point where modalities agree",
+        measure="consistent",
+        before="sed",
+        after="anchored",
+        at_least=-0.01,
+    ),
+    Claim(
+        says="CA-DPO at least halves the answers that one modality dominates",
+        measure="dominance",
+        before="sed",
+        after="anchored",
+        share=0.5,
+        falls=True,
+    ),
+    Claim(
+        says="CA-DPO takes more from the sound",
+        measure="moved_swapped",
+        before="sed",
+        after="anchored",
+    ),
+    Claim(
+        says="CA-DPO beats as many more SFT steps",
+        measure="conflicting",
+        before="more_sft",
+        after="anchored",
+    ),
+    *(
+        Claim(says=says, measure="conflicting", before=before, after=after)
+        for says, before, after in (
+            ("mined pairs beat random negatives under the same loss", "random", "withhold"),
+            ("sampled pairs beat SED under the paper's loss", "sed", "sample"),
+            ("pairs by withholding beat SED under the paper's loss", "sed", "withhold"),
+            ("pairs by withholding beat sampled pairs", "sample", "withhold"),
+            ("the SFT term and the anchor help", "withhold", "anchored"),
+            ("the conditional terms help", "anchored", "conditional"),
+        )
+    ),
+)
+
+
+def compared(roots: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
+    """{"arms": {name: {measure: score}}, "by_seed": {name: accuracies on conflicting clips},
+    "claims": [...]} over the seeds that lie in `roots`.
+
+    Raises ValueError if two arms of one seed were not asked about the same clips.
+    """
+    answers = {name: [Answers.read(scores_of(root, name)) for root in roots] for name in names}
+    first = answers[names[0]]
+    for name, own in answers.items():
+        for root, one, other in zip(roots, first, own, strict=True):
+            clips = [[row["clip_id"] for row in each.plain] for each in (one, other)]
+            if clips[0] != clips[1]:
+                raise ValueError(
+                    f"{scores_of(root, name)} and {scores_of(root, names[0])} hold answers to "
+                    "other clips. Delete the older of the two and run the ablation again."
+                )
+    counts = {
+        name: {measure: [of(one) for one in own] for measure, of in MEASURES.items()}
+        for name, own in answers.items()
+    }
+    return {
+        "arms": {
+            name: {measure: intervals.estimate(seeds) for measure, seeds in own.items()}
+            for name, own in counts.items()
+        },
+        "by_seed": {
+            name: [float(seed[:, 0].mean()) for seed in own["conflicting"]]
+            for name, own in counts.items()
+        },
+        "claims": [_claimed(claim, counts) for claim in CLAIMS if _known(claim, counts)],
+    }
+
+
+def _known(claim: Claim, counts: Mapping[str, Any]) -> bool:
+    return {claim.before, claim.after} <= counts.keys()
+
+
+def _claimed(claim: Claim, counts: Mapping[str, Mapping[str, list[Counts]]]) -> dict[str, Any]:
+    before, after = (counts[name][claim.measure] for name in (claim.before, claim.after))
+    gained = intervals.gain(before, after, share=claim.share)
+    return dataclasses.asdict(claim) | {"gain": gained, "verdict": claim.verdict(gained)}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Two tables in Markdown: what every arm scores, and what became of every claim."""
+    heads = ("arm", *(name.replace("_", " ") for name in MEASURES))
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for name, scores in found["arms"].items():
+        lines.append(_row((f"`{name}`: {ARMS[name].says}", *map(_percent, scores.values()))))
+    heads = ("claim", "arms", "measure", "difference, points", "")
+    lines += ["", _row(heads), _row(["---"] * len(heads))]
+    for claim in found["claims"]:
+        half = "half of " if claim["share"] == 0.5 else ""
+        arms = f"`{claim['after']}` - {half}`{claim['before']}`"
+        measure = claim["measure"].replace("_", " ")
+        difference = _percent(claim["gain"], sign="+")
+        lines.append(_row((claim["says"], arms, measure, difference, claim["verdict"])))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(score: Score, sign: str = "") -> str:
+    low, high = (100 * bound for bound in score["interval"])
+    return f"{100 * score['value']:{sign}.1f} ({low:.1f} to {high:.1f})"

@@ -1,0 +1,95 @@
+"""What is said about the arms' scores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.ablation import compare
+from benchmarks.ablation.arms import ARMS, scores_of
+from saber_jax.runs.files import write_jsonl
+
+CLIPS = 40
+
+
+def row(number: int, *, right: bool) -> dict[str, Any]:
+    """Clips of even numbers agree; in the others the face is happy, the voice sad."""
+    agrees = number % 2 == 0
+    emotion = "happy" if agrees else "sorrow"
+    concluded = emotion if right else "sad" if agrees else "happy"
+    words = f"[speech_content] good {'day' if right else 'night'}"
+    return {
+        "clip_id": f"test_{number}",
+        "language": "en",
+        "response": f"{words}\n[sentiment_analysis] {concluded}",
+        "conclusion": concluded,
+        "labels": {
+            "emotion": emotion,
+            "face": "happy",
+            "voice": "happy" if agrees else "sad",
+            "conflict_type": "none" if agrees else "masking",
+        },
+        "annotation": {"speech_content": "good day"},
+    }
+
+
+def answered(root: Path, name: str, right: int) -> None:
+    """An arm that is right about the first `right` clips, and about none without its sound."""
+    folder = scores_of(root, name)
+    for probe in ("", "probes/audio_muted", "probes/audio_swapped"):
+        (folder / probe).mkdir(parents=True, exist_ok=True)
+        rows = [row(n, right=n < right and not probe) for n in range(CLIPS)]
+        write_jsonl(folder / probe / "predictions.jsonl", rows)
+
+
+def claims(found: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    return {(c["before"], c["after"], c["measure"]): c for c in found["claims"]}
+
+
+def test_claims_are_about_arms_and_measures_that_there_are():
+    for claim in compare.CLAIMS:
+        assert {claim.before, claim.after} <= ARMS.keys() and claim.measure in compare.MEASURES
+
+
+def test_arms_are_scored_and_claims_judged_over_both_seeds(tmp_path):
+    roots = [tmp_path / "seed_1", tmp_path / "seed_2"]
+    for root in roots:
+        answered(root, "sed", 10)
+        answered(root, "anchored", CLIPS)
+        answered(root, "more_sft", 38)
+    found = compare.compared(roots, ["sed", "more_sft", "anchored"])
+    sed = found["arms"]["sed"]
+    assert sed["conflicting"]["value"] == sed["consistent"]["value"] == 0.25
+    assert sed["dominance"]["value"] == 0.75
+    assert sed["moved_muted"]["value"] == 0.25
+    assert sed["word_error_rate"]["value"] == pytest.approx(0.375)
+    assert found["by_seed"]["anchored"] == [1.0, 1.0]
+    judged = claims(found)
+    assert judged["sed", "anchored", "conflicting"]["verdict"] == "shown"
+    assert judged["sed", "anchored", "dominance"]["verdict"] == "shown"
+    assert judged["more_sft", "anchored", "conflicting"]["verdict"] == "open"
+    text = compare.table(found)
+    assert "| 25.0 (" in text and "| shown |" in text and "random" not in text
+
+
+def test_a_claim_whose_whole_interval_lies_below_is_refuted(tmp_path):
+    answered(tmp_path, "sed", CLIPS)
+    answered(tmp_path, "anchored", 4)
+    judged = claims(compare.compared([tmp_path], ["sed", "anchored"]))
+    assert {claim["verdict"] for claim in judged.values()} == {"refuted"}
+
+
+def test_equal_arms_show_nothing(tmp_path):
+    answered(tmp_path, "withhold", 20)
+    answered(tmp_path, "anchored", 20)
+    (claim,) = compare.compared([tmp_path], ["withhold", "anchored"])["claims"]
+    assert (claim["gain"]["value"], claim["verdict"]) == (0.0, "open")
+
+
+def test_arms_that_answered_other_clips_are_refused(tmp_path):
+    answered(tmp_path, "sed", 4)
+    answered(tmp_path, "anchored", 4)
+    path = scores_of(tmp_path, "anchored") / "predictions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match="other clips"):
+        compare.compared([tmp_path], ["sed", "anchored"])
