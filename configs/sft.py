@@ -98,7 +98,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute.dtype = "float32" if tiny else "bfloat16"
     c.compute.microbatches = 1  # Parts of a batch whose gradients are added up before an update.
     c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
-    c.compute.kernel = "xla" if tiny else "splash"  # Attention: "xla" anywhere, "splash" on TPUs.
+    # Attention: "xla" anywhere, "splash" on TPUs, "triton" on NVIDIA GPUs; "auto" picks by device.
+    c.compute.kernel = "xla" if tiny else "auto"
     c.compute.head_chunk = 256  # Targets whose logits exist at one time.
     # Keep a number per target and vocabulary entry: faster, where there is memory for it.
     c.compute.head_keep = False

@@ -201,7 +201,7 @@ def suggestions(config: ConfigDict, stage: Stage, name: str = "train") -> list[s
     if lower:
         tries.append(f"--config.compute.remat={lower[-1]}")
     if compute.kernel == "xla":
-        tries.append("--config.compute.kernel=splash")
+        tries.append("--config.compute.kernel=auto")
     if memory.per_device(stage.state.opt_state) > memory.per_device(stage.state.frozen):
         tries.append("--config.lora.rank=64")
     return [*tries, larger]

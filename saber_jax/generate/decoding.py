@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 from saber_jax.batch import Prompts
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.models.kernels import Kernel
 from saber_jax.models.text import Block, Cache, LayerCache, last_slots
 
 
@@ -61,6 +62,7 @@ class Program:
     samples: int  # Answers to every prompt, next to each other among the rows.
     groups: int = 1  # Prompts lie in so many groups, each on devices of its own.
     max_frame_patches: int | None = None  # Most patches of one frame pair of new prompts.
+    kernel: Kernel = "xla"  # Attention of the prefill, see models/kernels.py.
     # How rows and the cache lie on the devices, see sharding.py.
     rows: NamedSharding | None = None
     cache: NamedSharding | None = None
@@ -145,6 +147,7 @@ def admit(
         samples=samples,
         dtype=program.dtype,
         max_frame_patches=program.max_frame_patches,
+        kernel=program.kernel,
     )
     # A prompt ends in text, whose three positions are equal and the largest so far.
     positions = last_slots(batch.text.positions[:, 0], ends, 1)[:, 0]

@@ -23,6 +23,7 @@ from saber_jax.generate.prompts import PREFILL, Packer, Room
 from saber_jax.generate.running import Requests, Running
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.models.kernels import Kernel
 from saber_jax.runs.manifest import fingerprint
 from saber_jax.train import checkpoint
 
@@ -64,6 +65,9 @@ class Generator:
         self._rows = self._everywhere = self._cache = self._layers = None
         if [device.platform for device in self._devices] == ["cpu"]:
             self._layers = saber.text_layers(self._params, cfg, dtype)
+        # A kernel is written for one device; what several share is left to XLA.
+        platform, alone = next(iter(self._devices)).platform, len(self._devices) == 1
+        self._kernel: Kernel = "triton" if alone and platform == "gpu" else "xla"
         groups = 1
         if isinstance(placed, NamedSharding):
             mesh = placed.mesh
@@ -181,6 +185,7 @@ class Generator:
             samples=samples,
             groups=self._groups,
             rows=self._rows,
+            kernel=self._kernel,
             cache=self._cache,
         )
         pick = decoding.Pick(

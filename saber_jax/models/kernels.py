@@ -1,4 +1,4 @@
-"""Attention on TPUs: the Pallas splash kernel under our masks, forward and backward.
+"""Attention kernels under our masks: which there are, and the Pallas splash kernel of TPUs.
 
 Scores never leave the chip's vector memory, and blocks of keys that no query of a block may see are
 never computed. A kernel is written for one device, so it belongs inside `jax.shard_map`.
@@ -16,9 +16,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
+from saber_jax.models import triton
 from saber_jax.models.remat import ATTENTION
 
-Kernel = Literal["xla", "splash", "splash_interpret"]
+Kernel = Literal["xla", "splash", "splash_interpret", "triton", "triton_interpret"]
+"""Forms of attention: XLA's own on any device, splash on TPUs, Triton on NVIDIA GPUs. The last two
+can be interpreted on a CPU, slowly, which is how they are tested."""
+
+TRITON: tuple[Kernel, ...] = ("triton", "triton_interpret")
+BY_PLATFORM: dict[str, Kernel] = {"tpu": "splash", "gpu": "triton"}
 
 LANES = 128  # Width of a TPU's vector registers: head dims and blocks come in multiples of it.
 LONGEST_BLOCK = 512
@@ -85,6 +91,11 @@ class NearbyMask(splash_mask._ComputableMask):
         return hash((type(self), self.key))
 
 
+def of_platform(platform: str) -> Kernel:
+    """The kernel that `auto` stands for on devices of this platform: "tpu", "gpu" or "cpu"."""
+    return BY_PLATFORM.get(platform, "xla")
+
+
 def packed(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -98,6 +109,9 @@ def packed(
 
     Slots of segment 0 come out finite and meaningless.
     """
+    if kernel in TRITON:
+        interpret = kernel == "triton_interpret"
+        return triton.packed(q, k, v, segments, response=response, interpret=interpret)
     length = q.shape[1] + -q.shape[1] % LANES
     if response and length != q.shape[1]:
         raise ValueError(
@@ -117,6 +131,9 @@ def nearby(
     kernel: Kernel,
 ) -> Float[Array, "B T N H"]:
     """masks.same_segment, for segments of at most `reach` neighbouring positions."""
+    if kernel in TRITON:
+        interpret = kernel == "triton_interpret"
+        return triton.same_segment(q, k, v, segments, interpret=interpret)
     # Longer rows are cheaper than shorter blocks: few blocks meet a segment, whatever the padding.
     block = min(LONGEST_BLOCK, max(LANES, 1 << (reach - 1).bit_length()))
     length = q.shape[1] + -q.shape[1] % block

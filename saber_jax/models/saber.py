@@ -182,6 +182,7 @@ def prefill(
     samples: int = 1,
     dtype: DTypeLike = jnp.float32,
     max_frame_patches: int | None = None,
+    kernel: Kernel = "xla",
 ) -> tuple[Float[Array, "C D"], Cache]:
     """Reads packed prompts: each one's last hidden state, and a cache to answer each from.
 
@@ -195,7 +196,7 @@ def prefill(
             f"{samples} answers of {answer_slots}."
         )
     model = _bind(params, cfg, dtype)
-    x = _embed(model, batch, cfg, dtype, "none", max_frame_patches)
+    x = _embed(model, batch, cfg, dtype, "none", max_frame_patches, kernel)
     return model.text.prefill(
         x,
         batch.text.positions,
@@ -205,6 +206,7 @@ def prefill(
         prompt_slots=prompt_slots,
         answer_slots=answer_slots,
         samples=samples,
+        kernel=kernel,
     )
 
 

@@ -196,6 +196,7 @@ class Text(nnx.Module):
         prompt_slots: int,
         answer_slots: int,
         samples: int = 1,
+        kernel: Kernel = "xla",
     ) -> tuple[Float[Array, "C D"], Cache]:
         """Each prompt's last hidden state after the final norm, and a cache with room to go on.
 
@@ -205,7 +206,7 @@ class Text(nnx.Module):
         rotary = self._rotary(positions, cfg, x.dtype)
 
         def layer(x, block):
-            x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps)
+            x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps, kernel=kernel)
             # Cut layer by layer: keys and values of all the packed rows never stand side by side.
             k, v = (last_slots(kept, ends, prompt_slots) for kept in (k, v))
             return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from saber_jax.models.config import VisionConfig
-from saber_jax.models.kernels import Kernel
+from saber_jax.models.kernels import TRITON, Kernel
 from saber_jax.models.layers import (
     attend,
     attend_nearby,
@@ -190,6 +190,9 @@ def _attend(
 ) -> Float[Array, "B P N H"]:
     """Attention inside frames where `full`, else inside windows."""
     length = q.shape[1]
+    segments = jnp.where(full, frame, window)
+    if kernel in TRITON:  # It finds out by itself how far segments reach.
+        return attend_nearby(q, k, v, segments, reach or length, kernel)
     if kernel != "xla":
         near = functools.partial(attend_nearby, q, k, v, kernel=kernel)
 
@@ -202,7 +205,6 @@ def _attend(
                 return near(window, min(cfg.window_patches, length))
 
         return jax.lax.cond(full, in_frames, in_windows)
-    segments = jnp.where(full, frame, window)
     # Three blocks of keys that cover everything are no cheaper than everything.
     if reach is None or 3 * reach >= length:
         return attend(q, k, v, same_segment(segments))

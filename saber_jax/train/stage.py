@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import ClassVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.data.withhold import View
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
+from saber_jax.models.kernels import BY_PLATFORM, Kernel, of_platform
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
@@ -260,14 +261,38 @@ def network(config: ConfigDict) -> SaberConfig:
 
 def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
     by_hand = mesh.shape["tensor"] == 1
-    if not by_hand and config.compute.kernel != "xla":
+    return Compute(
+        **{**config.compute, "kernel": _kernel(config.compute.kernel, mesh, by_hand=by_hand)},
+        response=config.data.response,
+        frame_patches=config.data.frame_patches,
+        mesh=mesh if by_hand else None,
+    )
+
+
+def _kernel(named: str, mesh: Mesh, *, by_hand: bool) -> Kernel:
+    """The form of attention for the mesh's devices, which are here or only described.
+
+    Raises ValueError for a name that is none, and for a kernel that cannot run on this mesh.
+    """
+    platform = mesh.devices.flat[0].platform
+    fitting = of_platform(platform)
+    if named == "auto":
+        return fitting if by_hand else "xla"
+    if named not in get_args(Kernel):
+        names = ", ".join(map(repr, ("auto", *get_args(Kernel))))
+        raise ValueError(f"config.compute.kernel must be one of {names}; got {named!r}.")
+    if named in BY_PLATFORM.values() and named != fitting:
         raise ValueError(
-            f"config.compute.kernel={config.compute.kernel!r} needs config.mesh.tensor=1, got "
-            f"{mesh.shape['tensor']}: a TPU kernel is written for one device, and tensor "
-            "parallelism is left to XLA. Set tensor to 1, or the kernel to 'xla'."
+            f"config.compute.kernel={named!r} does not run on this machine's devices, which are of "
+            f"the platform {platform!r}. Set it to 'auto', which picks {fitting!r} here."
         )
-    promised = {"response": config.data.response, "frame_patches": config.data.frame_patches}
-    return Compute(**config.compute, **promised, mesh=mesh if by_hand else None)
+    if not by_hand and named != "xla":
+        raise ValueError(
+            f"config.compute.kernel={named!r} needs config.mesh.tensor=1, got "
+            f"{mesh.shape['tensor']}: a kernel is written for one device, and tensor "
+            "parallelism is left to XLA. Set tensor to 1, or the kernel to 'auto'."
+        )
+    return cast("Kernel", named)
 
 
 def budget(config: ConfigDict) -> Budget:

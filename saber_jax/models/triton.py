@@ -1,0 +1,408 @@
+"""Attention on NVIDIA GPUs: a Pallas kernel, compiled by Triton, forward and backward.
+
+The algorithm is FlashAttention-2 (https://arxiv.org/abs/2307.08691): scores exist one block at a
+time, in registers, and the backward pass computes them again from the log-sum-exp of every query.
+Blocks in which the mask hides every score are skipped: a table, computed from the segment ids
+before the kernel starts, lists for each block of queries the blocks of keys to visit, and the
+reverse for the gradients of keys and values. A program therefore costs what its segments need,
+whether they are few long examples or thousands of vision windows.
+
+Query heads that share a kv head read the same keys and values; nothing is repeated in memory.
+
+Axis letters: B batch   T positions   N query heads   K kv heads   H head dim.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from saber_jax.models.remat import ATTENTION
+
+# Positions of one program, and of one turn of its loop. Rows are padded to a multiple of OUTER.
+OUTER, INNER = 128, 64
+MASKED = -1e30  # Finite: minus infinity minus itself would be NaN.
+
+Dot = Callable[..., Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What is visible by position alone; segment ids are compared in addition to it.
+
+    With `causal`, a query sees no later key. Positions from `rejected` on do not see those in
+    [chosen, rejected). Drawn for a causal row of 6 with chosen=2 and rejected=4:
+
+        sees    0 1 2 3 4 5
+        0       x
+        1       x x
+        2       x x x
+        3       x x x x
+        4       x x     x
+        5       x x     x x
+    """
+
+    causal: bool
+    chosen: int = 0
+    rejected: int = 0
+
+    def visible(self, query: Any, key: Any) -> Any:
+        """Whether `query` sees `key`: two arrays of positions that broadcast."""
+        seen = query >= key if self.causal else (query >= 0) & (key >= 0)
+        if self.rejected:
+            seen &= (query < self.rejected) | (key < self.chosen) | (key >= self.rejected)
+        return seen
+
+    def may_meet(self, queries: int, keys: int, length: int) -> np.ndarray:
+        """bool [length / queries, length / keys]: blocks with at least one visible pair."""
+        query, key = np.arange(0, length, queries)[:, None], np.arange(0, length, keys)[None, :]
+        meet = query + queries > key if self.causal else np.ones((query.size, key.size), bool)
+        if self.rejected:
+            in_chosen = (key >= self.chosen) & (key + keys <= self.rejected)
+            meet = meet & ~((query >= self.rejected) & in_chosen)
+        return meet
+
+
+def packed(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    *,
+    response: int,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """masks.packed_text, for rows that end in two regions of `response` slots (0: there are none).
+
+    Slots of segment 0 come out as zeros.
+    """
+    length = q.shape[1]
+    mask = Mask(True, length - 2 * response, length - response) if response else Mask(True)
+    return _padded(q, k, v, segments, mask, interpret)
+
+
+def same_segment(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """masks.same_segment. It is fast if equal ids are neighbours, as windows and frames are.
+
+    Slots of segment 0 come out as zeros.
+    """
+    return _padded(q, k, v, segments, Mask(False), interpret)
+
+
+def _padded(q, k, v, segments, mask: Mask, interpret: bool) -> Float[Array, "B T N H"]:
+    length = q.shape[1]
+    slots = -length % OUTER
+    if slots:
+        q, k, v = (jnp.pad(x, [(0, 0), (0, slots), (0, 0), (0, 0)]) for x in (q, k, v))
+        segments = jnp.pad(segments, [(0, 0), (0, slots)])
+    with jax.named_scope("flash"):
+        out: Array = _flash(q, k, v, segments, mask, interpret)
+    return out[:, :length]
+
+
+def block_table(
+    segments: Int[Array, "B T"], mask: Mask, *, rows: int, columns: int, of_keys: bool = False
+) -> Int[Array, "B rows 1+columns"]:
+    """For every block of `rows` queries how many blocks of `columns` keys to visit, then which.
+
+    With `of_keys` rows are blocks of keys and columns blocks of queries. What follows the first
+    1 + count entries of a row is not to be read. Blocks that hold segments 1..2 and 3..3 cannot
+    meet; blocks of padding, segment 0, meet nothing.
+    """
+    queries, keys = (columns, rows) if of_keys else (rows, columns)
+    (q_low, q_high), (k_low, k_high) = _range(segments, queries), _range(segments, keys)
+    meet = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+    meet &= mask.may_meet(queries, keys, segments.shape[1])[None]
+    if of_keys:
+        meet = meet.swapaxes(1, 2)
+    order = jnp.argsort(~meet, axis=-1, stable=True)
+    return jnp.concatenate([meet.sum(-1, keepdims=True), order], -1).astype(jnp.int32)
+
+
+def _range(segments, block: int):
+    """The least and the greatest segment of every block; an empty range where all is padding."""
+    blocks = segments.reshape(segments.shape[0], -1, block)
+    least = jnp.where(blocks > 0, blocks, np.iinfo(np.int32).max).min(-1)
+    return least, blocks.max(-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(q, k, v, segments, mask: Mask, interpret: bool):
+    return _forward(q, k, v, segments, mask, interpret)[0]
+
+
+def _flash_fwd(q, k, v, segments, mask, interpret):
+    out, lse = _forward(q, k, v, segments, mask, interpret)
+    out, lse = checkpoint_name((out, lse), ATTENTION)
+    return out, (q, k, v, segments, out, lse)
+
+
+def _flash_bwd(mask, interpret, kept, d_out):
+    q, k, v, segments, out, lse = kept
+    delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
+    dq = _backward_q(q, k, v, segments, d_out, lse, delta, mask, interpret)
+    dk, dv = _backward_kv(q, k, v, segments, d_out, lse, delta, mask, interpret)
+    return dq, dk, dv, None
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)
+
+
+class _Blocks:
+    """Grid and block specs of the kernels: a program per query head, outer block and row.
+
+    Later blocks come first. In a causal row they have the most keys, and long programs that start
+    last would leave most of the chip waiting for them.
+    """
+
+    def __init__(self, q: Array, k: Array):
+        self.batch, self.length, self.heads, self.head_dim = q.shape
+        self.dtype = q.dtype
+        self.group = self.heads // k.shape[2]
+        self.outer = self.length // OUTER
+        self.grid = (self.heads, self.outer, self.batch)
+        # Arrays inside of a Triton program have power-of-two sizes. Loads and stores leave out the
+        # features beyond head_dim.
+        self.width = 1 << (self.head_dim - 1).bit_length()
+
+    def place(self, i):
+        """Which outer block a program works on."""
+        return self.outer - 1 - i
+
+    def block(self) -> pl.BlockSpec:
+        """A program's own positions of a [B, T, N, H] array."""
+        shape = (None, OUTER, None, self.width)
+        return pl.BlockSpec(shape, lambda n, i, b: (b, self.place(i), n, 0))
+
+    def whole(self, group: int = 1) -> pl.BlockSpec:
+        """All positions of a program's head, or with `group` of its kv head."""
+        shape = (None, self.length, None, self.width)
+        return pl.BlockSpec(shape, lambda n, i, b: (b, 0, jax.lax.div(n, group), 0))
+
+    def own_kv(self) -> pl.BlockSpec:
+        """A program's own positions of the kv head that its query head reads."""
+        shape = (None, OUTER, None, self.width)
+        return pl.BlockSpec(
+            shape, lambda n, i, b: (b, self.place(i), jax.lax.div(n, self.group), 0)
+        )
+
+    def statistic(self, whole: bool) -> pl.BlockSpec:
+        """A [B, N, T] array: all positions of a head, or a program's own."""
+        if whole:
+            return pl.BlockSpec((None, None, self.length), lambda n, i, b: (b, n, 0))
+        return pl.BlockSpec((None, None, OUTER), lambda n, i, b: (b, n, self.place(i)))
+
+    def segments(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.length), lambda n, i, b: (b, 0))
+
+    def table(self) -> pl.BlockSpec:
+        shape = (None, None, 1 + self.length // INNER)
+        return pl.BlockSpec(shape, lambda n, i, b: (b, self.place(i), 0))
+
+    def call(self, kernel, mask: Mask, out_shape, in_specs, out_specs, interpret: bool, name: str):
+        kernel = functools.partial(
+            kernel,
+            mask=mask,
+            head_dim=self.head_dim,
+            outer=self.outer,
+            scale=self.head_dim**-0.5,
+            dot=functools.partial(plgpu.dot, precision=_precision(self.dtype, interpret)),
+        )
+        return pl.pallas_call(
+            kernel,
+            grid=self.grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            out_shape=out_shape,
+            compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+            interpret=interpret,
+            name=name,
+        )
+
+
+def _forward(q, k, v, segments, mask, interpret):
+    """The output, and the base-2 log-sum-exp of every query's scaled scores, float32 [B, N, T]."""
+    blocks = _Blocks(q, k)
+    lse = jax.ShapeDtypeStruct((blocks.batch, blocks.heads, blocks.length), jnp.float32)
+    kv = blocks.whole(blocks.group)
+    return blocks.call(
+        _forward_kernel,
+        mask,
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), lse),
+        [blocks.table(), blocks.segments(), blocks.block(), kv, kv],
+        (blocks.block(), blocks.statistic(whole=False)),
+        interpret,
+        "flash_forward",
+    )(block_table(segments, mask, rows=OUTER, columns=INNER), segments, q, k, v)
+
+
+def _backward_q(q, k, v, segments, d_out, lse, delta, mask, interpret):
+    blocks = _Blocks(q, k)
+    kv, own = blocks.whole(blocks.group), blocks.statistic(whole=False)
+    return blocks.call(
+        _backward_q_kernel,
+        mask,
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        [blocks.table(), blocks.segments(), blocks.block(), kv, kv, blocks.block(), own, own],
+        blocks.block(),
+        interpret,
+        "flash_backward_q",
+    )(
+        *(block_table(segments, mask, rows=OUTER, columns=INNER), segments),
+        *(q, k, v, d_out, lse, delta),
+    )
+
+
+def _backward_kv(q, k, v, segments, d_out, lse, delta, mask, interpret):
+    """Every query head adds its share to its kv head's gradient; shares are float32 if several."""
+    blocks = _Blocks(q, k)
+    whole, every = blocks.whole(), blocks.statistic(whole=True)
+    share = jax.ShapeDtypeStruct(q.shape, jnp.float32 if blocks.group > 1 else k.dtype)
+    specs = [blocks.table(), blocks.segments(), whole, blocks.own_kv(), blocks.own_kv()]
+    shares = blocks.call(
+        _backward_kv_kernel,
+        mask,
+        (share, share),
+        [*specs, whole, every, every],
+        (blocks.block(), blocks.block()),
+        interpret,
+        "flash_backward_kv",
+    )(
+        *(block_table(segments, mask, rows=OUTER, columns=INNER, of_keys=True), segments),
+        *(q, k, v, d_out, lse, delta),
+    )
+    by_group = (*k.shape[:3], blocks.group, k.shape[3])
+    return tuple(x.reshape(by_group).sum(3).astype(k.dtype) for x in shares)
+
+
+def _load(ref, head_dim: int):
+    """[positions, H], with zeros for the features that pad H to a power of two."""
+    real = (jnp.arange(ref.shape[-1]) < head_dim)[None, :]
+    return plgpu.load(ref, mask=real, other=0.0)
+
+
+def _store(ref, value, head_dim: int) -> None:
+    real = (jnp.arange(ref.shape[-1]) < head_dim)[None, :]
+    plgpu.store(ref, value.astype(ref.dtype), mask=real)
+
+
+def _precision(dtype: DTypeLike, interpret: bool) -> Any:
+    """Of matrix products. Those of float32 are as exact as on a CPU, in three passes of the tensor
+    cores; the cores alone would round operands to 10 bits."""
+    if dtype != jnp.float32:
+        return None
+    exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    return jax.lax.Precision.HIGHEST if interpret else exact
+
+
+def _own(outer: int):
+    """Where a program's positions begin, see _Blocks.place."""
+    return (outer - 1 - pl.program_id(1)) * OUTER
+
+
+def _slots(start, size: int):
+    return start + jnp.arange(size)
+
+
+def _forward_kernel(
+    *refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot
+) -> None:
+    table, segments, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
+    start = _own(outer)
+    q, q_segments = _load(q_ref, head_dim), segments[pl.ds(start, OUTER)]
+    slots = _slots(start, OUTER)
+
+    def visit(turn, carry):
+        out, top, total = carry
+        first = table[1 + turn] * INNER
+        here = pl.ds(first, INNER)
+        k, v = _load(k_ref.at[here, :], head_dim), _load(v_ref.at[here, :], head_dim)
+        seen = mask.visible(slots[:, None], _slots(first, INNER)[None, :])
+        seen &= q_segments[:, None] == segments[here][None, :]
+        scores = dot(q, k, trans_b=True) * (scale * math.log2(math.e))
+        scores = jnp.where(seen, scores, MASKED)
+        higher = jnp.maximum(top, scores.max(-1))
+        # A query that has not seen any key yet has top = MASKED, and its weights would be 1.
+        weights = jnp.where(seen, jnp.exp2(scores - higher[:, None]), 0.0)
+        shrink = jnp.exp2(top - higher)
+        out = out * shrink[:, None] + dot(weights.astype(v.dtype), v)
+        return out, higher, total * shrink + weights.sum(-1)
+
+    start_with = (
+        jnp.zeros((OUTER, q.shape[1]), jnp.float32),
+        jnp.full((OUTER,), MASKED, jnp.float32),
+        jnp.zeros((OUTER,), jnp.float32),
+    )
+    out, top, total = jax.lax.fori_loop(0, table[0], visit, start_with)
+    total = jnp.where(total > 0, total, 1.0)
+    _store(out_ref, out / total[:, None], head_dim)
+    lse_ref[...] = top + jnp.log2(total)
+
+
+def _backward_q_kernel(
+    *refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot
+) -> None:
+    table, segments, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dq_ref = refs
+    start = _own(outer)
+    q, d_out = _load(q_ref, head_dim), _load(d_out_ref, head_dim)
+    q_segments, slots = segments[pl.ds(start, OUTER)], _slots(start, OUTER)
+    lse, delta = lse_ref[...], delta_ref[...]
+
+    def visit(turn, dq):
+        first = table[1 + turn] * INNER
+        here = pl.ds(first, INNER)
+        k, v = _load(k_ref.at[here, :], head_dim), _load(v_ref.at[here, :], head_dim)
+        seen = mask.visible(slots[:, None], _slots(first, INNER)[None, :])
+        seen &= q_segments[:, None] == segments[here][None, :]
+        scores = dot(q, k, trans_b=True) * (scale * math.log2(math.e))
+        weights = jnp.where(seen, jnp.exp2(scores - lse[:, None]), 0.0)
+        d_scores = weights * (dot(d_out, v, trans_b=True) - delta[:, None])
+        return dq + dot(d_scores.astype(k.dtype), k)
+
+    dq = jax.lax.fori_loop(0, table[0], visit, jnp.zeros((OUTER, q.shape[1]), jnp.float32))
+    _store(dq_ref, dq * scale, head_dim)
+
+
+def _backward_kv_kernel(
+    *refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot
+) -> None:
+    """Scores are [keys, queries] here, so that no product transposes what registers hold."""
+    table, segments, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
+    start = _own(outer)
+    k, v = _load(k_ref, head_dim), _load(v_ref, head_dim)
+    k_segments, slots = segments[pl.ds(start, OUTER)], _slots(start, OUTER)
+
+    def visit(turn, carry):
+        dk, dv = carry
+        first = table[1 + turn] * INNER
+        here = pl.ds(first, INNER)
+        q, d_out = _load(q_ref.at[here, :], head_dim), _load(d_out_ref.at[here, :], head_dim)
+        seen = mask.visible(_slots(first, INNER)[None, :], slots[:, None])
+        seen &= segments[here][None, :] == k_segments[:, None]
+        scores = dot(k, q, trans_b=True) * (scale * math.log2(math.e))
+        weights = jnp.where(seen, jnp.exp2(scores - lse_ref[here][None, :]), 0.0)
+        dv += dot(weights.astype(d_out.dtype), d_out)
+        d_scores = weights * (dot(v, d_out, trans_b=True) - delta_ref[here][None, :])
+        return dk + dot(d_scores.astype(q.dtype), q), dv
+
+    zeros = jnp.zeros((OUTER, k.shape[1]), jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, table[0], visit, (zeros, zeros))
+    _store(dk_ref, dk * scale, head_dim)
+    _store(dv_ref, dv, head_dim)
