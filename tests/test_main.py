@@ -325,7 +325,7 @@ def test_adapters_that_would_rest_while_the_vocabulary_learns_are_refused(record
     config = lora_config(sft, records, tmp_path)
     config.optimizer.vocabulary_steps = 50
     mesh = sharding.make_mesh(**config.mesh)
-    with pytest.raises(ValueError, match="vocabulary_steps=50 would let nothing learn"):
+    with pytest.raises(ValueError, match="vocabulary_steps=50 would train nothing"):
         stages.build(config, mesh)
     config.lora.trainable = ("lora/*", "text/embed")
     assert "text/embed" in stages.build(config, mesh).state.trainable

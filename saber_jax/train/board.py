@@ -1,8 +1,8 @@
-"""TensorBoard files that never hold up a run: what a disk does not take is dropped and counted.
+"""Writes TensorBoard files without blocking a run: events that cannot be written are dropped.
 
-tensorboardX writes through a thread that dies of the first error, and then blocks whoever adds
-something for ever. Here a thread of our own writes the same files; after an error it goes on with a
-new file, because a record cut short ends what a reader sees of the old one.
+The writer thread of tensorboardX dies at the first error, after which adding an event blocks
+forever. This module writes the same files with its own thread. After an error it continues with a
+new file, because readers stop at a truncated record. Dropped events are counted.
 """
 
 import contextlib
@@ -23,17 +23,18 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from saber_jax.runs.speaking import Losses
 
 WAITING = 20_000
-"""Most events that wait for a slow disk."""
+"""Maximum number of events that wait for a slow disk."""
 FLUSH_SECONDS = 30
 CLOSE_SECONDS = 20
 """How long the end of a run waits for a disk that hangs."""
 EDGES = 1e-12 * 1.1 ** np.arange(774)
 BINS = np.concatenate([-EDGES[::-1], [0.0], EDGES])
-"""Of histograms: TensorBoard's own."""
+"""Edges of histogram bins, the same as in TensorBoard."""
 
 
 class Board:
-    """Events of one run in `folder`; those of an earlier part from step `start` on are purged."""
+    """Writes events of a run to `folder`; events of earlier starts from step `start` on are
+    purged."""
 
     def __init__(self, folder: Path, start: int):
         self._folder, self._files = folder, 0
@@ -54,7 +55,7 @@ class Board:
         self._summary(step, summary.histogram(name, values, BINS))
 
     def close(self) -> None:
-        """Waits for the disk, a while."""
+        """Writes the remaining events; gives up after CLOSE_SECONDS."""
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)
         self._thread.join(CLOSE_SECONDS)

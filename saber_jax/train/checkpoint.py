@@ -1,15 +1,15 @@
-"""Checkpoints: a run's work directory, what is in it, and how to get a model out of it.
+"""Checkpoints: the contents of a work directory, saving, and loading.
 
-WORKDIR/model.json            the network's shape, how media was sampled, which stage made it
+WORKDIR/model.json            the network's config, the sampling of media, the stage
 WORKDIR/tokenizer.model|json  the vocabulary
-WORKDIR/checkpoints/STEP/     Orbax: params, opt_state, meta and digests, each an item of its own
+WORKDIR/checkpoints/STEP/     Orbax items: params, opt_state, meta and digests
 
-Every array's digest is saved with it and compared when it is read (train/saved.py), so that what a
-disk damaged is never trained on.
+The digest of every array is saved with it and compared when it is read (train/saved.py), so that
+damaged weights are never used.
 
-A run with LoRA saves only what it trains: model.json's `base` names the checkpoint that holds the
-frozen weights, its step and a hash, so that another one that took its place is refused. Whoever
-loads WORKDIR gets base and adapters together and need not know.
+A LoRA run saves only what it trains. `base` in model.json names the checkpoint with the frozen
+weights, its step and a hash, so that another checkpoint in its place is refused. Loading WORKDIR
+returns base and adapters together.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
 
 
 class SaveError(Exception):
-    """A checkpoint was not written; the message names the reason and the last whole step."""
+    """A checkpoint was not written; the message gives the reason and the last complete step."""
 
 
 class Checkpoints:
     """Saves asynchronously, keeps the last two, and restores onto any mesh.
 
-    With `frozen` False the frozen weights are neither saved nor restored: they lie in the base.
-    With `strict` a damaged step is refused; otherwise it is set aside and the one before it used.
+    With `frozen` False the frozen weights, which are in the base, are neither saved nor restored.
+    With `strict` a damaged step is an error; otherwise it is renamed and the one before is used.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def due(self, step: int) -> bool:
-        """Whether the interval asks for a checkpoint after `step` steps."""
+        """Whether a checkpoint is due after `step` steps."""
         return step % self._every == 0
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves, if that step is not saved yet. `meta` is JSON: what must match for a resume.
+        """Saves the step unless it exists. `meta` is JSON that has to match when the run resumes.
 
-        Raises SaveError when this or the save before it did not come to its end.
+        Raises SaveError if this save or the one before it failed.
         """
         step = int(meta["step"])
         if step == self.latest():
@@ -93,18 +93,17 @@ class Checkpoints:
             )
 
     def meta(self) -> dict[str, Any]:
-        """What was saved beside the latest state."""
+        """The `meta` of the latest state."""
         return saved.read_meta(self._folder(self.latest()))
 
     def restore(self, abstract: TrainState, meta: dict[str, Any]) -> TrainState | None:
-        """The newest state that is what was saved, laid out as `abstract` says; None if there is
-        none.
+        """The newest undamaged state, with the shardings of `abstract`; None if there is none.
 
-        Damaged steps newer than it are renamed to STEP.damaged, which process 0 says. Frozen
-        weights that were not saved come back as `abstract` has them. Raises ValueError when its
-        meta differs in anything but the step, and DamagedError for a damaged one if `strict`, or
-        where only this one of several processes sees the damage: the next start then finds it set
-        aside.
+        Newer steps that are damaged are renamed to STEP.damaged, and process 0 prints a warning.
+        Frozen weights that were not saved are returned as in `abstract`. Raises ValueError if
+        `meta` differs in anything but the step. Raises DamagedError for a damaged step if `strict`,
+        or if only this one of several processes sees the damage; the step is renamed in that case
+        too.
         """
         while (step := self.latest()) is not None:
             try:
@@ -155,7 +154,7 @@ class Checkpoints:
         except Exception as error:
             damaged = saved.DamagedError(saved.damage(folder, error))
             if jax.process_count() > 1 and not self._strict:
-                # The other processes wait inside Orbax for this one, which has to end.
+                # The other processes wait inside Orbax for this one, so it has to exit.
                 place = saved.set_aside(folder)
                 raise SystemExit(f"{damaged} It is {place.name} now; start again.") from error
             raise damaged from error
@@ -182,14 +181,14 @@ class Checkpoints:
         return saved.named(self._saved(state), "params") | saved.named(state.opt_state, "opt_state")
 
     def close(self) -> None:
-        """Waits for what is still being written. Raises SaveError when it is not written."""
+        """Waits for the last save. Raises SaveError if it failed."""
         with self._saving():
             self._manager.wait_until_finished()
             self._manager.close()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """One sentence in the place of all that a failed save makes Orbax say."""
+        """Replaces Orbax's error output for a failed save by a SaveError with one sentence."""
         try:
             yield
         except Exception as error:
@@ -204,7 +203,7 @@ class Checkpoints:
 def write_model_files(
     workdir: str | Path, cfg: SaberConfig, tokenizer: Tokenizer, **about: Any
 ) -> None:
-    """What makes WORKDIR readable on its own. `about` lands in model.json beside the shape."""
+    """Writes model.json and the tokenizer. `about` is added to model.json."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     target = workdir / f"tokenizer{tokenizer.path.suffix}"
@@ -215,16 +214,16 @@ def write_model_files(
 
 def write_model_file(workdir: str | Path, cfg: SaberConfig, **about: Any) -> None:
     """WORKDIR/model.json, with a checksum of itself."""
-    # As it will be read: JSON has no tuples.
+    # Through JSON, which has no tuples, so that the checksum is that of the content when read.
     content = json.loads(json.dumps({"model": cfg.to_dict(), **about}))
     write_json(Path(workdir) / MODEL_FILE, content | {CHECKSUM: saved.checksum(content)})
 
 
 def read_model_file(workdir: str | Path) -> dict[str, Any]:
-    """WORKDIR/model.json.
+    """Reads WORKDIR/model.json.
 
-    Raises FileNotFoundError that says what a checkpoint directory is, DamagedError for a file that
-    is not what was written.
+    Raises FileNotFoundError if WORKDIR is not a checkpoint directory, DamagedError if the file was
+    changed or damaged.
     """
     path = Path(workdir) / MODEL_FILE
     if not path.exists():
@@ -237,8 +236,8 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
         raise saved.DamagedError(f"{path} is damaged: it holds no JSON object.")
     if content.pop(CHECKSUM, None) != saved.checksum(content):
         raise saved.DamagedError(
-            f"{path} is damaged: it is not what was written. Copy it again, or give the command "
-            "again that made it."
+            f"{path} is damaged: it is not what was written. Copy it again, or repeat the command "
+            "that made it."
         )
     return content
 
@@ -251,12 +250,12 @@ def load_params(
 ) -> dict:
     """Parameters of the latest checkpoint, as a nested dict, checked against `cfg` name by name.
 
-    They go where `shardings` says, or else to one device: never where they were when they were
-    saved, because a pod's checkpoint must also load on a laptop. `dtypes` maps flattened names to
-    what they are wanted in; the others stay as they are stored.
+    They are placed by `shardings`, or else on one device, and never with the saved shardings,
+    because a checkpoint of a pod must also load on a laptop. `dtypes` maps flattened names to
+    dtypes; other parameters keep the stored one.
 
-    With LoRA they are those of base and adapters. Asked for under a `cfg` without LoRA, which is
-    how a run starts from another's result, they are the base with its adapters merged into it.
+    A LoRA checkpoint gives base and adapters. If `cfg` has no LoRA, as for a run that starts from
+    another one's result, it gives the base with the adapters merged.
     """
     dtypes = dtypes or {}
     stored = SaberConfig.from_dict(read_model_file(workdir)["model"])
@@ -310,10 +309,10 @@ def _restore(
 
 
 def digest(workdir: str | Path) -> str:
-    """Sixteen hex digits that change with any parameter that `load_params` would give.
+    """Sixteen hex digits that change with any parameter that `load_params` would return.
 
-    They are made of the digests that lie beside the weights, which are not read. Raises
-    FileNotFoundError or DamagedError where `load_params` does for want of a file.
+    They are computed from the stored digests, without reading weights. Raises FileNotFoundError or
+    DamagedError if a file is missing, as `load_params` does.
     """
     about, step = read_model_file(workdir), saved.newest(workdir)
     parts = {"lora": about["model"].get("lora"), "params": saved.digests_of(step, "params")}
@@ -323,7 +322,7 @@ def digest(workdir: str | Path) -> str:
 
 
 def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: Any) -> None:
-    """A checkpoint of weights alone, complete when its model.json is there."""
+    """Saves a checkpoint of weights only. model.json is written last and marks it as complete."""
     step = (Path(workdir) / "checkpoints" / "0").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(buckets.native(step / "params"), params)
@@ -332,7 +331,7 @@ def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: An
 
 
 def describe_base(workdir: str | Path, base: str | Path) -> dict[str, str]:
-    """What model.json of `workdir` says about the checkpoint that holds its frozen weights."""
+    """The entry `base` of model.json of `workdir`: the checkpoint with its frozen weights."""
     newest = saved.newest(base)
     return {
         "checkpoint": os.path.relpath(base, workdir),
@@ -342,9 +341,9 @@ def describe_base(workdir: str | Path, base: str | Path) -> dict[str, str]:
 
 
 def find_base(workdir: str | Path, described: dict[str, str]) -> Path:
-    """The directory that `describe_base` described, at the place it was or moved along with us.
+    """The directory that `describe_base` described, at its old path or moved along with `workdir`.
 
-    Raises ValueError if it holds other weights by now.
+    Raises ValueError if it contains other weights.
     """
     base = Path(os.path.normpath(Path(workdir) / described["checkpoint"]))
     newest = saved.newest(base)
@@ -357,6 +356,6 @@ def find_base(workdir: str | Path, described: dict[str, str]) -> Path:
 
 
 def _identity(step: Path) -> str:
-    """Differs between any two saves, and stays when a checkpoint is copied."""
-    # The manifest names data files by random numbers.
+    """A hash that differs between any two saves but not between copies of a checkpoint."""
+    # The manifest contains random names of data files.
     return hashlib.sha256((step / "params" / "manifest.ocdbt").read_bytes()).hexdigest()[:16]

@@ -1,12 +1,12 @@
-"""Digests of arrays: numbers saved beside a checkpoint, by which a damaged array is known.
+"""Digests of arrays, which are saved with a checkpoint to detect damaged arrays.
 
 The digest of an array is a sum modulo 2 ** 32 over its elements:
 
     digest(x) = sum_i mix(bits(x[i]) + i * SPREAD)        i counts elements in C order
 
-`mix` is one-to-one, so a change within one element always shows, and any other change is missed
-once in 4 billion. A sum does not care in which order it is formed, so that devices sum the parts
-they hold, whatever the mesh, and a reader that streams a layer at a time adds up layers.
+`mix` is one-to-one, so a change of one element is always detected; other changes are missed with
+probability 2 ** -32. The sum does not depend on the order of its terms, so devices can sum the
+parts that they hold on any mesh, and a reader that streams layers can add them up.
 """
 
 import math
@@ -21,13 +21,13 @@ from jaxtyping import Array, UInt32
 SPREAD = 0x9E3779B1
 """Odd, and otherwise arbitrary: the first prime of xxHash32."""
 MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
-"""Of MurmurHash3's fmix32, https://github.com/aappleby/smhasher."""
+"""The multipliers of MurmurHash3's fmix32, https://github.com/aappleby/smhasher."""
 BLOCK = 1 << 16
 """Elements that NumPy mixes at a time: few enough to stay in a core's cache."""
 
 
 def of_arrays(arrays: Mapping[str, Array]) -> dict[str, int]:
-    """Digests by name, computed where the arrays lie. Every process must call it."""
+    """Digests by name, computed on the arrays' devices. Every process must call it."""
     here = {name: leaf for name, leaf in arrays.items() if _in_memory(leaf)}
     away = {name: _on_device(leaf) for name, leaf in arrays.items() if name not in here}
     with ThreadPoolExecutor() as pool:
@@ -36,7 +36,7 @@ def of_arrays(arrays: Mapping[str, Array]) -> dict[str, int]:
 
 
 def _in_memory(leaf: Array | np.ndarray) -> bool:
-    """Whether NumPy can read it at once, which it does faster than XLA on a processor."""
+    """Whether NumPy can read the array directly, which is faster than XLA on a CPU."""
     if isinstance(leaf, np.ndarray):
         return True
     local = leaf.is_fully_addressable
@@ -44,8 +44,8 @@ def _in_memory(leaf: Array | np.ndarray) -> bool:
 
 
 def of_numpy(array: np.ndarray, *, first: int = 0, strides: tuple[int, ...] | None = None) -> int:
-    """The same sum over an array in memory: the digest, or the share in it of a slice whose first
-    element counts as number `first` and whose neighbours along each axis lie `strides` apart."""
+    """The digest of an array in memory, or the part of it that a slice contributes. The first
+    element of the slice has index `first`, and `strides` are the index steps along its axes."""
     strides = strides or c_strides(array.shape)
     if not array.ndim:
         array, strides = array.reshape(1), (1,)

@@ -1,15 +1,14 @@
-"""The floating-point operations that a batch asks for: model FLOPs, the numerator of MFU.
+"""Model FLOPs of a batch, the numerator of MFU.
 
-Counted as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): matrix products alone, two
-operations a multiply-add, forward and backward. A share of the peak says little unless the count is
-honest, so:
+Counted as in appendix B of PaLM (https://arxiv.org/abs/2204.02311): only matrix products, with two
+operations per multiply-add, forward and backward. Only necessary work is counted:
 
-- only what is real counts: no padding of text, patches, chunks or targets, and of attention only
-  the scores that the masks let through (half a square where attention is causal);
-- all three towers count, each over its own positions;
-- a gradient counts where it is needed: a frozen tower costs its forward pass, a frozen matrix below
-  something trainable its forward pass and the gradient of its input;
-- what rematerialisation computes again does not count.
+- no padding of text, patches, chunks or targets, and only attention scores that the masks allow
+  (half of the square for causal attention);
+- all three towers, each over its own positions;
+- only gradients that are needed: a frozen tower counts its forward pass, a frozen matrix below a
+  trainable one its forward pass and the gradient of its input;
+- no rematerialisation.
 
 Axis letters: B rows   L slots   P examples of a row   N patches.
 """
@@ -48,15 +47,14 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """None for devices that the table does not know, CPUs among them: no MFU is better than a
-    wrong one."""
+    """Peak FLOP/s of a device; None for devices that are not in the table, such as CPUs."""
     return PEAK_FLOPS.get(device_kind)
 
 
 def counts(batch: Batch) -> dict[str, Float[Array, ""]]:
-    """How much of everything a batch holds, padding left out, summed over its rows.
+    """The numbers of tokens, patches, chunks and so on in a batch, without padding.
 
-    `*_pairs` are (query, key) pairs that attend to each other, once whatever the number of heads.
+    `*_pairs` count the (query, key) pairs that attend to each other, not multiplied by heads.
     """
     text, vision, audio = batch.text, batch.vision, batch.audio
     steps = (audio.lengths + 1) // 2
@@ -86,8 +84,8 @@ def _sum(x: Array) -> Float[Array, ""]:
 def _text_pairs(
     segments: Int[Array, "B L"], branch: Int[Array, "B L"], examples: int
 ) -> Float[Array, ""]:
-    """Causal pairs: a shared prefix of s slots, and c and r slots of two answers that see it and
-    themselves but not each other."""
+    """Causal pairs of a shared prefix of s slots and two answers of c and r slots, which attend to
+    the prefix and to themselves but not to each other."""
     member = jax.nn.one_hot(segments - 1, examples)
     shared, chosen, rejected = (
         jnp.einsum("BLP,BL->BP", member, (branch == b).astype(jnp.float32)) for b in Branch
@@ -126,14 +124,14 @@ def train_flops(
     trainable = frozenset(trainable)
     result = {}
     below = False
-    # The text tower stands on both others.
+    # Gradients flow from the text tower into both others.
     for tower in ("vision", "audio", "text"):
         flows = below if tower == "text" else False
         total = 0.0
         for part, kinds in _parts(cfg, tower):
             trains = any(name in trainable for name in kinds)
-            # A lone matrix is all that its own gradient goes through; in a chain of them the
-            # gradient passes every one but the first.
+            # The gradient of a single matrix needs no input gradient; in a chain of matrices, all
+            # but the first need one.
             alone = not part.layers and list(kinds.values()).count(Kind.MATRIX) <= 1
             input_gradient = flows or (trains and not alone)
             for name, kind in kinds.items():
@@ -150,8 +148,8 @@ def train_flops(
 
 @functools.lru_cache(maxsize=32)
 def _parts(cfg: SaberConfig, tower: str) -> list[tuple[Part, dict[str, Kind]]]:
-    """The parts of a tower from its input to its output: flattened names, adapters included, and
-    what each parameter is. An adapter works on the positions of the matrix that it adapts."""
+    """The parts of a tower from input to output, with the kind of each parameter by flattened name,
+    including adapters. An adapter is applied to the positions of the matrix that it adapts."""
     roles = saber.roles(cfg)
     adapters = roles.get(lora.ADAPTERS, {}).get(tower, {})
     parts: dict[Part, dict[str, Kind]] = {}
@@ -162,7 +160,7 @@ def _parts(cfg: SaberConfig, tower: str) -> list[tuple[Part, dict[str, Kind]]]:
 
 
 def _attention(cfg: SaberConfig, tower: str, counted: Mapping[str, float]) -> float:
-    """Forward pass of both products, scores and weighted values, over all layers."""
+    """Forward FLOPs of attention (scores and weighted values) over all layers."""
     if tower == "text":
         return 4 * cfg.text.layers * cfg.text.heads * cfg.text.head_dim * counted["text_pairs"]
     if tower == "audio":
@@ -173,7 +171,7 @@ def _attention(cfg: SaberConfig, tower: str, counted: Mapping[str, float]) -> fl
 
 
 def mfu(flops: float, seconds: float, devices: int, device_kind: str) -> float | None:
-    """Share of the devices' peak that `flops` in `seconds` is; None where the peak is unknown."""
+    """`flops` in `seconds` as a share of the devices' peak; None if the peak is unknown."""
     peak = peak_flops(device_kind)
     return None if peak is None or not seconds > 0 else flops / (seconds * devices * peak)
 

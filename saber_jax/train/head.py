@@ -1,8 +1,8 @@
 """From hidden states to log-probabilities of targets, a chunk of targets at a time.
 
-The vocabulary projection is the widest product of the network: logits of a whole row in float32 are
-larger than everything else that a layer computes. Only the targets' are computed, and those of one
-chunk at a time.
+The vocabulary projection has the widest output of the network: float32 logits of a whole row are
+larger than all other activations of a layer. Only the logits of targets are computed, one chunk of
+targets at a time.
 
 Axis letters: B rows   T targets of a row   C targets of a chunk   N chunks   D width
 V vocabulary   W columns of the projection: V, or more, where it is padded.
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from saber_jax.models.layers import MASKED
 
 Measure = Callable[[Float[Array, "B C W"], Int[Array, "B C"], int], Array]
-"""(logits, tokens, V) -> something of every target."""
+"""(logits, tokens, V) -> a value of every target."""
 
 
 def log_probs(
@@ -33,8 +33,9 @@ def log_probs(
 ) -> Float[Array, "B T"]:
     """log softmax(hidden @ head)[token] over the first `vocab` columns, float32.
 
-    The backward pass needs the derivative of every logit. It computes them again, a fourth of the
-    projection's work, or with `keep` finds B T W of them in `hidden`'s dtype.
+    The backward pass needs the derivative with respect to every logit. It recomputes them, which
+    adds a third to the projection's FLOPs, or with `keep` uses B T W stored ones in `hidden`'s
+    dtype.
     """
     if keep:
         return _kept(hidden, head, tokens, vocab, chunk)
@@ -50,11 +51,11 @@ def weighted_nll(
     vocab: int,
     chunk: int,
 ) -> tuple[Float[Array, " 1"], Float[Array, "B T"]]:
-    """The sum of -weights * log_probs, and `log_probs`, through which no gradient flows.
+    """The sum of -weights * log_probs, and `log_probs` without a gradient.
 
-    With the weights known beforehand, a chunk's part of the gradients is made while its logits
-    exist: they are neither computed again nor kept. But all of the projection's gradient is read
-    and written for every chunk.
+    Because the weights are known in advance, a chunk's gradients are computed together with its
+    logits, which are neither recomputed nor kept. In return, the whole gradient of the projection
+    is read and written for every chunk.
     """
     total, values = _weighted(hidden, head, tokens, jax.lax.stop_gradient(weights), vocab, chunk)
     return total, jax.lax.stop_gradient(values)
@@ -69,7 +70,7 @@ def over_chunks(
     vocab: int,
     chunk: int,
 ) -> Array:
-    """`measure` of every target. Logits live as long as their chunk, in the backward pass too."""
+    """`measure` of every target. Only one chunk's logits exist at a time, also in the backward."""
 
     @jax.checkpoint
     def of_chunk(_, xs):
@@ -87,7 +88,7 @@ def log_prob(
 
 
 def entropy(logits: Float[Array, "B C W"], vocab: int) -> Float[Array, "B C"]:
-    """Of the distribution that each target is drawn from."""
+    """Entropy of the predicted distribution at each target."""
     logits = _masked(logits, vocab)
     return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits) * logits).sum(-1)
 
@@ -115,7 +116,7 @@ def _kept_forward(hidden, head, tokens, vocab, chunk):
 
 
 def _kept_backward(vocab, chunk, kept, weights):
-    """Two matrix products. Targets' weights scale narrow vectors, never the slopes."""
+    """Two matrix products. Cotangents scale vectors of width D, not the stored derivatives."""
     hidden, head, slopes = kept
     weights, dtype = weights[..., None], hidden.dtype
     back = jnp.einsum("NBCW,DW->NBCD", slopes, head, preferred_element_type=jnp.float32)
@@ -167,8 +168,8 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 def _slopes(
     logits: Float[Array, "B C W"], tokens: Int[Array, "B C"], vocab: int, dtype: DTypeLike
 ) -> Float[Array, "B C W"]:
-    """d log_prob / d logits. The difference is taken before rounding, or a sure target's would be
-    lost: 1 - p rounds to 0 from p = 0.998 on."""
+    """d log_prob / d logits. The difference is computed before rounding to `dtype`, because 1 - p
+    of a confident target would round to 0 from p = 0.998 on."""
     chances = jax.nn.softmax(_masked(logits, vocab))
     return (jax.nn.one_hot(tokens, logits.shape[-1]) - chances).astype(dtype)
 
@@ -178,9 +179,9 @@ def _logits(hidden: Float[Array, "B C D"], head: Float[Array, "D W"]) -> Float[A
 
 
 def _masked(logits: Float[Array, "B C W"], vocab: int) -> Float[Array, "B C W"]:
-    """Logits whose columns beyond the vocabulary count for nothing in a sum.
+    """Logits with padding columns masked, so that they do not contribute to a sum.
 
-    Not masked before a target's own logit is gathered: XLA would write a second copy of the logits.
+    Not used before a target's own logit is gathered: XLA would write a second copy of the logits.
     """
     columns = logits.shape[-1]
     return logits if columns == vocab else jnp.where(jnp.arange(columns) < vocab, logits, MASKED)

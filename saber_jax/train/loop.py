@@ -1,4 +1,4 @@
-"""Runs a jitted step over batches: metrics fetched one step late, checkpoints, a way to stop."""
+"""The training loop: runs a jitted step over batches, fetches metrics one step late, and saves."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ from saber_jax.train.validate import Validation
 
 
 class Preempted(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run received SIGTERM; its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Everybody who looks on while a run goes: files, console, meter, profiler, and the clock that
-    the watchdog reads. `hosts` gives metrics of all hosts; `attempt` is kept by one of them;
-    `nonfinite` decides what becomes of a step that went wrong."""
+    """Everything that observes a run: metric files, console, meter, profiler, and the timeline that
+    the watchdog reads. `hosts` gives metrics of all hosts, `attempt` is written by one of them, and
+    `nonfinite` handles steps with non-finite values."""
 
     writer: MetricsWriter
     console: Console
@@ -44,14 +44,14 @@ class Watch:
     def report(
         self, step: int, metrics: Metrics, counted: Counts, seconds: float, waited: float
     ) -> None:
-        """Fetches and passes on. Raises what `nonfinite` does about values that are not finite."""
+        """Fetches and reports a step's metrics. Raises what `nonfinite` raises."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         broken = [n for n in MUST_BE_FINITE if not math.isfinite(values.get(n, 0.0))]
         if broken:
             self.nonfinite.handle(step, values, broken[0])
             values = {name: value for name, value in values.items() if math.isfinite(value)}
             values["skipped"] = 1.0
-        # NaN is a mean over nothing, as of a conflict type that no pair of this batch has.
+        # NaN is a mean over no elements, for example of a conflict type that the batch lacks.
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {"seconds": seconds, "input_wait": waited}
         values |= self.meter.measure(counted, seconds) | self.hosts()
@@ -64,7 +64,7 @@ class Watch:
             self.batches.agree()
 
     def validate(self, validation: Validation, state: TrainState, step: int) -> None:
-        """Measures the weights after `step` steps, and passes that on."""
+        """Runs validation on the weights after `step` steps and reports its metrics."""
         self.timeline.at("validate")
         self.writer.write(step, validation.run(state, step))
 
@@ -83,11 +83,11 @@ def run(
 ) -> TrainState:
     """Steps from `state.step` to `steps`; `probe` adds its metrics to every `probe_every`-th step.
 
-    `validation` measures the weights before the first step, between steps and after the last, and
-    has lines of its own in metrics.jsonl, numbered by the steps that are done.
+    `validation` runs before the first step, between steps and after the last, and writes separate
+    lines to metrics.jsonl, with the number of completed steps.
 
-    Raises what `watch.nonfinite` does at a step that is not finite, and Preempted after a SIGTERM,
-    when what was learnt so far is saved.
+    Raises what `watch.nonfinite` raises for a step with non-finite values, and Preempted after
+    SIGTERM, once the state is saved.
     """
     pending: tuple | None = None
     clock = time.perf_counter()
@@ -122,7 +122,7 @@ def run(
             done = step + 1
             stop = preemption.reached(done)
             if stop or done == steps or checkpoints.due(done):
-                # Seen before it is saved: a restart trusts the last checkpoint.
+                # Checked before saving, because a restart trusts the last checkpoint.
                 watch.report(*pending)
                 pending = None
                 watch.timeline.at("save")

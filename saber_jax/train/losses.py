@@ -1,4 +1,4 @@
-"""Supervised loss, sums over responses, and means that can be added up. Arrays in, arrays out.
+"""Supervised loss, sums over responses, and means as (sum, weight). All functions take arrays.
 
 Axis letters: B rows, T targets of a row, P pairs of a row.
 """
@@ -14,7 +14,7 @@ Tally = dict[str, tuple[Array, Array]]
 
 
 def means(tally: Tally) -> dict[str, Array]:
-    """sum / weight of every entry; NaN, which says "nothing to average", where the weight is 0."""
+    """sum / weight of every entry; NaN if the weight is 0."""
     return {
         name: jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
         for name, (total, weight) in tally.items()
@@ -22,7 +22,7 @@ def means(tally: Tally) -> dict[str, Array]:
 
 
 def tally_of(values: Array, where: Array) -> tuple[Array, Array]:
-    """(sum, count) of `values` over the entries that `where` marks."""
+    """(sum, count) of `values` where `where` is true."""
     return jnp.where(where, values, 0.0).sum(), where.sum().astype(values.dtype)
 
 
@@ -65,7 +65,7 @@ def length_weights(
     """LD-DPO's weight of the target at `index` of its response (https://arxiv.org/abs/2409.06411):
     1 up to `common`, the length that both responses of the pair have, and `alpha` beyond.
 
-    What only one response is long enough to say counts less, so that length is not what is learnt.
+    Tokens beyond the shorter length count less, so that the model does not learn to prefer length.
     """
     return jnp.where(index < common, 1.0, alpha)
 
@@ -75,9 +75,9 @@ def ratio_kl(
 ) -> tuple[Array, Array]:
     """(sum, count) of r - 1 - log r with r = pi_theta / pi_ref at the targets, nats per token.
 
-    Its mean over tokens that the reference wrote estimates KL(pi_ref || pi_theta) without bias and
-    is never negative (http://joschu.net/blog/kl-approx.html); on the chosen answers, which people
-    wrote, it is a distance from the reference and no more.
+    Its mean over tokens sampled from the reference is a non-negative, unbiased estimate of
+    KL(pi_ref || pi_theta) (http://joschu.net/blog/kl-approx.html). The chosen answers were not
+    sampled from it, so there it is only a measure of the distance from the reference.
     """
     log_ratio = jnp.where(where, policy - reference, 0.0)
     return tally_of(jnp.expm1(log_ratio) - log_ratio, where)

@@ -1,4 +1,4 @@
-"""Where metrics go: one line of JSON a step, TensorBoard, and Weights & Biases if asked for."""
+"""Writes metrics: one line of JSON per step, TensorBoard, and optionally Weights & Biases."""
 
 import contextlib
 import functools
@@ -20,14 +20,14 @@ from saber_jax.runs.files import json_line, write_text
 from saber_jax.runs.speaking import Losses
 
 MOST_SAMPLED = 1 << 16
-"""Entries of a parameter that its histogram is drawn from."""
+"""Maximum number of entries of a parameter in its histogram."""
 
 
 class MetricsWriter:
-    """Writes from process 0 only. Resuming at `start` first forgets what came after it, so that a
-    killed run leaves the same file as an uninterrupted one.
+    """Writes metrics from process 0. Resuming at `start` first removes later lines, so that an
+    interrupted run leaves the same file as an uninterrupted one.
 
-    What a full or failing disk does not take is dropped, counted and said once.
+    What cannot be written to a full or failing disk is dropped and counted, and reported once.
     """
 
     def __init__(self, workdir: str | Path, *, start: int, wandb: str = ""):
@@ -43,7 +43,8 @@ class MetricsWriter:
             kept = [line for line in text.splitlines() if _step(line) < start]
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._wandb = _wandb_run(wandb, path.parent) if wandb else None
-        # Without a buffer of Python's: it would keep what a full disk refused and fail for ever.
+        # Unbuffered, because Python's buffer would keep data that a full disk refused and fail
+        # again on every write.
         self._file = path.open("ab", buffering=0)
         # Imported here: it imports torch where that is installed, which takes seconds.
         from saber_jax.train.board import Board
@@ -61,8 +62,8 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def sync(self) -> None:
-        """Returns when metrics.jsonl is on its disk, as far as it is written. To a bucket's mount
-        a file belongs only once it is closed."""
+        """Flushes metrics.jsonl to its disk. A file on a mounted bucket is closed and reopened,
+        because a mount stores a file when it is closed."""
         if self._active:
             with self._dropping():
                 os.fsync(self._file.fileno())
@@ -71,7 +72,7 @@ class MetricsWriter:
                     self._file = self._path.open("ab", buffering=0)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """TensorBoard shows text as Markdown; indented it stays as it is."""
+        """Writes text to TensorBoard, indented because TensorBoard renders Markdown."""
         if self._active:
             self._board.text(step, name, "    " + text.replace("\n", "\n    "))
 
@@ -100,7 +101,7 @@ class MetricsWriter:
                 self._wandb.finish()
 
     def _append(self, line: bytes) -> None:
-        """All of the line or nothing of it."""
+        """Appends a whole line or nothing."""
         before = os.fstat(self._file.fileno()).st_size
         try:
             while line:
@@ -129,7 +130,7 @@ def _strided(params: dict[str, jax.Array], everywhere: Any) -> dict[str, jax.Arr
     sampled = {}
     for name, leaf in params.items():
         strides, excess = [], leaf.size / MOST_SAMPLED
-        # The last axes first: neighbours in memory are the likeliest to be alike.
+        # Stride over the last axes first, because neighbours in memory are most alike.
         for size in reversed(leaf.shape):
             stride = min(size, max(1, math.ceil(excess)))
             excess /= stride
@@ -142,7 +143,7 @@ def _strided(params: dict[str, jax.Array], everywhere: Any) -> dict[str, jax.Arr
 
 
 def _wandb_run(project: str, workdir: Path) -> Any:
-    """The run of this work directory, gone on with if it exists."""
+    """The W&B run of this work directory, resumed if it exists."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -163,7 +164,7 @@ def _wandb_run(project: str, workdir: Path) -> Any:
 
 
 def _step(line: str) -> float:
-    """A line that a kill cut in half counts as coming after everything."""
+    """The step of a line; infinity for a truncated line, so that it is removed."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

@@ -1,11 +1,11 @@
-"""What a run does about a step whose numbers are not finite: stop, skip it, or roll back.
+"""Handling of steps with non-finite values: stop, skip the step, or roll back.
 
-    stop      ends the run. The same command repeats the step.
-    skip      leaves weights and optimizer as they were before the step, on the device.
-    rollback  goes back to the last checkpoint and leaves the step's records out from then on,
-              for numbers that went bad over several steps. They count as quarantined.
+    stop      ends the run. The same command retries the step.
+    skip      keeps weights and optimizer state from before the step, on the device.
+    rollback  returns to the last checkpoint and leaves the step's records out from then on. They
+              count as quarantined.
 
-Each such step is one line of WORKDIR/nonfinite.jsonl, with the records of its batch:
+Each such step is a line of WORKDIR/nonfinite.jsonl, with the records of its batch:
 
     {"step": 120, "what": "loss is nan", "done": "skip", "records": [{"index": 7, "clip_id": ...}]}
 """
@@ -24,21 +24,22 @@ from saber_jax.runs.speaking import say, warn
 
 POLICIES = ("stop", "skip", "rollback")
 MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
-"""The weights after a step are finite if these were."""
+"""If these metrics are finite, so are the weights after the step."""
 FILE = "nonfinite.jsonl"
 NAMED = 5
-"""Records that a message names; the file has all."""
+"""Number of records that a message names; the file lists all."""
 
 
 class RolledBack(Exception):
-    """The run is to go on from its last checkpoint, without the records of the step."""
+    """The run has to continue from its last checkpoint, without the records of the step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NonFinite:
-    """`policy` for the run in `workdir`; at most `limit` of its steps may be passed over.
+    """Applies `policy` in the run of `workdir`; at most `limit` steps may be skipped or rolled
+    back.
 
-    `records` names the records of a step's batch.
+    `records` returns the records of a step's batch.
     """
 
     workdir: Path
@@ -53,13 +54,13 @@ class NonFinite:
             )
 
     def handle(self, step: int, values: Mapping[str, float], broken: str) -> None:
-        """Called by all processes alike. Returns when the step was skipped.
+        """Has to be called by all processes. Returns if the step was skipped.
 
         Raises RolledBack, or FloatingPointError with the records and what to do.
         """
         entries = list(self.records(step))
         what = f"{broken} is {values[broken]}"
-        # Only what the loss or the gradients spoil is skipped on the device.
+        # The device skips a step only for a non-finite loss or gradient.
         skipped = self.policy == "skip" and broken != "update_norm"
         lines = {line["step"]: line for line in _lines(self.workdir)}
         passed = sum(line["done"] != "stop" for s, line in lines.items() if s != step) + 1
@@ -98,9 +99,9 @@ class NonFinite:
 
 
 def skipping(step_fn: Callable) -> Callable:
-    """The same step, which changes nothing but its number when loss or gradients are not finite.
+    """Wraps a step so that non-finite loss or gradients change nothing but the step number.
 
-    To be jitted with its state donated: the choice is made element by element and in place.
+    Jit it with the state donated: the selection is elementwise and in place.
     """
 
     def step(state, batch):
@@ -118,7 +119,7 @@ def skipping(step_fn: Callable) -> Callable:
 
 
 def left_out(workdir: Path) -> list[Entry]:
-    """Records that rollbacks left out of this run."""
+    """Records that were left out of this run by rollbacks."""
     lines = [line for line in _lines(workdir) if line["done"] == "rollback"]
     return [Entry(**entry) for line in lines for entry in line["records"]]
 

@@ -1,7 +1,7 @@
-"""What each stage minimises, as sums that microbatches add up, and what it measures on the way.
+"""The objectives of both stages, as sums that can be added up over microbatches.
 
-An objective maps (parameters, batch) to a loss sum, the weight that it is to be divided by, and a
-tally of metrics.
+An objective maps (parameters, batch) to a loss sum, the weight to divide it by, and a tally of
+metrics.
 
 Axis letters: B rows, L slots, T targets of a row, P pairs of a row.
 """
@@ -38,14 +38,14 @@ EVIDENCE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a forward pass is computed, whatever the loss.
+    """How a forward pass is computed, independent of the loss.
 
-    A step adds up the gradients of `microbatches` equal parts of the batch, one after another.
-    `head_chunk` targets at a time go through the vocabulary projection, and with `head_keep` their
-    derivatives are kept for the backward pass, see head.py; `frame_patches` bounds the patches of
-    one frame pair, which is what lets the vision tower's attention stay local; `response` is the
-    budget's. With a `mesh`, rows and weights are spread over it by hand, see models/shards.py;
-    without one XLA partitions everything.
+    A step accumulates the gradients of `microbatches` equal parts of the batch. The vocabulary
+    projection takes `head_chunk` targets at a time, and with `head_keep` their derivatives are kept
+    for the backward pass, see head.py. `frame_patches` is an upper bound of the patches of a frame
+    pair, which allows local attention in the vision tower. `response` is that of the budget. With
+    a `mesh`, rows and weights are sharded explicitly, see models/shards.py; without one, XLA
+    partitions everything.
     """
 
     dtype: str
@@ -59,22 +59,22 @@ class Compute:
     mesh: Mesh | None = None
 
 
-# From a batch to the log-probs of its targets, in reading order: hidden states of every slot, those
-# that predict targets, the vocabulary projection, log-probs. `_log_probs` and its like are written
-# for the rows of one device; `_on_each_device` is the boundary.
+# From a batch to the log-probs of its targets, in order of computation: hidden states of every
+# slot, those that predict targets, the vocabulary projection, log-probs. `_log_probs` and similar
+# functions are written for the rows of one device; `_on_each_device` maps them over the mesh.
 
 
 def target_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Float[Array, "B T"]:
-    """log pi(target | everything its slot sees), float32; 0 for padding targets."""
+    """log pi(target | everything its slot attends to), float32; 0 for padding targets."""
     return _on_each_device(_log_probs, params, batch, cfg, compute)
 
 
 def target_nll(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """The sum of the targets' -log pi by their weights; without a gradient, `target_log_probs`."""
+    """(weighted sum of the targets' -log pi, `target_log_probs` without a gradient)."""
     if compute.head_keep:
         values = target_log_probs(params, batch, cfg, compute)
         return -(values * batch.targets.weights).sum(), values
@@ -85,7 +85,7 @@ def target_nll(
 def target_entropies(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`target_log_probs`, and the entropy of the distribution that each target is drawn from."""
+    """`target_log_probs`, and the entropy of the predicted distribution at each target."""
     values = _on_each_device(_log_probs_and_entropies, params, batch, cfg, compute)
     return values[..., 0], values[..., 1]
 
@@ -93,10 +93,10 @@ def target_entropies(
 def _on_each_device(
     function: Callable, params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 ) -> Any:
-    """`function(params, rows, cfg, compute)` of all rows.
+    """`function(params, rows, cfg, compute)` for all rows.
 
-    With a mesh every device runs it on its own rows and its own shards of the parameters, and the
-    results are put together along their first axis.
+    With a mesh, every device runs it on its rows and its shards of the parameters (shard_map), and
+    the results are concatenated along the first axis.
     """
     if compute.mesh is None:
         return function(params, batch, cfg, compute)
@@ -187,8 +187,8 @@ def sft_objective(
 ) -> tuple[Array, Array, Tally]:
     """Stage 1, SED: negative log-likelihood of the six sections, per target token.
 
-    The weight is that of the whole batch, never a mean of rows' means, so the loss does not depend
-    on how examples were packed or in how many microbatches they came.
+    The sum is divided by the weight of the whole batch, not by row, so the loss does not depend on
+    packing or on the number of microbatches.
     """
     loss, log_probs = target_nll(params, batch, cfg, compute)
     weights = batch.targets.weights
@@ -198,8 +198,8 @@ def sft_objective(
 
 
 def withheld(batch: Batch, view: View) -> Batch:
-    """The batch with silence for its sound, mid-grey for its frames, or both, as data/withhold.py
-    has it for records: lengths, sizes and so all positions stay."""
+    """The batch with silence for its sound, mid-grey for its frames, or both, like data/withhold.py
+    does for records. Lengths and sizes, and therefore all positions, are unchanged."""
     audio, vision = batch.audio, batch.vision
     if view in ("audio", "both"):
         audio = dataclasses.replace(audio, mel=jnp.full_like(audio.mel, SILENT_MEL))
@@ -211,13 +211,13 @@ def withheld(batch: Batch, view: View) -> Batch:
 def reference_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, view: View
 ) -> Float[Array, "B T"]:
-    """What the reference cache holds: `target_log_probs` with `view` withheld."""
+    """The contents of the reference cache: `target_log_probs` with `view` withheld."""
     return target_log_probs(params, withheld(batch, view), cfg, compute)
 
 
 def without_rejected(batch: Batch, compute: Compute) -> tuple[Batch, Compute]:
-    """The batch less its last region, where rejected responses stand, and their targets: what
-    scores the chosen responses alone. Such rows are plain causal ones."""
+    """The batch without the region and the targets of rejected responses, to score only the chosen
+    ones. Its rows are plain causal ones."""
     kept = slice(0, -compute.response)
     text = jax.tree.map(lambda of_slots: of_slots[..., kept], batch.text)
     weights = jnp.where(batch.targets.branch == Branch.REJECTED, 0.0, batch.targets.weights)
@@ -229,7 +229,7 @@ def without_rejected(batch: Batch, compute: Compute) -> tuple[Batch, Compute]:
 def cadpo_objective(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, options: Preference
 ) -> tuple[Array, Array, Tally]:
-    """Stage 2, CA-DPO, per pair, against reference log-probs that travel with the batch."""
+    """Stage 2, CA-DPO, summed over pairs, with the reference log-probs from the batch."""
     log_probs = target_log_probs(params, batch, cfg, compute)
     score = functools.partial(pair_scores, batch, length_alpha=options.length_alpha)
     policy: dict[View, Scores] = {"whole": score(log_probs)}
@@ -262,7 +262,7 @@ def _without(
     compute: Compute,
     options: Preference,
 ) -> Float[Array, "B T"]:
-    """log pi of the targets that the terms of `modality` score, gradients only where they need."""
+    """log pi of the targets that the terms of `modality` use, with gradients only where needed."""
     batch = withheld(batch, modality)
     if not options.decoupled:
         batch, compute = without_rejected(batch, compute)
@@ -292,8 +292,8 @@ def pair_scores(batch: Batch, values: Float[Array, "B T"], *, length_alpha: floa
 
 
 def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float) -> Tally:
-    """Rewards are beta rho. Margins and accuracies also by type of conflict, "none" of which is
-    what `consistent` means."""
+    """Metrics of rewards, which are beta rho. Margins and accuracies are also given by conflict
+    type; `consistent` is the type "none"."""
     rho = policy - reference
     margin = beta * rho.difference
     right = (margin > 0).astype(margin.dtype)
@@ -316,7 +316,7 @@ def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float)
 
 
 def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -> Tally:
-    """What each kind of evidence contributes to the margin (they add up to `rewards/margins`), and
+    """The contribution of each kind of evidence to the margin (their sum is `rewards/margins`), and
     the distance from the reference over the tokens of each response, see `losses.ratio_kl`."""
     valid, branch = batch.pairs.valid, batch.targets.branch
     real = batch.targets.weights > 0
@@ -337,7 +337,7 @@ def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -
 
 
 def cadpo_probe(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> dict[str, Array]:
-    """What costs three forward passes, and so is measured once in `config.metrics_every` steps.
+    """Metrics that cost three forward passes, computed every `config.metrics_every` steps.
 
     `entropy`, nats per target token; `sensitivity/MODALITY`, log pi(y_w|c) - log pi(y_w|c~m) in
     nats per chosen response: how much less likely the right answer is without that modality. Near

@@ -1,11 +1,11 @@
 """AdamW with warm-up and cosine decay, over the trainable parameters only.
 
-Vocabulary first: a network that starts from nothing spends its first steps on which words are
-frequent. That gradient is the same for every example, and Adam's steps make of it one large
-constant direction in every matrix it reaches, under which what the towers see of a clip drowns: of
-the drawn faces nothing was learnt in 550 steps. If for a while only the embeddings, the final norm
-and the output projection learn, they take the frequencies and the fixed phrases upon themselves,
-and what is left to explain when the rest joins in is what tells the clips apart.
+Vocabulary first: a network with random weights first learns token frequencies. That gradient is the
+same for every example, and Adam turns it into a large constant direction in every matrix, which
+dominates the signal from the clips: the drawn faces of the embedded corpus were not learnt in 550
+steps. If at first only the embeddings, the final norm and the output projection train, they learn
+the frequencies and fixed phrases, and the remaining loss, when the other weights start to train, is
+about the differences between clips.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from saber_jax.models.parameters import Kind, Role
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """`peak_lr` falls by cosine to `final_fraction` of itself over the run's steps.
+    """The learning rate decays by cosine from `peak_lr` to `final_fraction` of it.
 
-    For the first `vocabulary_steps` of them only the vocabulary learns, at `peak_lr`: parameters
-    whose role says so. Everything else begins its warm-up after that. Adapters learn at
-    `adapter_factor` times the rate of the rest; ten is what https://thinkingmachines.ai/blog/lora
-    finds, and docs/huggingface.md here.
+    For the first `vocabulary_steps` steps only the vocabulary parameters (by their role) train, at
+    `peak_lr`. The warm-up of all others starts after that. Adapters have `adapter_factor` times the
+    learning rate of the others; 10 is the value of https://thinkingmachines.ai/blog/lora and of the
+    measurements in docs/huggingface.md.
     """
 
     peak_lr: float
@@ -42,22 +42,22 @@ class OptimizerConfig:
 
 
 Roles = Mapping[str, Role]
-"""By flattened name, the role of every parameter: `saber.roles`, flattened."""
+"""The role of every parameter by flattened name: `saber.roles`, flattened."""
 
 
 def check_vocabulary(config: OptimizerConfig, trainable: Iterable[str], roles: Roles) -> None:
-    """Raises ValueError if nothing would learn for the first `vocabulary_steps`."""
+    """Raises ValueError if no parameter would train for the first `vocabulary_steps` steps."""
     vocabulary = [name for name, role in roles.items() if role.vocabulary]
     if config.vocabulary_steps and not set(vocabulary) & set(trainable):
         raise ValueError(
-            f"config.optimizer.vocabulary_steps={config.vocabulary_steps} would let nothing learn "
-            f"for so many steps: none of {', '.join(vocabulary)} trains here. Set it to 0, or name "
+            f"config.optimizer.vocabulary_steps={config.vocabulary_steps} would train nothing for "
+            f"that many steps: none of {', '.join(vocabulary)} trains here. Set it to 0, or name "
             "one of them in config.trainable or, with LoRA, in config.lora.trainable."
         )
 
 
 def schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
-    """Learning rates of the "vocabulary", of the "adapters" and of the "rest"."""
+    """Learning rate schedules of the groups "vocabulary", "adapters" and "rest"."""
     first = min(config.vocabulary_steps, steps)
     remaining = max(steps - first, 2)
     rest = optax.warmup_cosine_decay_schedule(
@@ -89,7 +89,7 @@ def _group(role: Role) -> str:
 def make_optimizer(
     config: OptimizerConfig, steps: int, roles: Roles
 ) -> optax.GradientTransformation:
-    """Weight decay touches matrices and embeddings alone, see parameters.Kind.decays."""
+    """AdamW. Only matrices and embeddings decay, see parameters.Kind.decays."""
 
     def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
         return {name: roles[name].kind.decays for name in params}
@@ -119,8 +119,8 @@ def _learning_rates(rates: dict[str, optax.Schedule], roles: Roles) -> optax.Gra
 def optimizer_shardings(
     tx: optax.GradientTransformation, trainable: dict, shardings: dict, mesh: Mesh
 ) -> optax.OptState:
-    """Moments like their parameters. Left to itself jit(tx.init) replicates them: 8 bytes a
-    parameter on every chip."""
+    """Shardings of moments, equal to those of their parameters. By default jit(tx.init) would
+    replicate them: 8 bytes per parameter on every chip."""
     return optax.tree_map_params(
         tx,
         lambda _, sharding_: sharding_,

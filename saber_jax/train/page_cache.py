@@ -1,10 +1,9 @@
-"""Files that pass through once, kept out of the system's cache of pages.
+"""Reading and writing large files once, without filling the page cache.
 
-A model larger than memory pushes everything else out of that cache, each of its pages is one that
-the kernel has to find first, and at the end a writer waits for gigabytes that nobody began to put
-on the disk. So pages are given back as soon as they were read or are on the disk, and writing to
-the disk goes on beside everything else. On a virtual machine whose host lends it memory page by
-page, reading costs a third of the processor time.
+A model larger than memory would evict everything else from the page cache, the kernel would have to
+find a free page for each of its pages, and at the end the writer would wait for gigabytes of dirty
+pages. So pages are dropped as soon as they were read or written to the disk, and writing to the
+disk starts early. On a virtual machine, reading takes a third of the CPU time this way.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ EVERY = 256 * 2**20
 
 def read(path: Path, nbytes: int, offset: int) -> np.ndarray:
     """Bytes of a file. Raises EOFError if it ends before."""
-    # Not mapped: a mapped file counts as memory for as long as it is open.
+    # Not memory-mapped, because a mapped file counts as memory while it is open.
     out = np.empty(nbytes, np.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
@@ -36,7 +35,7 @@ def read(path: Path, nbytes: int, offset: int) -> np.ndarray:
 
 
 def write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
-    """A file of `parts`, taken one at a time; on the disk when this returns."""
+    """Writes `parts` to a file, one at a time; all are on the disk when this returns."""
     with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         settled: Future[None] = beside.submit(lambda: None)
         waiting = 0
@@ -53,7 +52,7 @@ def write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
 
 
 class Passing:
-    """Drops the files under a directory again and again, as bytes of them are reported."""
+    """Drops the pages of a directory's files regularly while they are read or written."""
 
     def __init__(self, directory: Path):
         self._directory, self._since = directory, 0
@@ -67,7 +66,7 @@ class Passing:
                 return
             self._since = 0
         for path in self._directory.rglob("*"):
-            # Temporary ones come and go.
+            # Temporary files may disappear.
             with contextlib.suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as file:
                 _drop(file.fileno(), 0, 0)
 

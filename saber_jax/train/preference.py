@@ -109,18 +109,18 @@ class Preference:
 
     @property
     def policy_views(self) -> tuple[Modality, ...]:
-        """The modalities that a step has to withhold from the policy, a forward pass each."""
+        """The modalities that a step withholds from the policy, with one forward pass each."""
         return MODALITIES if self.decoupled else tuple(self.conditional)
 
     @property
     def reference_views(self) -> tuple[View, ...]:
-        """What the reference cache has to hold."""
+        """The views that the reference cache needs."""
         prior: tuple[View, ...] = ("both",) if self.text_prior else ()
         return ("whole", *self.conditional, *prior)
 
     @property
     def needs_ignored(self) -> bool:
-        """Whether pairs have to say which modality their rejected response was given without."""
+        """Whether pairs need the modality that was withheld for their rejected response."""
         return self.conditional_ignored_only or self.decoupled
 
 
@@ -144,7 +144,7 @@ class Scores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What is known about each pair besides its log-probabilities.
+    """Data of each pair besides its log-probabilities.
 
     `lengths` counts tokens; `ignored` indexes IGNORED; `chosen_nll` is -log pi_theta(y_w|c) of all
     tokens alike, whatever `length_alpha` says.

@@ -1,4 +1,4 @@
-"""`--config.profile.steps=10:15`: an xprof trace of those steps, and what memory held after them.
+"""`--config.profile.steps=10:15`: an xprof trace of these steps, and the memory after them.
 
 WORKDIR/profile/plugins/profile/TIME/*.xplane.pb   the trace; launch/profile.sh opens it
 WORKDIR/profile/memory.prof                        live buffers by allocation site, for pprof
@@ -13,7 +13,7 @@ import jax
 
 
 class Profile:
-    """Traces steps `first` to `last` - 1 from process 0: hosts of a pod run the same program."""
+    """Traces steps `first` to `last` - 1 of process 0; all hosts of a pod run the same program."""
 
     def __init__(self, window: str, workdir: str | Path, *, steps: int):
         """`window` is "first:last", or "" for no trace. Raises ValueError for anything else."""
@@ -31,16 +31,16 @@ class Profile:
             self._first, self._last = int(match[1]), int(match[2])
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
-        """Around the dispatch of a step; starts the trace when its time has come."""
+        """Context for the dispatch of a step; starts the trace at the first traced step."""
         if step == self._first:
             options = jax.profiler.ProfileOptions()
-            # Every Python call would bury the steps; annotations stay.
+            # Python calls would hide the steps; annotations are still traced.
             options.python_tracer_level = 0
             jax.profiler.start_trace(self._folder, profiler_options=options)
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, result: Any) -> None:
-        """Ends the trace once the last step's `result` is there."""
+        """Ends the trace when the `result` of the last traced step is ready."""
         if step != self._last - 1:
             return
         jax.block_until_ready(result)

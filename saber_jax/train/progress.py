@@ -1,4 +1,4 @@
-"""How fast a run is, how much of it is padding, and the one line that says so."""
+"""Speed and padding of a run, and its progress line on the console."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from saber_jax.train.stage import Stage
 
 Counts = dict[str, jax.Array]
 
-# Name of a budget -> what flops.counts calls that which fills it.
+# Name of a budget -> name in flops.counts of what fills it.
 BUDGETS = {"text": "tokens", "patches": "patches", "chunks": "chunks", "targets": "targets"}
 
 
@@ -42,7 +42,7 @@ class Meter:
         self._devices, self._kind = stage.mesh.size, device.device_kind
 
     def count(self, batch: Batch) -> Counts:
-        """Starts counting on the device; nothing waits for it."""
+        """Counts on the device, without waiting for the result."""
         return self._count(batch)
 
     def measure(self, counted: Counts, seconds: float) -> dict[str, float]:
@@ -62,14 +62,14 @@ class Meter:
 
 
 class Course:
-    """Where in training a step is: its learning rate and epoch, under TRL's names."""
+    """The learning rate and epoch of each step, under TRL's names."""
 
     def __init__(
         self, config: OptimizerConfig, steps: int, *, adapters: bool, seen: int, examples: int
     ):
         """`seen` counts the examples of all steps before, `examples` those of one epoch."""
         group = "adapters" if adapters else "rest"
-        # All at once: a schedule computes on the device.
+        # For all steps at once, because a schedule computes on the device.
         rates = jnp.broadcast_to(schedules(config, steps)[group](jnp.arange(steps)), steps)
         self._rates = jax.device_get(rates)
         self._seen, self._examples = seen, examples
@@ -101,7 +101,7 @@ class Console:
         self._since: list[Mapping[str, float]] = []
 
     def begin(self) -> None:
-        """Announces the silence before the first step."""
+        """Announces compilation, during which nothing is printed."""
         if self.every:
             say(f"{self.stage}: compiling the train step (a minute or so, once)")
 
@@ -142,7 +142,7 @@ class Console:
 
 
 def _means(lines: list[Mapping[str, float]]) -> dict[str, float]:
-    """Of each name over the lines that have it: some metrics are not there at every step."""
+    """Means by name over the lines that have it; some metrics are not logged at every step."""
     found: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():

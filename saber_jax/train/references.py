@@ -1,14 +1,14 @@
-"""log pi_ref of every target of every preference pair, computed once and kept on disk.
+"""The cache of log pi_ref of every target of every preference pair, on disk.
 
-The reference never sits in memory next to the policy: its numbers travel with the batch. A cache
-is a folder with one subfolder per view (what was withheld from the reference):
+The reference network is never in memory together with the policy; its log-probs are part of the
+batch. A cache is a folder with one subfolder per view (the modality withheld from the reference):
 
-    reference/whole/manifest.json                what the numbers were computed from
+    reference/whole/manifest.json                the inputs of the numbers
     reference/whole/00000.array_record ...       records of a pair's key and float32 log-probs
 
-A pair is found by its key, a hash of its clip and texts, so the cache does not depend on how pairs
-are ordered or packed, an interrupted computation goes on with what is missing, and new pairs are
-added to old ones. What is not in the key has to match as a whole, or the cache is refused.
+The key of a pair is a hash of its clip and texts. So the cache does not depend on the order or
+packing of pairs, an interrupted computation continues with the missing ones, and new pairs are
+added to existing ones. Inputs that are not in the key have to match, or the cache is refused.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ from saber_jax.runs.timeline import Timeline
 from saber_jax.train.stage import Stage
 
 KEY_BYTES = 16
-FLUSH_SECONDS = 30  # What a kill loses at most.
+FLUSH_SECONDS = 30  # Interrupting the computation loses at most this much work.
 
 Rows = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Everything but the pair itself that a reference log-prob depends on.
+    """Everything except the pair itself that reference log-probs depend on.
 
     `weights` from `start.weights_digest`, `processor` from `processor_digest`; `tokens` is a digest
     of the vocabulary, `media` of the records.
@@ -59,9 +59,9 @@ class Source:
 
 
 def processor_digest(examples: Sequence[Example]) -> str:
-    """Sixteen hex digits of what a few clips were made into: prompts, positions, pixels and sound.
+    """Sixteen hex digits: a hash of a few encoded clips (prompts, positions, pixels and sound).
 
-    Changes with whatever changes them: sampling, resizing, mel filters, the chat template, TMRoPE.
+    It changes if sampling, resizing, mel filters, the chat template or TMRoPE change.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -73,12 +73,12 @@ def processor_digest(examples: Sequence[Example]) -> str:
 
 
 class Cache:
-    """The log-probs of one view, by pair key. The first process alone reads and writes files, so
-    that hosts with disks of their own agree; `complete` gives the others what it holds."""
+    """The log-probs of one view, by pair key. Only the first process reads and writes files, so
+    that hosts with separate disks agree; `complete` sends the contents to the others."""
 
     def __init__(self, folder: Path, view: View, source: Source):
-        """Joins or starts FOLDER/VIEW. Raises ValueError, naming what differs, if it was computed
-        from something else."""
+        """Opens or creates FOLDER/VIEW. Raises ValueError, naming the difference, if it was
+        computed from other inputs."""
         self.folder, self.view = folder / view, view
         self.values: dict[bytes, Float[np.ndarray, " n"]] = {}
         if jax.process_index() > 0:
@@ -99,7 +99,7 @@ class Cache:
                 warn(f"{path} is damaged: {reason}. It is kept as {aside.name} and computed again.")
 
     def add(self, values: dict[bytes, Float[np.ndarray, " n"]]) -> None:
-        """Remembers them, and writes them to a file of their own.
+        """Adds log-probs and writes them to a new file.
 
         Raises FloatingPointError, and writes nothing, if any is not finite.
         """
@@ -123,7 +123,7 @@ class Cache:
 
 
 def _stored(path: Path) -> dict[bytes, Float[np.ndarray, " n"]]:
-    """The log-probs of one file. Raises whatever reading a damaged one does."""
+    """The log-probs of one file. A damaged file may raise exceptions of several types."""
     reader = ArrayRecordReader(str(path))
     try:
         records = reader.read_all()
@@ -133,7 +133,7 @@ def _stored(path: Path) -> dict[bytes, Float[np.ndarray, " n"]]:
 
 
 class References:
-    """Element i is float32 [views, targets] of pair i; NaN in views that nobody asked for."""
+    """Element i is float32 [views, targets] of pair i; NaN in views that were not requested."""
 
     def __init__(self, caches: Sequence[Cache], keys: Sequence[bytes]):
         self._values, self._keys = {cache.view: cache.values for cache in caches}, keys
@@ -156,11 +156,11 @@ def complete(
     *,
     batch_rows: int,
 ) -> int:
-    """Computes what `cache` lacks of the pairs `keys` and returns how many pairs that were.
+    """Computes the pairs of `keys` that are missing in `cache`; returns their number.
 
-    `counts[i]` is the number of targets of pair i. `plan` lays the missing pairs out in rows,
-    `batches` makes `batch_rows` at a time into batches, which may have empty rows at their end, and
-    `log_probs` scores a batch's targets.
+    `counts[i]` is the number of targets of pair i. `plan` assigns the missing pairs to rows,
+    `batches` makes batches of `batch_rows` rows, which may end with empty rows, and `log_probs`
+    scores the targets of a batch.
     """
     _share(cache, keys, counts)
     missing = [i for i, key in enumerate(keys) if key not in cache.values]
@@ -189,7 +189,7 @@ def complete(
 
 
 def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -> None:
-    """Gives every process what the first has read."""
+    """Sends the contents that the first process has read to all processes."""
     if jax.process_count() == 1:
         return
     held = np.array([key in cache.values for key in keys])
@@ -202,8 +202,8 @@ def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -
 
 
 def source_of(inputs: Inputs, weights: str, dtype: str) -> Source:
-    """What log-probs of `inputs` depend on, beside the pairs: the same when pairs are added or
-    removed, another for another mixture of records. `weights` is the digest of the reference's."""
+    """What log-probs of `inputs` depend on besides the pairs. It does not change if pairs are added
+    or removed, but with the mixture of records. `weights` is the digest of the reference."""
     examples = inputs.examples
     return Source(
         weights=weights,
@@ -222,23 +222,23 @@ def with_references(
     stage: Stage,
     timeline: Timeline,
 ) -> Inputs:
-    """`inputs` whose pairs carry their reference log-probs, in the views that the stage needs.
+    """`inputs` with the reference log-probs of its pairs, in the views that the stage needs.
 
-    The starting weights, whose digest is `weights`, compute what config.reference does not hold
-    yet. `params` loads them, and is called only if something is missing.
+    Log-probs that config.reference lacks are computed with the starting weights, whose digest is
+    `weights`. `params` loads them, and is called only if some are missing.
     """
     usable = inputs.usable
     source = source_of(inputs, weights, stage.compute.dtype)
     keys = [inputs.examples.key(i) for i in range(len(inputs.examples))]
-    # The reference numbers the pairs that can be used, and nothing else does.
+    # The cache numbers only the usable pairs.
     number = {int(i): n for n, i in enumerate(usable)}
 
     def log_probs(view: View) -> Callable[[Batch], Float[Array, "B T"]]:
         step = stage.reference_step(view)
 
         def of_batch(batch: Batch) -> Float[Array, "B T"]:
-            timeline.at("start")  # Every batch is a sign of life for the watchdog.
-            # Fresh adapters change nothing, so the base alone is the reference.
+            timeline.at("start")  # Tells the watchdog that there is progress.
+            # New adapters do not change the output, so the base alone is the reference.
             return step(saber.without_lora(params()), batch)
 
         return of_batch

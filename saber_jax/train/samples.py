@@ -1,4 +1,4 @@
-"""What a run is trained on, for TensorBoard: some examples as text, the sizes of all of them."""
+"""Training data in TensorBoard: some examples as text, and the sizes of all."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
-"""Step folders of a checkpoint: which are whole, and whether they hold what was saved.
+"""Step folders of a checkpoint: which are complete, and whether they are undamaged.
 
     checkpoints/40/           params, opt_state, meta: items that Orbax writes
     checkpoints/40/digests/   name of every array -> dtype, shape and digest (train/digests.py)
-    checkpoints/60.damaged/   a step that turned out damaged and is not used any more
+    checkpoints/60.damaged/   a damaged step, which is not used any more
 
-A folder is whole when Orbax finished it and no item is missing. Whether its bytes are still the
-ones that were written, only its digests tell, once its arrays are read.
+A folder is complete if Orbax finished it and no item is missing. Whether its bytes have changed is
+found by comparing digests when its arrays are read.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ MARKS = {
     **dict.fromkeys(("params", "opt_state"), "_METADATA"),
     **dict.fromkeys(("meta", DIGESTS), "metadata"),
 }
-"""A file that every item of this name has."""
+"""A file that exists in every complete item of this name."""
 NAMED = 3
-"""Damaged arrays that a message names; it counts the others."""
+"""Number of damaged arrays that a message names; the others are counted."""
 
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
 PAUSES = (1, 4, 16)
@@ -42,19 +42,19 @@ PAUSES = (1, 4, 16)
 
 
 class DamagedError(ValueError):
-    """A stored step is not what was saved. The message names the folder and what is wrong in it."""
+    """A stored step differs from what was saved. The message names the folder and the fault."""
 
 
 def steps(workdir: str | Path) -> list[Path]:
-    """Step folders, oldest first, whole or not."""
+    """Step folders, oldest first, including incomplete ones."""
     found = [p for p in (Path(workdir) / "checkpoints").glob("*") if p.name.isdigit()]
     return sorted((p.absolute() for p in found), key=lambda p: int(p.name))
 
 
 def problem(step: Path, items: tuple[str, ...] = ("params", DIGESTS)) -> str | None:
-    """Why `step` is not whole; None when it is."""
+    """Why `step` is incomplete; None if it is complete."""
     missing = [item for item in items if not (step / item / MARKS[item]).is_file()]
-    # In a bucket there is no rename that makes a step appear as a whole.
+    # In a bucket, a step is not committed by a rename.
     if buckets.mounted(step):
         parts = [step / item for item in items]
         missing += [str((p / buckets.COMMITTED).relative_to(step)) for p in parts if _open(p)]
@@ -62,14 +62,14 @@ def problem(step: Path, items: tuple[str, ...] = ("params", DIGESTS)) -> str | N
 
 
 def _open(item: Path) -> bool:
-    """Whether nobody finished an item that lies in a bucket."""
+    """Whether an item in a bucket is not committed."""
     return item.is_dir() and not (item / buckets.COMMITTED).is_file()
 
 
 def newest(workdir: str | Path) -> Path:
-    """The newest step, for whoever only reads.
+    """The newest step, for commands that only read.
 
-    Raises FileNotFoundError if there is none, DamagedError if it is not whole.
+    Raises FileNotFoundError if there is none, DamagedError if it is incomplete.
     """
     found = steps(workdir)
     if not found:
@@ -80,7 +80,7 @@ def newest(workdir: str | Path) -> Path:
 
 
 def advice(step: Path) -> str:
-    """What somebody who only reads may do about a damaged step."""
+    """Advice about a damaged step for commands that only read."""
     others = [other.name for other in steps(step.parent.parent) if int(other.name) < int(step.name)]
     if not others:
         return "It is the only one: make it again, or copy it again from where it came from."
@@ -91,7 +91,7 @@ def advice(step: Path) -> str:
 
 
 def set_aside(step: Path) -> Path:
-    """Renames a step so that nobody takes it for one, and keeps it. Returns its new place."""
+    """Renames a damaged step so that it is kept but not used. Returns its new path."""
     place, count = step.with_name(f"{step.name}.damaged"), 1
     while place.exists():
         count += 1
@@ -100,23 +100,23 @@ def set_aside(step: Path) -> Path:
 
 
 def described(arrays: Mapping[str, Array]) -> dict[str, list]:
-    """What `digests/` holds of these arrays. Every process must call it."""
+    """The contents of `digests/` for these arrays. Every process must call it."""
     found = digests.of_arrays(arrays)
     return {name: entry(leaf, found[name]) for name, leaf in arrays.items()}
 
 
 def entry(leaf: Any, digest: int) -> list:
-    """Of one array, which may be anything with a dtype and a shape."""
+    """The entry of one array; `leaf` needs a dtype and a shape."""
     return [str(leaf.dtype), list(leaf.shape), digest]
 
 
 def checksum(meta: Any) -> int:
-    """Of JSON values."""
+    """A checksum of JSON values."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def read_json(step: Path, item: str) -> dict[str, Any]:
-    """What Orbax stored as a JSON item. Raises DamagedError when it is none."""
+    """Reads a JSON item that Orbax stored. Raises DamagedError if it is not valid JSON."""
     try:
         value = json.loads((step / item / "metadata").read_bytes())
     except FileNotFoundError:
@@ -129,7 +129,7 @@ def read_json(step: Path, item: str) -> dict[str, Any]:
 
 
 def read_meta(step: Path) -> dict[str, Any]:
-    """What a run saved beside its arrays. Raises DamagedError when it is not that any more."""
+    """The `meta` of a step. Raises DamagedError if it was changed or damaged."""
     meta = read_json(step, "meta")
     if checksum(meta) != read_json(step, DIGESTS).get("meta"):
         raise DamagedError(f"{step} is damaged: meta is not what was saved.")
@@ -142,7 +142,7 @@ def digests_of(step: Path, item: str) -> dict[str, list]:
 
 
 def check_shapes(step: Path, arrays: Mapping[str, Any]) -> None:
-    """Raises ValueError when `step` was saved by a network or an optimizer of other shapes."""
+    """Raises ValueError if the arrays of `step` have other names or shapes."""
     wanted = {n: tuple(e[:2]) for n, e in _entries(step).items()}
     ours = {n: (str(leaf.dtype), list(leaf.shape)) for n, leaf in arrays.items()}
     differ = sorted(n for n in wanted.keys() | ours.keys() if wanted.get(n) != ours.get(n))
@@ -155,8 +155,8 @@ def check_shapes(step: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def check(step: Path, arrays: Mapping[str, Array], *, partly: bool = False) -> None:
-    """Raises DamagedError naming those of `arrays` that are not what was saved in `step`, and
-    those that were saved and are not there, unless only a part was read."""
+    """Raises DamagedError naming those of `arrays` that differ from what was saved in `step`, and,
+    unless `partly`, saved arrays that are missing."""
     wanted = _entries(step)
     found = described(arrays)
     differ = [n for n in found if found[n] != wanted.get(n)]
@@ -164,7 +164,7 @@ def check(step: Path, arrays: Mapping[str, Array], *, partly: bool = False) -> N
 
 
 def check_one(step: Path, name: str, leaf: Any, digest: int) -> None:
-    """Raises DamagedError when `digest` is not that of the array that was saved as `name`."""
+    """Raises DamagedError if `digest` differs from that of the array that was saved as `name`."""
     if _entries(step).get(name) != entry(leaf, digest):
         report(step, [name])
 
@@ -181,7 +181,7 @@ def report(step: Path, differ: list[str]) -> None:
 
 @contextlib.contextmanager
 def readable(step: Path) -> Iterator[None]:
-    """Whatever Orbax and TensorStore raise inside becomes a DamagedError with advice."""
+    """Converts exceptions of Orbax and TensorStore to DamagedError with advice."""
     speaking.keep_orbax_brief()
     try:
         yield
@@ -192,8 +192,8 @@ def readable(step: Path) -> Iterator[None]:
 
 
 def reading(read: Callable[[], Any]) -> Any:
-    """`read()`, tried again a few times while storage is out of reach. One process only: several
-    would lose each other inside Orbax."""
+    """`read()`, retried a few times if storage is unavailable. Only with a single process: several
+    would get out of step inside Orbax."""
     for pause in PAUSES if jax.process_count() == 1 else ():
         try:
             return read()
@@ -206,9 +206,9 @@ def reading(read: Callable[[], Any]) -> Any:
 
 
 def damage(step: Path, error: BaseException) -> str:
-    """What `error` says about a step. Raises it again when it is not about what is stored.
+    """A message about the damage of a step. Raises `error` again if it is not about stored data.
 
-    Of damaged files Orbax and TensorStore raise about everything, AttributeError included.
+    For damaged files Orbax and TensorStore raise exceptions of many types, even AttributeError.
     """
     if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
@@ -216,13 +216,13 @@ def damage(step: Path, error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what a library said, cut where it goes on about source files."""
+    """The first line of a library's error message, without source locations."""
     text = re.split(r" \[(?:source|tensorstore)|\n", str(error).strip(), maxsplit=1)[0]
     return f"{type(error).__name__}: {text[:300]}".rstrip(".: ")
 
 
 def cause(error: BaseException) -> str:
-    """The operating system's reason where there is one among the causes, or the first line."""
+    """The operating system's error message if it is among the causes, else the first line."""
     found: BaseException | None = error
     text = str(error)
     while found is not None:
@@ -242,7 +242,7 @@ def _entries(step: Path) -> dict[str, list]:
 
 
 def write_digests(step: Path, entries: Mapping[str, list]) -> None:
-    """For a step that holds weights alone. Every process must call it."""
+    """Writes the digests of a step with weights only. Every process must call it."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         checkpointer.save(buckets.native(step / DIGESTS), args=ocp.args.JsonSave(dict(entries)))
 

@@ -1,7 +1,7 @@
-"""The two stages: from a config to what is compiled, without a value in it.
+"""The two stages: abstract state, abstract batch and jitted steps of a config, without values.
 
-`main` runs what is built here and `aot` compiles it, so that a report is about the very step that
-trains.
+`main` runs what is built here and `aot` compiles it, so that aot reports describe the step that is
+trained.
 """
 
 import abc
@@ -40,9 +40,9 @@ from saber_jax.tree import flatten, merge
 class Stage(abc.ABC):
     """One stage on one mesh. `state` and `batch` hold jax.ShapeDtypeStruct with shardings.
 
-    What distinguishes the stages is what their classes override, and nothing else asks which one
-    runs. `items` is what a row holds, for the console; `reference_views` is what the stage needs
-    log pi_ref in.
+    The differences between the stages are in their classes, and no other code checks which one is
+    running. `items` names the contents of a row for the console; `reference_views` are the views
+    for which the stage needs log pi_ref.
     """
 
     items: ClassVar[str]
@@ -65,7 +65,7 @@ class Stage(abc.ABC):
         return ()
 
     def read_pairs(self, config: ConfigDict) -> list[Pair] | None:
-        """The preference pairs that the stage learns from; None if it learns from records."""
+        """The preference pairs of the stage; None if it trains on records."""
         return None
 
     def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
@@ -73,12 +73,12 @@ class Stage(abc.ABC):
         raise ValueError("This stage has no reference policy. Give configs/cadpo.py:VARIANT.")
 
     def probe(self) -> Callable[[TrainState[Array], Batch], Metrics] | None:
-        """Jitted measurements that are too costly for every step, if there are any."""
+        """Jitted metrics that are too costly for every step, or None."""
         return None
 
     @abc.abstractmethod
     def measure(self, params: dict, batch: Batch) -> Measured:
-        """What validation adds up over the held-out part, see train/validate.py."""
+        """The sums that validation adds up over the held-out examples, see train/validate.py."""
 
     def measurement(self) -> Callable[[TrainState[Array], Batch], Measured]:
         """The jitted `measure`."""
@@ -87,31 +87,31 @@ class Stage(abc.ABC):
 
     @property
     def beta(self) -> float:
-        """By which rewards are scaled; 0 where there are none."""
+        """The scale of rewards; 0 for stage 1."""
         return 0.0
 
     @property
     def param_shardings(self) -> dict:
-        """As the network takes its parameters: a nested dict."""
+        """Shardings of the parameters, as a nested dict."""
         return merge(_shardings(self.state.trainable), _shardings(self.state.frozen))
 
     @property
     def param_dtypes(self) -> dict[str, DTypeLike]:
-        """By flattened name."""
+        """Dtypes of the parameters, by flattened name."""
         return {n: leaf.dtype for n, leaf in (self.state.trainable | self.state.frozen).items()}
 
     def train_step(
         self, *, skip: bool = False
     ) -> Callable[[TrainState[Array], Batch], tuple[TrainState[Array], Metrics]]:
-        """The jitted step; it takes its state's memory over. With `skip` a step whose numbers are
-        not finite changes nothing."""
+        """The jitted step, which donates its state. With `skip`, a step with non-finite values
+        changes nothing."""
         step = skipping(self.step) if skip else self.step
         everywhere = sharding.replicated(self.mesh)
         places = (_shardings(self.state), everywhere)
         return jax.jit(step, donate_argnums=0, out_shardings=places)
 
     def begin(self, params: dict) -> TrainState[Array]:
-        """The state at step 0, optimizer moments laid out like their weights."""
+        """The state at step 0, with moments sharded like their weights."""
         trainable, frozen = partition(params, self.trainable)
         init = jax.jit(self.tx.init, out_shardings=_shardings(self.state.opt_state))
         step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
@@ -181,9 +181,9 @@ class CaDpo(Stage):
 
 
 def checked_pairs(config: ConfigDict, options: Preference) -> list[Pair]:
-    """The pairs of config.data.pairs, with what `options` need to know about them.
+    """The pairs of config.data.pairs, checked for the information that `options` need.
 
-    Raises ValueError where they do not say it, or where what they say leaves an option no effect.
+    Raises ValueError if it is missing, or if an option would have no effect on these pairs.
     """
     if config.data.withhold:
         raise ValueError(
@@ -239,14 +239,14 @@ def build(config: ConfigDict, mesh: Mesh) -> Stage:
         "state": state,
         "batch": _abstract_batch(budget(config), _rows(config, mesh), mesh),
     }
-    # The one place that asks which stage it is.
+    # The only place that checks the stage.
     if config.stage == "cadpo":
         return CaDpo(**common, preference=Preference(**config.loss))
     return Sed(**common)
 
 
 def network(config: ConfigDict) -> SaberConfig:
-    """The model's size, with adapters where config.lora.rank asks for some."""
+    """The network's config, with adapters if config.lora.rank is set."""
     cfg = saber_config(config.model)
     if not config.lora.rank:
         return cfg
@@ -307,8 +307,8 @@ def _abstract_state(
     mesh: Mesh,
     dtype: str,
 ) -> TrainState[jax.ShapeDtypeStruct]:
-    """Trainable weights are float32 masters; frozen ones rest in the dtype that they are used in,
-    which gives the same numbers from half the memory."""
+    """Trainable weights are float32 masters. Frozen ones have the compute dtype, which gives the
+    same results with half the memory."""
     params = _placed(saber.abstract(cfg), saber.shardings(cfg, mesh))
     trainable, frozen = partition(params, patterns)
     frozen = {
@@ -322,7 +322,7 @@ def _abstract_state(
 
 
 def _rows(config: ConfigDict, mesh: Mesh) -> int:
-    """Of a batch; raises ValueError where a microbatch would leave devices without equally many."""
+    """Rows of a batch; raises ValueError if a microbatch does not divide over the devices."""
     rows, parts = sharding.batch_rows(config.data.batch_rows, mesh), config.compute.microbatches
     shares = sharding.shards(sharding.BATCH_AXES, mesh)
     if rows % (parts * shares):

@@ -1,6 +1,6 @@
-"""What a run starts with: that it can run here, its weights, and what its folder says of it.
+"""The start of a run: checks of the machine, starting weights, and files of the work directory.
 
-Weights are random ones, a checkpoint's, or a base with fresh adapters.
+Starting weights are random, from a checkpoint, or a base with new adapters.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from saber_jax.tree import flatten, merge
 
 
 def refuse_hopeless(config: ConfigDict) -> None:
-    """Raises ValueError for 3B and more on a CPU, which would swap for hours before it failed."""
+    """Raises ValueError for 3B and larger models on a CPU, which would swap for hours."""
     if config.model != "tiny" and jax.default_backend() == "cpu":
         raise ValueError(
             f"{config.model} needs TPUs or GPUs and this machine has only a CPU. Run it where they "
@@ -33,14 +33,14 @@ def refuse_hopeless(config: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises FileNotFoundError or ValueError unless config.init.checkpoint is whole, or empty."""
+    """Raises FileNotFoundError or ValueError unless config.init.checkpoint is complete or ""."""
     if config.init.checkpoint:
         checkpoint.read_model_file(config.init.checkpoint)
         saved.newest(config.init.checkpoint)
 
 
 def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs) -> None:
-    """Says what the run reads, and makes its work directory readable on its own."""
+    """Prints what the run reads, and writes the model files of its work directory."""
     workdir = Path(config.workdir)
     about = {"stage": config.stage, "provenance": inputs.provenance}
     if base is not None:
@@ -51,9 +51,9 @@ def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs
 
 
 def base_checkpoint(config: ConfigDict, stage: Stage, workdir: Path) -> Path | None:
-    """Where the weights lie that adapters are for; None without LoRA.
+    """The checkpoint with the frozen weights of a LoRA run; None without LoRA.
 
-    Random ones are drawn once and kept in WORKDIR/base.
+    Random weights are drawn once and kept in WORKDIR/base.
     """
     if stage.cfg.lora is None:
         return None
@@ -68,7 +68,8 @@ def base_checkpoint(config: ConfigDict, stage: Stage, workdir: Path) -> Path | N
 
 
 def params(config: ConfigDict, stage: Stage, base: Path | None) -> dict:
-    """From config.init.checkpoint, or random; given a base, its weights and fresh adapters."""
+    """Parameters from config.init.checkpoint, or random; with a base, its weights and new
+    adapters."""
     shardings = stage.param_shardings
     if base is None and config.init.checkpoint:
         return checkpoint.load_params(
@@ -82,8 +83,7 @@ def params(config: ConfigDict, stage: Stage, base: Path | None) -> dict:
 
 
 class Weights:
-    """What a run starts with: `params`, read or drawn when first asked for and kept until
-    `forget`."""
+    """The starting weights, `params`, loaded at the first call and kept until `forget`."""
 
     def __init__(self, config: ConfigDict, stage: Stage, base: Path | None):
         self._make = functools.partial(params, config, stage, base)
@@ -95,13 +95,13 @@ class Weights:
         return self._held
 
     def forget(self) -> None:
-        """Frees them: their memory is wanted for those of a checkpoint."""
+        """Frees their memory for the weights of a checkpoint."""
         self._held = None
 
 
 def weights_digest(config: ConfigDict, stage: Stage, base: Path | None) -> str:
-    """Sixteen hex digits that change with any change of the weights that the run starts from, not
-    counting fresh adapters. No weight is read: a checkpoint says it in its own digests."""
+    """Sixteen hex digits that change with any of the starting weights, except new adapters. They
+    are computed from the stored digests of the checkpoint, without reading weights."""
     source = base or config.init.checkpoint
     if source:
         return checkpoint.digest(source)
@@ -110,7 +110,8 @@ def weights_digest(config: ConfigDict, stage: Stage, base: Path | None) -> str:
 
 
 def layout(stage: Stage, base: Path | None) -> TrainState:
-    """What to restore into: `stage.state`, where a base stands for the weights that it holds."""
+    """The state to restore into: `stage.state`, with frozen weights from the base if there is
+    one."""
     if base is None:
         return stage.state
     under = flatten(_base_params(stage, base))

@@ -1,6 +1,6 @@
-"""The train steps: `sft_step` and `cadpo_step` are what runs, whole.
+"""The train steps of both stages, `sft_step` and `cadpo_step`.
 
-Pure functions of a state and a batch; the caller jits them, donating the state.
+They are pure functions of a state and a batch; the caller jits them and donates the state.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from saber_jax.tree import flatten, merge
 
 Metrics = dict[str, Array]
 Objective = Callable[[dict, Batch], tuple[Array, Array, Tally]]
-"""(parameters, batch) -> loss sum, the weight it is to be divided by, metrics."""
+"""(parameters, batch) -> loss sum, the weight to divide it by, metrics."""
 
 Leaf = TypeVar("Leaf", Array, jax.ShapeDtypeStruct)
-"""Of a state: arrays, or in a state that is only compiled for, what is known about them."""
+"""A leaf of a state: an array, or its jax.ShapeDtypeStruct in an abstract state."""
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ def sft_step(
     tx: optax.GradientTransformation,
     seed: int = 0,
 ) -> tuple[TrainState[Array], Metrics]:
-    """One optimizer step of stage 1; `seed` is what adapters' dropout is drawn from."""
+    """One optimizer step of stage 1; `seed` is for the dropout of adapters."""
     batch = lora.keyed(batch, cfg.lora, seed, state.step)
     objective = functools.partial(sft_objective, cfg=cfg, compute=compute)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
@@ -89,7 +89,7 @@ def cadpo_step(
     options: Preference,
     seed: int = 0,
 ) -> tuple[TrainState[Array], Metrics]:
-    """One optimizer step of stage 2; `seed` as in `sft_step`. The reference drops nothing."""
+    """One optimizer step of stage 2; `seed` as in `sft_step`. The reference has no dropout."""
     batch = lora.keyed(batch, cfg.lora, seed, state.step)
     objective = functools.partial(cadpo_objective, cfg=cfg, compute=compute, options=options)
     state, metrics = _update(state, batch, objective, tx, compute.microbatches)
@@ -119,8 +119,8 @@ def gradients(
 ) -> tuple[tuple[Array, Array, Tally], dict[str, Array]]:
     """The objective's sums over the whole batch, and the gradient of its loss sum.
 
-    Microbatches are gone through one after another. What is added up are sums, divided once at the
-    end, so a part with few targets counts for as few as it has.
+    Microbatches are processed one after another. Sums are added up and divided once at the end, so
+    each microbatch counts in proportion to its number of targets.
     """
 
     def loss_fn(trainable, part):
@@ -147,7 +147,7 @@ def gradients(
 
 def _parts(rows: Array, *, count: int) -> Array:
     """[R, ...] -> [count, R / count, ...]. A part takes every `count`-th row, so that rows stay on
-    the device that has them."""
+    their device."""
     if len(rows) % count:
         raise ValueError(
             f"config.data.batch_rows={len(rows)} must be a multiple of "

@@ -1,12 +1,12 @@
-"""Checkpoints a matrix at a time: memory holds a few of them and never the model.
+"""Streaming checkpoints one matrix at a time, so that the whole model is never in memory.
 
-Writing: `save` takes parameters that still lie elsewhere as `Leaf`s and lets Orbax write them
-through a type handler of its own; what comes out is a checkpoint like any other. Of several
-processes each reads and writes its share. Reading: `open_model` gives the parameters as arrays that
-read a layer when it is asked for.
+Writing: `save` takes parameters that are stored elsewhere as `Leaf`s, and Orbax writes them through
+our own type handler; the result is an ordinary checkpoint. With several processes, each reads and
+writes its share. Reading: `open_model` returns the parameters as arrays that read a layer when it
+is indexed.
 
 Chunks on disk are one layer of one parameter, cut along the axis that FSDP shards, so that a host
-restores the part that its devices hold and little else.
+reads little more than what its devices hold.
 """
 
 import collections
@@ -31,9 +31,9 @@ from saber_jax.train import checkpoint, digests, page_cache, saved
 from saber_jax.tree import flatten, merge
 
 CHUNK_BYTES = 8 * 2**20
-NARROWEST = 64  # Of the cut axis: below that, a chunk is gathered from runs shorter than a page.
+NARROWEST = 64  # Minimum chunk size of the cut axis; below it, reads are shorter than a page.
 FILE_BYTES = 128 * 2**20
-IN_FLIGHT_BYTES = 1200 * 2**20  # Counted once, though read, turned and written buffers coexist.
+IN_FLIGHT_BYTES = 1200 * 2**20  # Counts a piece once, although up to three copies of it exist.
 AHEAD_BYTES = 600 * 2**20
 CACHE_BYTES = 2**20
 THREADS = 3
@@ -41,7 +41,7 @@ THREADS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One layer of a parameter, or all of one that has no layers; `read` gives our layout."""
+    """One layer of a parameter, or a whole parameter without layers; `read` returns our layout."""
 
     layer: int | None
     nbytes: int
@@ -51,7 +51,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """A parameter that is not here yet; `axes` are its logical axes."""
+    """A parameter that is not in memory yet; `axes` are its logical axes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -88,9 +88,9 @@ def save(step: str | Path, leaves: dict[str, Any]) -> None:
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves piece by piece; to Orbax they are arrays like others.
+    """An Orbax type handler that writes leaves piece by piece.
 
-    `sums` are then this process's shares in their digests, by flattened name.
+    Afterwards, `sums` has this process's contributions to their digests, by flattened name.
     """
 
     def __init__(self):
@@ -117,7 +117,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _share(sizes: Sequence[int]) -> slice:
-    """The run of pieces that is this process's, equal in bytes to the others'."""
+    """The contiguous pieces of this process; all processes get about the same number of bytes."""
     ends = np.cumsum(sizes)
     cuts = np.arange(jax.process_count() + 1) * (ends[-1] / jax.process_count())
     first, last = np.searchsorted(ends - np.asarray(sizes) / 2, cuts[jax.process_index() :][:2])
@@ -127,7 +127,7 @@ def _share(sizes: Sequence[int]) -> slice:
 def _write(
     work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]], passing: page_cache.Passing
 ) -> dict[str, int]:
-    """Returns the sum of the digests of what was written, by flattened name."""
+    """Writes pieces; returns the sums of their digests by flattened name."""
     room = _Room(IN_FLIGHT_BYTES)
     stores = {info.name: _create(leaf, info) for _, leaf, info in work}
     total = sum(piece.nbytes for piece, _, _ in work)
@@ -155,7 +155,7 @@ def _write(
 
 
 def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> int:
-    """Returns the piece's share in the digest of its parameter."""
+    """Copies a piece; returns its contribution to the digest of its parameter."""
     target = store if piece.layer is None else store[piece.layer]
     array = piece.read()
     chunk = leaf.chunks if piece.layer is None else leaf.chunks[1:]
@@ -186,7 +186,7 @@ def _create(leaf: Leaf, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
         dtype=leaf.dtype,
         process_index=jax.process_index(),
     )
-    # Weights hardly compress, and a processor that tries is slower than a disk.
+    # Weights hardly compress, and compression is slower than a disk.
     spec["metadata"] |= {"chunks": leaf.chunks, "compressor": None}
     spec["kvstore"]["target_data_file_size"] = FILE_BYTES
     return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
@@ -210,7 +210,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def in_order(jobs: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
-    """Results of (bytes of the result, job), a few computed ahead while one is being used."""
+    """Results of (bytes of the result, job) in order; a few are computed ahead."""
     ahead: collections.deque[tuple[int, Future[np.ndarray]]] = collections.deque()
     with ThreadPoolExecutor(THREADS) as pool:
         for size, job in jobs:
@@ -222,7 +222,7 @@ def in_order(jobs: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[n
 
 
 class _Room:
-    """Bytes that may be on their way at once; one piece always may."""
+    """A limit for the bytes in flight; a single piece is always allowed."""
 
     def __init__(self, limit: int):
         self._limit, self._used = limit, 0
@@ -240,10 +240,9 @@ class _Room:
 
 
 class Stored:
-    """A parameter on disk; indexing reads.
+    """A parameter on disk, which is read by indexing.
 
-    Raises DamagedError when all of it was read, at once or layer by layer, and is not what was
-    saved.
+    Raises DamagedError once all of it was read, at once or layer by layer, and its digest differs.
     """
 
     def __init__(self, store: ts.TensorStore, passing: page_cache.Passing, step: Path, name: str):
@@ -268,7 +267,7 @@ class Stored:
         elif isinstance(index, int):
             self._sums[index] = digests.of_numpy(array, first=index * array.size)
         else:
-            return  # A part that tells nothing.
+            return  # The digest of such a part is not known.
         if array.shape == self.shape or len(self._sums) == self.shape[0]:
             saved.check_one(self._step, self._name, self, sum(self._sums.values()) % 2**32)
 
@@ -287,9 +286,9 @@ class Merged:
 
 
 def open_model(workdir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
-    """Parameters of a work directory, adapters merged, as objects that read when indexed.
+    """Parameters of a work directory with adapters merged, as objects that read when indexed.
 
-    Each has `shape` and `dtype`. Checked against the model's shape name by name; raises what
+    Each has `shape` and `dtype`. Names and shapes are checked against the model; raises what
     `checkpoint.load_params` raises.
     """
     about = checkpoint.read_model_file(workdir)

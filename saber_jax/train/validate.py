@@ -1,11 +1,11 @@
-"""How a model does on the held-out part of its data, which no training row touches.
+"""Validation on held-out examples, which are in no training row.
 
-Stage 1 measures the loss of every section. Stage 2 measures that of the chosen answers, and how
-often the chosen answer is preferred, next to a rule that knows nothing but lengths: "the longer one
-is chosen". A model that does not beat that rule may have learnt no more than it.
+Stage 1 measures the loss of every section. Stage 2 measures the loss of the chosen answers, and how
+often the chosen answer is preferred, compared with the rule "the longer answer is the chosen one".
+A model that is no better than this rule may have learnt only lengths.
 
-What is fetched are sums and one line of numbers a pair, so the metrics do not depend on how many
-hosts and devices share the work, up to the order of floating-point sums.
+Sums and one line of numbers per pair are fetched, so the metrics do not depend on the number of
+hosts and devices, up to the order of floating-point sums.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ PREFIX = "validate/"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of one batch: the sums of -log pi and the target tokens of each section, and of each pair
-    what `pair_metrics` reads. Stage 1 has no pairs."""
+    """Sums of one batch: -log pi and number of targets of each section, and for stage 2 the table
+    of pairs for `pair_metrics`."""
 
     nll: Float[Array, " F"]
     tokens: Float[Array, " F"]
@@ -48,8 +48,8 @@ class Measured:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairTable:
-    """One number a pair: sums of log pi over each answer, and tokens of it; `valid` is 0 for
-    padding."""
+    """Columns with one number per pair: log pi and number of tokens of each answer; `valid` is 0
+    for padding."""
 
     chosen: Float[Array, "B P"]
     rejected: Float[Array, "B P"]
@@ -93,7 +93,7 @@ def _sections(
 
 
 def metrics(found: Sequence[Measured], beta: float) -> dict[str, float]:
-    """All batches together; `found` holds NumPy arrays. A mean over nothing is left out."""
+    """Metrics of all batches; `found` has NumPy arrays. Means over no elements are left out."""
     nll, tokens = (
         np.stack([getattr(m, name) for m in found]).astype(np.float64).sum(0)
         for name in ("nll", "tokens")
@@ -108,7 +108,7 @@ def metrics(found: Sequence[Measured], beta: float) -> dict[str, float]:
 
 
 def _joined(tables: Sequence[PairTable]) -> dict[str, Float[np.ndarray, " N"]]:
-    """The columns of all real pairs."""
+    """The columns of all valid pairs."""
     names = [field.name for field in dataclasses.fields(PairTable)]
     columns = {
         name: np.concatenate([np.ravel(np.asarray(getattr(t, name), np.float64)) for t in tables])
@@ -119,12 +119,13 @@ def _joined(tables: Sequence[PairTable]) -> dict[str, Float[np.ndarray, " N"]]:
 
 
 def pair_metrics(pairs: dict[str, Float[np.ndarray, " N"]], beta: float) -> dict[str, float]:
-    """What stage 2 measures, from PairTable's columns.
+    """Metrics of stage 2 from the columns of PairTable.
 
-    `length_balanced_accuracy` is the mean of the accuracies over pairs whose chosen answer is the
-    longer and over those whose is the shorter, so that length alone gives 0.5; it is left out where
-    a kind is missing. `longer_wins` is the accuracy of the rule "the longer is chosen", ties
-    counting half. `displacement` is how far log pi of the chosen answers moved, in nats a token.
+    `length_balanced_accuracy` is the mean of the accuracies over pairs whose chosen answer is
+    longer and over pairs whose chosen answer is shorter, so that length alone gives 0.5; it is left
+    out if there are none of one kind. `longer_wins` is the accuracy of the rule "the longer answer
+    is the chosen one", with ties counted as half. `displacement` is the change of log pi of the
+    chosen answers, in nats per token.
     """
     if not len(pairs["chosen"]):
         return {}
@@ -148,10 +149,10 @@ def pair_metrics(pairs: dict[str, Float[np.ndarray, " N"]], beta: float) -> dict
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Measures the held-out part every `every` steps, before the first and after the last.
+    """Runs validation every `every` steps, before the first and after the last.
 
-    `batches` makes its batches anew, `measure` is a jitted Stage method. `warn_displacement` is in
-    nats a token, 0 for no warning.
+    `batches` returns a new iterator over its batches, `measure` is a jitted Stage method.
+    `warn_displacement` is in nats per token, 0 for no warning.
     """
 
     batches: Callable[[], Iterable[Batch]]
@@ -162,11 +163,11 @@ class Validation:
     warn_displacement: float = 0.0
 
     def due(self, step: int) -> bool:
-        """Whether to measure when `step` steps are done."""
+        """Whether to run after `step` steps."""
         return step % self.every == 0 or step == self.steps
 
     def run(self, state: Any, step: int) -> dict[str, float]:
-        """The metrics of these weights; what is worrying about them is said on the console."""
+        """The metrics of these weights; warnings about them are printed."""
         found = [jax.device_get(self.measure(state, batch)) for batch in self.batches()]
         values = metrics(found, self.beta)
         say(f"validation at step {step}: {_line(values)}")
@@ -175,7 +176,7 @@ class Validation:
         return values
 
     def warnings(self, values: dict[str, float], step: int) -> list[str]:
-        """Sentences about pair metrics that should not be overlooked; none before training."""
+        """Warnings about pair metrics; none before training."""
         if not step or PREFIX + "accuracy" not in values:
             return []
         found = []
