@@ -104,6 +104,7 @@ def bucket(name: str) -> Iterator[Bucket]:
     made.environ |= {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # Of ArrayRecord.
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anybody",
         buckets.MOUNTS: f"{made.mount}=gs://{name}",
     }

@@ -22,6 +22,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int16, UInt8
 
+from saber_jax.data import bucket_records
+from saber_jax.runs import buckets
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
 
@@ -271,7 +273,11 @@ class RecordSource:
 
         builder = tfds.builder_from_directory(self.directory)
         # The decorator of this method hides its arguments from the type checker.
-        return builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
+        source = builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
+        if buckets.mounted(self.directory):
+            parts = builder.info.splits[self.split].file_instructions
+            source.data_source = bucket_records.open_split(parts, self.fingerprint)
+        return source
 
 
 def clip_size(record: Record) -> ClipSize:

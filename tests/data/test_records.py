@@ -1,10 +1,12 @@
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from saber_jax.data import annotations, records
+from saber_jax.runs import buckets
 
 GOOD = {
     "audio_desc": {"speech_content": "Hi.", "acoustic_feat": "calm"},
@@ -167,6 +169,24 @@ def test_a_missing_dataset_or_split_is_one_clear_error(written, tmp_path):
         records.RecordSource(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match=r"'tset'.*train"):
         records.RecordSource(written.path, "tset")
+
+
+def test_records_of_a_mounted_bucket_are_asked_of_the_bucket(written, monkeypatch):
+    stored = records.RecordSource(written.path, "train")
+    raw = stored._source.data_source
+    asked = []
+
+    def open_split(parts, fingerprint):
+        asked.append(([buckets.native(part.filename) for part in parts], fingerprint))
+        return raw
+
+    monkeypatch.setenv(buckets.MOUNTS, f"{Path(written.path).absolute()}=gs://b/r")
+    monkeypatch.setattr(records.bucket_records, "open_split", open_split)
+    source = records.RecordSource(written.path, "train")
+    assert source[0].clip_id == stored[0].clip_id
+    ((files, fingerprint),) = asked
+    assert fingerprint == stored.fingerprint
+    assert all(str(file).startswith("gs://b/r/") for file in files)
 
 
 @pytest.mark.parametrize("place", [*range(0, 100, 5), 65_535, 65_536, 65_560, 65_600, -1, -600])
