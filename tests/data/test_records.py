@@ -1,6 +1,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,21 +173,31 @@ def test_a_missing_dataset_or_split_is_one_clear_error(written, tmp_path):
 
 
 def test_records_of_a_mounted_bucket_are_asked_of_the_bucket(written, monkeypatch):
-    stored = records.RecordSource(written.path, "train")
-    raw = stored._source.data_source
-    asked = []
+    mount = Path(written.path).absolute()
+    opened_parts = []
 
-    def open_split(parts, fingerprint):
-        asked.append(([buckets.native(part.filename) for part in parts], fingerprint))
-        return raw
+    class Source:
+        data_source = None
 
-    monkeypatch.setenv(buckets.MOUNTS, f"{Path(written.path).absolute()}=gs://b/r")
+        def __getitem__(self, index):
+            return self.data_source[index]
+
+    parts = object()
+    split = SimpleNamespace(file_instructions=parts)
+    builder = SimpleNamespace(
+        info=SimpleNamespace(splits={"train": split}), as_data_source=lambda split: Source()
+    )
+
+    def open_split(*given):
+        opened_parts.append(given)
+        return written.examples
+
+    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", lambda _: builder)
     monkeypatch.setattr(records.bucket_records, "open_split", open_split)
+    monkeypatch.setenv(buckets.MOUNTS, f"{mount}=gs://b/r")
     source = records.RecordSource(written.path, "train")
-    assert source[0].clip_id == stored[0].clip_id
-    ((files, fingerprint),) = asked
-    assert fingerprint == stored.fingerprint
-    assert all(str(file).startswith("gs://b/r/") for file in files)
+    assert source[1].clip_id == "y"
+    assert opened_parts == [(parts, source.fingerprint)]
 
 
 @pytest.mark.parametrize("place", [*range(0, 100, 5), 65_535, 65_536, 65_560, 65_600, -1, -600])
