@@ -1,8 +1,8 @@
-"""The batch: what packed rows hold, by modality, from the packer on the host to the device.
+"""The types of a batch: arrays of packed rows by modality, on the host and on the device.
 
-Every part is a pytree. A field says which dimensions it has after the rows: numbers, or names of
-properties of packing.Budget, the static shape of a row. `pack_rows` makes arrays of those shapes,
-and nothing else lists the fields, so a new one is a line here and one where it is filled.
+Every part is a pytree. A field declares its dimensions after the row axis: numbers, or names of
+properties of packing.Budget, the static shape of a row. `pack_rows` makes arrays of these shapes.
+The fields are listed only here, so a new one needs a line here and a line where it is filled.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ class Branch(enum.IntEnum):
 
 
 def _array(*dims: str | int, dtype: Any = np.int32, fill: float = 0) -> Any:
-    """A field of shape [rows, *dims]; `fill` stands where there is padding."""
+    """A field of shape [rows, *dims]; `fill` is the value of padding."""
     return dataclasses.field(metadata={"dims": dims, "dtype": np.dtype(dtype), "fill": fill})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(Generic[Leaf]):
-    """One entry a slot of the row.
+    """One entry per slot of the row.
 
     Segment 0 is padding. `positions` are TMRoPE's, on three axes. `media_index` is the row of the
     slot in concat(vision units, pooled audio), -1 for a token of its own.
@@ -49,7 +49,7 @@ class Text(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vision(Generic[Leaf]):
-    """One entry a patch, in tower order: whole windows one after another.
+    """One entry per patch, in tower order: whole windows one after another.
 
     `patches` are raw pixels, `hw` their place in the frame; `window` and `frame` number what a
     patch belongs to, 0 for padding.
@@ -64,7 +64,7 @@ class Vision(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audio(Generic[Leaf]):
-    """One entry a chunk of two seconds; `lengths` counts its mel frames."""
+    """One entry per chunk of two seconds; `lengths` is its number of mel frames."""
 
     mel: Leaf = _array("chunks", "chunk_frames", "mel_bins", dtype=np.float32)
     lengths: Leaf = _array("chunks")
@@ -73,7 +73,7 @@ class Audio(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targets(Generic[Leaf]):
-    """One entry a token that the loss is about; weight 0 is padding.
+    """One entry per target, a token that the loss is computed on; weight 0 is padding.
 
     `source` is the slot whose hidden state predicts it, `section` the field of the answer, 1 to 6,
     or 0 for none, `segment` and `branch` as of its slot, `index` its place in its response.
@@ -94,7 +94,7 @@ class Targets(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs(Generic[Leaf]):
-    """One entry a segment, which in stage 1 is an example and in stage 2 a preference pair.
+    """One entry per segment, which is an example in stage 1 and a preference pair in stage 2.
 
     `kappa` is how strongly the modalities disagree, `conflict` indexes examples.CONFLICT_TYPES,
     `ignored` examples.IGNORED; `valid` is False for padding.
@@ -109,7 +109,7 @@ class Pairs(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs(Generic[Leaf]):
-    """What the network reads. `dropout_keys` [rows] are there in training with dropout alone."""
+    """The inputs of the network. `dropout_keys` [rows] exist only in training with dropout."""
 
     text: Text[Leaf]
     vision: Vision[Leaf]
@@ -120,7 +120,7 @@ class Inputs(Generic[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch(Inputs[Leaf]):
-    """What a train step reads. `left_out` counts the examples of a row that could not be used."""
+    """The input of a train step. `left_out` counts the unusable examples of each row."""
 
     targets: Targets[Leaf]
     pairs: Pairs[Leaf]
@@ -130,7 +130,7 @@ class Batch(Inputs[Leaf]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts(Inputs[Leaf]):
-    """What generation reads: prompts packed into rows, in G groups of equally many.
+    """The input of generation: prompts packed into rows, in G groups of equal size.
 
     `ends` [G, P] is the slot behind each of a group's P prompts, counted from the start of the
     group; `lengths` [G, P] are their tokens.

@@ -1,6 +1,6 @@
 """Audio tower: chunks of 2 s of log-mel frames to 25 vectors a second, as in Qwen2.5-Omni.
 
-Nothing ever looks past its own chunk: convolutions, positions and attention start anew in each.
+Chunks are independent: convolutions, positions and attention start again in each of them.
 
 Axis letters: B batch   A chunks of a row   C chunks   T steps   W taps   M mel bins   D width
 F mlp width   N heads   H head dim   S steps that a stride leaves
@@ -116,7 +116,7 @@ class Audio(nnx.Module):
         self.norm = Norm(cfg.width)
         self.w_out = weight(rngs, (cfg.width, cfg.out_width), ("mlp", "embed"), inputs=cfg.width)
         self.b_out = bias((cfg.out_width,), ("norm",))
-        # Part of every released checkpoint, though no forward pass reads it.
+        # Part of every released checkpoint, but not used by any forward pass.
         self.bos_eos = table(
             rngs,
             (2, cfg.out_width),
@@ -153,7 +153,7 @@ class Audio(nnx.Module):
         valid = (jnp.arange(frames)[None, :] < lengths[:, None])[:, :, None]
         with jax.named_scope("conv"):
             x = gelu(self.conv1(jnp.where(valid, x, 0), stride=1))
-            # Past the end, conv1 leaves its bias behind; conv2 must see silence there.
+            # conv1 writes its bias past the end, where the input of conv2 has to be zero.
             x = gelu(self.conv2(jnp.where(valid, x, 0), stride=2))
             x = x + jnp.asarray(sinusoids(cfg.n_window, cfg.width), dtype)[None]
 

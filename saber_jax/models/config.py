@@ -40,7 +40,7 @@ class VisionConfig:
 
     @property
     def window_patches(self) -> int:
-        """Most patches of one window."""
+        """Maximum number of patches in a window."""
         return (self.window // self.patch) ** 2
 
     @property
@@ -136,7 +136,7 @@ class TokenIds:
 class LoraConfig:
     """Low-rank adapters, models/lora.py: `targets` are shell patterns over parameter names.
 
-    They scale by alpha / rank. `dropout` is the share of what they read that training zeroes.
+    Their output is scaled by alpha / rank. `dropout` is applied to their input in training.
     """
 
     rank: int
@@ -163,7 +163,7 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SaberConfig:
-    """The whole network, with what TMRoPE needs to turn seconds into positions."""
+    """The whole network, including the settings of TMRoPE that map seconds to positions."""
 
     text: TextConfig
     vision: VisionConfig
@@ -218,7 +218,7 @@ def _build(cls, values: Mapping[str, Any], where: str):
 
 
 def _one_value(where: str, config, *names: str) -> None:
-    """data/media.py and data/tmrope.py prepare clips for the defaults of these settings alone."""
+    """Checks settings for which data/media.py and data/tmrope.py only support the default."""
     for field in dataclasses.fields(config):
         got = getattr(config, field.name)
         if field.name in names and got != field.default:

@@ -1,4 +1,4 @@
-"""What the towers share: projections, norms, attention, the loop over layers.
+"""Layers that the towers share: projections, norms, attention, the scan over layers.
 
 Axis letters: B batch   T queries   S keys   N heads   K kv heads   G query heads per kv head
 H head dim   P patches.
@@ -21,10 +21,10 @@ from saber_jax.models.remat import ATTENTION, INPUT, QKV, Remat, rematerialised
 from saber_jax.models.shards import all_gather_weight
 from saber_jax.models.tiles import Tiled
 
-# Longer causal rows are gone through in blocks of so many queries: few scores are masked, and those
-# of a block stay small enough for a CPU's caches and allocator (2 times faster than 512 there).
+# Longer causal rows are computed in blocks of this many queries: few scores are masked, and those
+# of a block are small enough for a CPU's caches and allocator (2 times faster than 512 there).
 QUERY_BLOCK = 128
-MASKED = -1e30  # Finite: minus infinity makes a row that sees nothing NaN.
+MASKED = -1e30  # Finite, because minus infinity would make a fully masked row NaN.
 
 
 def project(
@@ -113,11 +113,11 @@ def _blocks(
     v: Float[Array, "B L K H"],
     visible: Visibility,
 ) -> Float[Array, "B L N H"]:
-    """masks.packed_text a block of queries at a time, over the keys that any of them may see.
+    """masks.packed_text for one block of queries at a time, over the keys that the block can see.
 
-    Never multiplied are what lies after a block, what lies further before it than the longest
-    segment reaches, and, in the two response regions that may end a row, the other region. Blocks
-    of 2 over a shared region of 4 and responses of 2:
+    Skipped are keys after the block, keys further before it than the longest segment, and, for the
+    two response regions at the end of a row, keys of the other region. Blocks of 2 over a shared
+    region of 4 and responses of 2:
 
         keys      0 1 2 3 4 5 6 7
         0, 1      x x
@@ -127,10 +127,10 @@ def _blocks(
     """
     length, response = q.shape[1], visible.response
     shared = length - 2 * response
-    # Rows whose regions nobody named are whole, and only `branch` keeps their responses apart.
+    # If the response regions are unknown, only `branch` separates the responses.
     segments, branch = visible.query_segments, visible.query_branch
     regions = [(0, shared), (shared, length - response), (length - response, length)]
-    # Branches stand apart from what they share: rows that have them are looked at from the start.
+    # A branch may be far from its shared prefix, so rows with branches start at the first key.
     reach = length if response or visible.longest is None else visible.longest
     out = []
     for start, stop in regions if response else [(0, length)]:
@@ -185,7 +185,7 @@ def attend_cached(
     early = jnp.where(seen[..., :slots], early, MASKED)
     late = of_prompts(jnp.matmul(queries, k, preferred_element_type=jnp.float32))
     late = jnp.where(seen[..., slots:], late, MASKED)
-    # One softmax over both parts, which never stand in one array: the output is divided instead.
+    # One softmax over both parts without concatenating them: the output is divided by the sum.
     top = jnp.maximum(early.max(-1, keepdims=True), late.max(-1, keepdims=True))
     early, late = jnp.exp(early - top), jnp.exp(late - top)
     total = early.sum(-1, keepdims=True) + late.sum(-1, keepdims=True)

@@ -1,14 +1,14 @@
-"""LoRA, https://arxiv.org/abs/2106.09685: a frozen weight W learns through two thin matrices.
+"""LoRA, https://arxiv.org/abs/2106.09685: low-rank adapters of frozen weights W.
 
     x W + (alpha / rank) (x A) B        W [in, out]   A [in, rank]   B [rank, out]
 
-The adapters are a subtree of the parameters: beside `text/blocks/attn/w_q` there are
-`lora/text/blocks/attn/w_q/a` and `.../b`. B starts at zero, so the first forward pass is the base
-model's. Parameters without that subtree are the base model at any time: `saber.without_lora` gives
-the reference policy of a preference loss on the very arrays of the policy.
+The adapters are a subtree of the parameters: for `text/blocks/attn/w_q` there are
+`lora/text/blocks/attn/w_q/a` and `.../b`. B starts at zero, so the first forward pass is that of
+the base model. Parameters without the subtree are the base model at any time: `saber.without_lora`
+gives the reference policy of a preference loss, which shares the policy's arrays.
 
-In training an adapter, and it alone, reads x with a share of its numbers zeroed and the rest scaled
-up to make up for them, as in https://github.com/huggingface/peft: see `keyed` and `dropped`.
+In training, dropout is applied to the input of adapters only, as in
+https://github.com/huggingface/peft: see `keyed` and `dropped`.
 
 Axis letters as in the equation of the projection; r is the rank, B the rows of a batch.
 """
@@ -37,9 +37,9 @@ Rows = TypeVar("Rows", bound=Inputs)
 
 
 class Adapted(nnx.Module):
-    """A weight with its adapter; stands where the weight alone would stand in a module.
+    """A weight with its adapter, which replaces the weight in a module.
 
-    With `keys`, one a row, the adapter reads a thinned x.
+    With `keys`, one per row, dropout is applied to the adapter's input.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Adapted(nnx.Module):
         return self.w.shape
 
     def project(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The einsum of x and W + scale A B, without W's size of anything being formed."""
+        """The einsum of x and W + scale A B, without forming A B."""
         given, weight, out = equation.replace("->", ",").split(",")
         split = self.a.ndim - 1
         kept = "".join(letter for letter in given if letter not in weight[:split])
@@ -68,13 +68,13 @@ class Leaf:
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    inputs: int  # Numbers that the weight reads.
+    inputs: int  # Width of the weight's input.
     role: Role
     zero: bool
 
 
 def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[str, Leaf]]:
-    """Name of a weight -> its `a` and `b`, for every weight that `cfg.targets` names.
+    """Name of a weight -> its `a` and `b`, for every weight that matches `cfg.targets`.
 
     Raises ValueError naming a pattern that matches no weight of a linear layer.
     """
@@ -140,9 +140,9 @@ def attach(
     mesh: Mesh | None,
     keys: Key[Array, "*layers B"] | None,
 ) -> None:
-    """Puts an adapter in front of the weight `name`, like "text/blocks/attn/w_q", of `model`.
+    """Replaces the weight `name`, such as "text/blocks/attn/w_q", of `model` by an Adapted.
 
-    With `mesh`, its matrices are shards as models/shards.py has them; with `keys`, it drops.
+    With `mesh`, its matrices are shards, see models/shards.py. With `keys`, dropout is applied.
     """
     *parents, last = name.split("/")
     module = model
@@ -157,18 +157,17 @@ def attach(
 
 
 def keyed(batch: Rows, cfg: LoraConfig | None, seed: int, step: Int[Array, ""]) -> Rows:
-    """The batch of a training step, with a key for every row if `cfg` asks for dropout.
+    """The batch of a training step, with a key for every row if `cfg` has dropout.
 
-    Rows without keys, as evaluation, the reference and generation have them, drop nothing. Keys
-    travel with their rows, so what is dropped depends on seed, step and the row's place in the
-    batch, and neither on the mesh nor on microbatches. All that a row goes through in a step it
-    goes through under its one key: both answers of a preference pair share what is dropped of
-    their common prefix, and so do a clip and the same clip with a modality withheld, whose
-    difference is then one of inputs and not of draws.
+    Rows without keys (evaluation, the reference, generation) have no dropout. Keys are part of
+    their rows, so the mask depends on the seed, the step and the row's index in the batch, but not
+    on the mesh or on microbatches. All forward passes of a row in a step use the same key: a clip
+    and the same clip with a withheld modality then differ only in their inputs, and both answers of
+    a pair have the same mask on their common prefix.
     """
     if cfg is None or not cfg.dropout:
         return batch
-    # Threefry: drawn for many keys at once, rbg would draw all rows from the first one's.
+    # Threefry, because rbg under vmap would generate all rows from the first key.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return dataclasses.replace(batch, dropout_keys=jax.random.split(key, len(batch.text.tokens)))
 
@@ -176,7 +175,7 @@ def keyed(batch: Rows, cfg: LoraConfig | None, seed: int, step: Int[Array, ""]) 
 def keys_of(
     planned: Mapping[str, Mapping[str, Leaf]], rows: Key[Array, " B"]
 ) -> dict[str, Key[Array, "*layers B"]]:
-    """Of every adapter, by the name of its weight: keys of its own for every layer and row."""
+    """Separate keys for every adapter (by the name of its weight), layer and row."""
 
     def draw(number: int, leaf: Leaf) -> Key[Array, "*layers B"]:
         layers = leaf.shape[: leaf.axes.count("layers")]
@@ -192,18 +191,18 @@ def keys_of(
 def dropped(
     x: Float[Array, "C ... D"], keys: Key[Array, " B"], rate: float
 ) -> Float[Array, "C ... D"]:
-    """x with a share `rate` of its numbers zero and the others 1 / (1 - rate) times themselves.
+    """Dropout: x with a share `rate` of its numbers zeroed and the others scaled by 1 / (1 - rate).
 
-    Each key is one row's; a row may be several entries of x, as the chunks of its sound are: C is a
-    multiple of B. `rate` counts in 65536ths. What is drawn for a slot does not depend on the row's
-    length.
+    There is one key per row. A row may be several entries of x, such as the chunks of its sound, so
+    C is a multiple of B. `rate` is rounded to 65536ths. The mask of a slot does not depend on the
+    row's length.
     """
     entries, width = x.shape[0] // len(keys), x.shape[-1]
     shape = (entries, *x.shape[1:-1], -(-width // 2))
     words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
     cut = round(rate * 2**16)
-    # Two numbers' worth of bits in a word. Compared before they are put side by side, they would be
-    # a byte a number in HBM instead of four, and the TPU's compiler crashes: docs/aot_table.md.
+    # Each word has the bits for two numbers. Comparing before concatenating would need one byte per
+    # number in HBM instead of four, but crashes the TPU compiler: docs/aot_table.md.
     halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :width]
     kept = halves.reshape(x.shape) >= cut
     return jnp.where(kept, x * (2**16 / (2**16 - cut)), 0)

@@ -1,7 +1,7 @@
-"""Who sees whom: every attention mask of the network.
+"""All attention masks of the network.
 
-A mask is kept as labels per position, never as a stored [queries, keys] array: XLA fuses the
-comparison into the softmax, and a blockwise kernel takes the labels themselves.
+A mask is stored as labels per position, never as a [queries, keys] array: XLA fuses the comparison
+into the softmax, and blockwise kernels take the labels.
 
 Axis letters: B batch   T queries   S keys.
 """
@@ -20,7 +20,7 @@ class Visibility:
     - with `causal`, j <= i, where queries are the last of the keys;
     - with branches, `key_branch[j]` is 0 (shared by all branches) or equals `query_branch[i]`.
 
-    A query that sees nothing (padding) gets a finite, meaningless row from `attend`.
+    For a query that sees nothing (padding), the output of `attend` is finite but meaningless.
     """
 
     query_segments: Int[Array, "B T"]
@@ -28,15 +28,15 @@ class Visibility:
     query_branch: Int[Array, "B T"] | None = None
     key_branch: Int[Array, "B S"] | None = None
     causal: bool = False
-    response: int = 0  # Where branches stand: 1 and 2 in the last two regions of this many slots.
-    longest: int | None = None  # No segment has more slots than this, where that is known.
+    response: int = 0  # Branches 1 and 2 are the last two regions of this many slots.
+    longest: int | None = None  # Upper bound of the slots of a segment, if known.
 
     def dense(self) -> Bool[Array, "B T S"]:
         """The mask as an array."""
         query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
         mask = (query == key) & (key != 0)
         if self.causal:
-            # The last query stands where the last key does.
+            # The last query is at the position of the last key.
             first = key.shape[2] - query.shape[1]
             slots = first + jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[2])[None, :]
             mask &= slots[None]
@@ -55,8 +55,8 @@ def packed_text(
 ) -> Visibility:
     """Causal attention over packed examples whose responses share one prefix.
 
-    A TPU kernel needs to be told where branches stand, `response`; XLA reads it from `branch`. XLA
-    does not compare slots that are further apart than `longest`, if no segment is longer.
+    TPU kernels need `response` to know the regions of branches; XLA uses `branch`. If no segment is
+    longer than `longest`, XLA skips slots that are further apart.
 
     A preference pair (prefix `a b`, chosen `c d`, rejected `e f`), then another example, padding:
 
@@ -94,7 +94,7 @@ def cached_text(
     prompt_slots: int,
     answer_slots: int,
 ) -> Visibility:
-    """A new token sees its prompt and what was said since, itself included.
+    """A new token sees its prompt and the tokens of its answer, including itself.
 
     One row per prompt, in a cache of `prompt_slots`, then `answer_slots`. The new tokens of all
     rows are in `slot` of the latter, which are a ring: the slot after the last one is the first.

@@ -1,7 +1,7 @@
-"""How parameters are made, and what each of them says about itself.
+"""Constructors of parameters, and their metadata.
 
-A parameter carries its logical axes (sharding.py says where each lies on the mesh) and its role.
-Weight decay, adapters, FLOPs and the vocabulary group of the optimizer go by the role, never by
+The metadata of a parameter are its logical axes (sharding.py maps them to the mesh) and its role.
+Weight decay, adapters, FLOPs and the vocabulary group of the optimizer depend on the role, never on
 the parameter's name.
 """
 
@@ -29,21 +29,21 @@ class Kind(enum.Enum):
     ADAPTER = "adapter"  # One of the two thin matrices beside a MATRIX, see lora.py.
     SCALE = "scale"  # Of a norm.
     BIAS = "bias"
-    UNREAD = "unread"  # Part of the released checkpoints, though no forward pass reads it.
+    UNREAD = "unread"  # Part of the released checkpoints, but not used by any forward pass.
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay pulls it to zero: matrices, and what no gradient holds up never."""
+        """Whether weight decay applies: to matrices and embeddings that a forward pass uses."""
         return self in (Kind.MATRIX, Kind.EMBEDDING, Kind.OUTPUT, Kind.ADAPTER)
 
     @property
     def multiplies(self) -> bool:
-        """Whether activations go through it in a matrix product."""
+        """Whether activations are multiplied with it in a matrix product."""
         return self in (Kind.MATRIX, Kind.OUTPUT, Kind.ADAPTER)
 
 
 class Positions(enum.Enum):
-    """What a parameter is applied to, one after another; train/flops.py counts them in a batch."""
+    """The positions to which a parameter is applied; train/flops.py counts them in a batch."""
 
     PATCHES = "patches"
     UNITS = "units"  # 2 x 2 patches.
@@ -56,9 +56,9 @@ class Positions(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A stretch of a tower, number `index` on the way from its input to its output.
+    """A part of a tower, with number `index` from its input to its output.
 
-    `layers` says that these are the tower's repeated layers, where attention is.
+    `layers` is true for the repeated layers of the tower, which contain attention.
     """
 
     index: int
@@ -68,9 +68,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """`part` is where in its tower the parameter stands: None for one that nothing reads.
+    """The role of a parameter. `part` is its place in its tower, None if it is not used.
 
-    `vocabulary` marks what learns alone during optimizer.vocabulary_steps.
+    `vocabulary` marks the parameters that train alone during optimizer.vocabulary_steps.
     """
 
     kind: Kind
@@ -117,7 +117,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 
 def in_order(*parts: tuple[Positions, nnx.Module | nnx.Param]) -> None:
-    """Tells the parameters of a tower where they stand in it, from its input to its output."""
+    """Stores in the parameters of a tower their place in it, from input to output."""
     for index, (positions, members) in enumerate(parts):
         params = _params(members)
         part = Part(

@@ -1,7 +1,8 @@
-"""What a layer keeps for its backward pass, and what it computes again: policies by name.
+"""Rematerialisation policies: which activations a layer keeps for its backward pass.
 
-From least memory to least computation. GiB are what one text layer of the 7b size keeps for 8192
-tokens in bfloat16; each GiB that is kept saves about as much computation as any other.
+They are ordered from least memory to least computation. The numbers below are GiB that one text
+layer of the 7b size keeps for 8192 tokens in bfloat16. Every kept GiB saves about the same amount
+of computation.
 """
 
 from typing import Literal, get_args
@@ -28,7 +29,7 @@ _KEPT: dict[str, tuple[str, ...]] = {
     "gate": (QKV, ATTENTION, MLP_INPUT, GATE),  # 0.52: nor one of the two wide products.
     "matmuls": (QKV, ATTENTION, MLP_INPUT, GATE, UP),  # 0.81: nor the other.
 }
-# What goes to the host's memory and comes back for the backward pass.
+# Activations that are offloaded to host memory until the backward pass.
 _OFFLOADED: dict[str, tuple[str, ...]] = {
     "layer_offload": (INPUT,),
     "qkv_offload": (INPUT, QKV, ATTENTION),

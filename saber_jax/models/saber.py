@@ -1,4 +1,4 @@
-"""The network as pure functions over a nested dict of arrays; nothing outside sees a module.
+"""The network as pure functions over a nested dict of arrays; modules are only used inside.
 
 Axis letters: B batch   L length   C prompts   D width   V vocabulary.
 """
@@ -53,23 +53,23 @@ def init(cfg: SaberConfig, key: Key[Array, ""]) -> Params:
 
 
 def init_lora(cfg: SaberConfig, key: Key[Array, ""]) -> Params:
-    """Fresh adapters for `params | {"lora": ...}`; they change nothing until they are trained."""
+    """New adapters for `params | {"lora": ...}`; they have no effect until they are trained."""
     return lora.init(_plan(cfg), key)
 
 
 def without_lora(params: Params) -> Params:
     """The base model's parameters: the same arrays, so it costs no memory.
 
-    What a preference loss calls its reference: `hidden(without_lora(params), batch, cfg)` under the
-    policy's `cfg`. True for as long as nothing but adapters trains.
+    `hidden(without_lora(params), batch, cfg)` with the policy's `cfg` is the reference of a
+    preference loss, as long as only adapters train.
     """
     return {tower: tree for tower, tree in params.items() if tower != lora.ADAPTERS}
 
 
 def merge_lora(params: Params, cfg: SaberConfig) -> Params:
-    """The base model that computes what the base and its adapters compute, up to rounding.
+    """The base model with its adapters merged, which is equal up to rounding.
 
-    Takes and gives JAX or NumPy arrays. Parameters without adapters come back as they are.
+    Takes and returns JAX or NumPy arrays. Parameters without adapters are returned unchanged.
     """
     adapters = params.get(lora.ADAPTERS)
     out = jax.tree.map(lambda leaf: leaf, without_lora(params))
@@ -83,7 +83,7 @@ def merge_lora(params: Params, cfg: SaberConfig) -> Params:
 
 
 def abstract(cfg: SaberConfig) -> Params:
-    """The tree of `init`, with jax.ShapeDtypeStruct leaves and no memory behind them."""
+    """The tree of `init` with jax.ShapeDtypeStruct leaves."""
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _params(_blank(cfg, None))
     )
@@ -126,7 +126,7 @@ def _described(
 
 
 def specs(params: Params, cfg: SaberConfig, mesh: Mesh) -> Params:
-    """The tree of `params`, which may come without adapters, with a PartitionSpec per parameter."""
+    """The tree of `params`, with or without adapters, with a PartitionSpec per parameter."""
     places = shardings(_adapters_of(params, cfg), mesh)
     return jax.tree.map(lambda place: place.spec, places)
 
@@ -184,7 +184,7 @@ def prefill(
     max_frame_patches: int | None = None,
     kernel: Kernel = "xla",
 ) -> tuple[Float[Array, "C D"], Cache]:
-    """Reads packed prompts: each one's last hidden state, and a cache to answer each from.
+    """Prefills packed prompts: the last hidden state of each, and a kv cache for its answers.
 
     C prompts of `batch.ends` [G, c], C = G c. No prompt is longer than `prompt_slots`. The cache
     keeps each prompt once, for `samples` answers of up to `answer_slots` tokens. Raises ValueError
@@ -212,9 +212,9 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
 def text_layers(params: Params, cfg: SaberConfig, dtype: DTypeLike = jnp.float32) -> list[Block]:
-    """A second copy of the text tower's layers, one by one and in tiles, as a CPU decodes fastest.
+    """A copy of the text tower's layers as separate, tiled weights, for fast decoding on a CPU.
 
-    There XLA would cut each layer's weights out of the stack again for every token.
+    Otherwise XLA on CPUs would slice each layer's weights from the stack for every token.
     """
     blocks = _bind(params, cfg, dtype).text.blocks
     layers = [of_layer(blocks, index) for index in range(cfg.text.layers)]
@@ -235,7 +235,7 @@ def decode(
     dtype: DTypeLike = jnp.float32,
     layers: Sequence[Block] | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads one token per row and returns its hidden state and the new cache.
+    """Decodes one token per row; returns its hidden state and the new cache.
 
     Keys and values go to `slot` of the answers' slots, the same in all rows; after the last slot
     comes the first again. A row sees its prompt from slot `first[prompt]` on, where that begins,
@@ -250,7 +250,7 @@ def decode(
 def check_tree(expected: Params, got: Params, *, dtypes: bool = True) -> None:
     """Raises one ValueError that lists every missing, unexpected, mis-shaped or wrong-dtype leaf.
 
-    Without `dtypes` any floating-point one will do.
+    Without `dtypes` any floating-point dtype is accepted.
 
     nnx.merge fills leaves by sorted position, so without this a renamed leaf would silently put
     one parameter into another.
@@ -320,7 +320,7 @@ def _bind(
     mesh: Mesh | None = None,
     row_keys: Key[Array, " B"] | None = None,
 ) -> Saber:
-    """The network with these values, cast to `dtype`; with `row_keys`, its adapters drop.
+    """The network with these values, cast to `dtype`; with `row_keys`, adapters have dropout.
 
     Cast as a whole rather than layer by layer: sharded parameters are then gathered in `dtype`,
     half the traffic of float32 for bfloat16.
@@ -347,7 +347,7 @@ def _adapters_of(params: Params, cfg: SaberConfig) -> SaberConfig:
 
 
 def _local(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    """What one device keeps of a parameter."""
+    """One device's shard of a parameter."""
     return jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype)
 
 
@@ -360,7 +360,7 @@ def _embed(
     max_frame_patches: int | None,
     kernel: Kernel = "xla",
 ) -> Float[Array, "B L D"]:
-    """One vector per slot: the token's own, or the row of the media that it stands for."""
+    """One vector per slot: the token's embedding, or the media output that it stands for."""
     with jax.named_scope("embed"):
         words = lookup(model.text.embed, batch.text.tokens)
     media = []

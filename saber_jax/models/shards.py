@@ -1,9 +1,9 @@
-"""Weights that are kept as shards and gathered where they are used: FSDP inside `jax.shard_map`.
+"""Explicit FSDP inside `jax.shard_map`: weights are sharded and gathered where they are used.
 
-There the network is written for the rows of one device, and a weight is what that device keeps of
-it. Left to XLA's partitioner, every device would sum whole gradients and then cut out its part. The
-transpose of a gather over one ring of the torus at a time is a reduce-scatter over that ring: half
-the traffic.
+Inside `shard_map` the network is written for the rows of one device, and a weight is that device's
+shard. XLA's partitioner would all-reduce whole gradients and slice them afterwards. Here weights
+are gathered over one ring of the torus at a time, and the transpose is a reduce-scatter over that
+ring, with half the traffic.
 
 Axis letters: V vocabulary   W vocabulary, padded   D width   B rows of one device   L length.
 """
@@ -18,14 +18,14 @@ from saber_jax import sharding
 from saber_jax.models.parameters import logical_axes
 
 SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, mesh axes), or nothing.
-# A gradient as wide as a vocabulary is scattered along a ring only if its width is a multiple of
-# this. Of any other the compiler sums all on every device, which is twice the traffic.
+# The compiler uses a reduce-scatter for a gradient as wide as the vocabulary only if its width is a
+# multiple of this. For others it uses an all-reduce, which has twice the traffic.
 RING_LANES = 512
 LONG_RING = 16  # A whole side of a v5e or v6e pod.
 
 
 def mark(module: nnx.Module, mesh: Mesh) -> None:
-    """Writes into every parameter how `mesh` shards it; its shape is still that of the whole."""
+    """Stores in every parameter how `mesh` shards it; its shape is still the global one."""
     for _, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Param):
             variable.set_metadata(SHARDS, shards_of(logical_axes(variable), variable.shape, mesh))
@@ -51,9 +51,9 @@ def all_gather_weight(weight: nnx.Param) -> Array:
 
 
 def all_gather_table(weight: nnx.Param) -> Float[Array, "D W"]:
-    """A [D, V] table of which each device keeps rows as wide as the vocabulary, gathered.
+    """A [D, V] table, gathered from devices that each have some of its rows.
 
-    It travels, and is returned, with columns of zeros up to W, the next width that suits the rings.
+    It is gathered and returned with zero columns up to W, the next multiple of RING_LANES.
     """
     value, kept = weight[...], weight.get_metadata(SHARDS, ())
     padding = -value.shape[1] % RING_LANES if kept else 0
@@ -78,10 +78,11 @@ def _gathered(value: Array, kept: tuple[tuple[int, tuple[str, ...]], ...]) -> Ar
 
 
 def lookup(table: nnx.Param, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Rows of a [V, D] table of which each device keeps some columns.
+    """Rows of a [V, D] table, of which each device has some columns.
 
-    Along the outermost ring it is not the table that travels but ids and the vectors found: each
-    device looks up its columns of everybody's ids. That is a vector a token instead of the table.
+    Along the outermost ring the table is not gathered. Instead the ids are, each device looks up
+    its columns for all of them, and the vectors return by all-to-all: one vector per token is sent
+    instead of the table.
     """
     value, kept = table[...], table.get_metadata(SHARDS, ())
     if not kept:

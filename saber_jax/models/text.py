@@ -41,15 +41,15 @@ from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat
 
 
 class LayerCache(TypedDict):
-    """Keys and values of one layer for the tokens read so far, one slot each.
+    """The kv cache of one layer: keys and values of the tokens so far, one slot each.
 
     A prompt is kept once, however many rows answer it: of n = B / C rows
     a prompt, n i up to n (i + 1) answer prompt i.
     Every prompt ends in the last of its slots, and what comes before a short one is meaningless: so
     all rows write each new token into one and the same slot, a plain slice of the array.
 
-    Laid out as the two matrix products of one decoding step read them; with slots before heads,
-    XLA on CPUs would transpose the whole cache for every token.
+    The layout is that of the two matrix products of a decoding step; with slots before heads, XLA
+    on CPUs would transpose the whole cache for every token.
     """
 
     prompt_k: Float[Array, "C K H P"]
@@ -59,7 +59,7 @@ class LayerCache(TypedDict):
 
 
 Cache = list[LayerCache]
-"""One a layer, each in arrays of its own that a new token is written into."""
+"""One LayerCache per layer, in separate arrays that new tokens are written into."""
 
 
 class Attention(nnx.Module):
@@ -207,7 +207,7 @@ class Text(nnx.Module):
 
         def layer(x, block):
             x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps, kernel=kernel)
-            # Cut layer by layer: keys and values of all the packed rows never stand side by side.
+            # Cut layer by layer, so that keys and values of all packed rows are never in memory.
             k, v = (last_slots(kept, ends, prompt_slots) for kept in (k, v))
             return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
@@ -234,7 +234,8 @@ class Text(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token per row; a generated token has the same position on all three axes.
 
-        Unrolled over layers: a loop would slice, and so copy, each layer's cache for every token.
+        Unrolled over layers, because a scan would slice and copy each layer's cache for every
+        token.
         """
         axes = jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1))
         rotary = self._rotary(axes, cfg, x.dtype)
@@ -250,7 +251,8 @@ class Text(nnx.Module):
         return rms_norm(x[:, 0], self.norm, cfg.norm_eps), cache
 
     def _rotary(self, positions: Int[Array, "B 3 L"], cfg: TextConfig, dtype: DTypeLike) -> Rotary:
-        # Rotated in the activation dtype, unlike the vision tower: that is how it was trained.
+        # Rotated in the activation dtype, unlike the vision tower, as the released model was
+        # trained.
         cos, sin = text_rotary(
             positions,
             head_dim=cfg.head_dim,
@@ -261,7 +263,7 @@ class Text(nnx.Module):
 
 
 def of_layer(stacked: Any, index: int) -> Any:
-    """Layer `index` of what is stacked over layers."""
+    """Layer `index` of a tree that is stacked over layers."""
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 

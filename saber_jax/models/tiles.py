@@ -1,9 +1,8 @@
-"""Weights cut up the way a CPU reads them fastest while it decodes a few rows.
+"""Tiled weights, which a CPU reads fastest when it decodes a few rows.
 
-Such a product takes as long as its matrix takes to be read, and XLA's kernel goes down some of the
-columns at a time, from one row of memory to the next. Where every 64 columns lie together they are
-read in one go: 512 x 2048 float32, not in the cache, times 8 rows takes 0.26 ms of a core instead
-of 0.5.
+The time of such a product is that of reading the matrix. XLA's kernel reads some columns at a time
+and jumps from one row to the next. In a tiled layout every 64 columns are contiguous: 8 rows times
+512 x 2048 float32 that is not in the CPU cache takes 0.26 ms on a core instead of 0.5.
 """
 
 import math
@@ -20,7 +19,7 @@ COLUMNS = 64
 
 
 class Tiled(nnx.Module):
-    """A weight in tiles; stands where the weight would stand in a module."""
+    """A tiled weight, which replaces the weight in a module."""
 
     def __init__(self, w: nnx.Param):
         split = w.get_metadata(IN_AXES)
@@ -32,14 +31,14 @@ class Tiled(nnx.Module):
         """The product over x's last dimensions, the inputs, whatever letters the einsum has."""
         count, inputs, _ = self.tiles.shape
         rows = x.reshape(-1, inputs)
-        # Told that all tiles read the same rows, XLA would put the matrix together again.
+        # Without the barrier XLA would see that all tiles read the same rows and undo the tiling.
         read = jax.lax.optimization_barrier(jnp.broadcast_to(rows[None], (count, *rows.shape)))
         y = jnp.matmul(read, self.tiles[...]).swapaxes(0, 1)
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.out)
 
 
 def tile(module: nnx.Module) -> None:
-    """Cuts up all weights of linear layers; what is no multiple of a tile stays, and adapters."""
+    """Tiles the weights of all linear layers, except adapters and widths that do not divide."""
     for _, part in list(nnx.iter_modules(module)):
         if isinstance(part, Adapted):
             continue

@@ -1,1 +1,1 @@
-"""What every long job needs once: identity, journals, shares of the work, several processes."""
+"""Infrastructure of long jobs: identity, journals, shares of the work, several processes."""

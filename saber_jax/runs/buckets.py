@@ -1,14 +1,13 @@
-"""Buckets that are mounted as folders, and what must not go through the mount.
+"""Mounted buckets, and access to them that bypasses the mount.
 
-Everything in this project reads and writes folders; launch/tpu_run.sh mounts a bucket that a
-setting names (launch/buckets.sh). Through a mount a folder is renamed one object after the other,
-and a kill can come in between. So where a library speaks to the bucket itself, it is given the
-bucket's own name:
+This project reads and writes folders; launch/tpu_run.sh mounts buckets that settings name
+(launch/buckets.sh). In a mounted bucket, renaming a folder moves one object after another and can
+be interrupted. So libraries that support buckets are given the bucket's URL:
 
     native("/home/me/buckets/runs/7b/sft/checkpoints")  ->  gs://runs/7b/sft/checkpoints
 
-Orbax then writes arrays straight into the bucket, and marks a step as finished with a last object,
-commit_success.txt, instead of a rename. SABER_MOUNTS says what is mounted, a line each:
+Orbax then writes arrays directly to the bucket and commits a step with a last object,
+commit_success.txt, instead of a rename. SABER_MOUNTS lists the mounts, one per line:
 /home/me/buckets/runs=gs://runs
 """
 
@@ -19,7 +18,7 @@ from etils import epath
 
 MOUNTS = "SABER_MOUNTS"
 COMMITTED = "commit_success.txt"
-"""What Orbax writes last into a folder of a bucket."""
+"""The object that Orbax writes last to commit a folder in a bucket."""
 
 # gcsfs would ask what kind of bucket it is, which needs rights that a run need not have.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

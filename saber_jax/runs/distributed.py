@@ -1,13 +1,13 @@
-"""Several processes that act as one: how they find each other, stop together and fail together.
+"""Several processes of one run: how they join, stop together and fail together.
 
-On a TPU pod every host runs the same command; jax finds the others by itself. Anywhere else three
-variables say it (several processes on one computer, for instance, which is how the tests do it):
+On a TPU pod every host runs the same command, and jax finds the others. Elsewhere, for example for
+several processes on one machine as in the tests, set three variables:
 
     JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=2  JAX_PROCESS_ID=0
 
-What may go wrong ends the same way on every host: non-zero, and soon. A process that raises leaves
-at once; one that vanishes is given up after `HEARTBEAT_SECONDS` without a sign of life, and all
-others with it, because collectives would wait for it forever. The next start resumes.
+After a failure all processes exit with a non-zero status. A process that raises exits at once. If a
+process disappears, the others exit after `HEARTBEAT_SECONDS` without a heartbeat, because
+collectives would wait for it forever. The next start resumes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ HEARTBEAT_SECONDS = 60
 # Time for the slowest host's disk and network when all start at once.
 JOIN_SECONDS = 600
 PREEMPTED = os.EX_TEMPFAIL
-"""75, the exit status of a run that was told to stop and saved first: try again."""
+"""75, the exit status of a run that saved and stopped after SIGTERM and can be resumed."""
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -54,7 +54,7 @@ def place() -> tuple[int, int]:
 
 
 def initialize(*, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
-    """Joins the other processes, if there are any. Call before anything asks jax for a device."""
+    """Joins the other processes, if there are any. Call it before jax initialises devices."""
     index, count = place()
     if count == 1:
         return
@@ -70,13 +70,13 @@ def initialize(*, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def from_first(data: bytes) -> bytes:
-    """What the first process gave, in every process."""
+    """The first process's `data`, in every process."""
     if jax.process_count() == 1:
         return data
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
@@ -88,8 +88,8 @@ def from_first(data: bytes) -> bytes:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """An exception inside ends this process at once instead of waiting for the others, who are in
-    the middle of a collective and will notice. With one process it does nothing."""
+    """An exception inside ends this process at once. It does not wait for the others, which are in
+    a collective and will notice. With a single process it does nothing."""
     try:
         yield
     except BaseException as error:
@@ -109,17 +109,18 @@ def failing_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_early() -> Iterator[None]:
-    """SIGTERM inside ends this process at once with PREEMPTED: there is nothing yet to save, and
-    what is being written is either whole or not there. A `Preemption` inside takes its place.
+    """SIGTERM inside ends this process at once with PREEMPTED: there is nothing to save yet, and
+    files are written atomically. A `Preemption` inside replaces it.
 
-    Several processes are told by jax's own listener, which their first step asks.
+    With several processes, jax's own listener receives the signal, and the first step checks it.
     """
     if jax.process_count() > 1:
         yield
         return
 
     def handler(*_) -> None:
-        """What the process does is done by `watch`: a compilation would let a handler wait."""
+        """Does nothing: `watch` ends the process, because a handler would wait for a
+        compilation."""
 
     woken, waking = socket.socketpair()
     waking.setblocking(False)
@@ -144,9 +145,8 @@ def ending_early() -> Iterator[None]:
 
 
 class Preemption:
-    """Whether somebody asked this run to stop: SIGTERM, to any of its processes, while the context
-    is open. Cloud machines that are taken back and pods that are moved are told so half a minute
-    before."""
+    """Whether any process of this run received SIGTERM while the context is open. Preempted cloud
+    machines and evicted pods get this signal half a minute in advance."""
 
     def __init__(self):
         self._asked = False

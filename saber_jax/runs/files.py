@@ -1,7 +1,7 @@
-"""Files that are either whole or not there: written beside their place, then moved into it.
+"""Atomic writing of files: they are written next to their destination and then moved there.
 
-A process may be killed at any moment and a disk may be full. Whoever reads a file written here sees
-the old content or the new one, never a part of it.
+A process may be killed at any moment and a disk may be full. A reader sees the old content or the
+complete new one.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` when the block ends well.
+    """A path to write a file to; it replaces `path` if the block succeeds.
 
-    The file is on the disk before it is moved. When the block raises, `path` stays as it was and
-    nothing is left beside it.
+    The file is flushed to the disk before it is moved. If the block raises, `path` is unchanged and
+    the temporary file is removed.
     """
     path = Path(path)
-    # A name of its own for every writer: processes of several machines may write the same file.
+    # A unique name, because processes of several machines may write the same file.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial
@@ -35,10 +35,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of the folder `path` at the end.
+    """An empty folder to write to; it replaces the folder `path` if the block succeeds.
 
-    What an earlier attempt left beside it is removed first. When the block raises, `path` stays as
-    it was. Between removing an old `path` and moving the new one there is a moment without any.
+    Temporary folders of earlier attempts are removed first. If the block raises, `path` is
+    unchanged. For a moment between removing the old `path` and moving the new one, neither exists.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -53,18 +53,18 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes UTF-8 in one step."""
+    """Writes UTF-8 text atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes indented JSON in one step."""
+    """Writes indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike, items: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line, in one step."""
+    """Writes one JSON object per line, atomically."""
     write_text(path, "".join(map(json_line, items)))
 
 

@@ -1,8 +1,8 @@
-"""What makes a training run the run it is: the settings that decide what is computed.
+"""The identity of a training run: the settings that affect its results.
 
-Two calls with equal identity may share a work directory, and what the first one finished the second
-one need not repeat. Where a run lies, how it is spread over machines, what it keeps and what it
-computes twice, what it logs and how often it saves are not part of it.
+Two commands with equal identity can share a work directory, and the second one continues or reuses
+what the first one did. Paths, the distribution over machines, rematerialisation, logging and the
+frequency of checkpoints are not part of the identity.
 """
 
 import json
@@ -26,12 +26,12 @@ MAY_CHANGE = (
     *(f"optimizer.{key}" for key in ("peak_lr", "adapter_factor", "warmup_steps")),
     *(f"optimizer.{key}" for key in ("final_fraction", "weight_decay", "clip_norm")),
 )
-"""Part of the identity, and yet allowed to change when an unfinished run is started again: what one
-turns when a run goes wrong. The change is logged with the step from which it holds."""
+"""Settings of the identity that may change when an unfinished run is started again, to rescue a run
+that goes wrong. The change is logged with the step from which it applies."""
 
 
 def identity(config: ConfigDict | dict) -> dict[str, Any]:
-    """Setting -> value, keys like "data.length"; `config` or what json made of one."""
+    """Setting -> value with keys like "data.length"; `config` may also be a dict read from JSON."""
     tree = json.loads(config.to_json()) if isinstance(config, ConfigDict) else config
     return {name: value for name, value in flatten(tree, ".").items() if not _apart(name)}
 

@@ -1,6 +1,6 @@
-"""Result files that survive a SIGKILL: appended batch by batch, resumed at a batch boundary.
+"""Resumable result files, which are appended batch by batch and resumed at a batch boundary.
 
-A journal's folder also holds `manifest.json`, which says what the results were computed from.
+The folder of a journal also has `manifest.json` with the inputs of the results.
 
     manifest.json       {"checkpoint": "5f0c...", "split": "test", ...}
     predictions.jsonl   one line per finished item, in a fixed order
@@ -17,17 +17,17 @@ from saber_jax.runs.files import json_line
 
 
 class Journal:
-    """The lines of `folder/name`, and what they were computed from (`inputs`, JSON values)."""
+    """The lines of `folder/name` and the inputs that they depend on (`inputs`, JSON values)."""
 
     def __init__(self, folder: str | os.PathLike, name: str, inputs: dict[str, Any]):
-        """Creates the folder or joins it. Raises ValueError when it belongs to other inputs."""
+        """Creates or opens the folder. Raises ValueError if it was made from other inputs."""
         self.folder = Path(folder)
         self.path = self.folder / name
         described = self.folder / "manifest.json"
         if self.path.exists() and not described.exists():
             raise ValueError(
-                f"{self.path} has no manifest.json beside it, so nobody knows which model made "
-                "it. Move it away or choose another --out."
+                f"{self.path} has no manifest.json next to it, so its inputs are not known. Move "
+                "it away or choose another --out."
             )
         manifest.claim(
             described,
@@ -37,10 +37,10 @@ class Journal:
         )
 
     def resume(self, boundaries: Iterable[int]) -> list[dict[str, Any]]:
-        """Cuts the file back to the last of `boundaries` (line counts) and returns what is left.
+        """Truncates the file to the last of `boundaries` (line counts); returns the lines kept.
 
-        Batches keep their composition this way, so a resumed run repeats an uninterrupted one
-        exactly. A half-written last line is dropped.
+        Batches therefore have the same items as in an uninterrupted run, and results are equal. An
+        incomplete last line is dropped.
         """
         if not self.path.exists():
             return []
@@ -54,7 +54,7 @@ class Journal:
         return [json.loads(line) for line in whole[:keep]]
 
     def append(self, items: Sequence[dict[str, Any]]) -> None:
-        """Writes one batch and returns when it is on the disk."""
+        """Writes one batch and flushes it to the disk."""
         with self.path.open("ab") as f:
             f.write("".join(map(json_line, items)).encode())
             f.flush()

@@ -1,10 +1,10 @@
-"""One run a work directory: a lock file that says who works there, and whether they still live.
+"""A lock file that allows one run per work directory and names its holder.
 
     {"host": "node3", "machine": "5c1e...", "pid": 4711, "since": "8123", "beat": "00000042"}
 
-The holder counts `beat` up every few seconds. Whoever finds a lock asks, on the holder's own
-machine, whether that process is still there; from anywhere else it watches whether `beat` moves,
-which needs no clocks that agree. A lock whose holder is gone is taken over.
+The holder increments `beat` every few seconds. Another run that finds the lock checks on the same
+machine whether the process exists, and on another machine whether `beat` changes, which does not
+need synchronised clocks. A lock whose holder is gone is taken over.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ STALE_SECONDS = 20
 
 
 class BusyError(ValueError):
-    """Another run works in this directory."""
+    """Another run uses this directory."""
 
 
 @contextlib.contextmanager
 def held(
     folder: str | os.PathLike, *, beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS
 ) -> Iterator[None]:
-    """Holds the lock of `folder`, which is made if need be, and removed again if it stays empty.
+    """Holds the lock of `folder`, which is created if necessary and removed if it stays empty.
 
     Raises BusyError naming the other run. Watching a lock from another machine takes up to `stale`
     seconds.
@@ -103,7 +103,7 @@ def _keep(path: Path, ours: dict[str, Any], beat: float, ended: threading.Event)
     count = 0
     while not ended.wait(beat):
         count += 1
-        # A full disk, or one that hangs for a while, is nothing to end a run for.
+        # A full or hanging disk should not end the run.
         with contextlib.suppress(OSError):
             found = _read(path)
             if found is not None and not _same(found, ours):
@@ -146,7 +146,7 @@ def _ourselves() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Differs between machines, and between boots of one; containers differ by their hostname."""
+    """An id that differs between machines, boots of a machine, and (by hostname) containers."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {socket.gethostname()}"
@@ -154,8 +154,8 @@ def _machine() -> str:
 
 
 def _since(pid: int) -> str:
-    """When a process began, so that another one under a dead one's number is not taken for it;
-    empty for one that is not there or has ended."""
+    """The start time of a process, which distinguishes it from an earlier one with the same id;
+    empty if it does not exist."""
     with contextlib.suppress(OSError, IndexError):
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return "" if status[0] in "ZX" else status[19]

@@ -1,8 +1,8 @@
-"""Whose folder is this? What a folder's results were computed from, and what differs.
+"""Manifests: the inputs that a folder's results were computed from.
 
-A folder that a job may resume holds a manifest: JSON of the inputs that decide its results. A job
-with other inputs is refused with the list of what differs, so that one folder never mixes two
-models, two corpora or two configs.
+A folder that a job can resume contains a manifest, a JSON file of the inputs that its results
+depend on. A job with other inputs is refused with a list of the differences, so that a folder never
+mixes two models, corpora or configs.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ EDGE_BYTES = 1 << 20
 
 
 class OtherInputsError(ValueError):
-    """A folder belongs to a job with other inputs."""
+    """The results in a folder were computed from other inputs."""
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

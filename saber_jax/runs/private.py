@@ -1,7 +1,7 @@
-"""What is taken from jax although jax does not promise to keep it: all of it, in one place.
+"""All uses of jax's private API.
 
-Neither has a public form in the pinned versions. tests/runs/test_private.py fails when a new pin
-moves one of them, so that it shows in a test and not on a pod.
+There is no public equivalent in the pinned versions. tests/runs/test_private.py fails if a new
+version moves one of them, so that this is noticed before a run on a pod.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ TPU_PODS = ("gketpu", "gcetpu")
 
 
 def tpu_cluster() -> Any | None:
-    """jax's own description of the TPU pod that this host belongs to, None anywhere else.
+    """jax's own description of the TPU pod that this host belongs to; None elsewhere.
 
-    It is what `jax.distributed.initialize()` goes by, so that both always agree. Has
-    `get_process_id()` and `get_process_count()`, which ask no accelerator.
+    `jax.distributed.initialize()` uses the same one. It has `get_process_id()` and
+    `get_process_count()`, which do not initialise the accelerator.
     """
     from jax._src.clusters import ClusterEnv
 

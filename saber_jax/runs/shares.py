@@ -1,10 +1,10 @@
-"""Answers asked for by several hosts, each by itself: batch b belongs to share b mod N.
+"""Shares: several hosts that answer independently; batch b belongs to share b mod N.
 
     COMMAND --share 1/4 --out OUT     on the first of four hosts, and so on
     COMMAND --out OUT                 anywhere, when all are done: joins them
 
-COMMAND is saber_jax.evaluation.run or data_prep.preferences. Batches keep their composition, so
-what is joined is what a single host would have left.
+COMMAND is saber_jax.evaluation.run or data_prep.preferences. Batches are the same as with a single
+host, so the joined results are too.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Share:
         return out / "shares" / f"{self.number}-of-{self.count}"
 
     def indices(self, total: int, batch_size: int) -> list[int]:
-        """Which of `total` answers are this share's."""
+        """The indices of this share among `total` answers."""
         mine = batches(total, batch_size)[self.number - 1 :: self.count]
         return [i for start, stop in mine for i in range(start, stop)]
 

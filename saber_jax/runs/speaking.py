@@ -1,7 +1,7 @@
-"""What a long job says about itself: never worth stopping it for.
+"""Console output that never ends a long job.
 
-A full disk, a closed pipe or a terminal that is gone lets a line be lost, which is counted and said
-once where somebody may still read it.
+With a full disk, a closed pipe or a closed terminal, lines are dropped and counted, and a warning
+is printed once.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import jax
 
 
 class Losses:
-    """Counts what was dropped of `what`, and says so at the first and at the end."""
+    """Counts dropped items of kind `what`; warns at the first one and at the end."""
 
     def __init__(self, what: str):
         self._what, self.count = what, 0
@@ -29,13 +29,13 @@ class Losses:
 
 
 def say(text: str) -> None:
-    """A line on standard output, once, however many processes run."""
+    """Prints a line on standard output, from the first process only."""
     if jax.process_index() == 0:
         _print(text, "stdout")
 
 
 def warn(text: str) -> None:
-    """A line on standard error, from the process that calls."""
+    """Prints a line on standard error, from every process that calls it."""
     _print(f"WARNING: {text}", "stderr")
 
 
@@ -51,7 +51,7 @@ def _print(text: str, name: str) -> None:
 
 
 def keep_orbax_brief() -> None:
-    """Drops what Orbax logs beside the errors that it raises. May be called any number of times.
+    """Silences what Orbax logs in addition to raising errors. May be called repeatedly.
 
     It logs the traceback of every thread and task that an error passes through, and warns of items
     without a metadata file of their own, which those of a CheckpointManager never have.

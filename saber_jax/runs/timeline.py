@@ -1,14 +1,14 @@
-"""What a run spends its time on: phases of this process, and the record over all of its starts.
+"""How a run spends its time: phases of this process, and records of all of its starts.
 
-WORKDIR/attempts/N.json is what the first host writes of its N-th start, at every checkpoint and at
-the end:
+The first host writes WORKDIR/attempts/N.json for its N-th start, at every checkpoint and at the
+end:
 
     {"began": 1790000000.0, "until": 1790003600.0, "first": 0, "last": 400, "chips": 256,
      "seconds": {"start": 95.1, "compile": 240.3, "input": 2.2, "step": 3180.0, "save": 31.9}}
 
-Goodput is the share of the whole time, from the first start to the last record, that was spent on
-steps which count. What a kill threw away is not in any record, so it shows as time between two
-records, together with the time in which no machine was there.
+Goodput is the share of the time from the first start to the last record that was spent on steps
+that were kept. Steps lost by an interruption are not in any record, so they count as time between
+records, like the time without a machine.
 """
 
 import collections
@@ -22,12 +22,12 @@ from typing import Any
 from saber_jax.runs.files import read_json, write_json
 
 PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "validate", "save", "finish")
-"""In the order in which one step goes through them."""
+"""Phases of a run, in the order of a step."""
 REMEMBERED = 64
 
 
 class Timeline:
-    """The phase that this process is in. One thread moves it on, others may look."""
+    """The current phase of this process. One thread changes it, others may read it."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -39,7 +39,7 @@ class Timeline:
         self._waits: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """From now on in `phase` of PHASES; "input" begins step number `step`."""
+        """Enters `phase`, one of PHASES; "input" begins step number `step`."""
         now = time.monotonic()
         with self._lock:
             passed = now - self._since
@@ -51,7 +51,7 @@ class Timeline:
             self._step = self._step if step is None else step
 
     def _end_step(self) -> None:
-        # A step in which something was compiled says nothing about the next one.
+        # A step with a compilation is not representative.
         if self._of_step.keys() >= {"input", "step"} and "compile" not in self._of_step:
             self._steps.append(self._of_step["input"] + self._of_step["step"])
             self._waits.append(self._of_step["input"])
@@ -76,15 +76,15 @@ class Timeline:
         return before
 
     def seconds(self) -> dict[str, float]:
-        """By phase, the one that goes on included."""
+        """Seconds by phase, including the current one."""
         with self._lock:
             running = {self._phase: time.monotonic() - self._since}
             return {name: s + running.get(name, 0.0) for name, s in self._seconds.items()}
 
 
 class Attempt:
-    """The record of this start, for the process that writes the run's files. A process that goes
-    back to a checkpoint starts a second one."""
+    """The record of this start, written by one process. A rollback to a checkpoint starts another
+    one."""
 
     def __init__(self, workdir: Path, timeline: Timeline, *, first: int, chips: int):
         """`first` is the step that this start begins with."""

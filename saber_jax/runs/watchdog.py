@@ -1,13 +1,13 @@
-"""Ends a run that makes no progress, and says where every host stands.
+"""A watchdog that ends a run without progress and reports the state of every host.
 
-A host that hangs, in a collective that another host never joins or on a disk that does not answer,
-looks alive: its process runs and its heartbeat beats. Here a thread on every host watches how long
-its main thread has been in one phase of one step. When that is too long on any host, all of them
-write the stacks of all their threads to WORKDIR/stacks/host_N.txt and to stderr, name the host that
-is behind the others, and exit with status STALLED. The next start resumes.
+A host that hangs, in a collective that another host never joins or on a disk that does not respond,
+still sends heartbeats. A thread on every host therefore measures how long its main thread has been
+in one phase of one step. If that takes too long on any host, all hosts write the stacks of all
+their threads to WORKDIR/stacks/host_N.txt and to stderr, name the host that is behind the others,
+and exit with status STALLED. The next start resumes.
 
-The hosts learn of each other through the key-value store that jax.distributed keeps in the first
-one's process. The same way each tells how long its steps and its waits for input take.
+The hosts communicate through the key-value store of jax.distributed in the first host's process.
+They also use it to report the durations of their steps and of their waits for input.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ STALLED = 70
 """Exit status of a run that was ended because it made no progress (EX_SOFTWARE)."""
 
 MEDIANS = 20
-# Nobody knows beforehand how long these take: compiling, restoring and saving tens of gigabytes.
+# The limit for phases of unknown duration: compiling, restoring and saving tens of gigabytes.
 LONG_SECONDS = 3600
 EVERY_SECONDS = 5.0
 # How long a host waits for the stacks of the others.
@@ -60,8 +60,8 @@ class Board:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a host stood when it last told: `seconds` in that phase; medians of its steps and of
-    their waits for input, 0 before the first whole step."""
+    """The last report of a host: its phase and the `seconds` in it, and the medians of its step and
+    input wait durations, 0 before the first complete step."""
 
     step: int
     phase: str
@@ -76,8 +76,8 @@ class Progress:
 
 
 class Watchdog:
-    """Watches `timeline`. `least_seconds` is the shortest time in one phase that counts as a stall,
-    however fast the steps are; 0 watches nothing, but hosts still tell each other their times."""
+    """Watches `timeline`. `least_seconds` is the minimum time in one phase that counts as a stall,
+    even if steps are fast; with 0 nothing is watched, but hosts still report their times."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Watchdog:
         before = time.monotonic()
         while not self._ended.wait(self._every):
             now = time.monotonic()
-            # A machine that was stopped as a whole has not stalled.
+            # If the whole machine was suspended, this is not a stall.
             if now - before > 10 * self._every:
                 self._paused = now
             before = now
@@ -158,7 +158,7 @@ class Watchdog:
         return max(self._least, LONG_SECONDS)
 
     def _stall(self) -> str:
-        """Why this host must be taken for stalled; "" while it need not."""
+        """Why this host counts as stalled; "" if it does not."""
         phase, step, seconds = self.timeline.now()
         limit = self._limit(phase)
         seconds = min(seconds, time.monotonic() - self._paused)
@@ -172,13 +172,13 @@ class Watchdog:
         )
 
     def _alarm(self, reason: str) -> None:
-        """Stacks from everybody, one sentence on who is behind, and out."""
+        """Writes the stacks of all hosts, names the slowest host, and exits."""
         with contextlib.suppress(Exception):
             self._board.put("alarm", self._host, reason)
         self._write_stacks()
         with contextlib.suppress(Exception):
             self._board.put("stacks", self._host, "written")
-        # Not even the watchdogs of these hosts run.
+        # The watchdogs of these hosts do not respond either.
         silent = self._wait_for("stacks", list(range(self._count)))
         print(f"watchdog: no progress: {reason}.", file=sys.stderr)
         print(f"watchdog: {self._slowest(silent)}", file=sys.stderr)
@@ -189,8 +189,8 @@ class Watchdog:
             flush=True,
         )
         sys.stdout.flush()
-        # The store goes with the first host, and whoever still reads it dies of that, so the first
-        # host leaves last.
+        # The store is in the first host's process, and hosts that read it fail when it is gone, so
+        # the first host exits last.
         others = [host for host in range(self._count) if host != 0 and host not in silent]
         if self._host == 0 and others:
             self._wait_for("left", others)
@@ -212,7 +212,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
 
     def _wait_for(self, folder: str, hosts: list[int]) -> list[int]:
-        """Those of `hosts` that put nothing into `folder` in time."""
+        """The `hosts` that did not write to `folder` in time."""
         missing, deadline = hosts, time.monotonic() + STACKS_SECONDS
         with contextlib.suppress(Exception):
             while missing and time.monotonic() < deadline:
