@@ -103,4 +103,6 @@ def loss() -> ConfigDict:
     c.invariance = 0.0  # MoD-DPO: to the modality that the rejected response followed ...
     c.sensitivity = 0.0  # ... and to the one that it ignored. Two forward passes.
     c.text_prior = 0.0  # MoD-DPO++: weight of what the reference prefers with nothing to go by.
+    # Validation warns where log pi of the chosen answers fell by more nats per token; 0: never.
+    c.warn_displacement = 0.5
     return c

@@ -60,7 +60,7 @@ RANGES = {
     "metrics_every": COUNT,
     "validate.examples": NOT_NEGATIVE,
     "validate.every": COUNT,
-    "validate.warn_displacement": NOT_NEGATIVE,
+    "validate.patience": NOT_NEGATIVE,
     "log_every": NOT_NEGATIVE,
     "nonfinite_limit": NOT_NEGATIVE,
     "heartbeat_seconds": COUNT,

@@ -120,8 +120,11 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # About so many examples, whole clips, are never trained on; 0 for no validation. They are
     # measured before the first step, every so many steps, and after the last.
     c.validate = ConfigDict({"examples": 0 if tiny else 256, "every": 100})
-    # Stage 2 warns where log pi of the chosen answers fell by more nats a token; 0: never.
-    c.validate.warn_displacement = 0.5
+    # A metric of validation by which the best weights are kept in WORKDIR/best, such as "nll" or
+    # "length_balanced_accuracy"; "": none. The run ends after so many measurements in a row that
+    # are no better; 0: never.
+    c.validate.keep_best = ""
+    c.validate.patience = 0
 
     c.checkpoint_every = 100
     # A step whose loss or gradients are not finite: "stop" ends the run, "skip" changes nothing at

@@ -31,7 +31,7 @@ from saber_jax.runs.identity import MAY_CHANGE, identity
 from saber_jax.runs.speaking import say
 from saber_jax.runs.timeline import Attempt, goodput
 from saber_jax.runs.watchdog import Watchdog
-from saber_jax.train import checkpoint, loop, nonfinite, samples, saved, start
+from saber_jax.train import best, checkpoint, loop, nonfinite, samples, saved, start
 from saber_jax.train import stage as stages
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.optimizer import OptimizerConfig
@@ -207,7 +207,11 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
         records=records,
     )
     watch = watched(config, stage, batches, workdir, first, watchdog, trouble)
-    watch = dataclasses.replace(watch, course=course(config, inputs, first))
+    watch = dataclasses.replace(
+        watch, course=course(config, inputs, first), best=best_of(config, stage, base, inputs)
+    )
+    if watch.best is not None and first and (before := checkpoints.meta().get("best")):
+        watch.best.recall(before)
     watch.console.begin()
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
@@ -232,17 +236,18 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
             watchdog.timeline.at("finish")
             checkpoints.close()
             watch.writer.close()
+    last = int(state.step)
     summary = {
         "stage": config.stage,
-        "steps": config.steps,
-        **inputs.summary(config.steps, config.data.batch_rows),
+        "steps": last,
+        **inputs.summary(last, config.data.batch_rows),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
         "trainable_parameters": sum(leaf.size for leaf in stage.state.trainable.values()),
         "wall_seconds": time.perf_counter() - began,
-        **recorded(workdir, watch, config.steps),
+        **recorded(workdir, watch, last),
     }
     finish(workdir, summary)
-    say(f"{config.stage}: {config.steps} steps, checkpoint in {workdir}")
+    say(f"{config.stage}: {last} steps, checkpoint in {workdir}")
     return True
 
 
@@ -300,8 +305,25 @@ def validated(config: ConfigDict, stage: Stage, inputs: Inputs) -> Validation | 
         every=config.validate.every,
         steps=config.steps,
         beta=stage.beta,
-        warn_displacement=config.validate.warn_displacement,
+        warn_displacement=stage.warn_displacement,
     )
+
+
+def best_of(
+    config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs
+) -> best.Best | None:
+    """Who keeps the best weights, if config.validate.keep_best names a metric."""
+    if not config.validate.keep_best:
+        return None
+    keep = best.keeping(
+        Path(config.workdir),
+        stage.cfg,
+        inputs.tokenizer,
+        base,
+        stage=config.stage,
+        provenance=inputs.provenance,
+    )
+    return best.Best(metric=config.validate.keep_best, patience=config.validate.patience, keep=keep)
 
 
 def recorded(workdir: Path, watch: loop.Watch, steps: int) -> dict:

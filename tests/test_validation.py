@@ -1,5 +1,6 @@
 """Validation in a whole run: which examples it is about, when it happens, and that it resumes."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,10 @@ from configs import cadpo, sft
 from saber_jax import main
 from saber_jax.inputs import open_inputs
 from saber_jax.runs.files import write_jsonl
+from saber_jax.train import validate
+from saber_jax.tree import flatten
 from tests import synthetic
+from tests.finished_run import load
 from tests.test_main import (
     build_records,
     compiled_once,
@@ -55,6 +59,24 @@ def test_a_killed_run_validates_as_an_uninterrupted_one(records, whole, tmp_path
     train_until_killed(validated(sft, records, tmp_path), monkeypatch)
     main.train(validated(sft, records, tmp_path))
     assert metrics_of(tmp_path, "sft") == metrics_of(whole, "sft")
+
+
+def test_a_run_that_stops_improving_ends_early_with_its_best_weights_also_after_a_restart(
+    records, tmp_path, monkeypatch
+):
+    """All measurements are alike, so the first one stays the best."""
+    monkeypatch.setattr(validate, "metrics", lambda *_: {"validate/nll": 1.0})
+    config = validated(sft, records, tmp_path)
+    config.validate.keep_best, config.validate.patience = "nll", 1
+    train_until_killed(config, monkeypatch)
+    main.train(config)
+    lines = metrics_of(tmp_path, "sft")
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, 3]
+    assert json.loads((tmp_path / "sft/summary.json").read_text())["steps"] == 3
+    first, last = (flatten(load(tmp_path / "sft" / place)[0]) for place in ("best", ""))
+    assert any((first[name] != last[name]).any() for name in first)
+    main.train(config)
+    assert metrics_of(tmp_path, "sft") == lines
 
 
 def test_no_training_row_holds_a_clip_that_is_held_out(records, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.preferences import summary
 from data_prep.preferences.rounds import Batch, Line, Records, work_through
 from data_prep.preferences.score import Scorer, well_formed
-from saber_jax.data import sed
+from saber_jax.data import sed, texts
 from saber_jax.data.conflicts import NO_CONFLICT
 from saber_jax.data.records import Record
 from saber_jax.runs import shares
@@ -29,12 +29,20 @@ REASONS = {
     KEPT: "the best and the worst answer differ by the margin",
     "no_annotation": "the record has no annotated sections to score against; nothing was generated",
     "no_conflict": "its label says that the modalities agree; nothing was generated",
-    "unparsable": "fewer than two answers have all six sections and name an emotion",
+    "unparsable": "fewer than two answers can be used; see answers_unparsable_by_reason",
     "unscored": "fewer than two of those have both scores",
     "no_spread": "no label, and all answers conclude the same: not ambiguous",
     "tie": "the best and the worst answer have the same score",
     "below_margin": "the best and the worst answer differ by less than the margin",
 }
+
+UNPARSABLE = {
+    "empty": "no text",
+    "special_token": "it contains a token of the chat template",
+    "sections": "at least one of the six headings is missing, as in an answer that was cut off",
+    "no_emotion": "its reasoning names no emotion",
+}
+"""Why an answer takes no part in any pair."""
 
 Draw = Callable[[Iterator[tuple[int, list[Record]]]], Iterator[list[list[str]]]]
 """Maps batches of (index of the first record, records) to the answers to each record."""
@@ -107,13 +115,24 @@ def _line(record: Record) -> Line:
 
 def _answer(scorer: Scorer, record: Record, text: str) -> dict[str, Any]:
     """One answer with its scores, as written to a line; unparsable answers are not scored."""
-    concluded = sed.conclusion(text) if well_formed(text) else None
+    concluded = None if unparsable(text) else sed.conclusion(text)
     about = {"text": text, "conclusion": concluded, "consistency": None, "alignment": None}
     if concluded is None:
         return about | {"score": None}
     scores = scorer(record, text)
     about |= {"consistency": scores.consistency, "alignment": scores.alignment}
     return about | {"score": scores.total}
+
+
+def unparsable(text: str) -> str | None:
+    """Why no pair can have this answer, a key of UNPARSABLE; None if one can."""
+    if not text.strip():
+        return "empty"
+    if texts.fault(text):
+        return "special_token"
+    if not well_formed(text):
+        return "sections"
+    return "no_emotion" if sed.conclusion(text) is None else None
 
 
 def spread(line: Line) -> float | None:
@@ -195,6 +214,14 @@ def summarise(
         | {
             "answers": len(answers),
             "answers_unparsable": sum(a["conclusion"] is None for _, a in answers),
+            "answers_unparsable_by_reason": summary.ordered(
+                collections.Counter(
+                    unparsable(a["text"]) or "no_emotion"
+                    for _, a in answers
+                    if a["conclusion"] is None
+                ),
+                UNPARSABLE,
+            ),
             "answers_unscored": sum(
                 a["conclusion"] is not None and a["score"] is None for _, a in answers
             ),

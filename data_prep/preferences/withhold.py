@@ -16,7 +16,7 @@ from typing import Any
 from data_prep.preferences import summary
 from data_prep.preferences.rounds import Batch, Records, work_through
 from data_prep.preferences.score import well_formed
-from saber_jax.data import sed
+from saber_jax.data import sed, texts
 from saber_jax.data.records import Record
 from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
 from saber_jax.runs import shares
@@ -36,7 +36,7 @@ REASONS = {
     "no_conflict": "the remaining modality suggests the right conclusion; nothing was generated",
     "nothing_to_withhold": "the record lacks that modality; nothing was generated",
     "no_target": "the record itself names no emotion; nothing was generated",
-    "unparsable": "at least one of the six sections is missing",
+    "unparsable": "one of the six sections is missing, or the answer contains a special token",
     "no_conclusion": "the reasoning names no known emotion",
     "same_conclusion": "right although the modality was withheld",
     "other_conclusion": "wrong, but not what the remaining modality suggests",
@@ -69,7 +69,7 @@ def settled(record: Record, withheld: Modality) -> str | None:
 
 def judge(record: Record, withheld: Modality, answer: str) -> str:
     """The decision about an answer given without one modality: a key of REASONS."""
-    if not well_formed(answer):
+    if texts.fault(answer) or not well_formed(answer):
         return "unparsable"
     concluded = sed.conclusion(answer)
     if concluded is None:

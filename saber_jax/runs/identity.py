@@ -18,7 +18,7 @@ APART = (
     *("checkpoint_every", "log_every", "metrics_every", "profile", "wandb"),
     *("heartbeat_seconds", "stall_seconds", "strict_restore", "mining.batch_size", "mining.judge"),
     *("on_nonfinite", "nonfinite_limit", "data.threads", "data.workers"),
-    *("validate.every", "validate.warn_displacement"),
+    *("validate.every", "loss.warn_displacement"),
 )
 
 MAY_CHANGE = (

@@ -321,12 +321,14 @@ def digest(workdir: str | Path) -> str:
     return manifest.digest(parts)
 
 
-def save_params(workdir: str | Path, params: dict, cfg: SaberConfig, **about: Any) -> None:
+def save_params(
+    workdir: str | Path, params: dict, cfg: SaberConfig, *, step: int = 0, **about: Any
+) -> None:
     """Saves a checkpoint of weights only. model.json is written last and marks it as complete."""
-    step = (Path(workdir) / "checkpoints" / "0").absolute()
+    place = (Path(workdir) / "checkpoints" / str(step)).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(buckets.native(step / "params"), params)
-    saved.write_digests(step, saved.described(saved.named(params, "params")))
+        checkpointer.save(buckets.native(place / "params"), params)
+    saved.write_digests(place, saved.described(saved.named(params, "params")))
     write_model_file(workdir, cfg, **about)
 
 

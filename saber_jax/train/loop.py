@@ -11,6 +11,7 @@ from saber_jax.batch import Batch
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.runs.distributed import Preemption
 from saber_jax.runs.timeline import Attempt, Timeline
+from saber_jax.train.best import Best
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.nonfinite import MUST_BE_FINITE, NonFinite
@@ -28,7 +29,8 @@ class Preempted(Exception):
 class Watch:
     """Everything that observes a run: metric files, console, meter, profiler, and the timeline that
     the watchdog reads. `hosts` gives metrics of all hosts, `attempt` is written by one of them, and
-    `nonfinite` handles steps with non-finite values."""
+    `nonfinite` handles steps with non-finite values. `best` keeps the best weights and decides
+    when to end early."""
 
     writer: MetricsWriter
     console: Console
@@ -40,6 +42,7 @@ class Watch:
     attempt: Attempt | None = None
     course: Course | None = None
     hosts: Callable[[], dict[str, float]] = dict
+    best: Best | None = None
 
     def report(
         self, step: int, metrics: Metrics, counted: Counts, seconds: float, waited: float
@@ -63,10 +66,13 @@ class Watch:
         if values["left_out"]:  # The same number in every process.
             self.batches.agree()
 
-    def validate(self, validation: Validation, state: TrainState, step: int) -> None:
-        """Runs validation on the weights after `step` steps and reports its metrics."""
+    def validate(self, validation: Validation, state: TrainState, step: int) -> bool:
+        """Runs validation on the weights after `step` steps and reports its metrics. Returns
+        whether the run should end early."""
         self.timeline.at("validate")
-        self.writer.write(step, validation.run(state, step))
+        values = validation.run(state, step)
+        self.writer.write(step, values)
+        return self.best is not None and self.best.seen(values, state, step)
 
 
 def run(
@@ -86,9 +92,24 @@ def run(
     `validation` runs before the first step, between steps and after the last, and writes separate
     lines to metrics.jsonl, with the number of completed steps.
 
+    The run ends before `steps` if `watch.best` says so.
+
     Raises what `watch.nonfinite` raises for a step with non-finite values, and Preempted after
     SIGTERM, once the state is saved.
     """
+
+    def save(done: int) -> None:
+        watch.timeline.at("save")
+        # A resumed run keeps the metrics up to its checkpoint, so they come first.
+        watch.writer.sync()
+        about = {"step": done, "data": watch.batches.state()}
+        if watch.best is not None:
+            about["best"] = watch.best.state()
+        checkpoints.save(state, meta | about)
+        watch.writer.weights(done, state.trainable)
+        if watch.attempt is not None:
+            watch.attempt.write(done)
+
     pending: tuple | None = None
     clock = time.perf_counter()
     with Preemption() as preemption:
@@ -98,7 +119,9 @@ def run(
                 if pending is not None:
                     watch.report(*pending)
                     pending = None
-                watch.validate(validation, state, step)
+                if watch.validate(validation, state, step):
+                    save(step)
+                    return state
                 clock = time.perf_counter()
             waiting = time.perf_counter()
             watch.timeline.at("input", step)
@@ -125,13 +148,7 @@ def run(
                 # Checked before saving, because a restart trusts the last checkpoint.
                 watch.report(*pending)
                 pending = None
-                watch.timeline.at("save")
-                # A resumed run keeps the metrics up to its checkpoint, so they come first.
-                watch.writer.sync()
-                checkpoints.save(state, meta | {"step": done, "data": watch.batches.state()})
-                watch.writer.weights(done, state.trainable)
-                if watch.attempt is not None:
-                    watch.attempt.write(done)
+                save(done)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")
         if validation is not None:

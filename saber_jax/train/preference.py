@@ -28,7 +28,9 @@ Form = Literal["sigmoid", "robust", "ipo", "hinge"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference:
-    """config.loss of stage 2; the defaults are the paper's form. Each option is a term below.
+    """config.loss of stage 2; the defaults are the paper's form. Each option is a term below, but
+    for `warn_displacement`: validation warns when log pi of the chosen answers has fallen by more
+    nats per token; 0 is never.
 
     Raises ValueError for an option that is set but would have no effect.
     """
@@ -47,6 +49,7 @@ class Preference:
     invariance: float = 0.0
     sensitivity: float = 0.0
     text_prior: float = 0.0
+    warn_displacement: float = 0.5
 
     def __post_init__(self):
         if self.form not in get_args(Form):

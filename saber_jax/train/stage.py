@@ -91,6 +91,11 @@ class Stage(abc.ABC):
         return 0.0
 
     @property
+    def warn_displacement(self) -> float:
+        """Fall of the chosen answers' log pi, in nats per token, that validation warns of; or 0."""
+        return 0.0
+
+    @property
     def param_shardings(self) -> dict:
         """Shardings of the parameters, as a nested dict."""
         return merge(_shardings(self.state.trainable), _shardings(self.state.frozen))
@@ -162,6 +167,10 @@ class CaDpo(Stage):
     @property
     def beta(self) -> float:
         return self.preference.beta
+
+    @property
+    def warn_displacement(self) -> float:
+        return self.preference.warn_displacement
 
     def reference_step(self, view: View) -> Callable[[dict, Batch], jax.Array]:
         log_probs = functools.partial(

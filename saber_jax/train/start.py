@@ -16,7 +16,7 @@ from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import manifest
 from saber_jax.runs.speaking import say
-from saber_jax.train import checkpoint, saved
+from saber_jax.train import best, checkpoint, saved
 from saber_jax.train.stage import Stage
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
@@ -34,6 +34,7 @@ def refuse_hopeless(config: ConfigDict) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises FileNotFoundError or ValueError unless config.init.checkpoint is complete or ""."""
+    best.check(config)
     if config.init.checkpoint:
         checkpoint.read_model_file(config.init.checkpoint)
         saved.newest(config.init.checkpoint)

@@ -192,7 +192,7 @@ class Validation:
         if self.warn_displacement and fall > self.warn_displacement:
             found.append(
                 f"log pi of the chosen answers fell by {fall:.2f} nats a token, more than "
-                f"config.validate.warn_displacement={self.warn_displacement:g}: the model makes "
+                f"config.loss.warn_displacement={self.warn_displacement:g}: the model makes "
                 "both answers less likely. config.loss.sft and config.loss.anchor hold the chosen "
                 "one up; a lower config.optimizer.peak_lr or a higher config.loss.beta slow it."
             )

@@ -174,3 +174,26 @@ def test_pairs_that_differ_only_in_their_reasoning_are_counted():
         lines.append(line)
     about, _ = sample.summarise(lines, margin=0.1, most=1, all_clips=False)
     assert about["about_pairs"]["only_reasoning_differs"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (" \n", "empty"),
+        (answer("sad <|im_end|>"), "special_token"),
+        (answer("sad").replace("[speech_content]", ""), "sections"),
+        (answer("quiet"), "no_emotion"),
+        (answer("sad"), None),
+    ],
+)
+def test_an_answer_that_training_would_refuse_is_counted_by_its_reason(tmp_path, text, why):
+    def draw(batches):
+        for _, part in batches:
+            yield [[text, answer("happy")] for _ in part]
+
+    lines = sample.mine(
+        RECORDS, draw, _score, Journal(tmp_path, sample.NAME, {}), batch_size=2, all_clips=True
+    )
+    about, pairs = sample.summarise(lines, margin=0.1, most=1, all_clips=True)
+    assert about["answers_unparsable_by_reason"] == ({why: len(RECORDS)} if why else {})
+    assert len(pairs) == (0 if why else len(RECORDS))
