@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,10 +68,18 @@ class Saber(tfds.core.GeneratorBasedBuilder):
         encode = functools.partial(_encode, self._load)
         items = self._splits[split]
         if not self._beam:
-            return map(encode, tqdm(items, desc=f"write {split}", unit="clip"))
+            return _one_by_one(encode, items, split)
         import apache_beam as beam  # Takes two seconds.
 
         return beam.Create(list(items)) | beam.Reshuffle() | "load" >> beam.Map(encode)
+
+
+def _one_by_one(
+    encode: Callable[[Any], tuple[str, dict[str, Any]]], items: Iterable[Any], split: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A generator, so that the progress bar begins with its split. tensorflow-datasets asks for all
+    splits before it writes the first one, and bars that are open together garble each other."""
+    yield from map(encode, tqdm(items, desc=f"write {split}", unit="clip"))
 
 
 def _features() -> dict[str, tfds.features.FeatureConnector]:

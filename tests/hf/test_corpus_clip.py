@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 
 from data_prep.corpus import build as corpus
+from data_prep.corpus.plan import Sizes
 from data_prep.records import build
 from saber_jax.data import media
-from saber_jax.data.examples import encode_record
+from saber_jax.data.examples import encode_record, size_of
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import RecordSource
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.hf.export import export
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config
+from tests.models import weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -26,7 +28,7 @@ SAMPLING = ["--fps", "4", "--min_pixels", "7056", "--max_pixels", "7056"]
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
-    assert corpus.main(["--out", str(root / "corpus"), "--clips", "24"]) == 0
+    corpus.build(root / "corpus", sizes=Sizes(train=2, preference=1, test=1), seed=0)
     folders = ["--clips", root / "corpus/clips", "--annotations", root / "corpus/annotations"]
     labels = ["--labels", root / "corpus/labels.jsonl", "--out", root / "records"]
     assert build.main([*map(str, folders + labels), *SAMPLING]) == 0
@@ -37,10 +39,16 @@ def test_exported_model_has_our_logits_on_a_real_clip(records, tmp_path):
     cfg, tokenizer = saber_config("tiny"), load_tokenizer(records)
     record = RecordSource(records, "test")[0]
     example = encode_record(record, tokenizer)
-    length = len(example.prompt.tokens) + len(example.responses[0].tokens)
-    budget = Budget(length=length, patches=len(example.patches), chunks=1, targets=128, segments=1)
+    size = size_of(example)
+    budget = Budget(
+        length=size.text,
+        patches=size.patches,
+        chunks=size.chunks,
+        targets=size.targets,
+        segments=1,
+    )
     batch = pack_rows([[example]], budget)
-    params = jax.jit(functools.partial(saber.init, cfg))(jax.random.key(3, impl="rbg"))
+    params = weights.tree(cfg)
     hidden = jax.jit(functools.partial(saber.hidden, cfg=cfg))(params, batch)
     ours = np.asarray(saber.logits(params, hidden))[0]
 

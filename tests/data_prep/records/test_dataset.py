@@ -32,6 +32,13 @@ def stored(folder: Path, split: str) -> list[dict[str, bytes]]:
     return [{name: np.asarray(value).tobytes() for name, value in row.items()} for row in source]
 
 
+def test_the_progress_bars_of_several_splits_are_shown_one_after_the_other(tmp_path, capfd):
+    dataset.write(tmp_path, {"train": range(2), "test": range(2, 4)}, synthetic.record)
+    shown = capfd.readouterr().err
+    assert "write train: 100%" in shown and "write test: 100%" in shown
+    assert "\x1b[A" not in shown  # tqdm's way up to a bar that is still open.
+
+
 def test_beam_writes_the_same_records_in_the_same_order_as_one_process(local, tmp_path):
     # The order in which clips come does not matter either.
     items = {split: list(reversed(ids)) for split, ids in SPLITS.items()}
