@@ -1,15 +1,15 @@
 """Stage 2, CA-DPO: prefer answers that weigh all modalities, where the modalities conflict.
 
-    launch/tpu_run.sh configs/cadpo.py:tiny         all of it, from nothing to an exported model
-    launch/tpu_run.sh configs/cadpo.py:7b-v5e-256   on 256 TPU v5e, from what stage 1 leaves
+    launch/tpu_run.sh configs/cadpo.py:tiny         the whole chain, up to an exported model
+    launch/tpu_run.sh configs/cadpo.py:7b-v5e-256   on 256 TPU v5e, from the result of stage 1
 
 `tiny` takes 80 steps in a minute: reward accuracy reaches 1.0, accuracy on held-out conflicting
 clips rises from 75% to 84% (n = 120) and stays at 99% where the modalities agree. It adds two terms
 to the paper's form, loss.sft and loss.anchor, without which conclusions did not change; at a
 learning rate of 1e-4 it forgot that modalities may also agree (45%).
 
-The starting point is what configs/sft.py of the same variant leaves, and the pairs are mined with
-it: launch/tpu_run.sh makes whatever of that is missing.
+Training starts from the result of configs/sft.py with the same variant, and pairs are mined with
+that model. launch/tpu_run.sh makes what is missing.
 """
 
 from ml_collections import ConfigDict
@@ -48,14 +48,14 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.mining = mining(tiny)
     c.loss = loss()
-    if tiny:  # The plain form pushes both answers down, and moves conclusions by nothing here.
+    if tiny:  # Plain DPO makes both answers less likely and does not change conclusions here.
         c.loss.sft = c.loss.anchor = 1.0
     # Where log pi_ref of every pair is kept; python -m saber_jax.reference fills it ahead of time.
     c.reference = root + "/reference"
-    c.metrics_every = 20 if tiny else 50  # Steps between measurements that cost three forwards.
+    c.metrics_every = 20 if tiny else 50  # Steps between metrics that cost three forward passes.
 
     c.compute.head_chunk = 224 if tiny else 256
-    # The paper's 1e-5 is a rate of adapters, which optimizer.adapter_factor makes of 1e-6.
+    # The paper's 1e-5 is the learning rate of adapters: 1e-6 times optimizer.adapter_factor.
     c.optimizer.peak_lr = 3e-5 if tiny else 1e-6
     c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10
@@ -65,10 +65,10 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
 
 def mining(tiny: bool) -> ConfigDict:
-    """How launch/tpu_run.sh mines the pairs, as flags of python -m data_prep.preferences.
+    """How launch/tpu_run.sh mines pairs, as flags of python -m data_prep.preferences.
 
-    The paper draws 10 answers a clip at temperature 0.8. The tiny model's pairs are of the other
-    method: a few hundred clips with labels, and no judge.
+    The paper samples 10 answers per clip at temperature 0.8. The tiny config uses the other method,
+    which suits a few hundred clips with labels and needs no judge.
     """
     c = ConfigDict()
     c.method = "withhold" if tiny else "sample"
@@ -86,8 +86,8 @@ def mining(tiny: bool) -> ConfigDict:
 
 
 def loss() -> ConfigDict:
-    """The paper's form. Every option is a term of saber_jax/train/preference.py, with its source;
-    docs/cadpo.md says when to use which. One that is set but would have no effect is an error."""
+    """The paper's loss. Every option is a term of saber_jax/train/preference.py, with its source;
+    docs/cadpo.md describes them. An option that would have no effect is an error."""
     c = ConfigDict()
     c.beta = 0.1
     c.form = "sigmoid"  # sigmoid | robust | ipo | hinge

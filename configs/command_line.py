@@ -1,7 +1,7 @@
-"""`--config=configs/NAME.py:VARIANT --config.key=value`, with errors a person can act on.
+"""Parsing of `--config=configs/NAME.py:VARIANT --config.key=value`, with helpful errors.
 
 A command that takes a config calls `answer_early` before it imports jax, which takes seconds, so
-that --help and typing errors are answered at once. It gives `parse_flags` to absl.app.run.
+that --help and errors in flags are printed at once. It passes `parse_flags` to absl.app.run.
 """
 
 import ast
@@ -24,12 +24,12 @@ HELP = ("-h", "--help", "-help", "--helpfull", "--helpshort")
 SHOWN_WITHOUT_CONFIG = "configs/sft.py:tiny"
 
 _positional: list[str] | None = None
-"""What `answer_early` found besides flags. Flags that override a setting are defined as they are
-parsed, and cannot be parsed twice."""
+"""The positional arguments, once `answer_early` has parsed the flags. Flags that override a setting
+are defined while they are parsed, so they cannot be parsed twice."""
 
 
 def answer_early() -> None:
-    """Exits with the help text if asked for it, and with one line if what was typed is wrong.
+    """Exits with the help text for --help, and with one line if the arguments are wrong.
 
     From then on SIGTERM ends the process with status 75 (try again): nothing is begun yet. A run
     has handlers of its own later (runs/distributed.py).
@@ -40,8 +40,8 @@ def answer_early() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """For absl.app.run(flags_parser=...): exits with one line instead of a traceback, and after
-    printing the help text with status 0. After `answer_early` there is nothing left to parse."""
+    """For absl.app.run(flags_parser=...): exits with one line instead of a traceback for errors,
+    and with status 0 after printing help. After `answer_early` it returns what that parsed."""
     if _positional is not None:
         return _positional
     if any(argument in HELP for argument in argv[1:]):
@@ -90,9 +90,9 @@ def help_text(doc: str, arguments: list[str]) -> str:
 
 
 def setting_comments(file: Path) -> dict[str, list[str]]:
-    """{"data.length": lines}: the comments above and beside `c.data.length = ...` in a config.
+    """{"data.length": lines}: the comments above and next to `c.data.length = ...` in a config.
 
-    A function other than get_config makes the group that it is named after.
+    A function other than get_config defines the group of the same name.
     """
     source = file.read_text("utf-8")
     lines, found = source.splitlines(), {}
@@ -140,7 +140,7 @@ def _check_file(argv: list[str]) -> None:
 
 
 def _check_buckets(argv: list[str]) -> None:
-    # A path would be made of it: a folder called "gs:" here.
+    # It would be used as a local path: a folder called "gs:".
     if found := [argument for argument in argv if "gs://" in argument]:
         raise ValueError(
             f"{found[0]}: a bucket is read and written as a folder. launch/tpu_run.sh mounts it; "

@@ -1,12 +1,12 @@
-"""What of a config depends on the pod. `configs/sft.py:7b-v5e-256` is `:7b` for 256 chips of v5e.
+"""Recipes: settings that depend on the pod. `configs/sft.py:7b-v5e-256` is `:7b` on 256 v5e chips.
 
-A recipe says where and how a step is computed and never what: the examples of a step, its rows and
-their budgets, the optimizer and the loss are those of the size, so a run can move from one pod to
-another and stays the run it is. On a pod with more chips than a step has rows, the other chips
-compute empty rows: there, larger steps cost no more (docs/data.md, `Batches`).
+A recipe only sets where and how a step is computed. The examples of a step, its rows and their
+budgets, the optimizer and the loss depend on the model size, so a run can continue on another pod
+with the same results. On a pod with more chips than a step has rows, the other chips compute empty
+rows, so larger steps cost no more there (docs/data.md, `Batches`).
 
-Each leaves at least a tenth of every device's memory free, says the TPU compiler; docs/aot_table.md
-has its figures, and it can be asked again:
+According to the TPU compiler, each recipe leaves at least a tenth of every device's memory free;
+docs/aot_table.md has its figures. To compute them again:
 
     python -m saber_jax.aot --config=configs/sft.py:7b-v5e-256
 """
@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`sft` and `cadpo` are config.compute.remat of the stages: what of the free memory computation
-    is saved with, as by `head_keep`.
+    """`sft` and `cadpo` are config.compute.remat of the two stages. Like `head_keep`, they use free
+    memory to avoid recomputation.
 
-    `at_once` rows of each device go through the network together, then the next ones; 0: all of
-    them. `topology` as `saber_jax.aot` takes it. Several slices hold copies of the weights and send
-    gradients alone over the data center's network.
+    `at_once` is the number of rows per device that are processed at a time; 0 means all of them.
+    `topology` is in the format of `saber_jax.aot`. With several slices each has a copy of the
+    weights, and only gradients are sent over the data center network.
     """
 
     topology: str
@@ -41,7 +41,7 @@ class Recipe:
         return self.slices * math.prod(map(int, shape.split("x")))
 
 
-# In front of each what it needs and the GiB of one device that the compiler says its stages take.
+# Above each recipe: its chips, and the peak GiB per device of its stages by the compiler.
 RECIPES = {
     # All weights train.
     # 256 chips of v5e: sft 13.8, cadpo 12.3 of 15.75.
@@ -63,7 +63,7 @@ RECIPES = {
 
 
 def fit(config: ConfigDict) -> None:
-    """Sets what the recipe that config.variant names, if it names one, says of config.stage."""
+    """Applies the recipe of config.variant, if it is one, for config.stage."""
     recipe = RECIPES.get(config.variant)
     if recipe is None:
         return

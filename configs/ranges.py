@@ -1,4 +1,4 @@
-"""What every numeric setting may be: checked, all at once, before anything is written."""
+"""Valid ranges of all numeric settings, which are checked before anything is written."""
 
 import dataclasses
 import math

@@ -1,13 +1,13 @@
-"""Everything that a config needs, in order, each step only if it is not done yet.
+"""Runs the chain of a config: all steps that it needs, in order, skipping those that are done.
 
-`launch/tpu_run.sh configs/cadpo.py:tiny` lands here. Every step is a command that a person could
-type; it is printed before it runs. A step that ended well leaves ROOT/done/STEP.json, which names
-its command and the steps it stands on, so the same call starts, goes on after a kill, and finds in
-seconds that all is done.
+`launch/tpu_run.sh configs/cadpo.py:tiny` calls this. Every step is a command that you could also
+type; it is printed before it runs. A step that succeeded writes a stamp, ROOT/done/STEP.json, with
+its command and the steps that it depends on. So the same call starts the chain, continues it after
+an interruption, and finds in seconds that all is done.
 
-On a pod every host runs this. Training is the work of all of them at once; of mining and evaluation
-each does a share, and the first host joins them; everything else is the first host's, while the
-others wait for its stamp (turns.py).
+On a pod every host runs this. All hosts train together. For mining and evaluation each host does a
+share, and the first host joins them. The first host does everything else, while the others wait for
+its stamp (turns.py).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ UNTIL = flags.DEFINE_string(
 
 
 def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
-    """Runs what is missing. Exits with the failing step's status, saying how to go on.
+    """Runs the missing steps. Exits with the status of a failing step and says how to continue.
 
     `place` is (index, count) of this host.
     """
@@ -80,7 +80,7 @@ def _hours(
 
 
 def _do(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) -> None:
-    """This host's part of a step; returns when the whole of it is done."""
+    """Runs this host's part of a step; returns when the whole step is done."""
     index, count = place
     if step.share and count > 1:
         _do_share(step, stamp, title, root, place)
@@ -94,7 +94,7 @@ def _do(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) 
 
 
 def _do_share(step: Step, stamp: str, title: str, root: Path, place: tuple[int, int]) -> None:
-    """Returns when this host's share is done; on the first host, when all are."""
+    """Runs this host's share; the first host waits for all shares and joins them."""
     index, count = place
     names = [f"{step.name}.share{number}of{count}" for number in range(1, count + 1)]
     if not _stamp_read(root, names[index], stamp):
@@ -116,7 +116,7 @@ def _stamped(root: Path, name: str, stamp: str) -> bool:
 
 
 def _stamp_read(root: Path, name: str, stamp: str) -> bool:
-    """`_stamped`, though the disk may fail for a while."""
+    """`_stamped`, retried while the disk fails."""
     return turns.insist(lambda: _stamped(root, name, stamp))
 
 
@@ -149,8 +149,8 @@ def _stop(where: str) -> NoReturn:
 
 
 def _run(command: list[str], environ: dict[str, str]) -> int:
-    """Exit status as a shell would give it. SIGTERM is passed on: whoever stops a run tells its
-    first process only."""
+    """Runs a command; returns its exit status as a shell does. SIGTERM is forwarded to it, because
+    it is sent to the first process only."""
     process = subprocess.Popen(command, env=environ)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
@@ -164,7 +164,7 @@ def _run(command: list[str], environ: dict[str, str]) -> int:
 
 
 def _meet(root: Path, place: tuple[int, int]) -> None:
-    """Before hours of work: do all hosts run, and see each other on one disk?"""
+    """Checks before hours of work that all hosts run and see each other on one disk."""
     index, count = place
     print(f"host {index} of {count}: meeting the others in {root}/done", flush=True)
     if absent := turns.meet(root / "done", index, count):
@@ -186,7 +186,7 @@ def _wait(root: Path, name: str, stamp: str, title: str, host: int) -> None:
 
 
 def refuse_hopeless(config: ConfigDict) -> None:
-    """Before hours of preparation: is there an accelerator, and is there data?"""
+    """Checks before hours of preparation that there is an accelerator and data."""
     if config.embedded:
         return
     if not hardware.has_accelerator():
@@ -203,8 +203,8 @@ def refuse_hopeless(config: ConfigDict) -> None:
 
 
 def refuse_missing_splits(config: ConfigDict, chain: Sequence[Step]) -> None:
-    """Do the records have every split that a step reads? Stage 1 may take days before the first
-    step that reads another one."""
+    """Checks that the records have all splits that steps need, because stage 1 may take days before
+    the first step that needs another one."""
     if any(step.name == "records" for step in chain):
         return  # They are made here, with all splits.
     try:
@@ -234,7 +234,7 @@ def _split_of(step: Step) -> str | None:
 
 
 def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
-    """Does the work directory hold a run with other settings? Asked before anything is run."""
+    """Checks before anything runs that the work directory has no run with other settings."""
     config, _ = with_own_workdir(config, settings)
     taken = Path(config.workdir) / "config.json"
     if not taken.exists():

@@ -1,7 +1,7 @@
-"""Every gcloud command line that the launchers issue for TPU VMs and queued resources.
+"""All gcloud commands that the launchers run for TPU VMs and queued resources.
 
-Needs nothing but Python and gcloud. What gcloud says about a failure is passed on, with what to do
-about the failures that everybody meets: no quota, no capacity, no permission.
+Needs only Python and gcloud. gcloud's error messages are printed, with advice for the common ones:
+no quota, no capacity, no permission.
 """
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
@@ -26,7 +26,7 @@ FOLDER = "saber_jax"  # On the worker, under the home directory.
 LOST = 255  # What ssh exits with when the connection breaks.
 DESCRIBE_TRIES = 6
 
-# gcloud would wait for an answer, to the question whether to make an ssh key for instance.
+# Otherwise gcloud would wait for answers to prompts, for example about making an ssh key.
 os.environ.setdefault("CLOUDSDK_CORE_DISABLE_PROMPTS", "1")
 
 # What gcloud's message contains, and what a person can do about it.
@@ -93,7 +93,7 @@ class Pod:
                 return None
             if any(word in done.stderr for word in FINAL):
                 break
-            # Somebody watches for days; an API that fails for a minute must not end that.
+            # A watch takes days; a failure of the API for a minute must not end it.
             if number + 1 < DESCRIBE_TRIES:
                 time.sleep(pause())
         raise Refused(command, done.stderr)
@@ -134,8 +134,8 @@ class Pod:
             raise Refused(command, done.stderr)
 
     def state(self) -> str:
-        """One word for the whole: READY, PREEMPTED, MISSING, or what a queued resource or a TPU VM
-        says of itself, such as WAITING_FOR_RESOURCES."""
+        """The state of the pod: READY, PREEMPTED, MISSING, or the state of its queued resource or
+        TPU VM, such as WAITING_FOR_RESOURCES."""
         resource = self.describe("queued-resources", self.name)
         if resource is not None:
             word = resource.get("state", {}).get("state", "unknown")
@@ -151,7 +151,7 @@ class Pod:
         return next((word for word in words if word != "READY"), "READY")
 
     def nodes(self) -> list[Node]:
-        """The slices, all ready. Exits with a sentence when there are none."""
+        """The slices, all READY. Exits with a message otherwise."""
         machine = self.describe("tpu-vm", self.name)
         if machine is not None:
             return [self._node(self.name, machine)]
@@ -197,7 +197,7 @@ class Pod:
         return status, said
 
     def watch(self, node: Node) -> int:
-        """Passes worker 0's output on; returns the status of the connection."""
+        """Prints worker 0's output; returns the status of the connection."""
         return subprocess.run(
             self._ssh(node, "0", f"cd {FOLDER} && launch/job.sh follow")
         ).returncode

@@ -2,19 +2,18 @@
 
     GKE_IMAGE=IMAGE TPU_TYPE=v5e:16x16 SLICES=2 CLAIM=disk launch/tpu_run.sh configs/cadpo.py:7b
 
-GKE_IMAGE        what launch/Dockerfile makes of this checkout
+GKE_IMAGE        the image built with launch/Dockerfile from this checkout
 TPU_TYPE         generation and topology of one slice
 SLICES           how many slices; 1 by default
 CLAIM or BUCKET  a persistent volume claim that many pods may mount, or a Cloud Storage bucket,
                  which is mounted with FUSE; the run's config.root is on it
 SERVICE_ACCOUNT  Kubernetes service account of the pods, "default" by default; it must be allowed
                  to write to the bucket
-NAME             of the JobSet, saber by default: the same name looks on at the same run
+NAME             name of the JobSet, saber by default; the same name attaches to the same run
 
-Applies launch/gke_jobset.yaml, prints what the first host prints, and exits 0 or 1 with the JobSet.
-While pods wait it prints why, and when one fails its last lines. A JobSet that failed is started
-again by the same command. With --print it only shows what it would apply. Needs nothing but Python
-and kubectl.
+Applies launch/gke_jobset.yaml, prints the first host's output, and exits with 0 or 1 like the
+JobSet. It prints why pods are pending, and the last lines of failed pods. The same command starts a
+failed JobSet again. With --print it only shows what it would apply. Needs only Python and kubectl.
 """
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
@@ -39,13 +38,13 @@ PODS = "jobset.sigs.k8s.io/jobset-name={}"
 FIRST = f"{PODS},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 SPEC = "saber-jax/spec"
 LAST_LINES = 30
-# Cloud Storage FUSE as a run needs it: folders without objects of their own, whole folders renamed,
-# and nothing remembered about files that another host may have replaced.
+# Mount options of Cloud Storage FUSE: implicit folders, renaming of whole folders, and no metadata
+# cache, because other hosts may replace files.
 MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0"
 
 
 def settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the YAML wants filled in, but for COMMAND. Exits with a sentence on what is wrong."""
+    """The values of the YAML template except COMMAND. Exits with a message if one is wrong."""
     missing = [name for name in ("GKE_IMAGE", "TPU_TYPE") if not environ.get(name)]
     if not environ.get("CLAIM") and not environ.get("BUCKET"):
         missing.append("CLAIM or BUCKET")
@@ -88,7 +87,7 @@ def _volume(bucket: str, claim: str) -> dict[str, Any]:
     attributes = {
         "bucketName": bucket,
         "mountOptions": MOUNT_OPTIONS,
-        # The pods use their hosts' network, where the driver finds their service account only so.
+        # With the host network, the driver finds the pod's service account only with this option.
         "hostNetworkPodKSA": "true",
     }
     return {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
@@ -165,7 +164,7 @@ def say_why_it_waits(name: str, said: set[str]) -> None:
     warnings: dict[str, str] = {}
     for line in done.stdout.splitlines():
         pod, _, warning = line.strip().partition(" ")
-        # All hosts have the same trouble; one is enough to read.
+        # All hosts have the same problem, so one message is enough.
         if pod.startswith(f"{name}-"):
             warnings.setdefault(warning.strip(), pod)
     for warning, pod in warnings.items():

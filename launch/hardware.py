@@ -1,4 +1,4 @@
-"""What this machine has, as launch/hardware.sh sees it: without asking jax, which would take it."""
+"""Accelerators of this machine, from launch/hardware.sh: jax would claim them if it were asked."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a chain's steps cost: chip-hours, attempts that failed included.
+"""Chip-hours of the steps of a chain, including failed attempts.
 
 ROOT/hours.json is a list with an entry for each time that a step ran; the first host writes it:
 
@@ -17,8 +17,8 @@ from saber_jax.runs.files import read_json, write_json
 
 @contextlib.contextmanager
 def counted(root: Path, step: str, chips: int) -> Iterator[None]:
-    """Notes how long the block takes, however it ends. A disk that fails now is no reason to lose
-    the step, so the note is lost then."""
+    """Records the duration of the block, also if it fails. If the disk fails, only the record is
+    lost, not the step."""
     began, done = time.monotonic(), False
     try:
         yield

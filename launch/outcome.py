@@ -1,4 +1,4 @@
-"""What a finished chain says last: the results, where everything lies, and what to try next."""
+"""The final output of a chain: results, paths of all outputs, and commands to try next."""
 
 import os
 import shlex
@@ -22,7 +22,7 @@ LINES = {
 
 
 def text(chain: Sequence[Step]) -> str:
-    """The paragraphs, the last thing that a person reads."""
+    """The paragraphs of the final output."""
     paragraphs = [results(scored(chain)), places(chain), commands(chain)]
     return "\n\n".join(["", *(p for p in paragraphs if p)])
 
@@ -53,13 +53,13 @@ def results(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def places(chain: Sequence[Step]) -> str:
-    """What each step left where, the last one first: it is what to look at."""
+    """The output of each step with its path, the last step first."""
     width = max(len(step.leaves) for step in chain)
     return "\n".join(f"{step.leaves:{width}}  {step.says}" for step in reversed(chain))
 
 
 def commands(chain: Sequence[Step]) -> str:
-    """Three commands that go on from here."""
+    """Three commands to try next."""
     trained = [step.leaves for step in chain if step.together]
     if not trained:
         return ""

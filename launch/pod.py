@@ -1,4 +1,4 @@
-"""The life of a TPU pod, from a laptop: launch/pod.sh says how it is used."""
+"""Requests, checks, watches and deletes a TPU pod from a laptop; launch/pod.sh shows the usage."""
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
 
@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from launch import gcloud, remote, topology
 from launch.gcloud import Node, Pod
 
-# States out of which nothing comes back: what is there has to be deleted and asked for again.
+# Final states: the resource has to be deleted and requested again.
 GONE = ("PREEMPTED", "MISSING", "FAILED", "TERMINATED", "STOPPED", "SUSPENDED")
-# A TPU VM that is taken back still looks READY when its run has been told so.
+# A preempted TPU VM is still READY for some time after its run gets SIGTERM.
 TAKEN_BACK_SECONDS = 180
 NO_CAPACITY_SECONDS = 300
-# A run that fails again and again for a reason of its own is not helped by another start.
+# After so many failures in a row, the run itself is assumed to be at fault.
 MOST_FAILURES = 3
 LASTING_SECONDS = 3600
 LEAST_FREE_GIB = 20
@@ -26,7 +26,7 @@ LEAST_FREE_GIB = 20
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What was typed behind the verb. `run` is what launch/tpu_run.sh gets."""
+    """The arguments after the verb. `run` is passed on to launch/tpu_run.sh."""
 
     run: list[str]
     spot: bool = False
@@ -39,7 +39,7 @@ class Wish:
         return settings[-1].partition("=")[2] if settings else ""
 
     def shape(self) -> topology.Slices:
-        """TPU_TYPE, or what the recipe is made for. Exits with a sentence where neither says it."""
+        """TPU_TYPE, or the topology of the recipe. Exits with a message without either."""
         recipe = topology.of_recipe(self.run[0]) if self.run else None
         asked = os.environ.get("TPU_TYPE")
         if asked:
@@ -67,7 +67,7 @@ class Wish:
 
 
 def read(arguments: list[str]) -> Wish:
-    """Exits with a sentence on a flag that nobody knows."""
+    """Parses arguments. Exits with a message for unknown flags."""
     flags = [a for a in arguments if re.match(r"--(spot|delete|disk=.+)$", a)]
     rest = [a for a in arguments if a not in flags]
     if rest and rest[0] != "--stop" and not rest[0].startswith("configs/"):
@@ -100,8 +100,8 @@ def create(pod: Pod, wish: Wish) -> None:
 
 
 def wait_for(pod: Pod) -> str:
-    """Returns when the TPUs are READY or gone, saying every change. A request stays in the queue
-    when this is interrupted."""
+    """Returns when the TPUs are READY or gone, printing every change. If this is interrupted, the
+    request stays in the queue."""
     before = ""
     while True:
         state = pod.state()
@@ -114,7 +114,7 @@ def wait_for(pod: Pod) -> str:
 
 
 def preflight(pod: Pod, wish: Wish) -> int:
-    """Prints what is wrong with which workers; 1 when a run could not work, else 0."""
+    """Prints the problems of the workers; returns 1 if a run could not work, else 0."""
     nodes = pod.nodes()
     shape = wish.shape()
     remote.ship(pod, nodes)
@@ -129,13 +129,13 @@ def preflight(pod: Pod, wish: Wish) -> int:
     return 1 if problems else 0
 
 
-Found = dict  # text -> workers of whom it is true
+Found = dict  # text -> workers to which it applies
 
 
 def judge(
     shape: topology.Slices, nodes: list[Node], answers: Mapping[tuple[str, int], str]
 ) -> tuple[Found, Found]:
-    """(problems, hints) in what the workers said, each with the workers it concerns."""
+    """(problems, hints) from the answers of the workers, each with the workers it applies to."""
     problems: Found = {}
     hints: Found = {}
     chips = {}
@@ -188,7 +188,7 @@ def _named(workers: list[tuple[str, int]]) -> str:
 
 
 def watch(pod: Pod, wish: Wish) -> int:
-    """Runs to the end through preemptions; the run's exit status."""
+    """Runs to the end through preemptions; returns the run's exit status."""
     failures = 0
     while True:
         state = pod.state()
@@ -221,7 +221,7 @@ def watch(pod: Pod, wish: Wish) -> int:
 
 
 def attempt(pod: Pod, wish: Wish) -> int:
-    """One start of the run; what would end this command is a failure of it here."""
+    """One start of the run; a SystemExit inside counts as its failure."""
     try:
         return remote.run(pod, pod.nodes(), wish.run)
     except SystemExit as stopped:
@@ -232,7 +232,7 @@ def attempt(pod: Pod, wish: Wish) -> int:
 
 
 def taken_back(pod: Pod) -> bool:
-    """Whether the TPUs are gone, or go within the time that a cloud takes to say so."""
+    """Whether the TPUs are preempted, waiting for the time that this takes to show."""
     deadline = time.monotonic() + float(os.environ.get("TAKEN_BACK_SECONDS", TAKEN_BACK_SECONDS))
     while pod.state() == "READY":
         if time.monotonic() > deadline:
@@ -242,7 +242,7 @@ def taken_back(pod: Pod) -> bool:
 
 
 def renew(pod: Pod, wish: Wish, state: str) -> None:
-    """Deletes what is left and asks again, for as long as there is no capacity."""
+    """Deletes the old request and makes a new one, repeatedly while there is no capacity."""
     if state != "MISSING":
         pod.delete()
     while True:

@@ -2,9 +2,9 @@
 
     TPU_NAME=my-pod ZONE=us-west4-a PROJECT=my-project launch/tpu_run.sh configs/cadpo.py:7b
 
-Copies this checkout to every worker, starts launch/job.sh there, prints what worker 0 prints, and
-exits with the worst worker's status. The run does not need this computer: after a lost connection
-or Ctrl-C it goes on, and the same command looks on again. Needs nothing but Python and gcloud.
+Copies this checkout to every worker, starts launch/job.sh there, prints worker 0's output, and
+exits with the worst worker's status. The run does not depend on this computer: it continues after a
+lost connection or Ctrl-C, and the same command attaches to it again. Needs only Python and gcloud.
 """
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
@@ -29,7 +29,7 @@ LASTING_SECONDS = 60
 
 
 def pack(target: Path) -> None:
-    """This checkout, as it is: tracked files and new ones that git does not ignore."""
+    """Packs this checkout: tracked files and new ones that git does not ignore."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -67,8 +67,8 @@ def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
 
 
 def follow(pod: Pod, node: Node) -> None:
-    """Until worker 0 has ended, through lost connections: a run of days loses many, and only
-    RECONNECTS in a row that none of them lasts end this."""
+    """Prints worker 0's output until it ends. Reconnects after lost connections, and gives up after
+    RECONNECTS short ones in a row."""
     failures = 0
     while failures < RECONNECTS:
         connected = time.monotonic()
@@ -93,7 +93,7 @@ def verdict(nodes: list[Node], answers: dict[tuple[str, int], str]) -> int:
                 why = answer.partition("\n")[2] if match else "it did not answer"
                 said = f"{node.name} worker {worker} ended with status {statuses[-1]}"
                 print(f"\n{said}:\n{why}", file=sys.stderr)
-    # Having been told to stop is the mildest way not to succeed.
+    # Any other failure counts as worse than being stopped.
     failures = [status for status in statuses if status not in (0, PREEMPTED)]
     return max(failures, default=max(statuses))
 
@@ -103,7 +103,7 @@ def where(nodes: list[Node]) -> str:
 
 
 def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
-    """Starts the run, or looks on at the one that is going on; the worst worker's status."""
+    """Starts the run, or attaches to a running one; returns the worst worker's status."""
     states = ask(pod, nodes, f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh state || echo none")
     if any(state == "running" for state in states.values()):
         print(f"a run is going on on {where(nodes)}; looking on", flush=True)

@@ -1,10 +1,10 @@
-"""Which commands a config needs, from nothing to a report, and what each of them leaves.
+"""The steps of a config's chain: their commands and outputs, from the corpus to the report.
 
-Stage 2 can be run again with other settings beside what is there: with a work directory of its own
-(--config.workdir), or as adapters (--config.lora.rank), which get one by themselves. It then starts
-from the same stage 1 and the same pairs, and its evaluation, export and report lie in that
-directory. What you bring is not made: with a data.path, an init.checkpoint or data.pairs of your
-own, the steps that would make them are left out.
+Stage 2 can be run again with other settings next to an existing one: in its own work directory
+(--config.workdir), or as adapters (--config.lora.rank), which get their own automatically. It
+starts from the same stage 1 and the same pairs, and its evaluation, export and report are in that
+directory. Inputs that you set yourself (data.path, init.checkpoint, data.pairs) are not made: the
+steps for them are left out.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from saber_jax.runs.identity import identity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """`after` are the steps whose results this one reads; `leaves` is what to look at when done;
-    `together` is a step that all hosts run at once. Before `command`, several hosts each run
-    `share`, if there is one, with --share I/N. `does` is what decides the step's result, where that
-    is not the command: a step is run again when it changes."""
+    """`after` are the steps whose results this one reads, `leaves` is its output. A step with
+    `together` is run by all hosts at once. With several hosts, each first runs `share`, if there is
+    one, with --share I/N. `does` are the inputs of the step's result, if these are not its command:
+    the step is run again when they change."""
 
     name: str
     says: str
@@ -39,7 +39,7 @@ class Step:
 def until(chain: list[Step], name: str) -> list[Step]:
     """The chain up to the step called `name`, all of it for "". Exits when there is no such step.
 
-    The rest is for a smaller machine: after training, 63 of 64 hosts would look on.
+    The other steps can run on a smaller machine: after training, 63 of 64 hosts would be idle.
     """
     names = [step.name for step in chain]
     if name and name not in names:
@@ -50,8 +50,8 @@ def until(chain: list[Step], name: str) -> list[Step]:
 def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step]:
     """The whole chain of config `name`, the steps of the config it starts from included.
 
-    `settings` are the `--config.key=value` that were typed; they belong to the stage named, but for
-    the seed, which is everybody's.
+    `settings` are the `--config.key=value` arguments. They apply to the named stage, except the
+    seed, which applies to all steps.
     """
     root, data = Path(config.root), Path(config.data.path)
     config, settings = with_own_workdir(config, settings)
@@ -71,8 +71,8 @@ def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step
 def with_own_workdir(
     config: ConfigDict, settings: tuple[str, ...]
 ) -> tuple[ConfigDict, tuple[str, ...]]:
-    """Adapters asked for with --config.lora.rank=R go to WORKDIR-loraR: WORKDIR itself belongs to
-    the run that trains all weights."""
+    """With --config.lora.rank=R the work directory is WORKDIR-loraR, because WORKDIR belongs to the
+    run that trains all weights."""
     asked = any(setting.startswith("--config.lora.rank=") for setting in settings)
     placed = any(setting.startswith("--config.workdir=") for setting in settings)
     if not asked or placed or not config.lora.rank:
@@ -106,7 +106,7 @@ def _train(
 
 
 def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> Step:
-    """What stage 2 starts from, by the config that suits it."""
+    """The step that trains stage 1 for this stage 2, with the matching config."""
     start = sft.get_config(config.variant)
     start.root, start.seed = config.root, config.seed
     inherited = [f"--config.root={config.root}"]
@@ -209,7 +209,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
     mined = Path(config.data.pairs) == root / "pairs"
     report = Step(
         name=f"report{suffix}",
-        says="one page of what was learnt",
+        says="the report, one HTML page",
         command=(
             *("python", "-m", "saber_jax.evaluation.report", "--out", str(place / "report.html")),
             *("--sft", stages["sft"], "--cadpo", stages["cadpo"]),
@@ -224,7 +224,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
 
 
 def _base(config: ConfigDict, root: Path) -> str:
-    """What stage 1 began with, if the chain makes stage 1 and it did not begin from nothing."""
+    """The starting checkpoint of stage 1, if the chain trains stage 1 and it has one."""
     if Path(config.init.checkpoint) != root / "sft":
         return ""
     start = sft.get_config(config.variant)

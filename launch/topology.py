@@ -1,7 +1,7 @@
-"""TPU generations as Google's products call them, and the shapes of their slices.
+"""TPU generations by their product names, and the shapes of their slices.
 
-A slice is written GENERATION:TOPOLOGY, such as v5e:16x16 or v5p:4x4x8. Needs nothing but Python, so
-that a laptop can use it.
+A slice is written GENERATION:TOPOLOGY, such as v5e:16x16 or v5p:4x4x8. Needs only Python, so that
+it runs on a laptop.
 """
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
@@ -20,9 +20,9 @@ WIDE_HOST = ("2x4", 8)
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """`node_pool` is GKE's name. `accelerator` begins the TPU API's accelerator type, which goes on
-    with the number of chips, or of cores where a chip has `cores` of them that are sold one by one.
-    `runtime` is the TPU VM's image. A generation without these two exists on GKE alone.
+    """`node_pool` is GKE's name. `accelerator` is the prefix of the TPU API's accelerator type,
+    which continues with the number of chips, or of cores if it counts `cores` per chip. `runtime`
+    is the TPU VM's image. A generation without the last two is only available on GKE.
     """
 
     node_pool: str
@@ -89,10 +89,10 @@ def parse(text: str, count: int = 1) -> Slices:
 
 
 def of_recipe(config: str) -> Slices | None:
-    """What the recipe that a config names is made for: configs/cadpo.py:7b-v5e-256 -> v5e:16x16.
+    """The slices of a config's recipe: configs/cadpo.py:7b-v5e-256 -> v5e:16x16.
 
-    None where `config` names no recipe. Reads configs/pods.py as text: a laptop need not be able to
-    import it.
+    None if `config` is not a recipe. Reads configs/pods.py as text, because a laptop may not be
+    able to import it.
     """
     variant = config.partition(":")[2]
     for node in ast.walk(ast.parse(RECIPES.read_text(encoding="utf-8"))):

@@ -1,13 +1,13 @@
-"""How the hosts of a pod take turns in a chain: some work, others wait, and nobody waits for ever.
+"""Synchronisation of the hosts of a pod through a shared disk, while they run a chain.
 
-The work directory is on a disk that all hosts share; until training starts it is all they share.
-They begin by meeting there, so that a disk which is not shared shows before any work is done. Each
-host keeps changing a file there as a sign of life. A host that waits for another one's result gives
-up when that file says that the other one failed, or when the file stops changing.
+Until training starts, the shared root folder is the only connection between the hosts. They first
+meet there, so that a disk that is not shared is noticed before any work is done. Each host
+regularly changes a file there as a heartbeat. A host that waits for the result of another one gives
+up if that file says that the other one failed, or if it stops changing.
 
-The disk may be a mounted bucket or NFS, where any single read or write can fail: gcsfuse answers
-ESTALE to a reader whose file is being replaced. A read that fails is no news; a write that fails
-is tried again. No clock is compared with another host's.
+The disk may be a mounted bucket or NFS, where any read or write can fail: gcsfuse returns ESTALE to
+a reader whose file is being replaced. A failed read is treated as no change, and a failed write is
+retried. Clocks of different hosts are never compared.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ Value = TypeVar("Value")
 
 BEAT_SECONDS = 10
 PATIENCE_SECONDS = 300
-# How long a disk may refuse to be read before a host stops waiting for it. While it cannot be read,
-# the silence of the others says nothing about them.
+# How long a disk may be unreadable before a waiting host gives up. While it cannot be read, missing
+# heartbeats of other hosts do not count.
 DISK_SECONDS = 1800
 # Hosts need not start at once: machines boot, images are pulled, environments are made.
 MEETING_SECONDS = 600
 MEETINGS_KEPT = 20
 RETRY_SECONDS = 1.0
 
-# A host that works alone must not wait for the rest of its pod: these make its TPUs a slice of
-# their own (https://cloud.google.com/tpu/docs/run-in-container and jax's "Running multiple JAX
-# processes"), and keep it from joining the others.
+# For commands that a host runs alone: these make its TPUs a separate slice
+# (https://cloud.google.com/tpu/docs/run-in-container and jax's "Running multiple JAX processes"),
+# so that it does not wait for the rest of the pod.
 ALONE = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}
 CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 JOINING = (
@@ -106,15 +106,15 @@ def meet(
 
 @contextlib.contextmanager
 def beacon(path: Path) -> Iterator[None]:
-    """Signs of life in `path` while the context is open; its last word is how it ended."""
+    """Writes heartbeats to `path` while the context is open, and finally how it ended."""
     ended = threading.Event()
-    # Process ids repeat from one container to the next, so every beacon has a name of its own.
+    # A unique name, because process ids are the same in several containers.
     name = uuid.uuid4().hex
 
     def beat() -> None:
         number = 0
         while True:
-            # The next beat is the next try.
+            # The next heartbeat tries again.
             with contextlib.suppress(OSError):
                 _write(path, f"working {name} {number}")
             number += 1
@@ -132,7 +132,7 @@ def beacon(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        # Where even this cannot be written, silence says the same, only later.
+        # If this cannot be written, the others notice the missing heartbeats later.
         with contextlib.suppress(OSError):
             _insist(
                 lambda: _write(path, f"{last_word} {name}"), time.monotonic() + 2 * BEAT_SECONDS
@@ -182,9 +182,9 @@ def wait(
 
 
 def insist(do: Callable[[], Value], patience: float = DISK_SECONDS) -> Value:
-    """What `do` returns, tried again while the disk fails; after `patience` seconds its OSError.
+    """What `do` returns, retried while the disk fails; after `patience` seconds raises its OSError.
 
-    For what must not cost the hours before it.
+    For operations whose failure would lose hours of work.
     """
     result: list[Value] = []
     _insist(lambda: result.append(do()), time.monotonic() + patience, RETRY_SECONDS)
@@ -192,7 +192,7 @@ def insist(do: Callable[[], Value], patience: float = DISK_SECONDS) -> Value:
 
 
 def _insist(do: Callable[[], None], deadline: float, every: float = 1.0) -> None:
-    """Does it until it succeeds. Raises its OSError when it still fails at `deadline`."""
+    """Repeats `do` until it succeeds. Raises its OSError if it still fails at `deadline`."""
     while True:
         try:
             return do()
@@ -207,8 +207,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read(path: Path) -> str | None:
-    """What `_write` wrote; "" where there is no file; None when it cannot be read right now, or
-    only in part, as may happen on disks whose replacing is not one step."""
+    """What `_write` wrote; "" without a file; None if it cannot be read at the moment, or only in
+    part, which happens on disks without atomic replacement."""
     try:
         text = path.read_text()
     except FileNotFoundError:

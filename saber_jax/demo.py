@@ -1,12 +1,11 @@
-"""A local page: drop a clip, watch the six sections stream, take away sound or picture.
+"""A local web page: drop a clip, watch the six sections stream, remove the sound or the picture.
 
     python -m saber_jax.demo --checkpoint runs/tiny/cadpo
 
-The page is served to this machine alone (127.0.0.1), and to browsers that ask for it by that name:
-a site of somebody else's that lets its own name point here gets an error. Clips are limited in size
-and length, answers in time, and of the disk it shows nothing but the clips that were dropped on it
-and a few examples, those of --examples or of the corpus beside the checkpoint. It needs Gradio:
-launch/setup.sh --demo, or pip install -r requirements-demo.txt.
+The page is only served on this machine (127.0.0.1), and only for requests with that host name,
+which prevents DNS rebinding. The size and length of clips and the time for an answer are limited.
+Only the dropped clips and a few examples (--examples, or the corpus next to the checkpoint) can be
+accessed. It needs Gradio: launch/setup.sh --demo, or pip install -r requirements-demo.txt.
 """
 
 import dataclasses
@@ -43,7 +42,7 @@ SENSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a visitor may ask for."""
+    """Limits of a request."""
 
     megabytes: int = 64
     clip_seconds: float = 60.0
@@ -51,11 +50,11 @@ class Limits:
 
 
 class Stopped(Exception):
-    """An answer that nobody waits for any more."""
+    """Raised in an answer that is not needed any more."""
 
 
 class Describer:
-    """Turns a dropped file into growing answers."""
+    """Answers a dropped file, yielding the text as it grows."""
 
     def __init__(self, generator: Generator, settings: dict[str, Any] | None, limits: Limits):
         """`settings` are the checkpoint's own fields of decode.Sampling."""

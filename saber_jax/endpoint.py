@@ -3,9 +3,9 @@
     endpoint = Endpoint(url="http://localhost:8000/v1", model="Qwen/Qwen2.5-72B-Instruct")
     reply = endpoint.ask([{"role": "user", "content": "1 + 1?"}], temperature=0)
 
-The API key comes from the environment variable SABER_API_KEY alone (a server without one needs
-none) and appears in no message, file or cache. Replies are cached by the content of the question,
-so a run that was killed asks nothing twice.
+The API key is only read from the environment variable SABER_API_KEY (it may be unset for a server
+without one) and is never written to messages, files or the cache. Replies are cached by the content
+of the request, so an interrupted run repeats no request.
 """
 
 import collections
@@ -46,18 +46,18 @@ REASONS = {
     "budget_spent": "the tokens or the money allowed for this run are spent",
 }
 PASSING = (408, 409, 429)
-"""HTTP statuses below 500 after which the same question may be asked again."""
+"""HTTP statuses below 500 after which a request is retried."""
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.5, 8.0, 120.0
-"""Seconds before a first retry, before any, and what an endpoint may ask for."""
+"""Seconds: pause before the first retry, longest pause, and longest Retry-After."""
 
-# Asking something else would fail the same way, so a run stops instead of failing item by item.
+# Other requests would fail too, so a run stops instead of failing item by item.
 FATAL = ("unreachable", "unauthorised", "not_found", "budget_spent")
 
 Message = Mapping[str, Any]
 
 
 class EndpointError(RuntimeError):
-    """A question that stays without an answer. `reason` is a key of REASONS."""
+    """A request without an answer. `reason` is a key of REASONS."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{REASONS[reason]}: {detail}")
@@ -95,7 +95,7 @@ class Reply:
 
 @dataclasses.dataclass
 class Usage:
-    """What a run asked for so far. Cached replies cost no tokens."""
+    """Usage of a run so far. Cached replies cost no tokens."""
 
     asked: int = 0
     cached: int = 0
@@ -155,7 +155,7 @@ class Endpoint:
 
     @property
     def cost(self) -> float:
-        """What the tokens so far came to, in the currency of `prices`."""
+        """The cost of the tokens so far, in the currency of `prices`."""
         used = (self.usage.prompt_tokens, self.usage.completion_tokens)
         return sum(tokens * price for tokens, price in zip(used, self._prices, strict=True)) / 1e6
 

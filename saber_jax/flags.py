@@ -1,4 +1,4 @@
-"""The command lines of `python -m ...`: help with every default, and a hint for a typing error."""
+"""Argument parser of the commands: help with all defaults, and suggestions for mistyped flags."""
 
 import argparse
 import difflib

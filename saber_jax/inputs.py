@@ -1,4 +1,4 @@
-"""Everything a run reads: records, pairs, what of them is used, in which order, as batches."""
+"""The inputs of a run: records, pairs, the examples that are used, their plan and batches."""
 
 import dataclasses
 from pathlib import Path
@@ -41,7 +41,7 @@ class Inputs:
     steps: int
 
     def describe(self) -> str:
-        """For the console: how much there is, where from, and how full rows are."""
+        """A console line: number of examples, their sources, and how full rows are."""
         fill = ", ".join(f"{name} {share:.0%}" for name, share in self.plan.fill().items())
         parts = [f"{len(self.draw.usable)} examples an epoch; budgets filled: {fill}"]
         if len(self.draw.names) > 1:
@@ -56,7 +56,7 @@ class Inputs:
         return "; ".join(parts)
 
     def summary(self, steps: int, batch_rows: int) -> dict[str, Any]:
-        """What summary.json says of the data, after `steps` steps."""
+        """The part of summary.json about the data, after `steps` steps."""
         epochs = self.plan.position(steps * batch_rows).epoch
         begun = self.plan.begun(steps * batch_rows) % len(self.examples)
         drawn = np.bincount(self.examples.source_of()[begun], minlength=len(self.draw.names))
@@ -84,7 +84,7 @@ class Inputs:
         return self.plan.sizes[self.usable]
 
     def resumed(self, state: dict[str, Any]) -> "Inputs":
-        """Goes on from what `GlobalBatches.state` gave: same rows, same records left out."""
+        """Resumes from `GlobalBatches.state`: the same rows, and the same records left out."""
         position, quarantined = state["position"], state["quarantined"]
         self.quarantine.recall(quarantined)
         return dataclasses.replace(

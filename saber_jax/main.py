@@ -45,7 +45,7 @@ from saber_jax.train.validate import Validation
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
+    logging.set_verbosity(logging.WARNING)  # Orbax logs a lot at INFO.
     try:
         distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
         with distributed.failing_together():
@@ -68,9 +68,9 @@ def run(config: ConfigDict) -> None:
 
 
 def train(config: ConfigDict) -> None:
-    """Everything that `--config` asks for, resuming from what the work directory holds.
+    """Trains the stage of `config`, resuming from its work directory.
 
-    Nothing is written before all of what is asked for is seen to be possible.
+    Settings, data and checkpoints are checked before anything is written.
     """
     ranges.check(config)
     workdir = Path(config.workdir)
@@ -86,7 +86,7 @@ def train(config: ConfigDict) -> None:
         with alone:
             inputs = open_inputs(config, workdir, pairs)
             claim(workdir, config)
-            if config.steps is None:  # The data say now how long the epochs are.
+            if config.steps is None:  # The length of an epoch is known now.
                 config = config.copy_and_resolve_references()
                 config.steps = inputs.steps
                 stage = stages.build(config, stage.mesh)
@@ -107,7 +107,7 @@ def check_hosts(config: ConfigDict) -> None:
 
 
 def check_claim(workdir: Path, config: ConfigDict) -> list[str]:
-    """What changed of an unfinished run's settings that may change.
+    """The differences to an unfinished run's settings, as far as these may change.
 
     Raises ValueError if the work directory belongs to another config.
     """
@@ -126,7 +126,7 @@ def check_claim(workdir: Path, config: ConfigDict) -> list[str]:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json, by which the work directory belongs to this config from now on."""
+    """Writes config.json, which reserves the work directory for this config."""
     path, changed = workdir / "config.json", check_claim(workdir, config)
     distributed.barrier("all have read the config before")
     if jax.process_index() == 0 and (changed or not path.exists()):
@@ -149,9 +149,9 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchdog) -> bool:
-    """The run itself, in a work directory that is its own; `watchdog` follows its progress.
+    """Runs the stage in a claimed work directory; `watchdog` follows its progress.
 
-    Returns False when it has to go on from its last checkpoint, with what was left out since.
+    Returns False if it has to be called again after a rollback to the last checkpoint.
     """
     workdir = Path(config.workdir)
     base = start.base_checkpoint(config, stage, workdir)
@@ -260,7 +260,7 @@ def watched(
     watchdog: Watchdog,
     trouble: nonfinite.NonFinite,
 ) -> loop.Watch:
-    """Who looks on from step `first`: files, console, meter, profiler."""
+    """The observers of the run from step `first` on: files, console, meter, profiler."""
     attempt = None
     if jax.process_index() == 0:
         chips = stage.mesh.size
@@ -294,7 +294,7 @@ def course(config: ConfigDict, inputs: Inputs, first: int) -> Course:
 
 
 def validated(config: ConfigDict, stage: Stage, inputs: Inputs) -> Validation | None:
-    """What measures the held-out part, if config.validate.examples holds out any."""
+    """The validation, if config.validate.examples is above 0."""
     if not len(inputs.held_out):
         return None
     rows = inputs.plan.rows_of(inputs.held_out)
@@ -335,7 +335,7 @@ def recorded(workdir: Path, watch: loop.Watch, steps: int) -> dict:
 
 
 def finish(workdir: Path, summary: dict) -> None:
-    """summary.json, written last: its presence is what says that the stage is done."""
+    """Writes summary.json, whose presence marks the stage as done."""
     if jax.process_index() == 0:
         write_json(workdir / "summary.json", summary)
 

@@ -2,8 +2,9 @@
 
     python -m saber_jax.reference --config=configs/cadpo.py:7b
 
-Training computes what is missing by itself; this is for doing it elsewhere or earlier: on other
-devices, on another mesh, or while pairs are still being added. Killed, it goes on where it was.
+Training computes missing log-probs itself. Use this command to compute them earlier or elsewhere:
+on other devices, on another mesh, or while pairs are still being added. An interrupted computation
+can be resumed.
 """
 
 from configs.command_line import CONFIG, answer_early, parse_flags

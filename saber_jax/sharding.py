@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Device: TypeAlias = Any
-"""jax.Device, which type checkers take for a variable."""
+"""jax.Device, which type checkers do not accept as a type."""
 
 # FSDP has one mesh axis per axis of the torus that the chips form. A gradient scattered along one
 # ring at a time is a reduce-scatter; along all of them at once it is a full all-reduce.
@@ -22,7 +22,7 @@ BATCH_AXES = ("data", *FSDP)
 MESH_AXES = (*BATCH_AXES, "tensor")
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
-# Logical axis of a parameter -> mesh axis. What is not named here is a mistake, not "replicated".
+# Logical axis of a parameter -> mesh axis. A missing axis is an error and does not mean replicated.
 AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "embed": FSDP,
     "mlp": "tensor",
@@ -45,10 +45,10 @@ AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
 def make_mesh(
     *, data: int, fsdp: int, tensor: int, devices: Sequence[Device] | None = None
 ) -> Mesh:
-    """A mesh over `devices`, by default all there are; one size may be -1 and takes what is left.
+    """A mesh over `devices`, by default all; one size may be -1 and takes the remaining devices.
 
-    `fsdp` is spread along the axes of the TPU's torus. Auto axes: what is written out by hand is
-    written inside `jax.shard_map`, the rest is XLA's to partition.
+    `fsdp` is mapped to the axes of the TPU's torus. All axes are Auto: explicit collectives are
+    inside `jax.shard_map`, and XLA partitions the rest.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -93,10 +93,11 @@ def check_topology(topology: str, devices: Sequence[Device] | None = None) -> No
 
 
 def generation_mesh(kv_heads: int, devices: Sequence[Device] | None = None) -> Mesh:
-    """The mesh that answers are written on.
+    """The mesh for generation.
 
-    As many devices as have a kv head each share the weights and the cache of a prompt, so that a
-    token moves activations between them and never a weight; groups of them take different prompts.
+    A group of as many devices as there are kv heads shares the weights and the kv cache of a
+    prompt, so that decoding moves activations between them but no weights. Groups take different
+    prompts.
     """
     devices = jax.devices() if devices is None else devices
     shared = math.gcd(len(devices), kv_heads)
@@ -153,7 +154,7 @@ def parameter_spec(
 
 
 def shards(axes: str | tuple[str, ...], mesh: Mesh) -> int:
-    """Into how many parts a dimension over these mesh axes is cut."""
+    """The number of shards of a dimension over these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
@@ -179,7 +180,7 @@ def cache_sharding(kv_heads: int, mesh: Mesh) -> NamedSharding:
 
 
 def batch_rows(rows: int, mesh: Mesh) -> int:
-    """`rows`, rounded up to what gives every device equally many; the surplus stays empty."""
+    """`rows`, rounded up so that every device has equally many; the additional rows are empty."""
     shares = shards(BATCH_AXES, mesh)
     return -(-rows // shares) * shares
 

@@ -1,4 +1,4 @@
-"""Nested dicts as flat ones and back: parameters by path, settings by dotted name."""
+"""Conversion between nested and flat dicts: parameters by path, settings by dotted name."""
 
 from collections.abc import Mapping
 from typing import Any

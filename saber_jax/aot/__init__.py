@@ -1,1 +1,1 @@
-"""What the TPU compiler says about a config, on a machine without a TPU."""
+"""Compiles a config for a TPU, on a machine without a TPU, and reports memory and cost."""

@@ -1,10 +1,10 @@
-"""Compiles what a config runs for a TPU topology, without a TPU, and says what it costs.
+"""Compiles the programs of a config for a TPU topology, without a TPU, and reports their cost.
 
     python -m saber_jax.aot --config=configs/cadpo.py:7b-v5e-256 [--program=decode] [--json=F]
     python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --hlo=DIR
     python -m saber_jax.aot --compare configs/sft.py:7b-v5e-256 configs/cadpo.py:7b-v5e-256
 
-Without --topology it is the one that the config is made for (configs/pods.py). Any setting can be
+The default of --topology is that of the config's recipe (configs/pods.py). Any setting can be
 changed as `--config.key=value`. Exits with 1 if the program does not fit.
 """
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-# The compiler needs no TPU, but its library asks where it is, first of all the cloud.
+# The compiler needs no TPU, but libtpu queries its environment, at first the cloud's metadata.
 for name, value in {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -24,10 +24,10 @@ _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Of one jax device, which on v4 and tpu7x is half a chip.
+    """Figures of one jax device, which on v4 and tpu7x is half a chip.
 
-    `hbm` is what the compiler lets a program use, bytes; `link` one direction of one ICI link and
-    `dcn` one device's share of its host's network, bytes a second.
+    `hbm` are the bytes that the compiler lets a program use. `link` is one direction of one ICI
+    link and `dcn` one device's share of its host's network, in bytes per second.
     """
 
     shapes: str

@@ -1,4 +1,4 @@
-"""What one step costs one device: operations, bytes and collectives, from the compiled module."""
+"""The cost of one step on one device, from the compiled module: FLOPs, bytes and collectives."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ _SLICES = ("slice", "dynamic-slice")
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Kind:
-    """What collectives are added up by. `hidden` ones run beside computation, others block it."""
+    """The key by which collectives are summed. `hidden` ones overlap with computation."""
 
     op: str
     axes: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""Reads an optimized XLA module from its text, and says how often each instruction runs.
+"""Parses the text of an optimized XLA module and counts how often each instruction runs.
 
-The compiler's own cost analysis counts the body of a loop once and a Pallas kernel not at all, so a
-network whose layers are scanned would seem to cost one layer.
+The compiler's own cost analysis counts the body of a loop once and a Pallas kernel not at all, so
+scanned layers would count as one.
 """
 
 import dataclasses

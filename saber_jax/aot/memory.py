@@ -1,4 +1,4 @@
-"""Where one device's memory goes: by kind, and the largest buffers."""
+"""Memory of one device by kind, and the largest buffers."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""From a compiled program to figures, and from figures to what a person reads."""
+"""Figures of a compiled program, and the text report."""
 
 import dataclasses
 import math
@@ -60,7 +60,7 @@ def figures(
 
 
 def roofline(costs: cost.Cost, slices: Slices, mesh: Mapping[str, int]) -> dict[str, Any]:
-    """Seconds below which a step cannot be, by what it would wait for, on the makers' figures.
+    """Lower bounds of a step's seconds by resource, from the vendor's peak figures.
 
     Rings of different axes work at the same time, so the busiest counts.
     """

@@ -1,4 +1,4 @@
-"""XLA's TPU flags: one table of what training sets, and why.
+"""The XLA flags that training sets on TPUs, with reasons.
 
     LIBTPU_INIT_ARGS="$(python -m saber_jax.aot.xla_flags)"   what launch/tpu_run.sh does on a TPU
     compiled = lowered.compile(compiler_options=FLAGS)       ahead of time, on any machine

@@ -1,4 +1,4 @@
-"""The benchmarks behind one interface: what to ask, and how to score the answers."""
+"""The common interface of all benchmarks: their requests, and the scoring of answers."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ Settings = dict[str, Any] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """`data` is a fingerprint of what a folder asks; `made_elsewhere` reads --predictions."""
+    """`data` gives a fingerprint of a folder's requests; `made_elsewhere` reads --predictions."""
 
     material: Callable[[Path, str, Settings], Material]
     data: Callable[[Path], str]
@@ -104,7 +104,7 @@ def _video(data: Path, name: str) -> Path:
 
 
 def _emer_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
-    """Lines with clip_id and response; what is true comes from DATA if they lack it."""
+    """Lines with clip_id and response; the ground truth comes from DATA if they lack it."""
     del split
     rows, clips = read_jsonl(path), {clip.clip_id: clip for clip in emer.read(data)} if data else {}
     for number, row in enumerate(rows, start=1):
@@ -121,8 +121,8 @@ def _emer_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
 def _check(path: Path, number: int, row: Row, keys: Sequence[str]) -> None:
     if missing := [key for key in keys if key not in row]:
         raise ValueError(
-            f"{path}:{number} lacks {', '.join(missing)}. A line has clip_id and response; what is "
-            "true of the clip comes from --data."
+            f"{path}:{number} lacks {', '.join(missing)}. A line has clip_id and response; the "
+            "ground truth comes from --data."
         )
 
 

@@ -38,7 +38,7 @@ def ratio(numerators: Int[np.ndarray, "n"], denominators: Int[np.ndarray, "n"]) 
 
 
 def mean_gap(agreeing: np.ndarray, differing: np.ndarray) -> Score:
-    """How much the mean loses from the first group of items to the second."""
+    """The mean of the first group of items minus that of the second."""
     if not len(agreeing) or not len(differing):
         return {"value": None, "interval": None}
     rng = _rng()
@@ -59,7 +59,7 @@ def ratio_gap(agreeing: Int[np.ndarray, "n 2"], differing: Int[np.ndarray, "m 2"
 
 
 def paired_gain(before: Bool[np.ndarray, "n"], after: Bool[np.ndarray, "n"]) -> Score:
-    """What a second model gains over a first one on the same items, in the same order."""
+    """The gain of a second model over a first one on the same items, in the same order."""
     return mean(after.astype(np.float64) - before)
 
 

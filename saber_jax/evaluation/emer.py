@@ -1,4 +1,4 @@
-"""EMER: descriptions of emotional states in free words, and the three ways they are scored.
+"""EMER: free-form descriptions of emotional states, and their three published metrics.
 
 overlap  a judge's 1..10 for the overlap of clues, and of the emotions named
          (AffectGPT/evaluation.py): the "clue overlap / label overlap" of published tables
@@ -79,7 +79,7 @@ def row(clip: Clip, response: str) -> Row:
 
 
 def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
-    """All scores that can be had; "missing" says what cannot, and why.
+    """All scores that can be computed; "missing" lists the others with reasons.
 
     Raises ValueError without any row.
     """

@@ -1,10 +1,10 @@
 """A language model as judge, behind any OpenAI-compatible endpoint.
 
-Prompts carry a version: scores of different versions are not comparable, so it stands beside every
-score, and a changed prompt must come with a new number. Whatever compares two texts is asked in
-both orders and averaged, because judges favour a place (https://arxiv.org/abs/2306.05685).
+Prompts have a version, which is stored with every score: scores of different versions are not
+comparable, so every change of a prompt needs a new version. Comparisons of two texts are asked in
+both orders and averaged, because judges have a position bias (https://arxiv.org/abs/2306.05685).
 
-A judgement that stays without a usable answer is None; callers count these and leave them out.
+A judgement without a usable answer is None; callers count these and leave them out.
 """
 
 import json
@@ -141,7 +141,7 @@ class Judge:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What belongs beside the scores."""
+        """What is stored with the scores."""
         about = {"model": self._endpoint.model, "prompts": VERSION, "orders": 2}
         return about | {"unscored": self.failures}
 
@@ -210,7 +210,7 @@ class Judge:
         return judgement
 
     def _ask(self, prompts: Iterator[str], total: int) -> Iterator[str | None]:
-        """Raises EndpointError when asking on would be useless."""
+        """Raises EndpointError if further requests would fail too."""
         requests = (
             Request(messages=[{"role": "user", "content": prompt}], settings=SETTINGS)
             for prompt in prompts
@@ -223,7 +223,7 @@ class Judge:
 def section_scores(text: str | None) -> dict[str, float | None]:
     """The numbers of a judge's JSON object; None for what is missing or not from 1 to 5."""
     found: Any = {}
-    # A model may think aloud or fence its answer; the last object is the answer.
+    # A model may reason first or fence its answer; the last object is the answer.
     for candidate in re.findall(r"\{[^{}]*\}", text or ""):
         try:
             found = json.loads(candidate)

@@ -1,4 +1,4 @@
-"""Answers to all clips of a benchmark, written down batch by batch, resumable at any point."""
+"""Answers all clips of a benchmark, writing them batch by batch so that it can be resumed."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ Respond = Callable[[Iterator[list[Record]]], Iterator[list[str]]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a benchmark asks about: `row(i, record, answer)` makes the line of predictions.jsonl.
+    """The clips of a benchmark. `row(i, record, answer)` makes the line of predictions.jsonl.
 
     Reading `records[i]` may raise MediaError or FileNotFoundError. Its row then has no record, an
     empty answer, and the reason as "error".
@@ -52,7 +52,7 @@ class _Chosen(Sequence[Record]):
 
 
 class SpelledOut(Sequence[Record]):
-    """The same clips, asked so that a model without SED training can answer in sections."""
+    """The same clips with a request that a model without SED training can answer in sections."""
 
     def __init__(self, records: Sequence[Record] | RecordSource):
         self._records = records
@@ -93,14 +93,14 @@ class ClipFiles(Sequence[Record]):
 
 
 def longest_first(files: Sequence[ClipFile]) -> list[int]:
-    """An order in which shapes stop growing early, so that little is compiled twice."""
+    """An order that starts with the largest clips, so that shapes grow, and compile, only once."""
     return sorted(range(len(files)), key=lambda i: (-_seconds(files[i].path), i))
 
 
 def predict(
     material: Material, respond: Respond, journal: Journal, *, batch_size: int
 ) -> list[Row]:
-    """Answers everything, going on from what `journal` holds. `respond` answers batch by batch."""
+    """Answers all clips that `journal` lacks. `respond` answers batch by batch."""
     records = material.records
     plan = batches(len(records), batch_size)
     done = journal.resume([stop for _, stop in plan])
@@ -135,7 +135,7 @@ def _read(records: Sequence[Record] | RecordSource, index: int) -> Record | Exce
 
 
 def _seconds(path: Path) -> float:
-    """0 for a file that says nothing or cannot be opened: reading it will tell why."""
+    """Duration of a file; 0 if it is unknown or the file cannot be opened."""
     try:
         return isolation.call(timeline.stated_seconds, path)
     except (MediaError, OSError):

@@ -1,7 +1,7 @@
 """Modality probes: the same clips with one modality muted, blanked or exchanged.
 
-How often the conclusion changes, and which way, says what a model takes from which modality: a
-model that ignores the voice does not notice that it is gone.
+How often the conclusion changes, and to what, shows how much a model uses each modality. The
+conclusions of a model that ignores the voice do not change without it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Probed(Sequence[Record]):
-    """Records seen through a probe; `donors[i]` is whose sound record i gets when swapped."""
+    """Records under a probe; `donors[i]` is the record whose sound record i gets when swapped."""
 
     def __init__(self, records: Sequence[Record] | RecordSource, probe: str, donors: Sequence[int]):
         if probe not in PROBES:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what was trained, what it scores, what it says.
+"""Makes a self-contained HTML report of a run: settings, curves, scores and answers.
 
     python -m saber_jax.evaluation.report --workdir runs/tiny --out runs/tiny/report.html
 
@@ -30,7 +30,7 @@ TRAINED = ("sft", "cadpo")
 PAGE = Path(__file__).parent / "page"
 MOST_MEDIA = 24 << 20
 
-# Where a run lies and how it is split over machines says nothing about its results.
+# Settings about paths and machines, which do not affect results, are not shown.
 LOCATIONS = ("root", "workdir", "mesh", "checkpoint_every", "init.checkpoint")
 LOCATIONS += ("data.path", "data.pairs", "data.threads", "data.workers")
 
@@ -65,8 +65,8 @@ CURVES: dict[str, Callable[[str], bool]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Where a run's results lie. `runs` and `scores` are by stage; all of it is optional but one
-    stage's scores. `corpus` holds clips/, `others` scores of more benchmarks by name."""
+    """The paths of a run's results. `runs` and `scores` are by stage; only the scores of one stage
+    are required. `corpus` contains clips/, `others` are scores of more benchmarks by name."""
 
     runs: Mapping[str, Path]
     scores: Mapping[str, Path]
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inputs(flags: argparse.Namespace) -> Inputs:
-    """What was named, and what lies in its usual place under --workdir."""
+    """The named paths, or else the usual ones under --workdir if they exist."""
 
     def place(named: Path | None, usual: str) -> Path | None:
         usually = flags.workdir and flags.workdir / usual
@@ -239,7 +239,7 @@ def _inputs(flags: argparse.Namespace) -> Inputs:
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="the .html file to write")
-    parser.add_argument("--workdir", type=Path, help="holds all that is not named otherwise")
+    parser.add_argument("--workdir", type=Path, help="folder of all inputs without a flag")
     for stage in TRAINED:
         parser.add_argument(f"--{stage}", type=Path, help=f"default: WORKDIR/{stage}")
     for stage in STAGES:

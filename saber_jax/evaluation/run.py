@@ -4,9 +4,9 @@
         --data runs/tiny/records --split test --out runs/tiny/cadpo_scores
     python -m saber_jax.evaluation.run --benchmark emobench_m --predictions results/ --out scores
 
-OUT holds predictions.jsonl (appended batch by batch, so a killed run goes on where it was),
-scores.json, probes/ where they were asked for, and manifest.json with the inputs.
-docs/evaluation.md has the layouts of the benchmarks and what each score is.
+OUT contains predictions.jsonl (appended batch by batch, so that an interrupted run continues),
+scores.json, probes/ with --probes, and manifest.json with the inputs. docs/evaluation.md describes
+the layouts of the benchmarks and the scores.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="saber_test: name the sections and emotions, for a model not trained on SED",
     )
-    parser.add_argument("--share", metavar="I/N", help="answer this part alone, see data/shares.py")
+    parser.add_argument("--share", metavar="I/N", help="answer only this part, see runs/shares.py")
     parser.add_argument("--brief", action="store_true", help="do not print the scores")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=512)

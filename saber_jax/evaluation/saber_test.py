@@ -58,7 +58,7 @@ def score(predictions: Sequence[Prediction], ratings: Ratings | None = None) -> 
 
 
 def conclusion(response: str, names: Sequence[str]) -> str | None:
-    """The emotion that an answer ends on, among `names`: the labels that a benchmark uses.
+    """The emotion that an answer concludes, among `names`: the labels that a benchmark uses.
 
     The last one named in its sentiment_analysis section. Those of `sed` are also known by their
     Chinese words, others as they are spelt.

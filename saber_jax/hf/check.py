@@ -1,10 +1,10 @@
-"""Reads an exported directory and says whether it is what was exported.
+"""Checks whether an exported directory is undamaged.
 
     python -m saber_jax.hf.check DIR
 
-Exits with 0 if every file and every tensor has the digest that the export wrote into
-DIR/digests.json, and with 1 and a line for each that has not. `python -m saber_jax.hf.load` makes
-the same comparison while it reads.
+Exits with 0 if every file and every tensor has the digest that the export wrote to
+DIR/digests.json, and otherwise with 1 and a line for each that differs. `python -m
+saber_jax.hf.load` makes the same check while it reads.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from saber_jax.hf import digests, tensors
 
 
 def problems(directory: Path) -> tuple[int, list[str]]:
-    """How many tensors there are, and all that is wrong."""
+    """(number of tensors, all problems)."""
     if not (directory / digests.FILE).is_file():
         return 0, [f"it has no {digests.FILE}: only `python -m saber_jax.hf.export` writes one"]
     found, wrong = tensors.find(directory)

@@ -1,8 +1,8 @@
-"""digests.json of an exported directory: by which a damaged tensor or config is known.
+"""digests.json of an exported directory, which detects damaged tensors and configs.
 
     {"files": {"config.json": 2774310853}, "tensors": {"model.safetensors": [411880, 90021]}}
 
-CRC-32 of small files, and of every tensor's bytes in the order in which they lie in their file.
+It has the CRC-32 of small files, and of every tensor's bytes, in the order of their file.
 """
 
 import zlib
@@ -22,7 +22,7 @@ def crc(array: np.ndarray) -> int:
 
 
 def noted(arrays: Iterable[np.ndarray], sums: list[int]) -> Iterator[np.ndarray]:
-    """The arrays, whose digests are appended to `sums` as they pass."""
+    """Yields the arrays and appends their digests to `sums`."""
     for array in arrays:
         sums.append(crc(array))
         yield array

@@ -1,21 +1,21 @@
-"""Writes a checkpoint that `transformers` opens without any of our code.
+"""Exports a checkpoint as a directory that `transformers` loads without our code.
 
     python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR [--dtype bfloat16]
 
-writes the thinker alone; with `--layout omni`, the thinker as the omni model holds it, without
-speech, which is what vLLM and ms-swift load.
+writes the thinker alone; with `--layout omni`, the thinker inside the layout of the omni model,
+without speech, which vLLM and ms-swift load.
 
     python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR --source HF_DIR
 
-writes a copy of HF_DIR, the thinker alone or the whole omni model, with our weights in the place of
-its thinker's: the same files with the same tensors in the same dtypes, talker and vocoder included.
+writes a copy of HF_DIR (the thinker alone or the whole omni model) with our weights in place of its
+thinker's: the same files with the same tensors in the same dtypes, including talker and vocoder.
 
     python -m saber_jax.hf.export --checkpoint WORKDIR --out DIR --peft
 
 writes the adapters of a LoRA run for `peft`; the other two forms merge them into the weights.
 
-DIR is complete or absent: it is written under another name and renamed at the end. One that is
-there already is replaced with `--overwrite` alone. Matrices pass through one at a time.
+DIR is written under another name and renamed at the end, so it is never incomplete. An existing
+export is only replaced with `--overwrite`. Matrices are converted one at a time.
 """
 
 import contextlib
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Moving bytes needs no accelerator, and somebody else may be using it.
+    # Conversion needs no accelerator, which another program may be using.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     sys.exit(main())

@@ -2,9 +2,9 @@
 
     python -m saber_jax.hf.load --hf_dir DIR --out WORKDIR
 
-DIR holds either the thinker alone or the whole omni model, whose talker is left out. WORKDIR is
-then what every other command takes as `--checkpoint`. Weights keep their dtype and pass through
-a matrix at a time. On a pod, start it on every host: each reads and writes its share of them.
+DIR contains either the thinker alone or the whole omni model, whose talker is left out. All other
+commands take WORKDIR as `--checkpoint`. Weights keep their dtype and are converted one matrix at a
+time. On a pod, start it on every host: each reads and writes its share.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ DERIVED = (".inv_freq", "positional_embedding.positional_embedding")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A HuggingFace directory that was found sound.
+    """A HuggingFace directory that passed all checks.
 
-    `everything` holds its tensors by their names there, `tensors` the thinker's by their names in a
-    thinker alone, where a tied head is the embedding.
+    `everything` has all tensors by their names there. `tensors` has the thinker's by their names in
+    a thinker alone; a tied head is the embedding.
     """
 
     directory: Path
@@ -54,7 +54,7 @@ class Source:
 
 
 def open_source(hf_dir: str | Path) -> Source:
-    """Reads config and headers, and no tensor.
+    """Reads config and headers, without reading tensors.
 
     Raises FileNotFoundError if there is no config.json, saying what is there instead, and otherwise
     one ValueError that lists everything wrong at once: missing, unexpected, mis-shaped and
@@ -140,7 +140,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _what_it_is(directory: Path) -> str:
-    """What stands where a checkpoint was looked for, and what to do about it."""
+    """An error message about what is at this path instead of a checkpoint, with advice."""
     give = "Give the directory that `hf download` or save_pretrained wrote."
     if not directory.exists():
         parts = directory.parts
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Moving bytes needs no accelerator, and somebody else may be using it.
+    # Conversion needs no accelerator, which another program may be using.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     distributed.initialize()

@@ -1,4 +1,4 @@
-"""Our parameter names and layouts against those of a HuggingFace checkpoint.
+"""Mapping of parameter names and layouts between HuggingFace checkpoints and ours.
 
 Each row of a table reads: name on disk, path in our tree, layout on disk -> ours. `{i}` counts
 layers, which we stack on a leading axis. Export reads the same rows from right to left.
@@ -160,7 +160,7 @@ def _tower_entries(cfg: SaberConfig, tower: str) -> Iterator[Entry]:
                 pattern=pattern,
                 sizes=sizes,
             )
-            # A view without memory behind it: only its shape is wanted.
+            # A view without memory, because only its shape is needed.
             empty = np.broadcast_to(np.int8(0), one)
             yield dataclasses.replace(entry, shape=entry.disk(empty).shape)
 

@@ -1,4 +1,4 @@
-"""The adapters of a LoRA run as `peft` reads them: adapter_config.json, adapter_model.safetensors.
+"""Exports the adapters of a LoRA run for `peft`: adapter_config.json, adapter_model.safetensors.
 
 Modules are named as transformers 4 and the files of every version name them; with transformers 5
 `peft` renames those of the text tower as it loads.

@@ -1,7 +1,7 @@
-"""Which settings of a thinker's config.json are used, which have one value here, which are inert.
+"""Settings of a thinker's config.json: used ones, ones with a fixed value, ones without an effect.
 
-The network computes what the config says, or the config is refused: a setting that is in none of
-these tables, and says anything, is refused by name.
+A setting that is in none of these tables and has a non-empty value is refused by name, so that the
+network always computes what the config describes.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,8 @@
-"""Safetensors files: what their headers promise, checked against the file, and their tensors.
+"""Reading and writing safetensors files, with checks of their headers.
 
-The format: https://huggingface.co/docs/safetensors/index#format. Read by hand, because a header is
-the only thing in a checkpoint that has to be believed before it is checked, and because NumPy alone
-knows no bfloat16; written by hand, because the library wants a whole file in memory.
+The format: https://huggingface.co/docs/safetensors/index#format. Files are read by our own code to
+check headers against the file, and because NumPy has no bfloat16; they are written by our own code
+because the library needs a whole file in memory.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ class Kind(enum.Enum):
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices and embeddings that a forward pass uses."""
+        """Whether weight decay applies: to matrices, adapters and embeddings that are used."""
         return self in (Kind.MATRIX, Kind.EMBEDDING, Kind.OUTPUT, Kind.ADAPTER)
 
     @property
