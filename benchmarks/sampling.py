@@ -123,7 +123,7 @@ def main() -> None:
     if parser.parse_args().quick:
         found = compare(clips=1, new_tokens=16, repeats=1)
     else:
-        found = compare(clips=2, new_tokens=200, repeats=2)
+        found = compare(clips=1, new_tokens=200, repeats=2)
     result.finish(
         "sampling",
         value=found["ratio"]["separate"],
