@@ -27,7 +27,7 @@ class Recipe:
     weights, and only gradients are sent over the data center network.
     """
 
-    topology: str
+    topology: str = ""
     slices: int = 1
     lora_rank: int = 0
     at_once: int = 0
@@ -37,8 +37,9 @@ class Recipe:
 
     @property
     def chips(self) -> int:
+        """Devices, one where no topology is named."""
         _, _, shape = self.topology.rpartition(":")
-        return self.slices * math.prod(map(int, shape.split("x")))
+        return self.slices * math.prod(int(n) for n in shape.split("x") if n)
 
 
 # Above each recipe: its chips, and the peak GiB per device of its stages by the compiler.
@@ -61,10 +62,18 @@ RECIPES = {
     "7b-lora-v6e-8": Recipe(topology="v6e:2x4", lora_rank=8, at_once=2, sft="gate", cadpo="gate"),
 }
 
+# One NVIDIA GPU. A topology is of TPUs, so these have none.
+GPU_RECIPES = {
+    # Adapters of the published rank train, on a card of 80 GB.
+    "7b-lora-gpu": Recipe(lora_rank=8, at_once=1, sft="matmuls", cadpo="matmuls"),
+    # All weights train, on a card of 141 GB.
+    "3b-gpu": Recipe(at_once=1, sft="matmuls", cadpo="matmuls"),
+}
+
 
 def fit(config: ConfigDict) -> None:
     """Applies the recipe of config.variant, if it is one, for config.stage."""
-    recipe = RECIPES.get(config.variant)
+    recipe = (RECIPES | GPU_RECIPES).get(config.variant)
     if recipe is None:
         return
     config.topology = recipe.topology

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 from configs import pods
 from saber_jax.data.records import FIELDS
 
-VARIANTS = ("tiny", "3b", "7b", *pods.RECIPES)
+VARIANTS = ("tiny", "3b", "7b", *pods.RECIPES, *pods.GPU_RECIPES)
 
 
 def get_config(variant: str = "7b") -> ConfigDict:

@@ -91,8 +91,8 @@ def parse(text: str, count: int = 1) -> Slices:
 def of_recipe(config: str) -> Slices | None:
     """The slices of a config's recipe: configs/cadpo.py:7b-v5e-256 -> v5e:16x16.
 
-    None if `config` is not a recipe. Reads configs/pods.py as text, because a laptop may not be
-    able to import it.
+    None if `config` is not a recipe for TPUs. Reads configs/pods.py as text, because a laptop may
+    not be able to import it.
     """
     variant = config.partition(":")[2]
     for node in ast.walk(ast.parse(RECIPES.read_text(encoding="utf-8"))):
@@ -101,5 +101,7 @@ def of_recipe(config: str) -> Slices | None:
         for key, value in zip(node.keys, node.values):  # noqa: B905 (Python 3.9)
             if isinstance(key, ast.Constant) and key.value == variant:
                 settings = {k.arg: k.value for k in getattr(value, "keywords", [])}
+                if "topology" not in settings:  # A recipe for GPUs.
+                    return None
                 return parse(ast.literal_eval(settings["topology"]))
     return None

@@ -77,7 +77,7 @@ def check_topology(topology: str, devices: Sequence[Device] | None = None) -> No
     on another one it fails late, while it compiles.
     """
     devices = jax.devices() if devices is None else devices
-    if not topology or not hasattr(devices[0], "coords"):
+    if not topology or not hasattr(devices[0], "core_on_chip"):
         return
     many, _, shape = topology.rpartition("*")
     wanted = sorted(int(n) for n in shape.partition(":")[2].split("x") if n != "1")
@@ -115,7 +115,8 @@ def _place(device: Device) -> tuple[int, ...]:
 
 def _torus(devices: Sequence[Device]) -> tuple[int, int, int]:
     """Extent of one slice along z, y and x; devices without a torus lie along x."""
-    if not hasattr(devices[0], "coords"):
+    # GPUs have coordinates too, but no torus.
+    if not hasattr(devices[0], "core_on_chip"):
         return 1, 1, len(devices)
     x, y, z = np.max([device.coords for device in devices], axis=0) + 1
     cores = len({device.core_on_chip for device in devices})

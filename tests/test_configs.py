@@ -23,6 +23,16 @@ def test_a_recipe_says_where_and_how_and_never_what_is_computed(stage, variant):
     assert identity(recipe) == identity(plain)
 
 
+@pytest.mark.parametrize("stage", [sft, cadpo])
+@pytest.mark.parametrize("variant", pods.GPU_RECIPES)
+def test_a_recipe_for_one_gpu_is_the_run_that_it_is_on_a_pod(stage, variant):
+    on_pod = variant.removesuffix("gpu") + ("v5e-16" if "lora" in variant else "v5e-32")
+    config, same = stage.get_config(variant), stage.get_config(on_pod)
+    assert not config.topology and config.compute.kernel == "auto"
+    assert config.data.batch_rows == config.compute.microbatches
+    assert config.root == same.root and identity(config) == identity(same)
+
+
 def test_how_a_host_loads_is_no_part_of_what_a_run_is():
     config = sft.get_config("tiny")
     before = identity(config)

@@ -1,7 +1,9 @@
 import dataclasses
 import itertools
 import re
+from typing import cast
 
+import jax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -77,3 +79,17 @@ def test_other_tpus_are_refused_before_anything_is_compiled(topology, attached, 
 
 def test_a_cpu_may_try_any_recipe():
     sharding.check_topology("v5e:16x16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """As jax describes one: with coordinates, and without cores."""
+
+    id: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+
+
+def test_gpus_have_coordinates_and_no_torus():
+    gpus = cast("list[jax.Device]", [Gpu(0), Gpu(1)])
+    assert sharding._torus(gpus) == (1, 1, 2)
+    sharding.check_topology("v5e:16x16", gpus)
