@@ -55,8 +55,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a .model or .json file, or tokenizer.model / tokenizer.json of a directory.
 
-    Raises FileNotFoundError if there is none, ValueError for another kind of file or a pointer of
-    Git LFS in its place.
+    Raises FileNotFoundError if there is none, ValueError for another kind of file, a damaged one or
+    a pointer of Git LFS in its place.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,10 +73,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 f"{path} is a pointer of Git LFS in the place of the file. Fetch the file: `git "
                 "lfs pull` in its directory, or `hf download`."
             )
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path)
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
+    kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
+    if path.suffix in kinds:
+        try:
+            return kinds[path.suffix](path)
+        except Exception as error:  # The libraries raise RuntimeError, Exception itself and others.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} cannot be used as a vocabulary: {reason}") from error
     raise ValueError(f"A tokenizer is a .model or tokenizer.json file, got {path}.")
 
 
@@ -88,7 +91,7 @@ class SentencePieceTokenizer:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
         first_byte = self._model.piece_to_id("<0x00>")
         if not self._model.is_byte(first_byte):
-            raise ValueError(f"{path} was trained without byte_fallback; some texts would be lost.")
+            raise ValueError("it was trained without byte_fallback; some texts would be lost.")
         self._bytes = [self._model.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
         # User-defined symbols are the pieces between the unknown one and the bytes.
         before = [token for token in range(first_byte) if not self._model.is_unknown(token)]

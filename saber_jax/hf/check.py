@@ -21,7 +21,10 @@ def problems(directory: Path) -> tuple[int, list[str]]:
     """(number of tensors, all problems)."""
     if not (directory / digests.FILE).is_file():
         return 0, [f"it has no {digests.FILE}: only `python -m saber_jax.hf.export` writes one"]
-    found, wrong = tensors.find(directory)
+    adapters = (
+        not (directory / tensors.INDEX).exists() and not (directory / tensors.SINGLE).exists()
+    )
+    found, wrong = tensors.find(directory, tensors.ADAPTERS if adapters else tensors.SINGLE)
     ordered = sorted(found.items(), key=lambda item: (item[1].path, item[1].offset))
     for name, tensor in tqdm(ordered, desc="reading", unit="tensor", disable=len(ordered) < 100):
         try:

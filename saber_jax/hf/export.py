@@ -284,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"exporting {args.checkpoint} to {args.out}")
     try:
         if args.peft:
-            with _replacing(args.out, {peft.CONFIG, peft.WEIGHTS}, args.overwrite) as partial:
+            ours = {peft.CONFIG, peft.WEIGHTS, digests.FILE}
+            with _replacing(args.out, ours, args.overwrite) as partial:
                 peft.write(args.checkpoint, partial, base=args.base)
             print(f"{args.out} is ready for peft's PeftModel.from_pretrained.")
             return 0

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from saber_jax.hf import tensors
+from saber_jax.hf import digests, tensors
 from saber_jax.hf.names import Entry, entries
 from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint, saved, stream
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = tensors.ADAPTERS
 
 
 def write(workdir: str | Path, out: Path, *, base: str | None = None) -> None:
-    """Writes both files into `out`.
+    """Writes both files, and their digests, into `out`.
 
     `base` is the model that the adapters go onto, a directory or a name on the Hub; None is the
     directory that the run's base was loaded from. Raises ValueError if there is none, if the run at
@@ -56,7 +56,7 @@ def write(workdir: str | Path, out: Path, *, base: str | None = None) -> None:
             "cannot hold that safely; export the merged model instead, without --peft."
         )
     start = tensors.header({name: ("F32", array.shape) for name, array in weights.items()})
-    tensors.write(out / WEIGHTS, start, (np.ascontiguousarray(a) for a in weights.values()))
+    sums = tensors.write(out / WEIGHTS, start, (np.ascontiguousarray(a) for a in weights.values()))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,6 +69,7 @@ def write(workdir: str | Path, out: Path, *, base: str | None = None) -> None:
         "target_modules": _pattern(modules),
     }
     (out / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    digests.write(out, {WEIGHTS: sums})
 
 
 def _base(workdir: str | Path, described: dict[str, str]) -> str:

@@ -22,6 +22,7 @@ from saber_jax.train import page_cache
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTERS = "adapter_model.safetensors"
 
 # The format allows no longer header; a file that claims one is no such file.
 LONGEST_HEADER = 100 * 10**6
@@ -62,9 +63,10 @@ class Tensor:
         return data
 
 
-def find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Every tensor of a checkpoint directory by name, and every problem with its files."""
-    found, problems = _find(directory)
+def find(directory: Path, single: str = SINGLE) -> tuple[dict[str, Tensor], list[str]]:
+    """Every tensor of a checkpoint directory by name, and every problem with its files. `single` is
+    the file's name where there are no shards."""
+    found, problems = _find(directory, single)
     sums, wrong = digests.read(directory)
     for file, listed in sums.items():
         held = sorted((t.offset, name) for name, t in found.items() if t.path.name == file)
@@ -76,19 +78,19 @@ def find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     return found, problems + wrong
 
 
-def _find(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _find(directory: Path, single: str) -> tuple[dict[str, Tensor], list[str]]:
     index = directory / INDEX
     if index.is_file():
         return _from_index(index)
-    if (directory / SINGLE).is_file():
-        return _read(directory / SINGLE)
+    if (directory / single).is_file():
+        return _read(directory / single)
     pickles = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
     if pickles:
         return {}, [
             f"{pickles} are pickles, which can run any code when read; convert them with "
             "save_pretrained(..., safe_serialization=True) where you trust them"
         ]
-    return {}, [f"no {SINGLE} or {INDEX} in {directory}"]
+    return {}, [f"no {single} or {INDEX} in {directory}"]
 
 
 def is_pointer(path: Path) -> bool:

@@ -76,7 +76,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads what `write_json` wrote. Raises ValueError naming a damaged file and the line."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # Of JSON or of UTF-8.
+    except (ValueError, RecursionError) as error:  # Of JSON, of UTF-8, or of lists in lists.
         raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
 
 
@@ -93,7 +93,7 @@ def numbered_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any
                 continue
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is not JSON ({error}).") from error
             if not isinstance(item, dict):
                 kind = type(item).__name__

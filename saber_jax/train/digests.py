@@ -22,7 +22,7 @@ SPREAD = 0x9E3779B1
 """Odd, and otherwise arbitrary: the first prime of xxHash32."""
 MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 """The multipliers of MurmurHash3's fmix32, https://github.com/aappleby/smhasher."""
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 """Elements that NumPy mixes at a time: few enough to stay in a core's cache."""
 
 
@@ -46,6 +46,8 @@ def _in_memory(leaf: Array | np.ndarray) -> bool:
 def of_numpy(array: np.ndarray, *, first: int = 0, strides: tuple[int, ...] | None = None) -> int:
     """The digest of an array in memory, or the part of it that a slice contributes. The first
     element of the slice has index `first`, and `strides` are the index steps along its axes."""
+    if strides is None and array.flags.c_contiguous:
+        array, strides = array.reshape(-1), (1,)
     strides = strides or c_strides(array.shape)
     if not array.ndim:
         array, strides = array.reshape(1), (1,)
@@ -61,18 +63,21 @@ def of_numpy(array: np.ndarray, *, first: int = 0, strides: tuple[int, ...] | No
     for axis, (n, stride) in enumerate(zip((count, *array.shape[1:]), strides, strict=True)):
         along = np.arange(n, dtype=np.uint32) * np.uint32(stride * SPREAD % 2**32)
         places = places + along.reshape((n,) + (1,) * (array.ndim - 1 - axis))
-    unsigned = np.dtype(f"u{array.dtype.itemsize}")
+    unsigned = array.view(np.dtype(f"u{array.dtype.itemsize}"))
+    # Every pass over a block writes into one of these two: memory of their own would cost more.
+    mixed, shifted = np.empty_like(places), np.empty_like(places)
     for start in range(0, len(array), count):
-        x = array[start : start + count].view(unsigned).astype(np.uint32, order="C")
-        x += places[: len(x)]
+        bits = unsigned[start : start + count]
+        x, y = mixed[: len(bits)], shifted[: len(bits)]
+        np.add(bits, places[: len(bits)], out=x)
         with np.errstate(over="ignore"):
             x += np.uint32((first + start * strides[0]) * SPREAD % 2**32)
-        x ^= x >> 16
+        x ^= np.right_shift(x, 16, out=y)
         x *= np.uint32(MULTIPLIERS[0])
-        x ^= x >> 13
+        x ^= np.right_shift(x, 13, out=y)
         x *= np.uint32(MULTIPLIERS[1])
-        x ^= x >> 16
-        total += int(x.sum(dtype=np.uint64))
+        x ^= np.right_shift(x, 16, out=y)
+        total += int(x.sum(dtype=np.uint32))
     return total % 2**32
 
 

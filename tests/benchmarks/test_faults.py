@@ -5,7 +5,9 @@ import signal
 import numpy as np
 import pytest
 
-from benchmarks import faults
+pytest.importorskip("hypothesis")
+
+from benchmarks.faults import flips, inputs, machines, outcomes, training
 
 # Orbax drops tasks whose exceptions nobody fetched.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -16,31 +18,51 @@ def rng():
     return np.random.default_rng(1)
 
 
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return training.write_records(tmp_path_factory.mktemp("records"))
+
+
 def failures(tally):
-    return {kind: tally[kind] for kind in faults.FAILURES if tally[kind]}
+    return {kind: tally[kind] for kind in outcomes.FAILURES if tally[kind]}
 
 
-def test_bits_flipped_in_checkpoints(tmp_path, rng):
-    tally = faults.checkpoint_flips(tmp_path, 10, rng)
-    assert tally.total() == 10 and not failures(tally)
+def test_bits_flipped_in_checkpoints_of_the_tiny_network(records, tmp_path, rng):
+    tally = flips.checkpoints(records, tmp_path, 3, rng)
+    assert tally.total() == 3 and not failures(tally)
 
 
-def test_mutated_inputs(tmp_path, rng):
-    tally = faults.mutated_inputs(tmp_path, 90, rng)
-    assert tally["named"] > 80 and not failures(tally)
+@pytest.mark.parametrize("kind", [flips.stored_records, flips.outlines])
+def test_bits_flipped_in_records(kind, records, tmp_path, rng):
+    tally = kind(records, tmp_path, 8, rng)
+    assert tally.total() == 8 and not failures(tally)
 
 
-def test_absurd_settings(rng):
-    tally = faults.absurd_configs(rng, 1)
+@pytest.mark.parametrize("kind", [flips.adapters, flips.reference, flips.model_file])
+def test_bits_flipped_in_what_a_run_and_its_export_leave(kind, tmp_path, rng):
+    tally = kind(tmp_path, 8, rng)
+    assert tally["named"] > 4 and not failures(tally)
+
+
+def test_mutated_inputs(records, tmp_path):
+    tally = inputs.mutated(records, tmp_path, 100, 0)
+    assert tally["named"] > 60 and not failures(tally)
+
+
+def test_absurd_settings():
+    tally = inputs.absurd_settings()
     assert tally["named"] > 300 and not failures(tally)
 
 
-def test_a_killed_process_goes_on(tmp_path, rng):
-    tally = faults.kills(tmp_path, 1, rng, signal.SIGKILL)
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_numbers_of_an_undisturbed_one(records, tmp_path, rng):
+    training.serve(tmp_path / "compiled")
+    wanted = training.undisturbed(records, tmp_path / "undisturbed")
+    tally = machines.kills(records, tmp_path / "kills", 1, rng, signal.SIGKILL, wanted)
     assert tally["fine"] == 1 and not failures(tally)
 
 
 def test_a_silent_change_would_be_counted(tmp_path):
     path = tmp_path / "file"
-    assert faults.outcome(lambda: "other", "this", path) == "silent"
-    assert faults.outcome(lambda: int("x"), "this", path) == "unnamed"
+    assert outcomes.outcome(lambda: "other", "this", path) == "silent"
+    assert outcomes.outcome(lambda: int("x"), "this", path) == "unnamed"

@@ -128,3 +128,12 @@ def test_loading_says_what_is_missing(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(ValueError, match=r"vocab\.txt"):
         load_tokenizer(tmp_path / "vocab.txt")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00 no vocabulary"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be used as a vocabulary"):
+        load_tokenizer(path)

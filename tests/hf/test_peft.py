@@ -15,7 +15,7 @@ import peft
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from saber_jax.hf import export, load, names
+from saber_jax.hf import check, export, load, names
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig
 from saber_jax.train import checkpoint
@@ -67,6 +67,7 @@ def test_adapters_in_peft_say_what_the_merged_export_says(base, tmp_path):
     want, plain = logits(opened(tmp_path / "merged")), logits(opened(base))
     config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
     assert config.base_model_name_or_path == str(base)
+    assert check.problems(tmp_path / "peft") == (2 * 7 * CONFIG.text.layers, [])
     adapted = peft.PeftModel.from_pretrained(opened(base), tmp_path / "peft").eval()
     trained = [name for name, _ in adapted.named_modules() if name.endswith("lora_A.default")]
     assert len(trained) == 7 * CONFIG.text.layers

@@ -1,0 +1,129 @@
+"""Bad input: files mutated by hypothesis, and settings that make no sense."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+from hypothesis import strategies as st
+
+from benchmarks.faults.outcomes import Tally
+from configs import cadpo, ranges, sft
+from data_prep.corpus import film
+from saber_jax.data import isolation
+from saber_jax.data.decode import Sampling, decode_clip
+from saber_jax.data.pairs import read_pairs
+from saber_jax.data.tokenizer import load_tokenizer
+from saber_jax.hf import load as hf_load
+from saber_jax.hf.config import to_hf
+from saber_jax.models.config import SaberConfig, saber_config
+from saber_jax.train import checkpoint
+
+TOKENS = [b"null", b"-1", b"1e400", b"{}", b"[]", b'""', b"NaN", b"\xff\xfe", b"\0", b"[" * 2000]
+"""What parsers trip over."""
+NONSENSE = (-1, -(2**40), float("nan"), float("inf"), -float("inf"))
+Edit = tuple[float, int, bytes]
+
+
+def edits() -> st.SearchStrategy[list[Edit]]:
+    """(place as a share of the file, bytes removed there, bytes put there), a few of them."""
+    put = st.one_of(st.sampled_from(TOKENS), st.binary(max_size=12))
+    edit = st.tuples(st.floats(0, 1), st.one_of(st.integers(0, 12), st.just(1 << 30)), put)
+    return st.lists(edit, min_size=1, max_size=5)
+
+
+def edited(original: bytes, changes: list[Edit]) -> bytes:
+    data = bytearray(original)
+    for place, removed, put in changes:
+        at = int(place * len(data))
+        data[at : at + removed] = put
+    return bytes(data)
+
+
+def mutated(records: Path, folder: Path, count: int, seed: int) -> Tally:
+    """Pairs, vocabularies, model.json, a HuggingFace config and a film, each `count` / 5 times.
+
+    Text inside a pair may change without anybody's knowing: what counts is that nothing but a named
+    error comes.
+    """
+    tally = Tally()
+    for path, read in _readers(records, folder).items():
+        tally += _mutated(path, read, count // 5, seed)
+    return tally
+
+
+def _readers(records: Path, folder: Path) -> dict[Path, Callable[[], Any]]:
+    cfg = saber_config("tiny")
+    run, hub = folder / "run", folder / "hub"
+    for made in (run, hub):
+        made.mkdir(parents=True)
+    pairs, words, clip = (folder / name for name in ("pairs.jsonl", "tokenizer.model", "clip.mp4"))
+    rows = [{"clip_id": f"c{i}", "chosen": "calm", "rejected": "loud", "kappa": 0.5} for i in "ab"]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words.write_bytes((records / words.name).read_bytes())
+    checkpoint.write_model_file(run, cfg)
+    (hub / "config.json").write_text(json.dumps(to_hf(cfg, dtype="float32")))
+    noise = np.random.default_rng(0)
+    pictures = noise.integers(0, 256, (20, 64, 64, 3), np.uint8)
+    film.write_mp4(clip, pictures, noise.integers(-9000, 9000, 32_000, np.int16))
+    worker = isolation.Worker(seconds=60)
+    return {
+        pairs: lambda: read_pairs(pairs),
+        words: lambda: load_tokenizer(words),
+        run / "model.json": lambda: SaberConfig.from_dict(checkpoint.read_model_file(run)["model"]),
+        hub / "config.json": lambda: hf_load.open_source(hub),
+        clip: lambda: worker.call(decode_clip, clip, Sampling()),
+    }
+
+
+def _mutated(path: Path, read: Callable[[], Any], count: int, seed: int) -> Tally:
+    tally, original = Tally(), path.read_bytes()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    @hypothesis.given(edits())
+    def read_once(changes: list[Edit]) -> None:
+        path.write_bytes(edited(original, changes))
+        try:
+            read()
+            tally["fine"] += 1
+        except (ValueError, FileNotFoundError) as error:
+            named = path.name in str(error) or str(path.parent) in str(error)
+            # What crashed a decoder cannot say which file it had; its caller does.
+            crashed = "the decoder crashed" in str(error) or "decoding took" in str(error)
+            tally["named" if named or crashed else "unnamed"] += 1
+        except Exception:
+            tally["unnamed"] += 1
+
+    read_once()
+    path.write_bytes(original)
+    return tally
+
+
+def absurd_settings() -> Tally:
+    """Every number of both configs at values that make no sense, one at a time."""
+    tally = Tally()
+    for stage in (sft, cadpo):
+        found = ranges.numbers(stage.get_config("tiny").to_dict())
+        for name, value in found:
+            for absurd in NONSENSE:
+                if isinstance(value, int) and not isinstance(absurd, int):
+                    continue  # ml_collections refuses those by their type.
+                if absurd == -1 and name.startswith("mesh."):
+                    continue  # What the others leave.
+                config = stage.get_config("tiny")
+                config.update_from_flattened_dict({name: type(value)(absurd)})
+                try:
+                    ranges.check(config)
+                    tally["silent"] += 1
+                except ValueError as error:
+                    tally["named" if f"config.{name} " in str(error) else "unnamed"] += 1
+    return tally

@@ -1,0 +1,209 @@
+"""Runs that are killed, told to stop, or whose disk fills up; on one host and on several."""
+
+import concurrent.futures
+import contextlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.faults import training
+from benchmarks.faults.outcomes import Tally, flip
+from benchmarks.faults.training import Run, Undisturbed
+from saber_jax.runs import distributed
+from saber_jax.train import saved
+
+LANES = 2
+"""Runs at a time."""
+HEARTBEAT = 10
+
+
+def side_by_side(
+    work: Callable[[Path, int, np.random.Generator], Tally],
+    folder: Path,
+    count: int,
+    rng: np.random.Generator,
+) -> Tally:
+    """`work` in LANES threads, which share `count`."""
+    shares = [len(range(lane, count, LANES)) for lane in range(LANES)]
+    folders = [folder / f"lane{lane}" for lane in range(LANES)]
+    lanes = zip(folders, shares, rng.spawn(LANES), strict=True)
+    with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
+        return sum(pool.map(lambda lane: work(*lane), lanes), Tally())
+
+
+def kills(
+    records: Path,
+    folder: Path,
+    count: int,
+    rng: np.random.Generator,
+    how: signal.Signals,
+    wanted: Undisturbed,
+) -> Tally:
+    """Runs that are sent `how` at random moments until it has hit `count` times. Each goes on when
+    it is started again, and in the end has the numbers of an undisturbed one."""
+    expected = -how if how == signal.SIGKILL else distributed.PREEMPTED
+
+    def lane(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+        tally, number = Tally(), 0
+        while sum(tally.values()) < count:
+            root, ended = folder / f"run{number}", False
+            number += 1
+            while not ended and sum(tally.values()) < count:
+                before, run = training.whole(root), Run(records, root)
+                run.process.join(float(rng.uniform(0, 1.2 * wanted.seconds)))
+                run.send(how)
+                status = run.ended()
+                ended = status == 0
+                if status is None:
+                    tally["hang"] += 1
+                elif ended and training.final(records, root) != wanted.numbers:
+                    tally["silent"] += 1
+                elif status not in (0, expected):
+                    tally["unnamed"] += 1
+                elif not ended:
+                    tally["fine" if training.whole(root) >= before else "lost"] += 1
+        return tally
+
+    return side_by_side(lane, folder, count, rng)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path | None]:
+    """A file system of so many KiB; None where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def full_disks(
+    records: Path, folder: Path, count: int, rng: np.random.Generator, wanted: Undisturbed
+) -> Tally:
+    """Runs on disks that fill up somewhere: metrics and TensorBoard are dropped, a save that fails
+    is one sentence, and with room again the run goes on from the last whole step.
+
+    Where nothing may be mounted, the largest size of a file is limited instead.
+    """
+
+    def lane(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+        tally = Tally()
+        for number in range(count):
+            room = int(wanted.size * rng.uniform(0.01, 1.1))
+            with small_disk(folder / f"disk{number}", room >> 10) as disk:
+                limit = None if disk else int(rng.integers(1, wanted.size // 8))
+                root = (disk or folder / f"limited{number}") / "run"
+                tally[filled(records, root, wanted, disk=disk, limit=limit)] += 1
+        return tally
+
+    return side_by_side(lane, folder, count, rng)
+
+
+def filled(
+    records: Path, root: Path, wanted: Undisturbed, *, disk: Path | None, limit: int | None
+) -> str:
+    first = Run(records, root, largest_file=limit)
+    status = first.ended()
+    if status is None:
+        return "hang"
+    if status == 0:
+        same = training.final(records, root) == wanted.numbers
+        return "fine" if same else "silent"
+    # The log may lie on the full disk as well; what reached it is judged.
+    if disk is None and "too large" not in first.said:
+        return "unnamed"
+    if disk is not None and "No space left" not in first.said and first.said:
+        return "unnamed"
+    if disk is not None:
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+    done = Run(records, root).ended() == 0 and training.final(records, root) == wanted.numbers
+    return "named" if done else "lost"
+
+
+def hosts(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Tally:
+    """Two and four processes that train together; one is killed, one finds the newest step
+    damaged, one has a full disk: the first `count` of these six. All end with a status other than
+    0 within the bound, and those that are started again agree on a step and finish."""
+    every = [(n, fault) for n in (2, 4) for fault in (killed_host, damaged_step, full_host)]
+    tally = Tally()
+    for members, fault in every[:count]:
+        tally[fault(records, folder / f"{fault.__name__}{members}", members, rng)] += 1
+    return tally
+
+
+def together(records: Path, root: Path, count: int, limit: int | None = None) -> list[Run]:
+    """`count` processes of one run; the last can write no file of more than `limit` bytes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def place(index: int) -> dict[str, str]:
+        return {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+            # Several processes compile anew every time.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        }
+
+    changes = {"heartbeat_seconds": HEARTBEAT, "data.batch_rows": count}
+    limits = [None] * (count - 1) + [limit]
+    return [Run(records, root, changes, place(i), most) for i, most in enumerate(limits)]
+
+
+def killed_host(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
+    runs, end = together(records, root, count), time.monotonic() + training.PATIENCE
+    while training.whole(root) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    runs[-1].send(signal.SIGKILL)
+    return _all_end_and_go_on(runs, records, root, "")
+
+
+def damaged_step(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
+    if any(run.ended() for run in together(records, root, count)):
+        return "lost"
+    newest = saved.steps(root / "sft")[-1]
+    files = [p for p in (newest / "params").rglob("*") if p.is_file() and p.parent.name == "d"]
+    flip(max(files, key=lambda p: p.stat().st_size), rng)
+    runs = together(records, root, count)
+    statuses = [run.ended() for run in runs]
+    said = "".join(run.said for run in runs)
+    if None in statuses:
+        return "hang"
+    if "damaged" not in said or not list((root / "sft/checkpoints").glob("*.damaged*")):
+        return "silent"
+    if not any(statuses):
+        return "named" if training.whole(root) == training.STEPS else "lost"
+    return _finished(records, root, count)
+
+
+def full_host(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
+    return _all_end_and_go_on(
+        together(records, root, count, limit=4096), records, root, "too large"
+    )
+
+
+def _all_end_and_go_on(runs: list[Run], records: Path, root: Path, reason: str) -> str:
+    end = time.monotonic() + training.PATIENCE
+    statuses = [run.ended(max(0.1, end - time.monotonic())) for run in runs]
+    if None in statuses:
+        return "hang"
+    if 0 in statuses:
+        return "silent"
+    if reason not in "".join(run.said for run in runs):
+        return "unnamed"
+    return _finished(records, root, len(runs))
+
+
+def _finished(records: Path, root: Path, count: int) -> str:
+    statuses = [run.ended() for run in together(records, root, count)]
+    return "named" if not any(statuses) and training.whole(root) == training.STEPS else "lost"

@@ -1,0 +1,52 @@
+"""What a fault may come to, how it is counted, and how a bit is flipped."""
+
+import collections
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FAILURES = ("unnamed", "silent", "hang", "lost")
+Tally = collections.Counter[str]
+
+
+def flip(path: Path, rng: np.random.Generator) -> None:
+    """One bit of a file, where it holds something: ArrayRecord pads to 64 KiB with zeros."""
+    data = bytearray(path.read_bytes())
+    used = np.flatnonzero(np.frombuffer(data, np.uint8))
+    data[rng.choice(used)] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+
+
+def outcome(read: Callable[[], Any], want: Any, path: Path) -> str:
+    """What reading a changed file comes to. An error is named if it says which file."""
+    try:
+        got = read()
+    except (ValueError, FileNotFoundError) as error:
+        return "named" if path.name in str(error) or path.parent.name in str(error) else "unnamed"
+    except Exception:
+        return "unnamed"
+    return "fine" if got == want else "silent"
+
+
+def flips(
+    path: Path, count: int, rng: np.random.Generator, read: Callable[[], Any], want: Any
+) -> Tally:
+    """`count` times: one bit of `path` flipped, read, and put back."""
+    tally, before = Tally(), path.read_bytes()
+    for _ in range(count):
+        flip(path, rng)
+        tally[outcome(read, want, path)] += 1
+        path.write_bytes(before)
+    return tally
+
+
+def table(rows: dict[str, Tally]) -> str:
+    """Markdown."""
+    columns = ("fine", "named", *FAILURES, "skipped")
+    head = f"| {'fault':<28} | " + " | ".join(f"{c:>7}" for c in columns) + " |"
+    lines = [head, f"|{'-' * 30}|" + "|".join("-" * 8 + ":" for _ in columns) + "|"]
+    for name, tally in rows.items():
+        lines.append(f"| {name:<28} | " + " | ".join(f"{tally[c]:>7}" for c in columns) + " |")
+    return "\n".join(lines)
