@@ -238,8 +238,8 @@ def _convert(params: dict[str, Any], entry: Entry, dtype: str) -> np.ndarray:
 
 def _counted(arrays: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
     for array in arrays:
+        bar.update()  # Before it is taken: after the last one nobody asks again.
         yield array
-        bar.update()
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -95,6 +95,7 @@ def test_the_commands_load_and_export_without_changing_a_bit(params, exported, t
     assert load.main(["--hf_dir", str(exported), "--out", str(work)]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert export.main(["--checkpoint", str(work), "--out", str(again)]) == 0
+    assert "exporting: 100%" in capsys.readouterr().err
     assert equal(load.load_params(again)[0], params)
     assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in exported.iterdir())
     assert export.main(["--checkpoint", str(tmp_path), "--out", str(again)]) == 1
