@@ -1,4 +1,4 @@
-"""Preference pairs a second of a CA-DPO step: prefixes shared, not shared, and in torch.
+"""Preference pairs per second of a CA-DPO step: with shared prefixes, duplicated ones, and torch.
 
     python -m benchmarks.cadpo [--quick]
 

@@ -1,5 +1,5 @@
-# Buckets as folders; sourced by tpu_run.sh. SABER_BUCKETS is where they are mounted, ~/buckets by
-# default: the same place on every host, and not below this checkout, where somebody may clean up.
+# Mounts buckets as folders; sourced by tpu_run.sh. They are mounted below SABER_BUCKETS, by default
+# ~/buckets: the same path on every host, and outside of this checkout, which may be cleaned.
 # shellcheck shell=bash
 
 # Prints its argument with every gs://BUCKET replaced by the folder that BUCKET is mounted on.
@@ -13,8 +13,8 @@ with_buckets() {
   printf '%s\n' "$argument"
 }
 
-# What its arguments name of buckets, a line each: FOLDER=gs://BUCKET. The run speaks to a bucket itself
-# where that is safer than through the mount (saber_jax/runs/buckets.py).
+# Prints the buckets in its arguments, one per line: FOLDER=gs://BUCKET. The run bypasses the mount
+# where that is safer (saber_jax/runs/buckets.py).
 bucket_mounts() {
   local bucket
   { grep -oE 'gs://[a-z0-9][-_.a-z0-9]*' <<<"$*" || true; } | sort -u | while read -r bucket; do
@@ -22,8 +22,7 @@ bucket_mounts() {
   done
 }
 
-# Onto a TPU VM, where nobody wants to do it by hand on 64 hosts. Quiet about failing: the caller sees
-# that gcsfuse is not there.
+# Installs gcsfuse on a TPU VM. Prints no errors: the caller checks whether gcsfuse exists.
 install_gcsfuse() {
   local key=/usr/share/keyrings/cloud.google.asc
   local source
@@ -35,8 +34,8 @@ install_gcsfuse() {
     sudo -n apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse; } >/dev/null || true
 }
 
-# Some results are folders that are renamed when they are whole, which is many objects to a bucket; and
-# hosts must see at once what another one wrote, so nothing about a file is remembered.
+# Finished folders are renamed, which are many objects in a bucket; and hosts have to see at once what
+# another one wrote, so metadata is not cached.
 mount_bucket() {
   local bucket=$1 folder=$2
   if mountpoint -q "$folder"; then return; fi

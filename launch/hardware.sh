@@ -1,8 +1,8 @@
-# What this machine has; sourced by the other scripts. SYSFS stands in for /sys in the tests.
+# Detects accelerators; sourced by the other scripts. SYSFS replaces /sys in tests.
 # shellcheck shell=bash
 
-# TPUs are PCI devices of Google's vendor id. So is the network card of many a Google machine without
-# one, hence the device ids: v3, v4, v5p, v5e, v6e, TPU7x.
+# TPUs are PCI devices with Google's vendor id. Network cards of Google machines have it too, so the
+# device ids are checked: v3, v4, v5p, v5e, v6e, TPU7x.
 tpu_chips() {
   local device count=0
   for device in "${SYSFS:-/sys}"/bus/pci/devices/*; do
@@ -27,8 +27,8 @@ cuda_of_driver() {
   if ((${version%%.*} >= 580)); then echo 13; else echo 12; fi
 }
 
-# jax warns that TPUs of v5e and later start slowly without transparent huge pages; a run starts them
-# several times. In a container on GKE the file is ours to write, on a TPU VM sudo's.
+# Without transparent huge pages, TPUs of v5e and later start slowly, and a run starts them several
+# times. In a GKE container the file is writable; on a TPU VM it needs sudo.
 huge_pages() {
   local switch=${SYSFS:-/sys}/kernel/mm/transparent_hugepage/enabled
   if [[ ! -e $switch ]] || grep -q '\[always\]' "$switch"; then return; fi

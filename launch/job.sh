@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One worker's part of a run that launch/remote.py drives. Outlives the connection that started it.
+# Runs one worker's part of a run for launch/remote.py. It survives the connection that started it.
 #
 #   launch/job.sh start CONFIG [SETTING ...]   in the background; output to runs/job/log
 #   launch/job.sh state                        "running", "exit N" or "none"
@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 job=runs/job
 
-# Tells one start of the machine from the next, after which process ids mean other processes.
+# Identifies the boot of this machine, because process ids are reused after a reboot.
 boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
 
 alive() {
@@ -37,7 +37,7 @@ case "${1:-}" in
     mkdir -p $job
     rm -f $job/status
     boot > $job/boot
-    # This shell is what `pid` names; it passes SIGTERM on and reports how the run ended.
+    # `pid` is this shell, which forwards SIGTERM and records the exit status of the run.
     # shellcheck disable=SC2016
     setsid bash -c '
       launch/tpu_run.sh "$@" & run=$!

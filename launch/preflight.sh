@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/pod.sh wants to know of one worker: a line a fact, its name first.
+# Prints facts about one worker for launch/pod.sh, one per line: name and value.
 #
 #   launch/preflight.sh [ROOT]    ROOT is the run's folder or gs://BUCKET/PATH
 set -uo pipefail
@@ -22,7 +22,7 @@ pages=${SYSFS:-/sys}/kernel/mm/transparent_hugepage/enabled
 if [[ -e $pages ]]; then echo "huge_pages $(tr -d '[]' < <(grep -o '\[.*\]' "$pages"))"; fi
 echo "gcsfuse $(gcsfuse --version 2>/dev/null | grep -o '[0-9][0-9.]*' | head -n 1 || true)"
 
-# Every worker writes a file of its own and removes it.
+# Every worker writes its own file and removes it.
 mark=".preflight_$(hostname)_$$"
 case "$root" in
   "") ;;

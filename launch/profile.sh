@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens the traces of a run in xprof, in an environment of its own: its pins are not ours.
+# Opens the traces of a run in xprof, in a separate environment because its pins conflict with ours.
 #
 #   launch/profile.sh runs/tiny/sft            then look at http://localhost:8791
 #   PORT=9000 launch/profile.sh WORKDIR

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Makes the Python environment, or finds that it stands already. Prints the interpreter's path, alone,
-# on stdout; everything for people goes to stderr.
+# Makes the Python environment if it does not exist yet. Prints only the interpreter's path on stdout;
+# all messages go to stderr.
 #
-#   launch/setup.sh          what running needs (requirements.txt)
-#   launch/setup.sh --prep   and what preparing raw videos needs (data_prep.run)
-#   launch/setup.sh --test   and what the tests need
-#   launch/setup.sh --demo   and what the demo page needs
-#   launch/setup.sh --aot    and the TPU compiler, which needs no TPU
-#   launch/setup.sh --tpu    and jax for TPUs, where none shows yet: in an image
-#   launch/setup.sh --python PATH   in .venv-3.12, say, made with that Python (3.11 or 3.12)
-#   launch/setup.sh --torch  and torch and transformers, which the parity tests compare with
-#   launch/setup.sh --bench  all that the benchmarks need, the peers that they compare with included
+#   launch/setup.sh          the requirements of training (requirements.txt)
+#   launch/setup.sh --prep   also those of preparing raw videos (data_prep.run)
+#   launch/setup.sh --test   also those of the tests
+#   launch/setup.sh --demo   also those of the demo page
+#   launch/setup.sh --aot    also the TPU compiler, which needs no TPU
+#   launch/setup.sh --tpu    also jax for TPUs, on a machine without TPUs: for an image
+#   launch/setup.sh --python PATH   uses that Python (3.11 or 3.12), in .venv-3.12 for example
+#   launch/setup.sh --torch  also torch and transformers, for the parity tests
+#   launch/setup.sh --bench  the requirements of the benchmarks, including the compared programs
 #
-# Bring your own environment: SABER_PYTHON=/path/to/python is used as it is, nothing is installed and
-# no .venv is made. Otherwise the environment is .venv in this checkout (SABER_VENV moves it).
+# To use your own environment set SABER_PYTHON=/path/to/python: then nothing is installed and no .venv
+# is made. Otherwise the environment is .venv in this checkout (SABER_VENV changes the path).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/hardware.sh
@@ -52,8 +52,8 @@ if [[ $interpreter ]]; then
 fi
 venv=${SABER_VENV:-$venv}
 
-# The newest Python that all pins were checked on and that can make an environment: Debian keeps
-# ensurepip in a package of its own, python3.11-venv.
+# Finds the newest supported Python that can make an environment. On Debian this needs a separate
+# package, python3.11-venv, which has ensurepip.
 find_python() {
   local candidate
   for candidate in ${interpreter:-python3.12 python3.11 python3}; do
@@ -65,7 +65,7 @@ sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
   return 1
 }
 
-# Where the system has no such Python (Ubuntu 22.04, so most TPU VMs), uv brings one along.
+# If the system has no such Python (Ubuntu 22.04, so most TPU VMs), uv installs one.
 make_venv() {
   local python
   if python=$(find_python); then
@@ -92,14 +92,14 @@ has_uv() {
 
 install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
 
-# An interrupted set-up leaves a folder without pip, which nothing can be installed into.
+# An interrupted setup leaves an environment without pip, which cannot be used.
 if [[ -e "$venv" ]] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   echo "setup: $venv is half-made (its pip does not start); making it anew" >&2
   rm -rf "$venv"
 fi
 [[ -e "$venv" ]] || make_venv
 
-# torch comes before anything that depends on it, so that its exact pin is what the others find.
+# torch is installed before packages that depend on it, so that they use its pinned version.
 for layer in "${layers[@]}"; do
   want=$(sha256sum "$layer" | cut -c1-16)
   stamp="$venv/.installed-${layer%.txt}"
@@ -113,8 +113,8 @@ for layer in "${layers[@]}"; do
   fi
 done
 
-# torchvision has a folder of its own: one that does not match its torch breaks `import transformers`
-# for everything else. benchmarks/input_pipeline.py looks for it there.
+# torchvision is installed in a separate folder for benchmarks/input_pipeline.py, because a version
+# that does not match torch breaks `import transformers`.
 if [[ $bench ]]; then
   want=$(sha256sum requirements-bench.txt | cut -c1-16)
   stamp="$venv/.installed-requirements-bench"
@@ -125,7 +125,7 @@ if [[ $bench ]]; then
   fi
 fi
 
-# jax for the accelerator that is here, at the version that everything else is pinned to.
+# Installs jax for the accelerator of this machine, at the pinned version.
 add_jax() {
   local extra=$1 stamp="$venv/.installed-jax-$1" want
   want=$(sha256sum requirements.txt | cut -c1-16)

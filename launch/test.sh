@@ -3,7 +3,7 @@
 #
 #   launch/test.sh               everything but the tests marked slow or science
 #   launch/test.sh --no-torch    without installing torch; tests that need it are skipped by name
-#   launch/test.sh --python PATH in an environment of its own, .venv-3.12 say, made with that Python
+#   launch/test.sh --python PATH with that Python, in a separate environment such as .venv-3.12
 #   launch/test.sh -m slow       the slow ones; any other argument goes to pytest
 #   launch/test.sh -m science    whether CA-DPO still gains over SED, on two seeds, in an hour
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Answers from a trained model, greedy or sampled, a new prompt in the place of an answered one."""
+"""Answers from a trained model, greedy or sampled, with continuous batching of prompts."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -224,7 +224,7 @@ def _numbered(batches: Iterable[Sequence[Record]]) -> Iterator[tuple[int, Sequen
 
 
 def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:
-    """The model of a run's work directory, on all devices, in bfloat16 (on CPUs in float32)."""
+    """A Generator for a run's work directory, on all devices, in bfloat16 (on CPUs in float32)."""
     cpu = jax.default_backend() == "cpu"
     cfg = SaberConfig.from_dict(checkpoint.read_model_file(workdir)["model"])
     shardings = None
@@ -242,10 +242,10 @@ def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int)
 
 
 def model_fingerprint(workdir: str | Path) -> str:
-    """Changes with the weights, vocabulary or shape of a run's newest checkpoint."""
+    """A hash of the weights, vocabulary and config of a run's newest checkpoint."""
     steps = sorted(int(p.name) for p in Path(workdir).glob("checkpoints/*") if p.name.isdigit())
     newest = f"checkpoints/{steps[-1] if steps else 0}/params/**/*"
-    checkpoint.read_model_file(workdir)  # Says what is wrong when this is no checkpoint at all.
+    checkpoint.read_model_file(workdir)  # Raises a clear error if this is not a checkpoint.
     return fingerprint(workdir, checkpoint.MODEL_FILE, "tokenizer.*", newest)
 
 

@@ -1,12 +1,12 @@
-"""Prompts packed for one prefill: short ones share a row, so nobody pays for another's length.
+"""Packs prompts for one prefill: short ones share a row, which saves padding.
 
 Four prompts of a batch in rows of eight (. padding), and the slot behind the end of each:
 
     tokens     p p p p p p . .      ends     6 11 14 16
                q q q r r r s s      lengths  6  3  3  2
 
-On a mesh every data shard has rows of its own for its own prompts (a group), and `ends`
-counts slots from the start of the group.
+On a mesh every data shard has separate rows for its own prompts (a group), and `ends` counts slots
+from the start of the group.
 """
 
 import dataclasses
@@ -59,14 +59,14 @@ class Room:
     frame_patches: int = 0  # Most patches of one frame pair.
 
     def joined(self, other: "Room") -> "Room":
-        """The smallest that holds what either does."""
+        """The smallest room that is large enough for both."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         names = (field.name for field in dataclasses.fields(self))
         return Room(**dict(zip(names, map(max, pairs), strict=True)))
 
 
 class Packer:
-    """Lays out up to `groups` x `prompts` prompts at a time, in a room that only ever grows."""
+    """Packs up to `groups` x `prompts` prompts at a time. Its room only grows."""
 
     def __init__(self, tokenizer: Tokenizer, *, groups: int, prompts: int):
         self._tokenizer, self._groups, self._prompts = tokenizer, groups, prompts

@@ -1,7 +1,7 @@
-"""Continuous batching: a prompt is read as soon as there is a place for it.
+"""Continuous batching: a prompt is prefilled as soon as there is a place for it.
 
-Answers are of very different lengths. Were a batch answered as a whole, most of its rows would wait
-for its longest answer; here the prompts that follow take the places of those that are answered:
+The lengths of answers vary much. If a whole batch were answered before the next one, most rows
+would wait for the longest answer. Here the next prompts take the places of finished ones:
 
     place 0     a a a a d d d d
     place 1     b b e e e e f f
@@ -32,7 +32,7 @@ Tokens = Int[np.ndarray, " n"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A record to answer: its number in the call, by which its answers draw, and its place."""
+    """A record to answer, its index in the call (which seeds its samples), and its place."""
 
     number: int
     batch: int
@@ -41,7 +41,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Prompts that are read at once, and the shape that they are packed in."""
+    """Prompts that are prefilled together, and the shape that they are packed in."""
 
     requests: Sequence[Request]
     prompts: Prompts[np.ndarray]
@@ -49,7 +49,7 @@ class Group:
 
 
 class Requests:
-    """Batches of records: read from one thread, group by group, and answered from another one."""
+    """Batches of records, which one thread reads group by group and another one answers."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Requests:
                 yield Request(first + position, batch, position), example
 
     def next_group(self) -> Group | None:
-        """None when all are read."""
+        """The next group of prompts; None when all are read."""
         part = list(itertools.islice(self._examples, self._packer.batch_size))
         if not part:
             return None
@@ -96,7 +96,7 @@ class Requests:
 
 
 class Running:
-    """The answers that grow at the moment, on the device."""
+    """The answers that are being generated on the device."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Running:
 
     @property
     def live(self) -> bool:
-        """Whether any answer is growing."""
+        """Whether any answer is unfinished."""
         return any(request for group in self._places for request in group)
 
     def outgrown(self, room: Room) -> bool:
@@ -134,7 +134,7 @@ class Running:
         return all(group.count(None) >= prompts for group in self._places)
 
     def admit(self, group: Group) -> None:
-        """Reads these prompts; there must be room for them."""
+        """Prefills these prompts; there must be room for them."""
         share, samples = group.prompts.ends.shape[1], self._program.samples
         source = np.full((len(self._places), len(self._places[0])), -1, np.int32)
         for number, request in enumerate(group.requests):
@@ -175,8 +175,8 @@ class Running:
         )
 
     def collect(self) -> Iterator[tuple[Request, list[Tokens], bool]]:
-        """Each request with its answers so far, and whether they have ended; it then gives up its
-        place. Tokens behind an answer's end token mean nothing."""
+        """Each request with its answers so far, and whether they are finished; its place is then
+        free. Tokens after an answer's end token are meaningless."""
         state = jax.device_get({name: self._state[name] for name in READ})
         samples = self._program.samples
         ended = state["finished"].reshape(-1, samples).all(1)
