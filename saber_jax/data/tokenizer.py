@@ -30,7 +30,7 @@ SPACE = "\u2581"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code needs of a vocabulary."""
+    """The interface of a vocabulary."""
 
     path: Path
 
@@ -97,8 +97,8 @@ class SentencePieceTokenizer:
         before = [token for token in range(first_byte) if not self._model.is_unknown(token)]
         normal = [token for token in before if not self._model.is_control(token)]
         self._symbols = {self._model.id_to_piece(token): token for token in normal}
-        # Symbols are cut out here, not by SentencePiece, which may join a symbol with
-        # its surroundings; so text around a symbol is encoded as if it stood alone.
+        # Symbols are split off here, because SentencePiece may join a symbol with its surroundings;
+        # so text around a symbol is encoded as if it were alone.
         longest_first = sorted([*self._symbols, SPACE], key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 

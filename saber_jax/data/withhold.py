@@ -1,7 +1,7 @@
-"""Hide one modality of a record while every media token stays in the prompt.
+"""Withholds one modality of a record, with all media tokens kept in the prompt.
 
-The model then gets the same tokens, but they carry nothing. Preference pairs are mined from such
-answers, and the demo shows with them what a model takes from which modality.
+The prompt is the same, but the modality's tokens carry no information. Preference pairs are mined
+from answers to such records, and probes and the demo show how much a model uses a modality.
 """
 
 import dataclasses

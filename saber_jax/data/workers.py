@@ -1,8 +1,7 @@
-"""Loader processes that outlive a SIGTERM.
+"""Loader processes that ignore SIGTERM.
 
-A machine that is taken back, and a session that is ended, send SIGTERM to every process. The run
-itself saves and ends then (runs/distributed.py), for which it still needs batches; it ends its
-loader processes without signals they could ignore.
+When a machine is preempted or a session ends, every process gets SIGTERM. The run then saves and
+exits (runs/distributed.py), for which it still needs batches. It ends its loader processes itself.
 """
 
 import contextlib
@@ -26,8 +25,8 @@ def ignore_sigterm(index: int, count: int) -> None:
 
 @contextlib.contextmanager
 def sigterm_held() -> Iterator[None]:
-    """Processes started inside are born without hearing SIGTERM, as it takes them seconds to reach
-    `ignore_sigterm`. One that comes to this process meanwhile is heard at the end."""
+    """Blocks SIGTERM for processes that are started inside, because they need seconds to reach
+    `ignore_sigterm`. A SIGTERM to this process in the meantime is delivered at the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -1,12 +1,12 @@
-"""The two device programs behind saber_jax.generate: read some prompts, then go on token by token.
+"""The two device programs of saber_jax.generate: prefill of new prompts, and decoding.
 
-C prompts are answered at a time. `admit` reads a few new ones and puts them in the place of those
-whose answers have ended; `proceed` adds a token to every answer, until enough of them have ended.
-All rows write into one slot of the cache at a time, and the slots are a ring of as many as an
-answer may have tokens: whenever an answer begins, it finds room for all of its own.
+C prompts are answered at a time. `admit` prefills a few new ones and puts them in the places of
+finished ones. `proceed` adds tokens to all answers until enough of them are finished. All rows
+write to the same slot of the kv cache. The slots are a ring of as many slots as an answer may have
+tokens, so there is room for a whole answer whenever it begins.
 
 Axis letters: C prompts   B rows, equally many answers to each prompt   D width   V vocabulary
-N new tokens   G groups, of which each lies on devices of its own   c = C / G   n new prompts.
+N new tokens   G groups, each on its own devices   c = C / G   n new prompts.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from saber_jax.models.text import Block, Cache, LayerCache, last_slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is picked: temperature 0 takes the likeliest one.
+    """Sampling settings. Temperature 0 is greedy.
 
-    Otherwise one is drawn from the smallest set of tokens that holds `top_p` of the probability. A
-    draw depends on `seed`, on the numbers of the record, of the answer to it and of the token, and
-    not on the batch size.
+    Otherwise a token is sampled from the smallest set of tokens with at least `top_p` of the
+    probability. It depends on `seed` and on the indices of the record, the answer and the token,
+    but not on the batch size.
     """
 
     temperature: float = 0.0
@@ -52,7 +52,7 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What the two programs are compiled for, besides their shapes."""
+    """Static arguments of the two programs."""
 
     cfg: SaberConfig
     dtype: jnp.dtype
@@ -60,10 +60,10 @@ class Program:
     prompt_slots: int  # The longest prompt.
     max_new_tokens: int
     samples: int  # Answers to every prompt, next to each other among the rows.
-    groups: int = 1  # Prompts lie in so many groups, each on devices of its own.
-    max_frame_patches: int | None = None  # Most patches of one frame pair of new prompts.
+    groups: int = 1  # Number of groups of prompts, each on its own devices.
+    max_frame_patches: int | None = None  # Maximum patches of a frame pair of new prompts.
     kernel: Kernel = "xla"  # Attention of the prefill, see models/kernels.py.
-    # How rows and the cache lie on the devices, see sharding.py.
+    # Shardings of rows and of the cache, see sharding.py.
     rows: NamedSharding | None = None
     cache: NamedSharding | None = None
 
@@ -72,9 +72,9 @@ class State(TypedDict):
     """What is carried from token to token."""
 
     slot: Int[Array, ""]  # Of the ring, where the newest tokens are read into.
-    tokens: Int[Array, "B"]  # The newest ones, not read by the model yet.
+    tokens: Int[Array, "B"]  # The newest ones, which the model has not processed yet.
     positions: Int[Array, "B"]  # Their TMRoPE positions, the same on all three axes.
-    answers: UInt32[Array, "B"]  # Numbers of the answers: different ones draw differently.
+    answers: UInt32[Array, "B"]  # Indices of the answers, which seed their samples.
     first: Int[Array, "C"]  # Where in its slots of the cache the prompt begins.
     begun: Int[Array, "C"]  # The slot of the answers' first tokens.
     counts: Int[Array, "C"]  # Tokens of the prompt's longest answer, the newest included.
@@ -83,7 +83,7 @@ class State(TypedDict):
 
 
 class Pick(NamedTuple):
-    """What decides the next token besides the model."""
+    """Arguments of the choice of the next token."""
 
     seed: UInt32[Array, ""]
     temperature: Float[Array, ""]
@@ -94,7 +94,7 @@ class Pick(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("prompts", "program"))
 def blank(*, prompts: int, program: Program) -> tuple[State, Cache]:
-    """Room for `prompts` prompts, none of which is there yet."""
+    """An empty state and cache for `prompts` prompts."""
     rows, text, new = prompts * program.samples, program.cfg.text, program.max_new_tokens
 
     def zeros(first: int, slots: int) -> tuple[Array, Array]:
@@ -132,10 +132,10 @@ def admit(
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Reads n prompts, picks the first token of each answer to them, and gives them places.
+    """Prefills n prompts, chooses the first token of each of their answers, and gives them places.
 
-    `source` says for each of a group's places which of the group's new prompts takes it, or -1 for
-    none. `answers` are the numbers of the m = n * samples answers that begin.
+    `source` is, for each place of a group, the index of the group's new prompt that takes it, or -1
+    for none. `answers` are the indices of the m = n * samples new answers.
     """
     ends, samples = batch.ends, program.samples
     last, new = saber.prefill(
@@ -197,9 +197,9 @@ def proceed(
     *,
     program: Program,
 ) -> tuple[State, Cache]:
-    """Adds up to `limit` tokens, until in each group `wanted` prompts have no unfinished answer.
+    """Decodes up to `limit` tokens, until `wanted` prompts of each group are finished.
 
-    `layers` are those of `saber.text_layers`, if the device is one that reads them faster.
+    `layers` are those of `saber.text_layers`, for devices that read them faster.
     """
     ring = program.max_new_tokens
 
@@ -226,7 +226,7 @@ def proceed(
         ended = state["finished"].reshape(-1, program.samples).all(1)
         tokens = next_token(params, hidden, state["answers"], numbers, pick, program)
         slot = (state["slot"] + 1) % ring
-        # An answer that has ended keeps its tokens until its place is given away.
+        # A finished answer keeps its tokens until its place is reused.
         old = jax.lax.dynamic_index_in_dim(state["out"], slot, 1, keepdims=False)
         out = jnp.where(state["finished"], old, tokens)
         counts = jnp.where(ended, state["counts"], state["counts"] + 1)
@@ -280,7 +280,7 @@ def next_token(
 ) -> Int[Array, "B"]:
     """Token number `numbers` of each answer."""
     logits = saber.logits(params, hidden)
-    # Released checkpoints pad the vocabulary; no tokenizer can read those ids.
+    # Released checkpoints pad the vocabulary; tokenizers cannot decode the padding ids.
     real = jnp.arange(logits.shape[-1])[None] < pick.vocabulary
     logits = jnp.where(real, logits, -jnp.inf)
     if program.greedy:
@@ -297,7 +297,7 @@ def next_token(
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], temperature: Array, top_p: Array
 ) -> Int[Array, "B"]:
-    """Draws from the likeliest tokens that together hold at least `top_p`.
+    """Samples from the most likely tokens with a total probability of at least `top_p`.
 
     Nucleus sampling, https://arxiv.org/abs/1904.09751.
     """

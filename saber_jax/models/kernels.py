@@ -1,7 +1,7 @@
-"""Attention kernels under our masks: which there are, and the Pallas splash kernel of TPUs.
+"""Attention kernels with our masks: the choice of a kernel, and the Pallas splash kernel of TPUs.
 
-Scores never leave the chip's vector memory, and blocks of keys that no query of a block may see are
-never computed. A kernel is written for one device, so it belongs inside `jax.shard_map`.
+Scores stay in the chip's vector memory, and blocks of keys that no query of a block can see are
+skipped. A kernel is written for one device, so it is used inside `jax.shard_map`.
 
 Axis letters: B batch   T positions   N heads   K kv heads   H head dim.
 """
@@ -134,7 +134,7 @@ def nearby(
     if kernel in TRITON:
         interpret = kernel == "triton_interpret"
         return triton.same_segment(q, k, v, segments, interpret=interpret)
-    # Longer rows are cheaper than shorter blocks: few blocks meet a segment, whatever the padding.
+    # Padding rows costs less than using shorter blocks, because few blocks meet a segment.
     block = min(LONGEST_BLOCK, max(LANES, 1 << (reach - 1).bit_length()))
     length = q.shape[1] + -q.shape[1] % block
     return _attend(q, k, v, segments, NearbyMask(length, reach), block, kernel)

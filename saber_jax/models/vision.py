@@ -152,8 +152,8 @@ class Vision(nnx.Module):
     ) -> Float[Array, "B U O"]:
         """Units in tower order; rows of padding (`frame` 0) are zeros.
 
-        `max_frame_patches` promises that no frame has more patches, which makes attention local;
-        a longer frame would lose far keys.
+        `max_frame_patches` is an upper bound of the patches of a frame, which allows local
+        attention; a larger frame would lose far keys.
         """
         attention_fn = functools.partial(
             _attend, window=window, frame=frame, cfg=cfg, reach=max_frame_patches, kernel=kernel
