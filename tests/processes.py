@@ -17,7 +17,8 @@ FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_le
 class Processes:
     """`count` processes of the same command, with `devices` virtual devices in sum.
 
-    The last one's command also has what is `odd`.
+    The last one's command also has what is `odd`. With `sessions` each leads a session of its own,
+    as on a host of its own.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Processes:
         count: int,
         devices: int = 8,
         odd: tuple[str, ...] = (),
+        sessions: bool = False,
         **env: str,
     ):
         with socket.socket() as free:
@@ -58,6 +60,7 @@ class Processes:
                         env=os.environ | settings | env,
                         stdout=out,
                         stderr=subprocess.STDOUT,
+                        start_new_session=sessions,
                     )
                 )
 

@@ -1,5 +1,6 @@
 """A machine that is taken back signals every process of a run at once, whatever it is doing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from saber_jax.runs.distributed import PREEMPTED
-from tests.processes import FLAGS, ROOT
+from tests.processes import FLAGS, ROOT, running
 from tests.test_processes import command, records
 
 __all__ = ["records"]  # A fixture.
@@ -85,3 +86,22 @@ def test_a_sigterm_to_every_process_ends_the_run_saved_and_the_next_start_ends_i
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def test_a_sigterm_to_every_process_of_every_host_saves_one_step_and_all_end_with_75(
+    records, tmp_path
+):
+    root = tmp_path / "run"
+    settings = {"data__workers": 2, "checkpoint_every": 100}
+    again = command("sft", records, root, (1, 2, 1), **settings)
+    with running(again, root / "logs", count=2, devices=2, sessions=True) as hosts:
+        hosts.wait_until(lambda: stepped(root), PATIENCE)
+        for host in hosts.members:
+            os.killpg(host.pid, signal.SIGTERM)
+        assert hosts.wait(PATIENCE) == [PREEMPTED] * 2, hosts.text()
+        assert "Traceback" not in hosts.text()
+    (saved,) = (root / "sft/checkpoints").iterdir()
+    with running(again, root / "logs", count=2, devices=2, sessions=True) as hosts:
+        assert hosts.wait(PATIENCE) == [0, 0], hosts.text()
+    steps = [json.loads(line)["step"] for line in (root / "sft/metrics.jsonl").open()]
+    assert steps == list(range(8)) and int(saved.name) >= 3
