@@ -215,8 +215,9 @@ def test_in_every_form_an_option_changes_the_loss_or_is_an_error(form, name):
 
 def test_no_option_is_forgotten_here():
     # length_alpha changes what goes in: see the test from the log-probs of tokens.
+    # warn_displacement is about the console alone: see tests/train/test_validate.py.
     names = {field.name for field in dataclasses.fields(Preference)}
-    assert names == set(CHANGES) | {"form", "length_alpha"}
+    assert names == set(CHANGES) | {"form", "length_alpha", "warn_displacement"}
     for form in get_args(Form):
         assert any(c["form"] == form and "length_alpha" in c for c in GOLDENS["of_tokens"])
 
