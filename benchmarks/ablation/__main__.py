@@ -7,8 +7,8 @@ launch/chain.py: an interrupted call goes on where it was, and one with more see
 them. A folder that `launch/tpu_run.sh configs/cadpo.py:tiny --config.seed=N --config.root=...` left
 is used too. ROOT/scores.json and ROOT/table.md hold the results; the last line is one JSON object.
 
-Seeds begin at 1, because the recipe was chosen on seed 0. On two cores a seed takes about 50
-minutes for all arms, three quarters of them for the three that train a stage 1 of their own.
+Seeds begin at 1, because the recipe was chosen on seed 0. On two quiet cores a seed of all
+arms is estimated to take an hour, half of it for the three that train a stage 1 of their own.
 """
 
 import argparse

@@ -89,9 +89,13 @@ class Claim:
     share: float = 1.0
     falls: bool = False
 
-    def verdict(self, gained: Score) -> str:
-        """ "shown" or "refuted" if the whole interval says so, else "open"."""
-        low, high = gained["interval"]
+    def verdict(self, gained: Score, seeds: int) -> str:
+        """ "shown" or "refuted" if the whole interval says so, else "open"; of one seed "one seed",
+        because its interval does not know how far seeds differ."""
+        if seeds < 2:
+            return "one seed"
+        # Rounded: a share of clips such as 12 of 120 is not exactly the 0.1 that it stands for.
+        low, high = (round(bound, 9) for bound in gained["interval"])
         if self.falls:
             low, high = -high, -low
         if low > self.at_least:
@@ -126,6 +130,12 @@ CLAIMS = (
         before="sed",
         after="anchored",
         at_least=-0.01,
+    ),
+    Claim(
+        says="without the SFT term and the anchor it loses more there",
+        measure="consistent",
+        before="withhold",
+        after="anchored",
     ),
     Claim(
         says="CA-DPO at least halves the answers that one modality dominates",
@@ -201,7 +211,10 @@ def _known(claim: Claim, counts: Mapping[str, Any]) -> bool:
 def _claimed(claim: Claim, counts: Mapping[str, Mapping[str, list[Counts]]]) -> dict[str, Any]:
     before, after = (counts[name][claim.measure] for name in (claim.before, claim.after))
     gained = intervals.gain(before, after, share=claim.share)
-    return dataclasses.asdict(claim) | {"gain": gained, "verdict": claim.verdict(gained)}
+    return dataclasses.asdict(claim) | {
+        "gain": gained,
+        "verdict": claim.verdict(gained, len(before)),
+    }
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -72,18 +72,37 @@ def test_arms_are_scored_and_claims_judged_over_both_seeds(tmp_path):
     assert "| 25.0 (" in text and "| shown |" in text and "random" not in text
 
 
+def two_seeds(folder: Path, **right: int) -> dict[str, Any]:
+    """What is found where every arm is right about the first `right` clips of both seeds."""
+    roots = [folder / "seed_1", folder / "seed_2"]
+    for root in roots:
+        for name, count in right.items():
+            answered(root, name, count)
+    return compare.compared(roots, list(right))
+
+
 def test_a_claim_whose_whole_interval_lies_below_is_refuted(tmp_path):
-    answered(tmp_path, "sed", CLIPS)
-    answered(tmp_path, "anchored", 4)
-    judged = claims(compare.compared([tmp_path], ["sed", "anchored"]))
+    judged = claims(two_seeds(tmp_path, sed=CLIPS, anchored=4))
     assert {claim["verdict"] for claim in judged.values()} == {"refuted"}
 
 
 def test_equal_arms_show_nothing(tmp_path):
-    answered(tmp_path, "withhold", 20)
-    answered(tmp_path, "anchored", 20)
-    (claim,) = compare.compared([tmp_path], ["withhold", "anchored"])["claims"]
-    assert (claim["gain"]["value"], claim["verdict"]) == (0.0, "open")
+    found = claims(two_seeds(tmp_path, withhold=20, anchored=20))
+    assert len(found) == 2
+    assert {(claim["gain"]["value"], claim["verdict"]) for claim in found.values()} == {(0, "open")}
+
+
+def test_a_gain_of_just_what_is_claimed_is_open():
+    score = {"value": 0.1, "interval": [0.3 - 0.2, 0.2]}
+    assert compare.MAIN.verdict(score, seeds=2) == "open"
+    assert compare.MAIN.verdict(score | {"interval": [0.0, 0.3 - 0.2]}, seeds=2) == "open"
+
+
+def test_one_seed_settles_nothing(tmp_path):
+    answered(tmp_path, "sed", 4)
+    answered(tmp_path, "anchored", CLIPS)
+    found = compare.compared([tmp_path], ["sed", "anchored"])
+    assert {claim["verdict"] for claim in found["claims"]} == {"one seed"}
 
 
 def test_arms_that_answered_other_clips_are_refused(tmp_path):
