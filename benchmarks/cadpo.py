@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, cast
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def unshared_step(state: TrainState, batch: Batch, *, tx, compute: Compute):
 
     (loss, _, _), grads = gradients(state, batch, objective, 1)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = cast(dict, optax.apply_updates(state.trainable, updates))
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), {"loss": loss}
 
 
@@ -235,17 +236,15 @@ class Worker:
         )
 
     def step(self) -> dict[str, float]:
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        print("step", file=self._process.stdin, flush=True)
         return self.read()
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # It ends at the end of its input.
 
     def read(self) -> dict[str, float]:
         """What it says next; its first word comes after its first step."""
-        line = self._process.stdout.readline()
+        line = cast(IO[str], self._process.stdout).readline()
         if not line:
             raise RuntimeError("A variant's process ended early; its message is above.")
         return json.loads(line)
@@ -280,7 +279,7 @@ def main() -> None:
 
 
 def report(
-    shared: dict, count: dict[str, float], steps: dict[str, list[dict]], *, quick: bool
+    shared: Batch, count: dict[str, float], steps: dict[str, list[dict]], *, quick: bool
 ) -> None:
     """Ratios are medians over rounds, so that whatever else the machine does hits all alike."""
 

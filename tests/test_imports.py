@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,14 @@ def test_only_the_loader_brings_jax_into_data():
         if any(name.split(".")[0] in ("jax", "flax") for name in imports(path))
     }
     assert importers == {"loader.py"}
+
+
+def test_processes_that_decode_start_without_jax():
+    code = (
+        "import saber_jax.data.isolation, saber_jax.data.decode, saber_jax.data.encoded, sys; "
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_no_module_of_data_imports_itself_by_a_detour():

@@ -1,6 +1,7 @@
 """Every program that a config runs on a pod, lowered from abstract inputs."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
     groups = sharding.shards(sharding.BATCH_AXES, mesh)
     place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-    def of(shape, dtype, where=everywhere):
+    def of(shape, dtype, where=everywhere) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     dtype = jnp.dtype(compute.dtype)

@@ -22,7 +22,7 @@ def figures(
     compiled: jax.stages.Compiled, name: str, stage: Stage, slices: Slices, seconds: float
 ) -> dict[str, Any]:
     """Everything that the compiled program says, per device unless it says otherwise."""
-    module = hlo.parse(compiled.as_text())
+    module = hlo.parse(compiled.as_text() or "")
     uncounted = 1.0 if name == "decode" else None  # So decode's figures are those of one token.
     shares = programs.branch_shares(stage)
     costs = cost.analyze(module, dict(stage.mesh.shape), shares, uncounted=uncounted)

@@ -1,7 +1,7 @@
 """Which examples are kept from training, to see how well it goes on what it never saw."""
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 
 def split(
@@ -30,7 +30,7 @@ def split(
     return usable[~held], usable[held]
 
 
-def _mixed(numbers: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
+def _mixed(numbers: Int[np.ndarray, " n"], seed: int) -> UInt64[np.ndarray, " n"]:
     """The finalizer of SplitMix64, https://doi.org/10.1145/2660193.2660195."""
     x = numbers.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

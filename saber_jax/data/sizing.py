@@ -54,10 +54,11 @@ class Measurements:
         return patches // np.maximum(self.frame_pairs, 1)
 
     def __add__(self, other: "Measurements") -> "Measurements":
-        counts = np.zeros(max(len(self.token_counts), len(other.token_counts)), np.int64)
-        counts[: len(self.token_counts)] += self.token_counts
-        counts[: len(other.token_counts)] += other.token_counts
-        return Measurements(self.sizes + other.sizes, self.frame_pairs + other.frame_pairs, counts)
+        return Measurements(
+            self.sizes + other.sizes,
+            self.frame_pairs + other.frame_pairs,
+            _added(self.token_counts, other.token_counts),
+        )
 
 
 def save(path: Path, measurements: Measurements, fingerprint: str) -> None:
@@ -117,9 +118,15 @@ def _nothing(examples: Measured, total: int) -> Measurements:
 def _put(result: Measurements, indices: Sequence[int], part: Measurements) -> None:
     result.sizes[:, indices] = part.sizes
     result.frame_pairs[indices] = part.frame_pairs
-    empty = Measurements(np.zeros(1), np.zeros(1), part.token_counts)
-    old = Measurements(np.zeros(1), np.zeros(1), result.token_counts)
-    result.token_counts = (old + empty).token_counts
+    result.token_counts = _added(result.token_counts, part.token_counts)
+
+
+def _added(some: Int[np.ndarray, " m"], others: Int[np.ndarray, " n"]) -> Int[np.ndarray, " v"]:
+    """Counts by token; ids behind the end of one have not been seen there."""
+    counts = np.zeros(max(len(some), len(others)), np.int64)
+    counts[: len(some)] += some
+    counts[: len(others)] += others
+    return counts
 
 
 _examples: Measured  # In a worker process.

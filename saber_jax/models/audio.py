@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from saber_jax.models.attention import attend
 from saber_jax.models.config import AudioConfig
 from saber_jax.models.layers import (
-    attend,
     gelu,
     layer_norm,
     project,

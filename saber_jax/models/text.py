@@ -15,11 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from saber_jax.models.attention import attend, attend_cached
 from saber_jax.models.config import TextConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
-    attend,
-    attend_cached,
     project,
     rms_norm,
     scan_layers,

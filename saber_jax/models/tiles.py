@@ -29,7 +29,7 @@ class Tiled(nnx.Module):
 
     def project(self, _: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The product over x's last dimensions, the inputs, whatever letters the einsum has."""
-        count, inputs, _ = self.tiles.shape
+        count, inputs = self.tiles.shape[:2]
         rows = x.reshape(-1, inputs)
         # Without the barrier XLA would see that all tiles read the same rows and undo the tiling.
         read = jax.lax.optimization_barrier(jnp.broadcast_to(rows[None], (count, *rows.shape)))

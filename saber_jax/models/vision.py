@@ -18,11 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from saber_jax.models.attention import attend, attend_nearby
 from saber_jax.models.config import VisionConfig
 from saber_jax.models.kernels import TRITON, Kernel
 from saber_jax.models.layers import (
-    attend,
-    attend_nearby,
     gelu,
     project,
     rms_norm,

@@ -10,13 +10,14 @@ V vocabulary   W columns of the projection: V, or more, where it is padded.
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from saber_jax.models.layers import MASKED
+from saber_jax.models.attention import MASKED
 
 Measure = Callable[[Float[Array, "B C W"], Int[Array, "B C"], int], Array]
 """(logits, tokens, V) -> a value of every target."""
@@ -57,7 +58,10 @@ def weighted_nll(
     logits, which are neither recomputed nor kept. In return, the whole gradient of the projection
     is read and written for every chunk.
     """
-    total, values = _weighted(hidden, head, tokens, jax.lax.stop_gradient(weights), vocab, chunk)
+    weights = jax.lax.stop_gradient(weights)
+    total, values = cast(
+        "tuple[Array, Array]", _weighted(hidden, head, tokens, weights, vocab, chunk)
+    )
     return total, jax.lax.stop_gradient(values)
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saber_jax.models import layers
-from saber_jax.models.layers import attend, attend_nearby, scan_layers
+from saber_jax.models import attention
+from saber_jax.models.attention import attend, attend_nearby
+from saber_jax.models.layers import scan_layers
 from saber_jax.models.masks import packed_text, same_segment
 
 
@@ -30,7 +31,7 @@ def test_query_heads_share_kv_heads_in_order():
 
 
 def test_what_lies_before_the_longest_segment_need_not_be_looked_at(monkeypatch):
-    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     q, k, v = (random((1, 24, 2, 4), seed) for seed in range(3))
     segments = np.repeat([[1, 2, 3, 4, 0]], [5, 7, 6, 2, 4], axis=1)
     form = functools.partial(packed_text, segments, np.zeros_like(segments))
@@ -77,7 +78,7 @@ def test_an_unknown_remat_is_refused():
 
 @pytest.mark.parametrize(("response", "named"), [(0, 0), (5, 5), (8, 0)])
 def test_causal_attention_in_blocks_equals_dense_attention(monkeypatch, response, named):
-    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     length = 14 + 2 * response
     shared = np.array([1] * 6 + [2] * 5 + [0] * 3)
     region = np.array([1] * 2 + [2] * 3 + [0] * 8)[:response]
@@ -99,5 +100,5 @@ def test_causal_attention_in_blocks_equals_dense_attention(monkeypatch, response
         (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), True)(q, k, v)
         return [out, *gradients]
 
-    for got, want in zip(both(layers._blocks), both(layers._dense), strict=True):
+    for got, want in zip(both(attention._blocks), both(attention._dense), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saber_jax.models.attention import attend, attend_nearby
 from saber_jax.models.kernels import NearbyMask, PackedMask
-from saber_jax.models.layers import attend, attend_nearby
 from saber_jax.models.masks import packed_text
 
 TOLERANCE = 2e-5

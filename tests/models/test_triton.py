@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saber_jax.models import triton
-from saber_jax.models.layers import attend, attend_nearby
+from saber_jax.models.attention import attend, attend_nearby
 from saber_jax.models.masks import packed_text
 from tests.models.test_kernels import output_and_gradients, random
 
