@@ -1,6 +1,6 @@
 """What becomes of a run whose machine fails it: kills, flipped bits, full disks, bad inputs.
 
-    python -m benchmarks.faults [--quick] [--share X] [--only WORD] [--seed N]
+    python -m benchmarks.faults [--quick] [--share X] [--only REGEX] [--seed N]
 
 Every fault is made for real: SIGKILL and SIGTERM to processes that train the tiny network, single
 bits flipped in what a run, a build or an export left, a tmpfs that fills up, input files mutated by
@@ -21,6 +21,7 @@ installs.
 import argparse
 import functools
 import os
+import re
 import signal
 import tempfile
 import time
@@ -40,7 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few of each, in about a minute")
-    parser.add_argument("--only", default="", help="faults whose name has this in it")
+    parser.add_argument("--only", default="", help="faults whose name matches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the full number of faults")
     flags = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
         rows = {
             fault: timed(fault, run)
             for fault, run in faults(flags, folder).items()
-            if flags.only in fault
+            if re.search(flags.only, fault)
         }
         costs = {} if flags.only else cost.overhead(folder / "cost", 32 if flags.quick else 512)
     print(outcomes.table(rows))

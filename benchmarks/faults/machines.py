@@ -57,7 +57,7 @@ def kills(
                 before, run = training.whole(root), Run(records, root)
                 run.process.join(float(rng.uniform(0, 1.2 * wanted.seconds)))
                 run.send(how)
-                status = run.ended()
+                status = run.ended(wanted.patience)
                 ended = status == 0
                 if status is None:
                     tally["hang"] += 1
@@ -112,7 +112,7 @@ def filled(
     records: Path, root: Path, wanted: Undisturbed, *, disk: Path | None, limit: int | None
 ) -> str:
     first = Run(records, root, largest_file=limit)
-    status = first.ended()
+    status = first.ended(wanted.patience)
     if status is None:
         return "hang"
     if status == 0:
@@ -125,7 +125,8 @@ def filled(
         return "unnamed"
     if disk is not None:
         subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-    done = Run(records, root).ended() == 0 and training.final(records, root) == wanted.numbers
+    again = Run(records, root).ended(wanted.patience)
+    done = again == 0 and training.final(records, root) == wanted.numbers
     return "named" if done else "lost"
 
 
@@ -169,13 +170,13 @@ def killed_host(records: Path, root: Path, count: int, rng: np.random.Generator)
 
 
 def damaged_step(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
-    if any(run.ended() for run in together(records, root, count)):
+    if any(run.ended(training.PATIENCE) for run in together(records, root, count)):
         return "lost"
     newest = saved.steps(root / "sft")[-1]
     files = [p for p in (newest / "params").rglob("*") if p.is_file() and p.parent.name == "d"]
     flip(max(files, key=lambda p: p.stat().st_size), rng)
     runs = together(records, root, count)
-    statuses = [run.ended() for run in runs]
+    statuses = [run.ended(training.PATIENCE) for run in runs]
     said = "".join(run.said for run in runs)
     if None in statuses:
         return "hang"
@@ -205,5 +206,5 @@ def _all_end_and_go_on(runs: list[Run], records: Path, root: Path, reason: str) 
 
 
 def _finished(records: Path, root: Path, count: int) -> str:
-    statuses = [run.ended() for run in together(records, root, count)]
+    statuses = [run.ended(training.PATIENCE) for run in together(records, root, count)]
     return "named" if not any(statuses) and training.whole(root) == training.STEPS else "lost"

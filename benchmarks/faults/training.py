@@ -30,8 +30,8 @@ from saber_jax.train import stage as stages
 from saber_jax.train.step import TrainState
 
 STEPS = 6
-PATIENCE = 120
-"""Seconds within which a short run has to end, whatever happens to it."""
+PATIENCE = 300
+"""Seconds within which the first run, which compiles, has to end."""
 WORDS = ("calm", "person", "speaks", "loudly", "in", "the", "quiet", "red", "room", "slowly")
 
 
@@ -118,7 +118,7 @@ class Run:
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"saber_jax.main: {error}")
 
-    def ended(self, seconds: float = PATIENCE) -> int | None:
+    def ended(self, seconds: float) -> int | None:
         """Its status, negative for a signal; None if it had to be killed for taking longer."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -186,6 +186,11 @@ class Undisturbed:
     seconds: float
     size: int
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which a run that something happened to counts as hanging."""
+        return 60 + 4 * self.seconds
+
 
 def undisturbed(records: Path, root: Path) -> Undisturbed:
     """Twice: the first run compiles. Raises RuntimeError with what a run said that failed."""
@@ -193,7 +198,7 @@ def undisturbed(records: Path, root: Path) -> Undisturbed:
     for attempt in ("first", "second"):
         began = time.perf_counter()
         run = Run(records, root / attempt)
-        if run.ended(4 * PATIENCE) != 0:
+        if run.ended(PATIENCE) != 0:
             raise RuntimeError(f"A run without any fault failed: {run.said}")
         wanted = final(records, root / attempt)
     assert wanted is not None, "it has ended well"
