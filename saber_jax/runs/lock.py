@@ -92,10 +92,15 @@ def _busy(folder: Path, holder: dict[str, Any]) -> str:
 
 def _create(path: Path, ours: dict[str, Any]) -> bool:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(_line(ours, 0))
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(_line(ours, 0))
+    except OSError:  # An empty lock would make the next run wait until it counts as stale.
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from saber_jax.runs.files import read_json, write_json
+from saber_jax.runs.speaking import Losses
 
 PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "validate", "save", "finish")
 """Phases of a run, in the order of a step."""
@@ -84,7 +85,7 @@ class Timeline:
 
 class Attempt:
     """The record of this start, written by one process. A rollback to a checkpoint starts another
-    one."""
+    one. What cannot be written to a full disk is dropped with a warning."""
 
     def __init__(self, workdir: Path, timeline: Timeline, *, first: int, chips: int):
         """`first` is the step that this start begins with."""
@@ -92,6 +93,7 @@ class Attempt:
         self._folder = Path(workdir) / "attempts"
         numbers = [int(path.stem) for path in _records(self._folder)]
         self._path = self._folder / f"{max(numbers, default=0) + 1}.json"
+        self._losses = Losses(f"records of times in {self._folder}")
         self._before = timeline.begin_attempt()
         # The process is a little older than its first attempt.
         began = time.time() - sum(self._own_seconds().values())
@@ -103,10 +105,13 @@ class Attempt:
 
     def write(self, last: int) -> None:
         """`last` is the number of steps that are saved by now."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         seconds = {name: round(value, 2) for name, value in self._own_seconds().items()}
         record = self._about | {"until": time.time(), "last": last, "seconds": seconds}
-        write_json(self._path, record)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, record)
+        except OSError as error:
+            self._losses.add(1, str(error))
 
 
 def goodput(workdir: Path) -> dict[str, Any]:

@@ -59,7 +59,13 @@ class Checkpoints:
         self._workdir, self._every = Path(workdir), every
         self._frozen, self._strict = frozen, strict
         speaking.keep_orbax_brief()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            enable_async_checkpointing=True,
+            # Otherwise the threads that write arrays wait minutes for folders that a full disk
+            # refused, and Python waits for these threads when it exits.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
         self._manager = ocp.CheckpointManager(
             buckets.native(Path(workdir) / "checkpoints"), options=options, item_names=ITEMS
         )

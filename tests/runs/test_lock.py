@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -28,6 +29,18 @@ def test_it_is_released_at_the_end_and_leaves_no_empty_folder(tmp_path):
     with lock.held(tmp_path / "run"):
         (tmp_path / "run/result").touch()
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["result"]
+
+
+def test_a_full_disk_leaves_no_lock_behind(tmp_path):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match="File too large"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
+            with lock.held(tmp_path):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_of_a_killed_run_is_taken_over_at_once_and_named(tmp_path, capsys):

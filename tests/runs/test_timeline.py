@@ -113,3 +113,12 @@ def test_a_record_is_as_old_as_its_process(tmp_path):
     before = time.time()
     Attempt(tmp_path, Timeline(), first=0, chips=1).write(1)
     assert goodput(tmp_path)["wall_seconds"] <= time.time() - before + 1
+
+
+def test_a_record_that_cannot_be_written_is_dropped_with_one_warning(tmp_path, capsys):
+    (tmp_path / "attempts").touch()  # No folder can be made, as on a full disk.
+    attempt = Attempt(tmp_path, Timeline(), first=0, chips=4)
+    attempt.write(1)
+    attempt.write(2)
+    assert capsys.readouterr().err.count("records of times") == 1
+    assert not goodput(tmp_path)

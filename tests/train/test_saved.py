@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from saber_jax import sharding
 from saber_jax.train import saved
-from saber_jax.train.checkpoint import Checkpoints
+from saber_jax.train.checkpoint import Checkpoints, SaveError
 from saber_jax.train.step import TrainState
 
 # Orbax drops tasks whose exceptions nobody fetched.
@@ -152,6 +153,19 @@ def test_another_network_is_refused_and_nothing_is_called_damaged(workdir):
     with pytest.raises(ValueError, match="holds another network or optimizer: params/text/w"):
         checkpoints.restore(wide, {"plan": "abc"})
     assert names(workdir) == ["2", "4"]
+
+
+def test_a_save_that_gets_no_folder_fails_with_the_reason_and_leaves_no_thread_waiting(tmp_path):
+    before = set(threading.enumerate())
+    checkpoints = Checkpoints(tmp_path, every=2)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").touch()  # A folder in it is refused, as by a full disk.
+    with pytest.raises(SaveError, match=r"could not be written to .*: Not a directory"):
+        checkpoints.save(state(2), {"step": 2, "plan": "abc"})
+        checkpoints.close()
+    after = set(threading.enumerate()) - before
+    # Python waits for these when it exits.
+    assert not [t.name for t in after if type(t).__module__.startswith("orbax") and not t.daemon]
 
 
 def test_reading_is_tried_again_while_storage_is_out_of_reach(monkeypatch):
