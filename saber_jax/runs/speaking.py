@@ -8,6 +8,8 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -54,8 +56,11 @@ def keep_orbax_brief() -> None:
     """Silences what Orbax logs in addition to raising errors. May be called repeatedly.
 
     It logs the traceback of every thread and task that an error passes through, and warns of items
-    without a metadata file of their own, which those of a CheckpointManager never have.
+    without a metadata file of their own, which those of a CheckpointManager never have. After a
+    failed write it closes its event loop, which TensorStore then reports for each write left.
     """
+    if not isinstance(sys.unraisablehook, _ExceptClosedLoop):
+        sys.unraisablehook = _ExceptClosedLoop(sys.unraisablehook)
     logging.getLogger("absl").addFilter(_worth_saying)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -63,3 +68,14 @@ def keep_orbax_brief() -> None:
 def _worth_saying(record: logging.LogRecord) -> bool:
     of_orbax = "orbax" in record.pathname and record.levelno >= logging.ERROR
     return not (of_orbax or record.getMessage().startswith("Metadata file does not exist"))
+
+
+class _ExceptClosedLoop:
+    """A hook for exceptions that nobody can catch: `shown` gets all but those of a closed loop."""
+
+    def __init__(self, shown: Callable[["sys.UnraisableHookArgs"], Any]):
+        self._shown = shown
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._shown(unraisable)

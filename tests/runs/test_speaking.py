@@ -1,6 +1,8 @@
 """What a long job says: once, and without Orbax's tracebacks beside the error that it raises."""
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import orbax.checkpoint as ocp
 import pytest
@@ -20,3 +22,13 @@ def test_what_others_log_is_kept(caplog):
     speaking.keep_orbax_brief()
     logging.getLogger("absl").error("a message of this project")
     assert [r.getMessage() for r in caplog.records] == ["a message of this project"]
+
+
+def test_only_the_closed_loop_of_a_failed_save_is_no_exception_to_show(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda shows: shown.append(str(shows.exc_value)))
+    speaking.keep_orbax_brief()
+    speaking.keep_orbax_brief()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert shown == ["another"]
