@@ -73,10 +73,10 @@ def kills(
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, kib: int) -> Iterator[Path | None]:
-    """A file system of so many KiB; None where mounting is not allowed."""
+def small_disk(folder: Path, limit: str) -> Iterator[Path | None]:
+    """A file system with a limit of tmpfs; None where mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         yield None
         return
@@ -89,8 +89,9 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path | None]:
 def full_disks(
     records: Path, folder: Path, count: int, rng: np.random.Generator, wanted: Undisturbed
 ) -> Tally:
-    """Runs on disks that fill up somewhere: metrics and TensorBoard are dropped, a save that fails
-    is one sentence, and with room again the run goes on from the last whole step.
+    """Runs on disks that run out of bytes, every second one of files and folders: metrics and
+    TensorBoard are dropped, a save that fails is one sentence, and with room again the run goes on
+    from the last whole step.
 
     Where nothing may be mounted, the largest size of a file is limited instead.
     """
@@ -98,8 +99,11 @@ def full_disks(
     def lane(folder: Path, count: int, rng: np.random.Generator) -> Tally:
         tally = Tally()
         for number in range(count):
-            room = int(wanted.size * rng.uniform(0.01, 1.1))
-            with small_disk(folder / f"disk{number}", room >> 10) as disk:
+            share = rng.uniform(0.01, 1.1)
+            room = f"size={int(wanted.size * share) >> 10}k"
+            if number % 2:
+                room = f"nr_inodes={2 + int(wanted.files * share)}"
+            with small_disk(folder / f"disk{number}", room) as disk:
                 limit = None if disk else int(rng.integers(1, wanted.size // 8))
                 root = (disk or folder / f"limited{number}") / "run"
                 tally[filled(records, root, wanted, disk=disk, limit=limit)] += 1
@@ -124,7 +128,7 @@ def filled(
     if disk is not None and "No space left" not in first.said and first.said:
         return "unnamed"
     if disk is not None:
-        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100k", str(disk)], check=True)
     again = Run(records, root).ended(wanted.patience)
     done = again == 0 and training.final(records, root) == wanted.numbers
     return "named" if done else "lost"

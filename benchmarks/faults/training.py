@@ -180,11 +180,13 @@ def final(records: Path, root: Path) -> bytes | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """What a run comes to when nothing happens to it, how long it takes, and its bytes on disk."""
+    """What a run comes to when nothing happens to it, how long it takes, and what it leaves on
+    disk: bytes, and files and folders."""
 
     numbers: bytes
     seconds: float
     size: int
+    files: int
 
     @property
     def patience(self) -> float:
@@ -203,5 +205,6 @@ def undisturbed(records: Path, root: Path) -> Undisturbed:
         wanted = final(records, root / attempt)
     assert wanted is not None, "it has ended well"
     seconds = time.perf_counter() - began
-    size = sum(p.stat().st_size for p in (root / "first").rglob("*") if p.is_file())
-    return Undisturbed(numbers=wanted, seconds=seconds, size=size)
+    left = list((root / "first").rglob("*"))
+    size = sum(path.stat().st_size for path in left if path.is_file())
+    return Undisturbed(numbers=wanted, seconds=seconds, size=size, files=len(left))
