@@ -41,12 +41,13 @@ TAPS = 3
 class Norm(nnx.Module):
     """Scale and bias of a LayerNorm."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
         self.scale = scale(width)
         self.bias = bias((width,), ("norm",))
 
-    def __call__(self, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
-        return layer_norm(x, self.scale, self.bias, eps)
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return layer_norm(x, self.scale, self.bias, self.eps)
 
 
 class Attention(nnx.Module):
@@ -74,19 +75,17 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: AudioConfig, *, rngs: nnx.Rngs):
         d, f = cfg.width, cfg.mlp_dim
-        self.attn_norm = Norm(d)
+        self.attn_norm = Norm(d, eps=cfg.norm_eps)
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp_norm = Norm(d)
+        self.mlp_norm = Norm(d, eps=cfg.norm_eps)
         self.w_up = weight(rngs, (d, f), ("embed", "mlp"), inputs=d)
         self.b_up = bias((f,), ("mlp",))
         self.w_down = weight(rngs, (f, d), ("mlp", "embed"), inputs=f)
         self.b_down = bias((d,), ("norm",))
 
-    def __call__(
-        self, x: Float[Array, "C T D"], visible: Visibility, *, eps: float
-    ) -> Float[Array, "C T D"]:
-        x = x + self.attn(self.attn_norm(x, eps=eps), visible)
-        up = gelu(project("CTD,DF->CTF", self.mlp_norm(x, eps=eps), self.w_up, self.b_up))
+    def __call__(self, x: Float[Array, "C T D"], visible: Visibility) -> Float[Array, "C T D"]:
+        x = x + self.attn(self.attn_norm(x), visible)
+        up = gelu(project("CTD,DF->CTF", self.mlp_norm(x), self.w_up, self.b_up))
         return x + project("CTF,FD->CTD", up, self.w_down, self.b_down)
 
 
@@ -110,10 +109,11 @@ class Audio(nnx.Module):
     """The tower."""
 
     def __init__(self, cfg: AudioConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
         self.conv1 = Conv(cfg.mel_bins, cfg.width, rngs=rngs)
         self.conv2 = Conv(cfg.width, cfg.width, rngs=rngs)
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
-        self.norm = Norm(cfg.width)
+        self.norm = Norm(cfg.width, eps=cfg.norm_eps)
         self.w_out = weight(rngs, (cfg.width, cfg.out_width), ("mlp", "embed"), inputs=cfg.width)
         self.b_out = bias((cfg.out_width,), ("norm",))
         # Part of every released checkpoint, but not used by any forward pass.
@@ -137,7 +137,6 @@ class Audio(nnx.Module):
         self,
         mel: Float[Array, "B A 200 M"],
         mel_lengths: Int[Array, "B A"],
-        cfg: AudioConfig,
         *,
         dtype: DTypeLike,
         remat: Remat = "none",
@@ -146,6 +145,7 @@ class Audio(nnx.Module):
 
         A chunk with n valid frames has ((n + 1) // 2) // 2 tokens.
         """
+        cfg = self.cfg
         batch, chunks, frames, bins = mel.shape
         lengths = mel_lengths.reshape(-1)
         steps = (lengths + 1) // 2
@@ -160,12 +160,12 @@ class Audio(nnx.Module):
         visible = audio_chunk(steps, cfg.n_window)
 
         def layer(x, block):
-            return block(x, visible, eps=cfg.norm_eps), None
+            return block(x, visible), None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, self.blocks, remat=remat)
         with jax.named_scope("pool"):
             x = (x[:, 0::2] + x[:, 1::2]) / 2
-            out = project("CTD,DO->CTO", self.norm(x, eps=cfg.norm_eps), self.w_out, self.b_out)
+            out = project("CTD,DO->CTO", self.norm(x), self.w_out, self.b_out)
         heard = (jnp.arange(cfg.chunk_tokens)[None, :] < (steps // 2)[:, None])[:, :, None]
         return jnp.where(heard, out, 0).reshape(batch, chunks * cfg.chunk_tokens, cfg.out_width)

@@ -152,10 +152,10 @@ def hidden(
     of the two response regions of a row.
     """
     model = _bind(params, cfg, dtype, mesh, batch.dropout_keys)
-    x = _embed(model, batch, cfg, dtype, remat, max_frame_patches, kernel)
+    x = _embed(model, batch, dtype, remat, max_frame_patches, kernel)
     with jax.named_scope("text"):
         visible = packed_text(batch.text.segments, batch.text.branch, response=response)
-        return model.text(x, batch.text.positions, visible, cfg.text, remat=remat, kernel=kernel)
+        return model.text(x, batch.text.positions, visible, remat=remat, kernel=kernel)
 
 
 def head(
@@ -196,12 +196,11 @@ def prefill(
             f"{samples} answers of {answer_slots}."
         )
     model = _bind(params, cfg, dtype)
-    x = _embed(model, batch, cfg, dtype, "none", max_frame_patches, kernel)
+    x = _embed(model, batch, dtype, "none", max_frame_patches, kernel)
     return model.text.prefill(
         x,
         batch.text.positions,
         packed_text(batch.text.segments, batch.text.branch, longest=prompt_slots),
-        cfg.text,
         ends=batch.ends,
         prompt_slots=prompt_slots,
         answer_slots=answer_slots,
@@ -216,8 +215,8 @@ def text_layers(params: Params, cfg: SaberConfig, dtype: DTypeLike = jnp.float32
 
     Otherwise XLA on CPUs would slice each layer's weights from the stack for every token.
     """
-    blocks = _bind(params, cfg, dtype).text.blocks
-    layers = [of_layer(blocks, index) for index in range(cfg.text.layers)]
+    text = _bind(params, cfg, dtype).text
+    layers = [of_layer(text.blocks, index) for index in range(text.cfg.layers)]
     for layer in layers:
         tile(layer)
     return layers
@@ -244,7 +243,7 @@ def decode(
     """
     text = _bind(params, cfg, dtype).text
     x = text.embed[tokens]
-    return text.decode(x, positions, cache, first, slot, counts, cfg.text, layers=layers)
+    return text.decode(x, positions, cache, first, slot, counts, layers=layers)
 
 
 def check_tree(expected: Params, got: Params, *, dtypes: bool = True) -> None:
@@ -354,7 +353,6 @@ def _local(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeSt
 def _embed(
     model: Saber,
     batch: Inputs,
-    cfg: SaberConfig,
     dtype: DTypeLike,
     remat: Remat,
     max_frame_patches: int | None,
@@ -372,7 +370,6 @@ def _embed(
                     batch.vision.hw,
                     batch.vision.window,
                     batch.vision.frame,
-                    cfg.vision,
                     dtype=dtype,
                     remat=remat,
                     max_frame_patches=max_frame_patches,
@@ -382,9 +379,7 @@ def _embed(
     if batch.audio.mel.shape[1]:
         with jax.named_scope("audio"):
             media.append(
-                model.audio(
-                    batch.audio.mel, batch.audio.lengths, cfg.audio, dtype=dtype, remat=remat
-                )
+                model.audio(batch.audio.mel, batch.audio.lengths, dtype=dtype, remat=remat)
             )
     if not media:
         return words

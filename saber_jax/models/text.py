@@ -103,6 +103,7 @@ class Block(nnx.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
+        self.eps = cfg.norm_eps
         self.attn_norm = scale(cfg.width)
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = scale(cfg.width)
@@ -114,16 +115,15 @@ class Block(nnx.Module):
         visible: Visibility,
         rotary: Rotary,
         *,
-        eps: float,
         kernel: Kernel = "xla",
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
         """The layer's output, and its keys and values for a cache."""
         with jax.named_scope("attention"):
-            q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
+            q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, self.eps), rotary)
             x = x + self.attn.out(attend(q, k, v, visible, kernel))
         x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
-            x = x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+            x = x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
         return x, (k, v)
 
     def decode(
@@ -133,17 +133,15 @@ class Block(nnx.Module):
         slot: Int[Array, ""],
         visible: Visibility,
         rotary: Rotary,
-        *,
-        eps: float,
     ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
         """Reads one token per row and writes its key and value into `slot` of the answer's."""
-        q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, eps), rotary)
+        q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, self.eps), rotary)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         k = jax.lax.dynamic_update_slice(cache["k"], k, (0, 0, 0, slot))
         v = jax.lax.dynamic_update_slice(cache["v"], v, (0, 0, slot, 0))
         prompt = cache["prompt_k"], cache["prompt_v"]
         x = x + self.attn.out(attend_cached(q, prompt, (k, v), visible))
-        x = x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+        x = x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
         return x, LayerCache(prompt_k=prompt[0], prompt_v=prompt[1], k=k, v=v)
 
 
@@ -152,6 +150,7 @@ class Text(nnx.Module):
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
         d, v = cfg.width, cfg.vocab
+        self.cfg = cfg
         self.embed = table(rngs, (v, d), ("vocab", "embed"), width=d, kind=Kind.EMBEDDING)
         self.blocks = stack(lambda r: Block(cfg, rngs=r), cfg.layers, rngs)
         self.norm = scale(d)
@@ -169,27 +168,25 @@ class Text(nnx.Module):
         x: Float[Array, "B L D"],
         positions: Int[Array, "B 3 L"],
         visible: Visibility,
-        cfg: TextConfig,
         *,
         remat: Remat = "none",
         kernel: Kernel = "xla",
     ) -> Float[Array, "B L D"]:
         """Hidden states after the final norm."""
-        rotary = self._rotary(positions, cfg, x.dtype)
+        rotary = self._rotary(positions, x.dtype)
 
         def layer(x, block):
-            return block(x, visible, rotary, eps=cfg.norm_eps, kernel=kernel)[0], None
+            return block(x, visible, rotary, kernel=kernel)[0], None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, self.blocks, remat=remat)
-        return rms_norm(x, self.norm, cfg.norm_eps)
+        return rms_norm(x, self.norm, self.cfg.norm_eps)
 
     def prefill(
         self,
         x: Float[Array, "R L D"],
         positions: Int[Array, "R 3 L"],
         visible: Visibility,
-        cfg: TextConfig,
         *,
         ends: Int[Array, "G c"],
         prompt_slots: int,
@@ -202,22 +199,22 @@ class Text(nnx.Module):
         Prompts are packed into the rows, see `cut` for `ends`. Each ends in the last of its
         `prompt_slots` and gets room for `samples` answers of `answer_slots`.
         """
-        rotary = self._rotary(positions, cfg, x.dtype)
+        rotary = self._rotary(positions, x.dtype)
 
         def layer(x, block):
-            x, (k, v) = block(x, visible, rotary, eps=cfg.norm_eps, kernel=kernel)
+            x, (k, v) = block(x, visible, rotary, kernel=kernel)
             # Cut layer by layer, so that keys and values of all packed rows are never in memory.
             k, v = (last_slots(kept, ends, prompt_slots) for kept in (k, v))
             return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
         x, stacked = jax.lax.scan(layer, x, self.blocks)
-        rows, heads = ends.size * samples, (cfg.kv_heads, cfg.head_dim)
+        rows, heads = ends.size * samples, (self.cfg.kv_heads, self.cfg.head_dim)
         cache = []
-        for index in range(cfg.layers):
+        for index in range(self.cfg.layers):
             prompt_k, prompt_v = of_layer(stacked, index)
             k = jnp.zeros((rows, *heads, answer_slots), x.dtype)
             cache.append(LayerCache(prompt_k=prompt_k, prompt_v=prompt_v, k=k, v=k.swapaxes(2, 3)))
-        return rms_norm(last_slots(x, ends, 1)[:, 0], self.norm, cfg.norm_eps), cache
+        return rms_norm(last_slots(x, ends, 1)[:, 0], self.norm, self.cfg.norm_eps), cache
 
     def decode(
         self,
@@ -227,7 +224,6 @@ class Text(nnx.Module):
         first: Int[Array, " C"],
         slot: Int[Array, ""],
         counts: Int[Array, " C"],
-        cfg: TextConfig,
         *,
         layers: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B D"], Cache]:
@@ -237,7 +233,7 @@ class Text(nnx.Module):
         token.
         """
         axes = jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1))
-        rotary = self._rotary(axes, cfg, x.dtype)
+        rotary = self._rotary(axes, x.dtype)
         prompt_slots, answer_slots = cache[0]["prompt_v"].shape[2], cache[0]["v"].shape[2]
         visible = cached_text(
             first, counts, slot, prompt_slots=prompt_slots, answer_slots=answer_slots
@@ -246,17 +242,17 @@ class Text(nnx.Module):
         x, cache = x[:, None], list(cache)
         for index, layer in enumerate(cache):
             block = layers[index] if layers else of_layer(self.blocks, index)
-            x, cache[index] = block.decode(x, layer, slot, visible, rotary, eps=cfg.norm_eps)
-        return rms_norm(x[:, 0], self.norm, cfg.norm_eps), cache
+            x, cache[index] = block.decode(x, layer, slot, visible, rotary)
+        return rms_norm(x[:, 0], self.norm, self.cfg.norm_eps), cache
 
-    def _rotary(self, positions: Int[Array, "B 3 L"], cfg: TextConfig, dtype: DTypeLike) -> Rotary:
+    def _rotary(self, positions: Int[Array, "B 3 L"], dtype: DTypeLike) -> Rotary:
         # Rotated in the activation dtype, unlike the vision tower, as the released model was
         # trained.
         cos, sin = text_rotary(
             positions,
-            head_dim=cfg.head_dim,
-            theta=cfg.rope_theta,
-            sections=cfg.mrope_section,
+            head_dim=self.cfg.head_dim,
+            theta=self.cfg.rope_theta,
+            sections=self.cfg.mrope_section,
         )
         return cos.astype(dtype), sin.astype(dtype)
 

@@ -85,6 +85,7 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.eps = cfg.norm_eps
         self.attn_norm = scale(cfg.width)
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = scale(cfg.width)
@@ -95,13 +96,11 @@ class Block(nnx.Module):
         x: Float[Array, "B P D"],
         rotary: Rotary,
         attention_fn: Callable[[Array, Array, Array], Array],
-        *,
-        eps: float,
     ) -> Float[Array, "B P D"]:
         x = checkpoint_name(
-            x + self.attn(rms_norm(x, self.attn_norm, eps), rotary, attention_fn), MLP_INPUT
+            x + self.attn(rms_norm(x, self.attn_norm, self.eps), rotary, attention_fn), MLP_INPUT
         )
-        return x + self.mlp(rms_norm(x, self.mlp_norm, eps))
+        return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
 
 
 class Merger(nnx.Module):
@@ -109,14 +108,15 @@ class Merger(nnx.Module):
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
         c = cfg.width * cfg.merge**2
+        self.eps = cfg.norm_eps
         self.norm = scale(cfg.width)
         self.w_in = weight(rngs, (c, c), ("embed", "mlp"), inputs=c)
         self.b_in = bias((c,), ("mlp",))
         self.w_out = weight(rngs, (c, cfg.out_width), ("mlp", "embed"), inputs=c)
         self.b_out = bias((cfg.out_width,), ("norm",))
 
-    def __call__(self, x: Float[Array, "B P D"], *, eps: float) -> Float[Array, "B U O"]:
-        x = rms_norm(x, self.norm, eps).reshape(x.shape[0], -1, self.b_in.shape[0])
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B U O"]:
+        x = rms_norm(x, self.norm, self.eps).reshape(x.shape[0], -1, self.b_in.shape[0])
         x = gelu(project("BUC,CF->BUF", x, self.w_in, self.b_in))
         return project("BUF,FO->BUO", x, self.w_out, self.b_out)
 
@@ -125,6 +125,7 @@ class Vision(nnx.Module):
     """The tower."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
         self.w_patch = weight(
             rngs, (cfg.patch_values, cfg.width), ("patch", "embed"), inputs=cfg.patch_values
         )
@@ -142,7 +143,6 @@ class Vision(nnx.Module):
         patch_hw: Int[Array, "B P 2"],
         window: Int[Array, "B P"],
         frame: Int[Array, "B P"],
-        cfg: VisionConfig,
         *,
         dtype: DTypeLike,
         remat: Remat = "none",
@@ -154,6 +154,7 @@ class Vision(nnx.Module):
         `max_frame_patches` is an upper bound of the patches of a frame, which allows local
         attention; a larger frame would lose far keys.
         """
+        cfg = self.cfg
         attention_fn = functools.partial(
             _attend, window=window, frame=frame, cfg=cfg, reach=max_frame_patches, kernel=kernel
         )
@@ -163,14 +164,12 @@ class Vision(nnx.Module):
 
         def layer(x, inputs):
             block, full = inputs
-            return block(
-                x, rotary, functools.partial(attention_fn, full=full), eps=cfg.norm_eps
-            ), None
+            return block(x, rotary, functools.partial(attention_fn, full=full)), None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, (self.blocks, full_attention(cfg)), remat=remat)
         with jax.named_scope("merger"):
-            units = self.merger(x, eps=cfg.norm_eps)
+            units = self.merger(x)
         real = frame[:, :: cfg.merge**2, None] > 0
         return jnp.where(real, units, jnp.zeros_like(units))
 

@@ -51,7 +51,7 @@ def answers(model):
 @jax.jit
 def merged(params, batch):
     model = saber._bind(params, CONFIG, jnp.float32)
-    return saber._embed(model, batch, CONFIG, jnp.float32, "none", None)
+    return saber._embed(model, batch, jnp.float32, "none", None)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,11 +225,11 @@ def vision_layers(params, batch):
 
     def layer(x, inputs):
         block, full = inputs
-        x = block(x, rotary, functools.partial(attention_fn, full=full), eps=cfg.norm_eps)
+        x = block(x, rotary, functools.partial(attention_fn, full=full))
         return x, x
 
     x, layers = jax.lax.scan(layer, x, (tower.blocks, full_attention(cfg)))
-    return layers, tower.merger(x, eps=cfg.norm_eps)
+    return layers, tower.merger(x)
 
 
 def test_every_text_layer_equals_the_reference(answers, params):
@@ -246,11 +246,11 @@ def text_layers(params, batch, x):
     from saber_jax.models.masks import packed_text
 
     tower, length = saber._bind(params, CONFIG, jnp.float32).text, x.shape[1]
-    rotary = tower._rotary(batch.text.positions[:, :, :length], CONFIG.text, jnp.float32)
+    rotary = tower._rotary(batch.text.positions[:, :, :length], jnp.float32)
     visible = packed_text(batch.text.segments[:, :length], batch.text.branch[:, :length])
 
     def layer(x, block):
-        x, _ = block(x, visible, rotary, eps=CONFIG.text.norm_eps)
+        x, _ = block(x, visible, rotary)
         return x, x
 
     return jax.lax.scan(layer, x, tower.blocks)[1]
@@ -283,11 +283,11 @@ def audio_layers(params, mel, lengths):
     visible = audio_chunk((lengths[0] + 1) // 2, cfg.n_window)
 
     def layer(x, block):
-        x = block(x, visible, eps=cfg.norm_eps)
+        x = block(x, visible)
         return x, x
 
     x, layers = jax.lax.scan(layer, x, tower.blocks)
-    out = tower(mel, lengths, cfg, dtype=jnp.float32)
+    out = tower(mel, lengths, dtype=jnp.float32)
     return layers[:, None], out.reshape(1, -1, cfg.chunk_tokens, cfg.out_width)
 
 

@@ -31,9 +31,9 @@ def test_layers_in_tiles_decode_the_same(width):
     keys = {"k": random, "prompt_k": random[:1]}
     values = {"v": random.swapaxes(2, 3), "prompt_v": random[:1].swapaxes(2, 3)}
     cache = [keys | values] * size.layers
-    slot = jnp.int32(5)
+    slot, counts = jnp.int32(5), jnp.array([6])
     step = jax.jit(
-        lambda **k: saber.decode(params, rows + 5, rows, cache, rows[:1], slot, cfg, **k)
+        lambda **k: saber.decode(params, rows + 5, rows, cache, rows[:1], slot, counts, cfg, **k)
     )
     want, got = jax.tree.leaves(step()), jax.tree.leaves(step(layers=layers))
     for a, b in zip(want, got, strict=True):
