@@ -13,9 +13,17 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("PJRT_NPROC", "8")
 
 import pytest
+from jaxtyping import install_import_hook
 
-from saber_jax.data.tokenizer import Tokenizer
-from tests import synthetic
+import tests.annotations  # noqa: F401 - The hook finds it by its name alone.
+
+# Modules that are imported from here on check the annotated shapes and dtypes of every call.
+install_import_hook(
+    ["saber_jax.models", "saber_jax.train", "saber_jax.data"], "tests.annotations.check_arrays"
+)
+
+from saber_jax.data.tokenizer import Tokenizer  # noqa: E402
+from tests import synthetic  # noqa: E402
 
 # The files that take longest, longest first. A file stays on one worker, so one of these that began
 # last would leave the other workers idle until it ends.
