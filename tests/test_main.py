@@ -273,30 +273,6 @@ def test_a_loss_option_that_the_pairs_cannot_serve_is_refused(records, whole, op
         stages.checked_pairs(config, Preference(**config.loss))
 
 
-@pytest.mark.parametrize(
-    ("option", "why"),
-    [("conditional_audio", "no pair ignored audio"), ("conflict_power", "kappa is 1 everywhere")],
-)
-def test_a_loss_option_that_these_pairs_leave_idle_is_refused(tmp_path, option, why):
-    config = cadpo.get_config("tiny")
-    config.data.pairs = str(tmp_path / "pairs.jsonl")
-    pair = {"clip_id": "clip0", "chosen": "calm", "rejected": "quiet"}
-    write_jsonl(tmp_path / "pairs.jsonl", [pair | {"withheld": "video", "kappa": 1.0}])
-    config.loss[option] = 0.5
-    config.loss.conditional_ignored_only = option == "conditional_audio"
-    with pytest.raises(ValueError, match=rf"config\.loss\.{option} would have no effect.*{why}"):
-        stages.checked_pairs(config, Preference(**config.loss))
-    write_jsonl(tmp_path / "pairs.jsonl", [pair | {"withheld": "audio", "kappa": 0.5}])
-    assert len(stages.checked_pairs(config, Preference(**config.loss))) == 1
-
-
-def test_a_modality_is_not_hidden_from_whole_pairs():
-    config = cadpo.get_config("tiny")
-    config.data.withhold = 0.2
-    with pytest.raises(ValueError, match=r"data\.withhold=0\.2 belongs to stage 1"):
-        stages.checked_pairs(config, Preference(**config.loss))
-
-
 @pytest.fixture(scope="module")
 def adapted(records, tmp_path_factory):
     """Where a run with LoRA lies, and its last state."""

@@ -1,3 +1,7 @@
+import jax
+
+from saber_jax.models import saber
+from saber_jax.models.config import saber_config
 from saber_jax.tree import flatten, merge
 
 
@@ -11,3 +15,9 @@ def test_flatten_names_leaves_by_their_path_and_merge_undoes_it():
 
 def test_merge_joins_parts_of_one_tree():
     assert merge({"a/b": 1}, {"a/c": 2}) == {"a": {"b": 1, "c": 2}}
+
+
+def test_merge_undoes_flatten_of_the_networks_parameters():
+    params = saber.abstract(saber_config("tiny"))
+    assert jax.tree.structure(merge(flatten(params))) == jax.tree.structure(params)
+    assert jax.tree.leaves(merge(flatten(params))) == jax.tree.leaves(params)

@@ -12,11 +12,7 @@ Query heads that share a kv head read the same keys and values; nothing is repea
 Axis letters: B batch   T positions   N query heads   K kv heads   H head dim.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,53 +20,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from saber_jax.models import triton_kernels
 from saber_jax.models.remat import ATTENTION
-
-# Positions of one program, and of one turn of its loop. Rows are padded to a multiple of OUTER.
-OUTER, INNER = 128, 64
-MASKED = -1e30  # Finite: minus infinity minus itself would be NaN.
-
-Dot = Callable[..., Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """What is visible by position alone; segment ids are compared in addition to it.
-
-    With `causal`, a query sees no later key. Positions from `rejected` on do not see those in
-    [chosen, rejected). Drawn for a causal row of 6 with chosen=2 and rejected=4:
-
-        sees    0 1 2 3 4 5
-        0       x
-        1       x x
-        2       x x x
-        3       x x x x
-        4       x x     x
-        5       x x     x x
-    """
-
-    causal: bool
-    chosen: int = 0
-    rejected: int = 0
-
-    def visible(self, query: Any, key: Any) -> Any:
-        """Whether `query` sees `key`: two arrays of positions that broadcast."""
-        seen = query >= key if self.causal else (query >= 0) & (key >= 0)
-        if self.rejected:
-            seen &= (query < self.rejected) | (key < self.chosen) | (key >= self.rejected)
-        return seen
-
-    def may_meet(self, queries: int, keys: int, length: int) -> np.ndarray:
-        """bool [length / queries, length / keys]: blocks with at least one visible pair."""
-        query, key = np.arange(0, length, queries)[:, None], np.arange(0, length, keys)[None, :]
-        meet = query + queries > key if self.causal else np.ones((query.size, key.size), bool)
-        if self.rejected:
-            in_chosen = (key >= self.chosen) & (key + keys <= self.rejected)
-            meet = meet & ~((query >= self.rejected) & in_chosen)
-        return meet
+from saber_jax.models.triton_kernels import INNER, OUTER, Mask
 
 
 def packed(
@@ -217,13 +171,14 @@ class _Blocks:
         return pl.BlockSpec(shape, lambda n, i, b: (b, self.place(i), 0))
 
     def call(self, kernel, mask: Mask, out_shape, in_specs, out_specs, interpret: bool, name: str):
+        precision = triton_kernels.precision(self.dtype, interpret)
         kernel = functools.partial(
             kernel,
             mask=mask,
             head_dim=self.head_dim,
             outer=self.outer,
             scale=self.head_dim**-0.5,
-            dot=functools.partial(plgpu.dot, precision=_precision(self.dtype, interpret)),
+            dot=functools.partial(plgpu.dot, precision=precision),
         )
         return pl.pallas_call(
             kernel,
@@ -243,7 +198,7 @@ def _forward(q, k, v, segments, mask, interpret):
     lse = jax.ShapeDtypeStruct((blocks.batch, blocks.heads, blocks.length), jnp.float32)
     kv = blocks.whole(blocks.group)
     return blocks.call(
-        _forward_kernel,
+        triton_kernels.forward,
         mask,
         (jax.ShapeDtypeStruct(q.shape, q.dtype), lse),
         [blocks.table(), blocks.segments(), blocks.block(), kv, kv],
@@ -257,7 +212,7 @@ def _backward_q(q, k, v, segments, d_out, lse, delta, mask, interpret):
     blocks = _Blocks(q, k)
     kv, own = blocks.whole(blocks.group), blocks.statistic(whole=False)
     return blocks.call(
-        _backward_q_kernel,
+        triton_kernels.backward_q,
         mask,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         [blocks.table(), blocks.segments(), blocks.block(), kv, kv, blocks.block(), own, own],
@@ -277,7 +232,7 @@ def _backward_kv(q, k, v, segments, d_out, lse, delta, mask, interpret):
     share = jax.ShapeDtypeStruct(q.shape, jnp.float32 if blocks.group > 1 else k.dtype)
     specs = [blocks.table(), blocks.segments(), whole, blocks.own_kv(), blocks.own_kv()]
     shares = blocks.call(
-        _backward_kv_kernel,
+        triton_kernels.backward_kv,
         mask,
         (share, share),
         [*specs, whole, every, every],
@@ -290,119 +245,3 @@ def _backward_kv(q, k, v, segments, d_out, lse, delta, mask, interpret):
     )
     by_group = (*k.shape[:3], blocks.group, k.shape[3])
     return tuple(x.reshape(by_group).sum(3).astype(k.dtype) for x in shares)
-
-
-def _load(ref, head_dim: int):
-    """[positions, H], with zeros for the features that pad H to a power of two."""
-    real = (jnp.arange(ref.shape[-1]) < head_dim)[None, :]
-    return plgpu.load(ref, mask=real, other=0.0)
-
-
-def _store(ref, value, head_dim: int) -> None:
-    real = (jnp.arange(ref.shape[-1]) < head_dim)[None, :]
-    plgpu.store(ref, value.astype(ref.dtype), mask=real)
-
-
-def _precision(dtype: DTypeLike, interpret: bool) -> Any:
-    """Of matrix products. Those of float32 are as exact as on a CPU, in three passes of the tensor
-    cores; the cores alone would round operands to 10 bits."""
-    if dtype != jnp.float32:
-        return None
-    exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    return jax.lax.Precision.HIGHEST if interpret else exact
-
-
-def _own(outer: int):
-    """Where a program's positions begin, see _Blocks.place."""
-    return (outer - 1 - pl.program_id(1)) * OUTER
-
-
-def _slots(start, size: int):
-    return start + jnp.arange(size)
-
-
-def _forward_kernel(
-    *refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot
-) -> None:
-    table, segments, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
-    start = _own(outer)
-    q, q_segments = _load(q_ref, head_dim), segments[pl.ds(start, OUTER)]
-    slots = _slots(start, OUTER)
-
-    def visit(turn, carry):
-        out, top, total = carry
-        first = table[1 + turn] * INNER
-        here = pl.ds(first, INNER)
-        k, v = _load(k_ref.at[here, :], head_dim), _load(v_ref.at[here, :], head_dim)
-        seen = mask.visible(slots[:, None], _slots(first, INNER)[None, :])
-        seen &= q_segments[:, None] == segments[here][None, :]
-        scores = dot(q, k, trans_b=True) * (scale * math.log2(math.e))
-        scores = jnp.where(seen, scores, MASKED)
-        higher = jnp.maximum(top, scores.max(-1))
-        # A query that has not seen any key yet has top = MASKED, and its weights would be 1.
-        weights = jnp.where(seen, jnp.exp2(scores - higher[:, None]), 0.0)
-        shrink = jnp.exp2(top - higher)
-        out = out * shrink[:, None] + dot(weights.astype(v.dtype), v)
-        return out, higher, total * shrink + weights.sum(-1)
-
-    start_with = (
-        jnp.zeros((OUTER, q.shape[1]), jnp.float32),
-        jnp.full((OUTER,), MASKED, jnp.float32),
-        jnp.zeros((OUTER,), jnp.float32),
-    )
-    out, top, total = jax.lax.fori_loop(0, table[0], visit, start_with)
-    total = jnp.where(total > 0, total, 1.0)
-    _store(out_ref, out / total[:, None], head_dim)
-    lse_ref[...] = top + jnp.log2(total)
-
-
-def _backward_q_kernel(
-    *refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot
-) -> None:
-    table, segments, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dq_ref = refs
-    start = _own(outer)
-    q, d_out = _load(q_ref, head_dim), _load(d_out_ref, head_dim)
-    q_segments, slots = segments[pl.ds(start, OUTER)], _slots(start, OUTER)
-    lse, delta = lse_ref[...], delta_ref[...]
-
-    def visit(turn, dq):
-        first = table[1 + turn] * INNER
-        here = pl.ds(first, INNER)
-        k, v = _load(k_ref.at[here, :], head_dim), _load(v_ref.at[here, :], head_dim)
-        seen = mask.visible(slots[:, None], _slots(first, INNER)[None, :])
-        seen &= q_segments[:, None] == segments[here][None, :]
-        scores = dot(q, k, trans_b=True) * (scale * math.log2(math.e))
-        weights = jnp.where(seen, jnp.exp2(scores - lse[:, None]), 0.0)
-        d_scores = weights * (dot(d_out, v, trans_b=True) - delta[:, None])
-        return dq + dot(d_scores.astype(k.dtype), k)
-
-    dq = jax.lax.fori_loop(0, table[0], visit, jnp.zeros((OUTER, q.shape[1]), jnp.float32))
-    _store(dq_ref, dq * scale, head_dim)
-
-
-def _backward_kv_kernel(
-    *refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot
-) -> None:
-    """Scores are [keys, queries] here, so that no product transposes what registers hold."""
-    table, segments, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
-    start = _own(outer)
-    k, v = _load(k_ref, head_dim), _load(v_ref, head_dim)
-    k_segments, slots = segments[pl.ds(start, OUTER)], _slots(start, OUTER)
-
-    def visit(turn, carry):
-        dk, dv = carry
-        first = table[1 + turn] * INNER
-        here = pl.ds(first, INNER)
-        q, d_out = _load(q_ref.at[here, :], head_dim), _load(d_out_ref.at[here, :], head_dim)
-        seen = mask.visible(_slots(first, INNER)[None, :], slots[:, None])
-        seen &= segments[here][None, :] == k_segments[:, None]
-        scores = dot(k, q, trans_b=True) * (scale * math.log2(math.e))
-        weights = jnp.where(seen, jnp.exp2(scores - lse_ref[here][None, :]), 0.0)
-        dv += dot(weights.astype(d_out.dtype), d_out)
-        d_scores = weights * (dot(v, d_out, trans_b=True) - delta_ref[here][None, :])
-        return dk + dot(d_scores.astype(q.dtype), q), dv
-
-    zeros = jnp.zeros((OUTER, k.shape[1]), jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, table[0], visit, (zeros, zeros))
-    _store(dk_ref, dk * scale, head_dim)
-    _store(dv_ref, dv, head_dim)

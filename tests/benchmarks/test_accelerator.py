@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import accelerator
+from benchmarks.accelerator import running
+from benchmarks.accelerator import task as tasks
 from saber_jax.batch import Branch
 
 
 def task(variant):
-    return accelerator.Task(size="7b", variant=variant, seconds=1, quick=True)
+    return tasks.Task(size="7b", variant=variant, seconds=1, quick=True)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +29,14 @@ def test_a_variant_names_its_stage_and_its_peer(variant, stage, peer):
 
 def test_a_variant_without_time_is_named_and_not_begun():
     flags = argparse.Namespace(minutes=0.1, size="7b", quick=True)
-    found = accelerator.measured(flags, ["cadpo", "sft"])
+    found = running.measured(flags, ["cadpo", "sft"])
     assert [figures["skipped"] for figures in found.values()] == ["no time was left"] * 2
 
 
 @pytest.mark.parametrize("variant", ["cadpo", "sft"])
 def test_rows_hold_the_whole_example_in_slots_that_the_kernel_takes(variant):
     _, example = task(variant).pair()
-    batch = accelerator.batch_of(task(variant), example)
+    batch = tasks.batch_of(task(variant), example)
     answers = 2 if variant == "cadpo" else 1
     tokens = len(example.prompt.tokens) + answers * len(example.responses[0].tokens)
     assert (np.asarray(batch.text.segments) > 0).sum() == tokens
@@ -51,7 +52,7 @@ def test_ratios_are_of_what_was_measured(capsys):
         "sft": {"skipped": "no time was left"},
     }
     with pytest.raises(SystemExit) as ended:
-        accelerator.report(flags, list(found), found)
+        running.report(flags, list(found), found)
     said = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0 and said["value"] == 0.41
     assert said["over_sdpa"] == {"cadpo": 10.0, "sft": None, "generate_8": None}
@@ -60,5 +61,5 @@ def test_ratios_are_of_what_was_measured(capsys):
 def test_a_variant_that_failed_makes_the_benchmark_fail():
     flags = argparse.Namespace(minutes=1, size="7b", quick=True)
     with pytest.raises(SystemExit) as ended:
-        accelerator.report(flags, ["cadpo"], {"cadpo": {"failed": ["ValueError: ..."]}})
+        running.report(flags, ["cadpo"], {"cadpo": {"failed": ["ValueError: ..."]}})
     assert ended.value.code == 1

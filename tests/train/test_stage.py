@@ -1,4 +1,4 @@
-"""The stages: which kernel a config and a mesh come to."""
+"""The stages: which kernel a config and a mesh come to, and which pairs they refuse."""
 
 import types
 from typing import cast
@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from configs import cadpo
+from saber_jax.runs.files import write_jsonl
 from saber_jax.train import stage as stages
+from saber_jax.train.preference import Preference
 
 
 def mesh_of(platform):
@@ -36,3 +39,27 @@ def test_auto_picks_the_kernel_of_the_devices(platform, kernel):
 def test_a_kernel_that_cannot_run_is_refused(named, platform, by_hand, message):
     with pytest.raises(ValueError, match=message):
         stages._kernel(named, mesh_of(platform), by_hand=by_hand)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [("conditional_audio", "no pair ignored audio"), ("conflict_power", "kappa is 1 everywhere")],
+)
+def test_a_loss_option_that_these_pairs_leave_idle_is_refused(tmp_path, option, why):
+    config = cadpo.get_config("tiny")
+    config.data.pairs = str(tmp_path / "pairs.jsonl")
+    pair = {"clip_id": "clip0", "chosen": "calm", "rejected": "quiet"}
+    write_jsonl(tmp_path / "pairs.jsonl", [pair | {"withheld": "video", "kappa": 1.0}])
+    config.loss[option] = 0.5
+    config.loss.conditional_ignored_only = option == "conditional_audio"
+    with pytest.raises(ValueError, match=rf"config\.loss\.{option} would have no effect.*{why}"):
+        stages.checked_pairs(config, Preference(**config.loss))
+    write_jsonl(tmp_path / "pairs.jsonl", [pair | {"withheld": "audio", "kappa": 0.5}])
+    assert len(stages.checked_pairs(config, Preference(**config.loss))) == 1
+
+
+def test_a_modality_is_not_hidden_from_whole_pairs():
+    config = cadpo.get_config("tiny")
+    config.data.withhold = 0.2
+    with pytest.raises(ValueError, match=r"data\.withhold=0\.2 belongs to stage 1"):
+        stages.checked_pairs(config, Preference(**config.loss))

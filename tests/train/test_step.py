@@ -26,11 +26,10 @@ from saber_jax.train.objectives import (
     cadpo_probe,
     pair_scores,
     target_log_probs,
-    withheld,
 )
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import TrainState, cadpo_step, partition, sft_step
-from saber_jax.tree import flatten, merge
+from saber_jax.tree import flatten
 from tests import synthetic
 
 COMPUTE = Compute(dtype="float32", remat="none", head_chunk=64, frame_patches=36)
@@ -274,28 +273,6 @@ def test_a_pattern_that_matches_nothing_is_refused(params):
         ValueError, match=r"'txet/\*' matches no parameter.*'audio', 'text', 'vision'"
     ):
         partition(params, ("txet/*",))
-
-
-def test_merge_undoes_flatten(params):
-    jax.tree.map(np.testing.assert_array_equal, merge(flatten(params)), params)
-
-
-@pytest.mark.parametrize("modality", MODALITIES)
-def test_a_batch_with_a_modality_withheld_is_that_of_its_records(tokenizer, modality):
-    def packed(hide):
-        examples = []
-        for i, texts in enumerate(RESPONSES):
-            record = synthetic.record(i, seconds=1.3 + i)
-            record = withhold(record, modality) if hide else record
-            examples.append(encode_record(record, tokenizer, responses=texts))
-        budget = dataclasses.replace(PAIRS, length=640, chunks=4)
-        return pack_rows([examples], budget)
-
-    got, want = withheld(packed(False), modality), packed(True)
-    heard = np.arange(200)[None, None, :] < want.audio.lengths[:, :, None]
-    np.testing.assert_allclose(got.audio.mel[heard], want.audio.mel[heard], atol=1e-6)
-    seen = want.vision.frame > 0
-    np.testing.assert_array_equal(got.vision.patches[seen], want.vision.patches[seen])
 
 
 @pytest.fixture(scope="module")

@@ -390,12 +390,3 @@ def job(name: str) -> clips.Job:
         labels={},
         sampling=Sampling(),
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [("She smiles.", "en"), ("她微笑。", "zh"), ("她说 OK 然后微笑。", "zh"), ("", "en")],
-)
-def test_the_language_is_seen_in_the_descriptions(text, language):
-    sections = {"video_desc": text, "speech_content": "你好你好你好你好"}
-    assert clips.detect_language(sections) == language

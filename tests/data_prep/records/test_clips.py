@@ -150,3 +150,12 @@ def test_numbers_and_nulls_of_labels_are_understood(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"clip_id": "a", "kappa": 0.5, "emotion": null}\n')
     assert clips.read_labels(path) == {"a": {"clip_id": "a", "kappa": "0.5"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [("She smiles.", "en"), ("她微笑。", "zh"), ("她说 OK 然后微笑。", "zh"), ("", "en")],
+)
+def test_the_language_is_seen_in_the_descriptions(text, language):
+    sections = {"video_desc": text, "speech_content": "你好你好你好你好"}
+    assert clips.detect_language(sections) == language

@@ -1,34 +1,9 @@
-"""Seconds, memory and MFU of training steps on the accelerator that is here, and transformers'.
+"""The steps and the generation of both sides, and what is measured of them."""
 
-    python -m benchmarks.accelerator [--size 7b] [--minutes 8] [--quick]
-
-Every variant runs in a process of its own, the most important ones first, and what no time is left
-for is named as skipped:
-
-- `cadpo`, `sft`       ours: LoRA of rank 8 on the text tower; a pair shares its prefix, and the
-                       reference's log-probs are cached
-- `cadpo_sdpa`, ...    transformers and peft as TRL and ms-swift use them: a pair is two rows, media
-                       and all, gradient checkpointing, the reference is the model without adapters;
-                       `_flash` with flash-attention where that is installed, `_compile` compiled
-- `generate_8`, ...    ours: tokens a second of so many answers; `generate_8_sdpa`, transformers'
-
-Networks have random bfloat16 weights of the same shapes. A clip has 20 s (2,400 video and 500 audio
-tokens), an answer 450 tokens. MFU divides the model FLOPs of train/flops.py by the maker's peak.
-The same definition holds for all: transformers is credited with what the loss needs, not with what
-it computes twice. --quick takes a small network and a short clip on whatever is here, to see that
-the benchmark works. Peers need what launch/setup.sh --bench installs.
-"""
-
-import argparse
 import collections
 import dataclasses
 import functools
-import importlib.util
-import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,97 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import cadpo, generate, result
-from saber_jax.batch import Batch
+from benchmarks import cadpo, generate
+from benchmarks.accelerator.task import LORA, NEW_TOKENS, Task, batch_of, model_flops
 from saber_jax.data.examples import Example
-from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.records import Record
 from saber_jax.generate.generator import Generator
 from saber_jax.models import saber
-from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
+from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import of_platform
 from saber_jax.train import flops
 from saber_jax.train.objectives import Compute
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import TrainState, cadpo_step, partition, sft_step
-from saber_jax.tree import flatten
 
-GOAL = 0.4
-LORA = LoraConfig(rank=8, alpha=32.0, targets=("text/*",), dropout=0.05)
 TEXT_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-LEAST_SECONDS = 20.0  # With less time left no variant is begun.
-NEW_TOKENS = {True: 8, False: 128}  # Of an answer, quick or not.
-VARIANTS = (
-    *("cadpo", "cadpo_sdpa", "sft", "sft_sdpa", "generate_8", "generate_8_sdpa"),
-    *("cadpo_flash", "generate_32", "generate_32_sdpa", "sft_flash", "cadpo_compile"),
-)
-"""In the order in which they run."""
 
 Step = Callable[[], float]
 """Makes one step and returns its loss, once it is done."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """What one process measures."""
-
-    size: str
-    variant: str
-    seconds: float  # That it may take.
-    quick: bool
-
-    @property
-    def stage(self) -> str:
-        return self.variant.split("_")[0]
-
-    @property
-    def peer(self) -> str:
-        """ "sdpa", "flash" or "compile" of transformers; "" for ours."""
-        last = self.variant.split("_")[-1]
-        return last if last in ("sdpa", "flash", "compile") else ""
-
-    @property
-    def answers(self) -> int:
-        return int(self.variant.split("_")[1])
-
-    @property
-    def cfg(self) -> SaberConfig:
-        """The network, with the few token ids that the benchmark's tokenizer has."""
-        if self.quick:
-            text = dataclasses.replace(cadpo.CONFIG.text, layers=1)
-            vision = dataclasses.replace(cadpo.CONFIG.vision, depth=2, full_attention_layers=(1,))
-            audio = dataclasses.replace(cadpo.CONFIG.audio, layers=1)
-            return dataclasses.replace(cadpo.CONFIG, text=text, vision=vision, audio=audio)
-        return dataclasses.replace(saber_config(self.size), tokens=saber_config("tiny").tokens)
-
-    @property
-    def dtype(self) -> str:
-        return "float32" if self.quick else "bfloat16"
-
-    def pair(self) -> tuple[Record, Example]:
-        return cadpo.pair(*((2, 30) if self.quick else (20, 450)))
-
-
-def batch_of(task: Task, example: Example) -> Batch[np.ndarray]:
-    """One row: the pair, or its first answer alone. Text slots are a multiple of 128."""
-    answer = len(example.responses[0].tokens)
-    room = {"patches": len(example.patches), "chunks": len(example.mel), "segments": 1}
-    slots = len(example.prompt.tokens)
-    if task.stage == "cadpo":
-        length = slots + -(slots + 2 * answer) % 128
-        budget = Budget(length=length, response=answer, targets=2 * answer, **room)
-        return pack_rows([[example]], budget)
-    length = slots + answer + -(slots + answer) % 128
-    example = dataclasses.replace(example, responses=example.responses[:1], reference=None)
-    return pack_rows([[example]], Budget(length=length, targets=answer, **room))
-
-
-def model_flops(task: Task, cfg: SaberConfig, batch: Batch) -> float:
-    """Of a step with adapters trained and everything else frozen."""
-    sizes = flops.parameter_sizes(flatten(saber.abstract(cfg)))
-    counted = {name: float(value) for name, value in flops.counts(batch).items()}
-    trainable = [name for name in sizes if name.startswith("lora/")]
-    return sum(flops.train_flops(cfg, sizes, trainable, counted).values())
 
 
 def random_params(cfg: SaberConfig, dtype: str) -> dict:
@@ -267,7 +168,7 @@ def measure_step(task: Task, began: float) -> dict[str, Any]:
     seconds = statistics.median(times)
     cfg = dataclasses.replace(task.cfg, lora=LORA)
     asked = model_flops(task, cfg, batch_of(task, example))
-    mfu = flops.mfu(asked, seconds, 1, _device_kind())
+    mfu = flops.mfu(asked, seconds, 1, device_kind())
     found = {
         "seconds": round(seconds, 4),
         "steps": len(times),
@@ -349,119 +250,9 @@ def measure_generation(task: Task) -> dict[str, Any]:
     }
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
     """As jax names it, which a process of torch must not ask: jax would take the memory."""
     if "torch" not in sys.modules:
         return jax.local_devices()[0].device_kind
     torch = sys.modules["torch"]
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def run_variant(task: Task) -> dict[str, Any]:
-    """`task` in a process of its own, ended when its time is over."""
-    if task.peer == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return {"skipped": "flash_attn is not installed"}
-    if task.peer and importlib.util.find_spec("peft") is None:
-        return {"skipped": "peft is not installed"}
-    command = [sys.executable, "-m", "benchmarks.accelerator", "--variant", task.variant]
-    command += ["--size", task.size, "--seconds", str(task.seconds)] + ["--quick"] * task.quick
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if task.peer:  # Inputs are made with jax, which must leave the device to torch.
-        environment["JAX_PLATFORMS"] = "cpu"
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=task.seconds)
-    except subprocess.TimeoutExpired:
-        return {"skipped": f"took more than {task.seconds:.0f} s"}
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode:
-        return {"failed": errors.strip().splitlines()[-1:]}
-    return json.loads(out.strip().splitlines()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", choices=("3b", "7b"), default="7b")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="which ones, in this order")
-    parser.add_argument("--quick", action="store_true", help="a small network and a short clip")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=120.0, help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.variant:
-        task = Task(
-            size=flags.size, variant=flags.variant, seconds=flags.seconds, quick=flags.quick
-        )
-        began = time.perf_counter()
-        found = measure_generation(task) if task.stage == "generate" else measure_step(task, began)
-        print(json.dumps(found | {"device": _device_kind()}), flush=True)
-        return
-    variants = flags.variants.split(",")
-    if unknown := sorted(set(variants) - set(VARIANTS)):
-        parser.error(f"--variants has {unknown}; there are {', '.join(VARIANTS)}")
-    report(flags, variants, measured(flags, variants))
-
-
-def measured(flags: argparse.Namespace, variants: list[str]) -> dict[str, dict[str, Any]]:
-    """Every variant's figures, or why it has none."""
-    end = time.monotonic() + 60 * flags.minutes
-    found: dict[str, dict[str, Any]] = {}
-    for variant in variants:
-        left = end - time.monotonic()
-        task = Task(size=flags.size, variant=variant, seconds=min(left, 150.0), quick=flags.quick)
-        late = left < LEAST_SECONDS
-        found[variant] = {"skipped": "no time was left"} if late else run_variant(task)
-        print(f"{variant}: {json.dumps(found[variant])}", flush=True)
-        kind = found[variant].get("device", "")
-        if not flags.quick and not task.peer and kind and flops.peak_flops(kind) is None:
-            sys.exit(
-                f"benchmarks.accelerator: {kind!r} is no accelerator whose peak is known "
-                "(saber_jax/train/flops.py). Run it on a GPU or a TPU, or give --quick."
-            )
-    return found
-
-
-def report(
-    flags: argparse.Namespace, variants: list[str], found: dict[str, dict[str, Any]]
-) -> None:
-    """Ratios are of medians; a variant without figures leaves its ratio out."""
-
-    def over(peer: str, mine: str, key: str = "seconds") -> float | None:
-        if key not in found.get(peer, {}) or key not in found.get(mine, {}):
-            return None
-        return round(found[peer][key] / found[mine][key], 2)
-
-    main_one = found.get("cadpo", {})
-    mfu = main_one.get("mfu")
-    failed = [name for name, figures in found.items() if "failed" in figures]
-    result.finish(
-        "accelerator",
-        value=mfu,
-        unit="MFU of a CA-DPO step with LoRA",
-        goal=GOAL,
-        reached=mfu is not None and mfu >= GOAL,
-        correct=not failed and all(f.get("finite", True) for f in found.values()),
-        quick=flags.quick,
-        device=main_one.get("device", ""),
-        over_sdpa={
-            "cadpo": over("cadpo_sdpa", "cadpo"),
-            "sft": over("sft_sdpa", "sft"),
-            "generate_8": over("generate_8_sdpa", "generate_8"),
-        },
-        over_flash={"cadpo": over("cadpo_flash", "cadpo"), "sft": over("sft_flash", "sft")},
-        variants={name: found[name] for name in variants},
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Training steps and generation on the accelerator that is here, and transformers' beside them."""
