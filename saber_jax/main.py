@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, logging
@@ -22,7 +23,6 @@ from ml_collections import ConfigDict
 
 from configs import ranges
 from saber_jax import sharding
-from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.quarantine import Entry
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.runs import distributed, lock, manifest
@@ -39,6 +39,7 @@ from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Course, Meter
 from saber_jax.train.references import with_references
 from saber_jax.train.stage import Stage
+from saber_jax.train.step import TrainState
 from saber_jax.train.validate import Validation
 
 
@@ -156,18 +157,75 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
     workdir = Path(config.workdir)
     base = start.base_checkpoint(config, stage, workdir)
     start.describe(config, stage, base, inputs)
-    meta = {
-        "records": inputs.examples.fingerprint,
-        "plan": inputs.plan.fingerprint(),
-        "batch_rows": config.data.batch_rows,
-    }
-
     checkpoints = checkpoint.Checkpoints(
         workdir,
         every=config.checkpoint_every,
         frozen=base is None,
         strict=config.strict_restore,
     )
+    meta = {
+        "records": inputs.examples.fingerprint,
+        "plan": inputs.plan.fingerprint(),
+        "batch_rows": config.data.batch_rows,
+    }
+    state, inputs = first_state(config, stage, base, inputs, checkpoints, meta, watchdog)
+    inputs = without_rolled_back(workdir, inputs)
+    first, began = int(state.step), time.perf_counter()
+    observers = observers_of(config, stage, base, inputs, first, watchdog)
+    if observers.best is not None and first and (before := checkpoints.meta().get("best")):
+        observers.best.recall(before)
+    observers.console.begin()
+    some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
+    samples.show(observers.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
+    # Also while the last checkpoint is being written: SIGTERM must not interrupt that.
+    with distributed.Preemption():
+        try:
+            state = loop.run(
+                state,
+                stage.train_step(skip=config.on_nonfinite == "skip"),
+                steps=config.steps,
+                checkpoints=checkpoints,
+                meta=meta,
+                observers=observers,
+                probe=stage.probe(),
+                probe_every=config.metrics_every,
+                validation=validated(config, stage, inputs),
+            )
+        except nonfinite.RolledBack as back:
+            say(f"WARNING: {back}")
+            return False
+        finally:
+            watchdog.timeline.at("finish")
+            checkpoints.close()
+            observers.writer.close()
+    last = int(state.step)
+    summary = {
+        "stage": config.stage,
+        "steps": last,
+        **inputs.summary(last, config.data.batch_rows),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
+        "trainable_parameters": sum(leaf.size for leaf in stage.state.trainable.values()),
+        "wall_seconds": time.perf_counter() - began,
+        **recorded(workdir, observers, last),
+    }
+    finish(workdir, summary)
+    say(f"{config.stage}: {last} steps, checkpoint in {workdir}")
+    return True
+
+
+def first_state(
+    config: ConfigDict,
+    stage: Stage,
+    base: Path | None,
+    inputs: Inputs,
+    checkpoints: checkpoint.Checkpoints,
+    meta: dict[str, Any],
+    watchdog: Watchdog,
+) -> tuple[TrainState, Inputs]:
+    """The state to train from and the inputs from there on: of the last checkpoint, else new.
+
+    Where the loss compares with a reference model, the inputs gain its log-probs.
+    """
     params = start.Weights(config, stage, base)
     if stage.reference_views:
         weights = start.weights_digest(config, stage, base)
@@ -182,101 +240,60 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
         inputs = inputs.resumed(checkpoints.meta()["data"])
         say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
     params.forget()  # The step takes their memory over.
+    return state, inputs
 
-    if bad := nonfinite.left_out(workdir):
-        inputs.quarantine.note(bad)
-        examples = inputs.examples.without(inputs.quarantine.indices)
-        inputs = dataclasses.replace(inputs, examples=examples)
 
-    step_fn = stage.train_step(skip=config.on_nonfinite == "skip")
-    first, began = int(state.step), time.perf_counter()
-    rows = inputs.plan.rows(config.steps * config.data.batch_rows)
-    batches = inputs.batches(
-        config, stage.mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
-    )
+def without_rolled_back(workdir: Path, inputs: Inputs) -> Inputs:
+    """`inputs` without the records whose steps were not finite and were rolled back."""
+    bad = nonfinite.left_out(workdir)
+    if not bad:
+        return inputs
+    inputs.quarantine.note(bad)
+    examples = inputs.examples.without(inputs.quarantine.indices)
+    return dataclasses.replace(inputs, examples=examples)
+
+
+def observers_of(
+    config: ConfigDict,
+    stage: Stage,
+    base: Path | None,
+    inputs: Inputs,
+    first: int,
+    watchdog: Watchdog,
+) -> loop.Observers:
+    """What the loop reads and tells from step `first` on: batches, files, console, profiler."""
+    workdir, rows_a_step = Path(config.workdir), config.data.batch_rows
+    rows = inputs.plan.rows(config.steps * rows_a_step)
 
     def records(step: int) -> list[Entry]:
-        batch = rows[step * config.data.batch_rows : (step + 1) * config.data.batch_rows]
+        batch = rows[step * rows_a_step : (step + 1) * rows_a_step]
         detail = f"in the batch of step {step}"
         return [inputs.examples.entry(i, "nonfinite", detail) for row in batch for i in row]
 
-    trouble = nonfinite.NonFinite(
-        workdir=workdir,
-        policy=config.on_nonfinite,
-        limit=config.nonfinite_limit,
-        records=records,
-    )
-    watch = watched(config, stage, batches, workdir, first, watchdog, trouble)
-    watch = dataclasses.replace(
-        watch, course=course(config, inputs, first), best=best_of(config, stage, base, inputs)
-    )
-    if watch.best is not None and first and (before := checkpoints.meta().get("best")):
-        watch.best.recall(before)
-    watch.console.begin()
-    some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
-    samples.show(watch.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
-    # Also while the last checkpoint is being written: SIGTERM must not interrupt that.
-    with distributed.Preemption():
-        try:
-            state = loop.run(
-                state,
-                step_fn,
-                steps=config.steps,
-                checkpoints=checkpoints,
-                meta=meta,
-                watch=watch,
-                probe=stage.probe(),
-                probe_every=config.metrics_every,
-                validation=validated(config, stage, inputs),
-            )
-        except nonfinite.RolledBack as back:
-            say(f"WARNING: {back}")
-            return False
-        finally:
-            watchdog.timeline.at("finish")
-            checkpoints.close()
-            watch.writer.close()
-    last = int(state.step)
-    summary = {
-        "stage": config.stage,
-        "steps": last,
-        **inputs.summary(last, config.data.batch_rows),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
-        "trainable_parameters": sum(leaf.size for leaf in stage.state.trainable.values()),
-        "wall_seconds": time.perf_counter() - began,
-        **recorded(workdir, watch, last),
-    }
-    finish(workdir, summary)
-    say(f"{config.stage}: {last} steps, checkpoint in {workdir}")
-    return True
-
-
-def watched(
-    config: ConfigDict,
-    stage: Stage,
-    batches: GlobalBatches,
-    workdir: Path,
-    first: int,
-    watchdog: Watchdog,
-    trouble: nonfinite.NonFinite,
-) -> loop.Watch:
-    """The observers of the run from step `first` on: files, console, meter, profiler."""
     attempt = None
     if jax.process_index() == 0:
-        chips = stage.mesh.size
-        attempt = Attempt(workdir, watchdog.timeline, first=first, chips=chips)
-    return loop.Watch(
+        attempt = Attempt(workdir, watchdog.timeline, first=first, chips=stage.mesh.size)
+    return loop.Observers(
         writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
         console=Console(
             stage=config.stage, items=stage.items, steps=config.steps, every=config.log_every
         ),
         meter=Meter(stage),
         profile=Profile(config.profile.steps, workdir, steps=config.steps),
-        batches=batches,
+        batches=inputs.batches(
+            config, stage.mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
+        ),
         timeline=watchdog.timeline,
         attempt=attempt,
         hosts=watchdog.metrics,
-        nonfinite=trouble,
+        nonfinite=nonfinite.NonFinite(
+            workdir=workdir,
+            policy=config.on_nonfinite,
+            limit=config.nonfinite_limit,
+            records=records,
+        ),
+        course=course(config, inputs, first),
+        best=best_of(config, stage, base, inputs),
     )
 
 
@@ -326,11 +343,11 @@ def best_of(
     return best.Best(metric=config.validate.keep_best, patience=config.validate.patience, keep=keep)
 
 
-def recorded(workdir: Path, watch: loop.Watch, steps: int) -> dict:
+def recorded(workdir: Path, observers: loop.Observers, steps: int) -> dict:
     """{"time": where the time of all starts went}, on the host that records it."""
-    if watch.attempt is None:
+    if observers.attempt is None:
         return {}
-    watch.attempt.write(steps)
+    observers.attempt.write(steps)
     return {"time": goodput(workdir)}
 
 

@@ -198,7 +198,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_without_the_records(
 ):
     config = config_for(sft, records, tmp_path, on_nonfinite="rollback")
     config.data.max_bad_fraction = 0.5
-    report, left = loop.Watch.report, [3]
+    report, left = loop.Observers.report, [3]
 
     def spoiled(self, step, metrics, *rest):
         if step in left:
@@ -206,7 +206,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_without_the_records(
             metrics = metrics | {"loss": np.float32(np.nan)}
         report(self, step, metrics, *rest)
 
-    monkeypatch.setattr(loop.Watch, "report", spoiled)
+    monkeypatch.setattr(loop.Observers, "report", spoiled)
     main.train(config)
     assert "resuming sft at step 2" in capsys.readouterr().out
     [line] = read_jsonl(tmp_path / "sft/nonfinite.jsonl")

@@ -73,7 +73,7 @@ def _padded(q, k, v, segments, mask: Mask, interpret: bool) -> Float[Array, "B T
 
 def block_table(
     segments: Int[Array, "B T"], mask: Mask, *, rows: int, columns: int, of_keys: bool = False
-) -> Int[Array, "B rows 1+columns"]:
+) -> Int[Array, "B rows visits"]:
     """For every block of `rows` queries how many blocks of `columns` keys to visit, then which.
 
     With `of_keys` rows are blocks of keys and columns blocks of queries. What follows the first

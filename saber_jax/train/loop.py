@@ -26,7 +26,7 @@ class Preempted(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class Observers:
     """Everything that observes a run: metric files, console, meter, profiler, and the timeline that
     the watchdog reads. `hosts` gives metrics of all hosts, `attempt` is written by one of them, and
     `nonfinite` handles steps with non-finite values. `best` keeps the best weights and decides
@@ -82,7 +82,7 @@ def run(
     steps: int,
     checkpoints: Checkpoints,
     meta: dict,
-    watch: Watch,
+    observers: Observers,
     probe: Callable[[TrainState, Batch], Metrics] | None = None,
     probe_every: int = 1,
     validation: Validation | None = None,
@@ -92,23 +92,23 @@ def run(
     `validation` runs before the first step, between steps and after the last, and writes separate
     lines to metrics.jsonl, with the number of completed steps.
 
-    The run ends before `steps` if `watch.best` says so.
+    The run ends before `steps` if `observers.best` says so.
 
-    Raises what `watch.nonfinite` raises for a step with non-finite values, and Preempted after
+    Raises what `observers.nonfinite` raises for a step with non-finite values, and Preempted after
     SIGTERM, once the state is saved.
     """
 
     def save(done: int) -> None:
-        watch.timeline.at("save")
+        observers.timeline.at("save")
         # A resumed run keeps the metrics up to its checkpoint, so they come first.
-        watch.writer.sync()
-        about = {"step": done, "data": watch.batches.state()}
-        if watch.best is not None:
-            about["best"] = watch.best.state()
+        observers.writer.sync()
+        about = {"step": done, "data": observers.batches.state()}
+        if observers.best is not None:
+            about["best"] = observers.best.state()
         checkpoints.save(state, meta | about)
-        watch.writer.weights(done, state.trainable)
-        if watch.attempt is not None:
-            watch.attempt.write(done)
+        observers.writer.weights(done, state.trainable)
+        if observers.attempt is not None:
+            observers.attempt.write(done)
 
     pending: tuple | None = None
     clock = time.perf_counter()
@@ -117,40 +117,40 @@ def run(
         for step in range(first, steps):
             if validation is not None and validation.due(step):
                 if pending is not None:
-                    watch.report(*pending)
+                    observers.report(*pending)
                     pending = None
-                if watch.validate(validation, state, step):
+                if observers.validate(validation, state, step):
                     save(step)
                     return state
                 clock = time.perf_counter()
             waiting = time.perf_counter()
-            watch.timeline.at("input", step)
-            batch = next(watch.batches)
+            observers.timeline.at("input", step)
+            batch = next(observers.batches)
             waited = time.perf_counter() - waiting
             # The first step compiles, and so does the first probe.
-            watch.timeline.at("compile" if step == first else "step")
-            with watch.profile.step(step):
-                counted = watch.meter.count(batch)
+            observers.timeline.at("compile" if step == first else "step")
+            with observers.profile.step(step):
+                counted = observers.meter.count(batch)
                 state, metrics = step_fn(state, batch)
                 if probe is not None and step % probe_every == 0:
                     metrics |= probe(state, batch)
-            watch.timeline.at("step")
+            observers.timeline.at("step")
             # Fetching this step's metrics here would make the device wait for the host.
             if pending is not None:
-                watch.report(*pending)
+                observers.report(*pending)
             now = time.perf_counter()
             pending = (step, metrics, counted, now - clock, waited)
             clock = now
-            watch.profile.after(step, state)
+            observers.profile.after(step, state)
             done = step + 1
             stop = preemption.reached(done)
             if stop or done == steps or checkpoints.due(done):
                 # Checked before saving, because a restart trusts the last checkpoint.
-                watch.report(*pending)
+                observers.report(*pending)
                 pending = None
                 save(done)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")
         if validation is not None:
-            watch.validate(validation, state, steps)
+            observers.validate(validation, state, steps)
     return state

@@ -10,11 +10,11 @@ from saber_jax.train.best import Best
 def seen(metric, values, patience=0, **state):
     """(steps whose weights were kept, step at which the run ends) of one measurement a step."""
     kept: list[int] = []
-    watch = Best(metric=metric, patience=patience, keep=lambda _, step: kept.append(step))
+    best = Best(metric=metric, patience=patience, keep=lambda _, step: kept.append(step))
     if state:
-        watch.recall(state)
+        best.recall(state)
     for step, value in enumerate(values):
-        if watch.seen({f"validate/{metric}": value}, None, step):
+        if best.seen({f"validate/{metric}": value}, None, step):
             return kept, step
     return kept, None
 
@@ -36,9 +36,9 @@ def test_a_resumed_run_counts_on():
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are():
-    watch = Best(metric="acuracy", patience=0, keep=lambda *_: None)
+    best = Best(metric="acuracy", patience=0, keep=lambda *_: None)
     with pytest.raises(ValueError, match=r"'acuracy' is not measured\. .*: accuracy, margin"):
-        watch.seen({"validate/accuracy": 1.0, "validate/margin": 1.0}, None, 0)
+        best.seen({"validate/accuracy": 1.0, "validate/margin": 1.0}, None, 0)
 
 
 def test_settings_without_effect_are_refused():

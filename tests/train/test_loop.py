@@ -81,7 +81,7 @@ def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):
     checkpoints = Checkpoints(folder, every=2)
     state = zero() if checkpoints.latest() is None else checkpoints.restore(zero(), {})
     recorder = Recorder()
-    watch = loop.Watch(
+    observers = loop.Observers(
         writer=recorder,
         console=Console(stage="sft", items="clips", steps=STEPS, every=0),
         meter=recorder,
@@ -90,7 +90,9 @@ def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):
         nonfinite=NonFinite(workdir=folder, policy=policy, limit=limit, records=records),
     )
     try:
-        after = loop.run(state, step, steps=STEPS, checkpoints=checkpoints, meta={}, watch=watch)
+        after = loop.run(
+            state, step, steps=STEPS, checkpoints=checkpoints, meta={}, observers=observers
+        )
     finally:
         checkpoints.close()
     return after, recorder.lines
