@@ -15,7 +15,7 @@ from tests import synthetic
 
 
 def measured(sizes: np.ndarray) -> sizing.Measurements:
-    return sizing.Measurements(sizes[None], sizes[:, 3] // 240, np.ones(1))
+    return sizing.Measurements(sizes[None], sizes[:, 3] // 240, np.ones(1, int))
 
 
 def test_chosen_budgets_leave_little_empty_and_little_out(monkeypatch):

@@ -248,7 +248,12 @@ def test_losses_equal_trls_own(case):
     policy = {"whole": scores([-10.0, -7.0, -31.5], [-14.0, -3.0, -30.25])}
     reference = {"whole": scores([-12.0, -6.0, -29.0], [-11.0, -5.0, -33.0])}
     lengths = scores([4.0, 2.0, 9.0], [5.0, 3.0, 7.0])
-    pairs = dataclasses.replace(PAIRS, kappa=jnp.ones((1, 3)), lengths=lengths)
+    pairs = Pairs(
+        kappa=jnp.ones((1, 3)),
+        ignored=jnp.zeros((1, 3), jnp.int32),
+        lengths=lengths,
+        chosen_nll=jnp.zeros((1, 3)),
+    )
     got = cadpo_loss(policy, reference, pairs, options_of(case))[0][0]
     np.testing.assert_allclose(got, case["losses"], rtol=1e-6, atol=1e-6)
 
