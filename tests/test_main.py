@@ -106,6 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_metrics(
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_counted_in_epochs_and_examples_ends_with_its_epoch_also_after_a_kill(
     records, tmp_path, monkeypatch
 ):
@@ -220,13 +221,17 @@ def write_pairs(path):
     write_jsonl(path, [{"clip_id": f"clip{i}", **pair} for i in range(8)])
 
 
+def preferring(records, root):
+    """Stage 2 in the paper's form, whose loss starts at log 2."""
+    write_pairs(root / "pairs.jsonl")
+    config = config_for(cadpo, records, root)
+    config.data.pairs, config.data.response = str(root / "pairs.jsonl"), 64
+    config.loss.sft = config.loss.anchor = 0.0
+    return config
+
+
 def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
-    write_pairs(whole / "pairs.jsonl")
-    config = config_for(cadpo, records, whole)
-    config.data.pairs = str(whole / "pairs.jsonl")
-    config.data.response = 64
-    config.loss.sft = config.loss.anchor = 0.0  # The paper's form, which starts at log 2.
-    main.train(config)
+    main.train(preferring(records, whole))
     first, *_, last = metrics_of(whole, "cadpo")
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
@@ -238,9 +243,7 @@ def test_cadpo_starts_at_zero_margin_from_cached_references(records, whole):
 def test_a_restart_of_stage_2_reads_no_weights_but_those_of_its_own_checkpoint(
     records, whole, monkeypatch
 ):
-    config = config_for(cadpo, records, whole)
-    config.data.pairs, config.data.response = str(whole / "pairs.jsonl"), 64
-    write_pairs(whole / "pairs.jsonl")
+    config = preferring(records, whole)
     config.workdir = str(whole / "restarted")
     train_until_killed(config, monkeypatch)
     monkeypatch.setattr(checkpoint, "load_params", lambda *_: pytest.fail("read the start"))

@@ -61,6 +61,7 @@ def test_a_killed_run_validates_as_an_uninterrupted_one(records, whole, tmp_path
     assert metrics_of(tmp_path, "sft") == metrics_of(whole, "sft")
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_improving_ends_early_with_its_best_weights_also_after_a_restart(
     records, tmp_path, monkeypatch
 ):
