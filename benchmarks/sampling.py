@@ -120,7 +120,8 @@ def compare(*, clips: int, new_tokens: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one clip, short answers, one round")
-    if parser.parse_args().quick:
+    quick = parser.parse_args().quick
+    if quick:
         found = compare(clips=1, new_tokens=16, repeats=1)
     else:
         found = compare(clips=1, new_tokens=200, repeats=2)
@@ -129,7 +130,9 @@ def main() -> None:
         value=found["ratio"]["separate"],
         unit="x the answers a second of ten separate prompts",
         goal=GOALS["separate"],
-        ok=all(found["ratio"][name] >= goal for name, goal in GOALS.items()),
+        reached=all(found["ratio"][name] >= goal for name, goal in GOALS.items()),
+        correct=all(share == 1 for share in found["tokens_that_agree"].values()),
+        quick=quick,
         device=result.device(),
         goals=GOALS,
         **found,
