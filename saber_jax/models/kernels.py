@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from saber_jax.models import triton
+from saber_jax.models.masks import Mask
 from saber_jax.models.remat import ATTENTION
 
 Kernel = Literal["xla", "splash", "splash_interpret", "triton", "triton_interpret"]
@@ -31,29 +32,11 @@ LONGEST_BLOCK = 512
 
 
 class PackedMask(splash_mask._ComputableMask):
-    """Causal; the second of two response regions, which end the row, does not see the first.
-
-    masks.packed_text without the comparison of segments, which the kernel does itself. Drawn for
-    length 6 with responses of 2:
-
-        sees    0 1 2 3 4 5
-        0       x
-        1       x x
-        2       x x x
-        3       x x x x
-        4       x x     x
-        5       x x     x x
-    """
+    """`masks.Mask.packed`; the kernel compares segments itself."""
 
     def __init__(self, length: int, response: int):
         self.key = (length, response)
-        chosen, rejected = length - 2 * response, length - response
-
-        def visible(q, k):
-            if not response:
-                return q >= k
-            return (q >= k) & ((q < rejected) | (k < chosen) | (k >= rejected))
-
+        visible = Mask.packed(length, response).visible
         super().__init__(shape=(length, length), mask_function=visible)
 
     def __eq__(self, other: object) -> bool:

@@ -7,8 +7,10 @@ Axis letters: B batch   T queries   S keys.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -174,3 +176,45 @@ def with_neighbours(blocks: Array) -> Array:
     before = jnp.concatenate([edge, blocks[:, :-1]], axis=1)
     after = jnp.concatenate([blocks[:, 1:], edge], axis=1)
     return jnp.concatenate([before, blocks, after], axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What kernels see by position alone; they compare segment ids in addition to it.
+
+    With `causal`, a query sees no later key. Positions from `rejected` on do not see those in
+    [chosen, rejected). Drawn for a causal row of 6 with chosen=2 and rejected=4:
+
+        sees    0 1 2 3 4 5
+        0       x
+        1       x x
+        2       x x x
+        3       x x x x
+        4       x x     x
+        5       x x     x x
+    """
+
+    causal: bool
+    chosen: int = 0
+    rejected: int = 0
+
+    @classmethod
+    def packed(cls, length: int, response: int) -> "Mask":
+        """Of `packed_text`, for rows that end in two regions of `response` slots (0: none)."""
+        return cls(True, length - 2 * response, length - response) if response else cls(True)
+
+    def visible(self, query: Any, key: Any) -> Any:
+        """Whether `query` sees `key`: two arrays of positions that broadcast."""
+        seen = query >= key if self.causal else (query >= 0) & (key >= 0)
+        if self.rejected:
+            seen &= (query < self.rejected) | (key < self.chosen) | (key >= self.rejected)
+        return seen
+
+    def may_meet(self, queries: int, keys: int, length: int) -> np.ndarray:
+        """bool [length / queries, length / keys]: blocks with at least one visible pair."""
+        query, key = np.arange(0, length, queries)[:, None], np.arange(0, length, keys)[None, :]
+        meet = query + queries > key if self.causal else np.ones((query.size, key.size), bool)
+        if self.rejected:
+            in_chosen = (key >= self.chosen) & (key + keys <= self.rejected)
+            meet = meet & ~((query >= self.rejected) & in_chosen)
+        return meet

@@ -23,8 +23,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from saber_jax.models import triton_kernels
+from saber_jax.models.masks import Mask
 from saber_jax.models.remat import ATTENTION
-from saber_jax.models.triton_kernels import INNER, OUTER, Mask
+from saber_jax.models.triton_kernels import INNER, OUTER
 
 
 def packed(
@@ -40,9 +41,7 @@ def packed(
 
     Slots of segment 0 come out as zeros.
     """
-    length = q.shape[1]
-    mask = Mask(True, length - 2 * response, length - response) if response else Mask(True)
-    return _padded(q, k, v, segments, mask, interpret)
+    return _padded(q, k, v, segments, Mask.packed(q.shape[1], response), interpret)
 
 
 def same_segment(

@@ -5,61 +5,24 @@ the block table lists. Refs are Pallas references into GPU memory; arrays are [p
 registers, with H padded to a power of two.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from saber_jax.models.masks import Mask
 
 # Positions of one program, and of one turn of its loop. Rows are padded to a multiple of OUTER.
 OUTER, INNER = 128, 64
 MASKED = -1e30  # Finite: minus infinity minus itself would be NaN.
 
 Dot = Callable[..., Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """What is visible by position alone; segment ids are compared in addition to it.
-
-    With `causal`, a query sees no later key. Positions from `rejected` on do not see those in
-    [chosen, rejected). Drawn for a causal row of 6 with chosen=2 and rejected=4:
-
-        sees    0 1 2 3 4 5
-        0       x
-        1       x x
-        2       x x x
-        3       x x x x
-        4       x x     x
-        5       x x     x x
-    """
-
-    causal: bool
-    chosen: int = 0
-    rejected: int = 0
-
-    def visible(self, query: Any, key: Any) -> Any:
-        """Whether `query` sees `key`: two arrays of positions that broadcast."""
-        seen = query >= key if self.causal else (query >= 0) & (key >= 0)
-        if self.rejected:
-            seen &= (query < self.rejected) | (key < self.chosen) | (key >= self.rejected)
-        return seen
-
-    def may_meet(self, queries: int, keys: int, length: int) -> np.ndarray:
-        """bool [length / queries, length / keys]: blocks with at least one visible pair."""
-        query, key = np.arange(0, length, queries)[:, None], np.arange(0, length, keys)[None, :]
-        meet = query + queries > key if self.causal else np.ones((query.size, key.size), bool)
-        if self.rejected:
-            in_chosen = (key >= self.chosen) & (key + keys <= self.rejected)
-            meet = meet & ~((query >= self.rejected) & in_chosen)
-        return meet
 
 
 def _load(ref, head_dim: int):
