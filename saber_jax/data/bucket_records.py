@@ -16,12 +16,11 @@ import dataclasses
 import os
 import shutil
 import tempfile
-import uuid
 import zlib
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
 
-from saber_jax.runs import buckets
+from saber_jax.runs import buckets, files
 
 FOLDER = "SABER_RECORD_CACHE"
 LEFT_FREE = 20 * 2**30
@@ -91,14 +90,9 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # Not forced to the disk, which would take longer than reading it again: the checksum shows what
-    # a crash left.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
+    # Flushing would take longer than reading it again: the checksum shows what a crash left.
+    with files.replacing(path, flush=False) as partial:
         partial.write_bytes(_checksum(data) + data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _checksum(data: bytes) -> bytes:

@@ -15,19 +15,20 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, flush: bool = True) -> Iterator[Path]:
     """A path to write a file to; it replaces `path` if the block succeeds.
 
-    The file is flushed to the disk before it is moved. If the block raises, `path` is unchanged and
-    the temporary file is removed.
+    The file is flushed to the disk before it is moved; without `flush` a crash of the machine may
+    leave a part of it. If the block raises, `path` is unchanged and the temporary file is removed.
     """
     path = Path(path)
     # A unique name, because processes of several machines may write the same file.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
