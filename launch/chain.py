@@ -12,7 +12,6 @@ its stamp (turns.py).
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
@@ -53,7 +52,7 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
     stamps: dict[str, str] = {}
     for number, step in enumerate(chain, start=1):
         done = [step.does or step.command, [stamps.get(name) for name in step.after]]
-        stamp = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
+        stamp = manifest.digest(done)
         stamps[step.name] = stamp
         title = f"[{number}/{len(chain)}] {step.name}"
         if _stamp_read(root, step.name, stamp) and Path(step.leaves).exists():

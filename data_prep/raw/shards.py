@@ -19,7 +19,6 @@ exactly once; anything else is an error in the stage's code and stops it.
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import logging
 import sys
@@ -115,8 +114,7 @@ class Stage:
 
     def fingerprint(self) -> str:
         """Changes with the settings of this stage and of every one before it."""
-        described = storage.read_json(self.file("manifest.json"))
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        return manifest.digest(storage.read_json(self.file("manifest.json")))
 
     def claim(self, after: str) -> None:
         """Writes the manifest; ValueError if the folder was made from other inputs."""

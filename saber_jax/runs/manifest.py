@@ -53,8 +53,8 @@ def claim(path: str | os.PathLike, inputs: Mapping[str, Any], *, what: str, reme
     write_json(path, inputs)
 
 
-def digest(inputs: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that change with any of these JSON values."""
+def digest(inputs: Any) -> str:
+    """Sixteen hex digits that change with any part of this JSON value."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from saber_jax.batch import Batch
 from saber_jax.data.examples import Example
+from saber_jax.data.steps import Rows
 from saber_jax.data.withhold import VIEWS, View
 from saber_jax.inputs import Inputs
 from saber_jax.models import saber
@@ -39,8 +40,6 @@ from saber_jax.train.stage import Stage
 
 KEY_BYTES = 16
 FLUSH_SECONDS = 30  # Interrupting the computation loses at most this much work.
-
-Rows = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
