@@ -8,14 +8,17 @@ that decided, and `sheets/kept.png` to compare with.
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import av
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from saber_jax.data import isolation
+from saber_jax.data.sampling import MediaError
+from saber_jax.data.timeline import opened, playable
 
 REASONS = {
     "too_short": "shorter than `shortest`",
@@ -177,18 +180,25 @@ def sheet(clips: Sequence[tuple[Row, str]]) -> Image.Image:
     for index, (row, detail) in enumerate(clips):
         x, y = index % COLUMNS * TILE, index // COLUMNS * (TILE + CAPTION)
         if picture := _middle_picture(row["file"]):
-            page.paste(ImageOps.contain(picture, (TILE - 4, TILE - 4)), (x + 2, y + 2))
+            page.paste(picture, (x + 2, y + 2))
         draw.text((x + 3, y + TILE), row["clip_id"][-26:], "black", font)
         draw.text((x + 3, y + TILE + 13), detail[:28], "firebrick", font)
     return page
 
 
 def _middle_picture(file: str) -> Image.Image | None:
+    """None of a clip that cannot be decoded, which stays an empty tile."""
     try:
-        with storage.local_copy(file) as path, av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            if container.duration:
-                container.seek(container.duration // 2)
-            return next(container.decode(stream)).to_image()
-    except (av.FFmpegError, OSError, IndexError, StopIteration):
+        with storage.local_copy(file) as path:
+            return isolation.call(_decode_middle, path)
+    except (MediaError, OSError):
         return None
+
+
+def _decode_middle(path: Path) -> Image.Image:
+    """The picture in the middle, as large as a tile holds. Raises MediaError or OSError."""
+    with opened(path) as container:
+        stream = playable(container.streams.video)[0]
+        if container.duration:
+            container.seek(container.duration // 2)
+        return ImageOps.contain(next(container.decode(stream)).to_image(), (TILE - 4, TILE - 4))

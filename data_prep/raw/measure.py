@@ -3,7 +3,8 @@
 Picture quality and loudness come from FFmpeg filters (blurdetect, blackdetect, freezedetect,
 ebur128), speech from silero-vad (in the faster-whisper wheel), faces from OpenCV's cascade, and
 similarity from 64-bit perceptual hashes. The thresholds are in data_prep.raw.filters, so that they
-can be changed without measuring again.
+can be changed without measuring again. Clips are measured in a process of its own
+(saber_jax.data.isolation), so that a file that crashes a decoder is dropped alone.
 
     measures     seconds, width, height, fps, kilobits_per_second
                  loudness      integrated, LUFS; -70 is silence
@@ -40,8 +41,9 @@ from PIL import Image
 
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row
-from saber_jax.data import media
-from saber_jax.data.timeline import playable
+from saber_jax.data import isolation, media
+from saber_jax.data.sampling import MediaError
+from saber_jax.data.timeline import opened, playable
 
 SAMPLE_RATE = media.SAMPLE_RATE
 WIDTH = 320
@@ -54,14 +56,6 @@ REASONS = {
     "no_video": "the file has no picture",
     "no_audio": "the file has no sound",
 }
-
-
-class UnmeasurableError(ValueError):
-    """A file that gives no measures; `reason` is a key of REASONS."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,28 +72,31 @@ def work(rows: list[Row], settings: MeasureSettings) -> Iterator[Outcome]:
     for row in rows:
         try:
             with storage.local_copy(row["file"]) as path:
-                measures = measure(path, settings)
-        except UnmeasurableError as error:
-            yield Dropped(row=row, reason=error.reason, detail=str(error))
+                measures = isolation.call(measure, path, settings)
+        except MediaError as error:
+            yield Dropped(row=row, reason=error.reason, detail=error.detail)
             continue
         yield {**row, "measures": measures, "provenance": [*row["provenance"], _made(settings)]}
 
 
 def measure(path: Path, settings: MeasureSettings = MeasureSettings()) -> dict[str, Any]:
-    """The measures of one file, see the module docstring. Raises UnmeasurableError."""
+    """The measures of one file, see the module docstring.
+
+    Raises MediaError with a reason of REASONS, also for a file that does not exist.
+    """
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with opened(path) as container:
             for kind in ("video", "audio"):
                 if not playable(getattr(container.streams, kind)):
-                    raise UnmeasurableError(f"no_{kind}", path.name)
+                    raise MediaError(f"no_{kind}", path.name)
             pass_ = _Pass(container, settings)
             pass_.decode()
-    except UnmeasurableError:
-        raise
-    except (av.FFmpegError, ValueError, OSError) as error:  # PyAV: the audio format changes midway.
-        raise UnmeasurableError("unreadable", f"{path.name}: {error}") from error
+    except (MediaError, OSError) as error:
+        if isinstance(error, MediaError) and error.reason in REASONS:
+            raise
+        raise MediaError("unreadable", str(error)) from error
     if not pass_.count:
-        raise UnmeasurableError("unreadable", f"{path.name}: no frame decodes")
+        raise MediaError("unreadable", f"{path.name}: no frame decodes")
     return pass_.measures(path.stat().st_size)
 
 
@@ -111,8 +108,6 @@ class _Pass:
         self._container = container
         video = playable(container.streams.video)[0]
         audio = playable(container.streams.audio)[0]
-        # Clips are processed in parallel, so each gets one thread.
-        video.codec_context.thread_count = audio.codec_context.thread_count = 1
         self._video, self._audio = video, audio
         self.count = 0
         self._first = self._last = 0.0

@@ -6,9 +6,13 @@ cut at their longest pauses. Files that are short enough are not changed. If a c
 separate files, it is joined with the video.
 
     rows gain    start, end (seconds in `video`); `file` is the new clip, `video` the source
+
+Files are read in a process of its own (saber_jax.data.isolation), so that one that crashes its
+decoder is dropped alone.
 """
 
 import dataclasses
+import errno
 import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -21,15 +25,22 @@ from av.video.frame import PictureType
 
 from data_prep.raw import measure, storage
 from data_prep.raw.shards import Dropped, Outcome, Row
+from saber_jax.data import isolation
 from saber_jax.data.decode import display_matrix
+from saber_jax.data.sampling import MediaError
 from saber_jax.data.sound import TOLERANCE
-from saber_jax.data.timeline import playable
+from saber_jax.data.timeline import opened, playable
 
 REASONS = {
     "unreadable": "the file cannot be decoded",
     "no_video": "the file has no picture",
     "no_speech": "nobody speaks in a video that is too long to be kept whole",
 }
+
+SECONDS = 4 * 3600
+"""The longest that one file may take: films are decoded whole, several times faster than played."""
+MEMORY = 8 << 30
+"""Bytes of the process that decodes: the detector of speech wants a film's whole sound at once."""
 
 Span = tuple[float, float]
 """(start, end) in seconds."""
@@ -47,18 +58,21 @@ class SegmentSettings:
 
 
 def work(rows: list[Row], settings: SegmentSettings, clips: str) -> Iterator[Outcome]:
-    """The stage; new clips go to the folder `clips`."""
+    """The stage; new clips go to the folder `clips`. Raises OSError if one cannot be written."""
+    worker = isolation.beside(seconds=SECONDS, memory=MEMORY)
     for row in rows:
         try:
-            yield from _segment(row, settings, clips)
-        except (av.FFmpegError, OSError, ValueError) as error:  # PyAV: sound that changes midway.
+            yield from _segment(row, settings, clips, worker)
+        except (MediaError, FileNotFoundError) as error:
             yield Dropped(row=row, reason="unreadable", detail=str(error))
 
 
-def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcome]:
+def _segment(
+    row: Row, settings: SegmentSettings, clips: str, worker: isolation.Worker
+) -> Iterator[Outcome]:
     sound = row.get("sound")
     with storage.local_copy(row["file"]) as path, storage.local_copy(sound or row["file"]) as heard:
-        seconds = length(path)
+        seconds = worker.call(length, path)
         if seconds is None:
             yield Dropped(row=row, reason="no_video")
             return
@@ -67,7 +81,7 @@ def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcom
             return
         spans = [(0.0, seconds)]
         if seconds > settings.longest:
-            spans = plan(*boundaries(path, settings), seconds, settings)
+            spans = plan(*worker.call(boundaries, path, settings), seconds, settings)
         if not spans:
             yield Dropped(row=row, reason="no_speech", detail=f"{seconds:.1f} s")
         for number, (start, end) in enumerate(spans):
@@ -75,14 +89,17 @@ def _segment(row: Row, settings: SegmentSettings, clips: str) -> Iterator[Outcom
             target = storage.join(clips, f"{clip_id}.mp4")
             if not storage.exists(target):
                 with storage.new_file(target) as file:
-                    write_clip(path, heard, file, (start, end))
+                    worker.call(write_clip, path, heard, file, (start, end))
             cut = {"clip_id": clip_id, "file": target, "start": start, "end": end}
             yield {**row, **cut, "provenance": [*row["provenance"], _made(settings)]}
 
 
 def length(path: Path) -> float | None:
-    """Duration in seconds from the header, or else from the packets; None without video."""
-    with av.open(str(path), metadata_errors="ignore") as container:
+    """Duration in seconds from the header, or else from the packets; None without video.
+
+    Raises MediaError.
+    """
+    with opened(path) as container:
         pictures = playable(container.streams.video)
         if not pictures:
             return None
@@ -93,10 +110,10 @@ def length(path: Path) -> float | None:
 
 
 def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[float]]:
-    """(intervals of speech, times of scene changes) of a whole video."""
+    """(intervals of speech, times of scene changes) of a whole video. Raises MediaError."""
     sound: list[np.ndarray] = []
     changes: list[float] = []
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with opened(path) as container:
         video = playable(container.streams.video)[0]
         streams = [video, *playable(container.streams.audio)[:1]]
         resampler = av.AudioResampler(format="s16", layout="mono", rate=measure.SAMPLE_RATE)
@@ -176,10 +193,27 @@ def _divided(group: list[Span], longest: float) -> Iterator[list[Span]]:
 
 
 def write_clip(path: Path, heard: Path, target: Path, span: Span) -> None:
-    """Encodes one interval as H.264 and AAC, with video from `path` and sound from `heard`."""
+    """Encodes one interval as H.264 and AAC, with video from `path` and sound from `heard`.
+
+    Raises MediaError, or OSError if `target` cannot be written.
+    """
+    try:
+        _encode(path, heard, target, span)
+    except MediaError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _UNWRITABLE:
+            raise OSError(cause.errno, cause.strerror, str(target)) from None
+        raise
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""Errors that reading cannot have. The others are attributed to the files that are read."""
+
+
+def _encode(path: Path, heard: Path, target: Path, span: Span) -> None:
     with (
-        av.open(str(path), metadata_errors="ignore") as pictures,
-        av.open(str(heard), metadata_errors="ignore") as sounds,
+        opened(path) as pictures,
+        opened(heard) as sounds,
         av.open(str(target), "w", format="mp4") as out,
     ):
         seen = playable(pictures.streams.video)[0]

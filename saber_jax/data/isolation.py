@@ -1,6 +1,7 @@
 """Decoding in a process of its own, so that a bad file costs itself and nothing else.
 
     clip = isolation.call(decode.decode_clip, path, sampling)      one call
+    isolation.beside(seconds=3600).call(cut, path)                 one call, with other limits
     for task, result in isolation.ahead(tasks, workers): ...       many, in order
 
 FFmpeg and Pillow are native code that reads files from anywhere: a file may crash them, keep them
@@ -113,14 +114,25 @@ def _end(process: subprocess.Popen, pipe: Connection) -> None:
     pipe.close()
 
 
-_beside = threading.local()
+class _Beside(threading.local):
+    def __init__(self):
+        self.workers: dict[tuple[float, int], Worker] = {}
+
+
+_beside = _Beside()
+
+
+def beside(*, seconds: float = SECONDS, memory: int = MEMORY) -> Worker:
+    """The worker of this thread that has these limits. It is kept for the thread's next call."""
+    limits = (seconds, memory)
+    if limits not in _beside.workers:
+        _beside.workers[limits] = Worker(seconds=seconds, memory=memory)
+    return _beside.workers[limits]
 
 
 def call(function: Callable[..., T], *args: Any) -> T:
     """`function(*args)` in the worker of this thread. Raises as `Worker.call` does."""
-    if not hasattr(_beside, "worker"):
-        _beside.worker = Worker()
-    return _beside.worker.call(function, *args)
+    return beside().call(function, *args)
 
 
 def ahead(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Any]]:

@@ -1,6 +1,11 @@
 """Measures of clips whose faults are known, and the thresholds over them."""
 
+import concurrent.futures
 import dataclasses
+import errno
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +18,9 @@ from PIL import Image, ImageFilter
 
 from data_prep.raw import filters, measure, segment, storage
 from data_prep.raw.filters import Duplicates, FilterSettings, verdicts
-from data_prep.raw.measure import MeasureSettings, UnmeasurableError, longest_track
+from data_prep.raw.measure import MeasureSettings, longest_track
 from data_prep.raw.shards import Dropped, Stage
+from saber_jax.data.sampling import MediaError
 from tests.media_files import RATE, tone, write_clip
 
 SHAPE = (180, 240, 3)
@@ -309,7 +315,52 @@ def test_clips_in_a_bucket_are_cut_and_measured_there(tmp_path):
 
 
 def test_unmeasurable_errors_carry_their_reason():
-    assert UnmeasurableError("no_audio", "x").reason in measure.REASONS
+    assert MediaError("no_audio", "x").reason in measure.REASONS
+
+
+KILLED = """
+import av, os
+open = av.open
+av.open = lambda file, *rest, **named: os.abort() if "bad" in file else open(file, *rest, **named)
+"""
+
+
+def test_a_file_that_kills_its_decoder_costs_itself_in_every_stage(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(KILLED)  # Any new Python imports it.
+    monkeypatch.syspath_prepend(tmp_path)
+    good = clip(tmp_path / "good.mkv")
+    shutil.copy(good, tmp_path / "bad.mkv")
+    rows = [
+        {"clip_id": name, "file": str(tmp_path / f"{name}.mkv"), "provenance": []}
+        for name in ("bad", "good")
+    ]
+    crash = "the file cannot be decoded: the decoder crashed"
+
+    def stages():  # In a thread that has no process yet.
+        cut = segment.work(rows, SEGMENT, str(tmp_path / "clips"))
+        bad, whole = measure.work(rows, MeasureSettings())
+        return *cut, bad, whole, filters.sheet([(rows[0], ""), (rows[1], "")])
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        uncut, kept, bad, measured, sheet = thread.submit(stages).result()
+    assert (uncut.reason, uncut.detail) == ("unreadable", crash)
+    assert (bad.reason, bad.detail) == ("unreadable", "the decoder crashed")
+    assert kept["end"] == measured["measures"]["seconds"] == 2.0
+    tiles = np.asarray(sheet)[: filters.TILE].reshape(filters.TILE, filters.COLUMNS, -1)
+    assert (tiles[:, 0] == 255).all() and not (tiles[:, 1] == 255).all()
+
+
+def test_a_full_disk_stops_the_stage_instead_of_dropping_the_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment, "_encode", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: 'cut\.mp4'"):
+        segment.write_clip(tmp_path, tmp_path, Path("cut.mp4"), (0.0, 1.0))
+
+
+def full_disk(path, *_):
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise MediaError("unreadable", "a.mkv") from error
 
 
 def test_a_long_video_is_cut_into_what_is_said_in_it(tmp_path):
