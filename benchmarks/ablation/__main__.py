@@ -5,7 +5,7 @@
 Every seed has a folder, ROOT/seed_N, with its own corpus, and is run by the steps of
 launch/chain.py: an interrupted call goes on where it was, and one with more seeds or arms adds
 them. A folder that `launch/tpu_run.sh configs/cadpo.py:tiny --config.seed=N --config.root=...` left
-is used too. ROOT/scores.json and ROOT/table.md hold the results; the last line is one JSON object.
+is used too. OUT/scores.json and OUT/table.md hold the results; the last line is one JSON object.
 
 Seeds begin at 1, because the recipe was chosen on seed 0. On two quiet cores a seed of all
 arms is estimated to take an hour, half of it for the three that train a stage 1 of their own.
@@ -31,8 +31,9 @@ def main() -> None:
         print(f"\nseed {seed}: {', '.join(names)}", flush=True)
         chain.run(chain_of(root, seed, names, quick=flags.quick), root)
     found = compared(roots, names)
-    write_json(flags.root / "scores.json", {"seeds": list(seeds), **found})
-    write_text(flags.root / "table.md", table(found))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    write_json(flags.out / "scores.json", {"seeds": list(seeds), **found})
+    write_text(flags.out / "table.md", table(found))
     print(table(found), flush=True)
     about = next((claim for claim in found["claims"] if claim["says"] == MAIN.says), None)
     low, high = about["gain"]["interval"] if about else (0.0, 0.0)
@@ -60,6 +61,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--root", type=Path, help="default: runs/ablation, or runs/ablation_quick")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: ROOT")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, 60 clips, 4 steps, the arms of stage 1"
     )
@@ -74,6 +76,7 @@ def _flags() -> argparse.Namespace:
     else:  # What the main claim compares.
         flags.arms = {*flags.arms, MAIN.before, MAIN.after}
     flags.root = flags.root or Path("runs/ablation_quick" if flags.quick else "runs/ablation")
+    flags.out = flags.out or flags.root
     return flags
 
 

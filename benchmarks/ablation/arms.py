@@ -3,7 +3,7 @@
 All arms of one seed share its corpus, its stage 1 and its pairs, so that they differ in one thing.
 An arm of stage 1 takes as many steps over as many clips as SED. An arm of stage 2 starts from SED
 and takes as many steps over as many examples as CA-DPO; they are clips, or pairs, of the split that
-pairs are mined from.
+pairs are mined from. What arms have in common with a recipe is read from configs/{sft,cadpo}.py.
 """
 
 import dataclasses
@@ -17,71 +17,98 @@ from configs import cadpo, sft
 from launch import steps as chain
 from launch.steps import Step
 
+SFT, CADPO = sft.get_config("tiny"), cadpo.get_config("tiny")
 PLAIN = {"loss.sft": 0.0, "loss.anchor": 0.0}
 """The paper's loss: DPO, without the two terms that the tiny recipe adds."""
+SIX_SECTIONS = {f"data.tasks.{task}": float(task == "sed") for task in SFT.data.tasks}
+"""The one request that pairs answer, and that the targets of `material` are written for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
     """`settings` change configs/STAGE.py:tiny; `reads` is the step whose result it trains on, a
-    folder of the same name below the seed's."""
+    folder of the same name below the seed's. With `from_sed` it starts from SED's weights."""
 
     says: str
     stage: str
     reads: str
+    from_sed: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def _more_sft(says: str, peak_lr: float) -> Arm:
+    """As many examples a step, for as many steps, as stage 2 takes."""
+    taken = CADPO.data
+    settings = {
+        "data.split": taken.split,
+        "data.withhold": taken.withhold,
+        "data.wordings": 1,
+        **SIX_SECTIONS,
+        "data.batch_rows": taken.batch_rows,
+        "data.batch_examples": taken.batch_examples,
+        "data.segments": taken.segments,
+        "steps": CADPO.steps,
+        **{f"optimizer.{name}": value for name, value in CADPO.optimizer.items()},
+        "optimizer.peak_lr": peak_lr,
+    }
+    return Arm(says=says, stage="sft", reads="records", from_sed=True, settings=settings)
+
+
+MORE_SFT = ("more_sft", "more_sft_fast")
 ARMS = {
-    "label_only": Arm(says="SFT on the emotion word alone", stage="sft", reads="records_label"),
+    "label_only": Arm(
+        says="SFT on the emotion word alone",
+        stage="sft",
+        reads="records_label",
+        settings=SIX_SECTIONS,
+    ),
     "reason_first": Arm(
-        says="SFT on the reasoning, and its evidence after it", stage="sft", reads="records_reason"
+        says="SFT on the reasoning, and its evidence after it",
+        stage="sft",
+        reads="records_reason",
+        settings=SIX_SECTIONS,
     ),
     "sed": Arm(says="SED: evidence first, then the reasoning", stage="sft", reads="records"),
-    "more_sft": Arm(
-        says="SED, and as many more SFT steps as stage 2 takes",
-        stage="sft",
-        reads="records",
-        settings={
-            "data.split": "preference",
-            "data.withhold": 0.0,
-            # As many clips a step as stage 2 has pairs, one in a row.
-            "data.batch_rows": 12,
-            "data.segments": 1,
-            "steps": 80,
-            # Where the schedule of stage 1 ends.
-            "optimizer.peak_lr": 1e-4,
-            "optimizer.vocabulary_steps": 0,
-            "optimizer.warmup_steps": 10,
-        },
+    "more_sft": _more_sft(
+        "SED, and as many more SFT steps at the learning rate of stage 2",
+        CADPO.optimizer.peak_lr,
+    ),
+    "more_sft_fast": _more_sft(
+        "the same at the learning rate with which stage 1 ends",
+        SFT.optimizer.peak_lr * SFT.optimizer.final_fraction,
     ),
     "random": Arm(
         says="SED, then DPO against another clip's annotation",
         stage="cadpo",
         reads="pairs_random",
+        from_sed=True,
         settings=PLAIN,
     ),
     "sample": Arm(
         says="SED, then CA-DPO on sampled pairs (the paper's)",
         stage="cadpo",
         reads="pairs_sample",
+        from_sed=True,
         settings=PLAIN,
     ),
     "withhold": Arm(
         says="SED, then CA-DPO on pairs by withholding (ours)",
         stage="cadpo",
         reads="pairs",
+        from_sed=True,
         settings=PLAIN,
     ),
     "anchored": Arm(
         says="the same with the SFT term and the anchor: the tiny recipe",
         stage="cadpo",
         reads="pairs",
+        from_sed=True,
     ),
     "conditional": Arm(
         says="the same with both modality-conditional terms too",
         stage="cadpo",
         reads="pairs",
+        from_sed=True,
         settings={"loss.conditional_audio": 0.5, "loss.conditional_video": 0.5},
     ),
 }
@@ -135,7 +162,7 @@ def _settings(root: Path, seed: int, name: str, quick: bool) -> dict[str, Any]:
         return settings | (QUICK if quick else {})
     settings |= {"workdir": str(root / "arms" / name)} | dict(arm.settings)
     settings |= QUICK if quick else {}
-    if name == "more_sft":
+    if arm.from_sed and arm.stage == "sft":
         settings["init.checkpoint"] = str(root / "sft")
     if arm.reads not in ("records", "pairs"):
         settings["data.path" if arm.stage == "sft" else "data.pairs"] = str(root / arm.reads)
@@ -161,7 +188,7 @@ def _training(root: Path, seed: int, name: str, quick: bool) -> Step:
     config = config_of(root, seed, name, quick=quick)
     links = chain.steps(config, f"configs/{arm.stage}.py:tiny", _typed(settings))
     train = next(step for step in links if step.leaves == config.workdir)
-    after = (arm.reads,) if name in ("label_only", "reason_first", "sed") else ("sft", arm.reads)
+    after = ("sft", arm.reads) if arm.from_sed else (arm.reads,)
     return dataclasses.replace(train, says=arm.says, after=after)
 
 

@@ -22,6 +22,11 @@ from saber_jax.evaluation.bootstrap import RESAMPLES, SEED, Score
 Counts = Float[np.ndarray, "n 2"]
 
 
+def value(counts: Counts) -> float:
+    """The value of one arm and seed."""
+    return float(_ratio(counts.sum(axis=0)))
+
+
 def estimate(seeds: Sequence[Counts]) -> Score:
     """The value of one arm, given its counts by seed."""
     return _score(seeds, [counts[:, None] for counts in seeds], np.ones(1))
@@ -43,9 +48,9 @@ def _score(
     arms: Sequence[Float[np.ndarray, "n A 2"]],
     weights: Float[np.ndarray, "A"],
 ) -> Score:
-    value = float(np.mean([_ratio(counts.sum(axis=0)) @ weights for counts in arms]))
+    mean = float(np.mean([_ratio(counts.sum(axis=0)) @ weights for counts in arms]))
     drawn = _resampled(arms) @ weights
-    return bootstrap.score(sum(map(len, seeds)), value, drawn)
+    return bootstrap.score(sum(map(len, seeds)), mean, drawn)
 
 
 def _resampled(arms: Sequence[Float[np.ndarray, "n A 2"]]) -> Float[np.ndarray, "R A"]:

@@ -28,12 +28,25 @@ def test_an_arm_changes_what_it_names_and_nothing_else(name):
     assert before.keys() == own.keys()
 
 
+def test_more_sft_takes_the_peak_of_stage_2_and_the_end_of_stage_1():
+    peaks = [arms.config_of(ROOT, 3, name).optimizer.peak_lr for name in arms.MORE_SFT]
+    first, second = (stage.get_config("tiny").optimizer for stage in (sft, cadpo))
+    assert peaks == [second.peak_lr, first.peak_lr * first.final_fraction]
+
+
+@pytest.mark.parametrize("name", ["label_only", "reason_first", *arms.MORE_SFT])
+def test_an_arm_whose_targets_answer_six_sections_is_asked_for_nothing_else(name):
+    tasks = arms.config_of(ROOT, 3, name).data.tasks.to_dict()
+    assert {task for task, weight in tasks.items() if weight} == {"sed"}
+
+
 def test_arms_of_stage_2_see_as_many_examples():
     seen = set()
-    for name in (*STAGE_2, "more_sft"):
+    for name in (*STAGE_2, *arms.MORE_SFT):
         config = arms.config_of(ROOT, 3, name)
         assert config.init.checkpoint == f"{ROOT}/sft"
-        seen.add((config.steps, config.data.batch_rows, config.data.segments))
+        data = config.data
+        seen.add((config.steps, data.batch_rows, data.batch_examples, data.segments))
     assert len(seen) == 1
 
 

@@ -43,12 +43,12 @@ def answered(root: Path, name: str, right: int) -> None:
 
 
 def claims(found: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    return {(c["before"], c["after"], c["measure"]): c for c in found["claims"]}
+    return {("/".join(c["before"]), c["after"], c["measure"]): c for c in found["claims"]}
 
 
 def test_claims_are_about_arms_and_measures_that_there_are():
     for claim in compare.CLAIMS:
-        assert {claim.before, claim.after} <= ARMS.keys() and claim.measure in compare.MEASURES
+        assert {*claim.before, claim.after} <= ARMS.keys() and claim.measure in compare.MEASURES
 
 
 def test_arms_are_scored_and_claims_judged_over_both_seeds(tmp_path):
@@ -56,18 +56,22 @@ def test_arms_are_scored_and_claims_judged_over_both_seeds(tmp_path):
     for root in roots:
         answered(root, "sed", 10)
         answered(root, "anchored", CLIPS)
-        answered(root, "more_sft", 38)
-    found = compare.compared(roots, ["sed", "more_sft", "anchored"])
+        answered(root, "more_sft", 12)
+        answered(root, "more_sft_fast", 38)
+    found = compare.compared(roots, ["sed", "more_sft", "more_sft_fast", "anchored"])
     sed = found["arms"]["sed"]
     assert sed["conflicting"]["value"] == sed["consistent"]["value"] == 0.25
     assert sed["dominance"]["value"] == 0.75
     assert sed["moved_muted"]["value"] == 0.25
     assert sed["word_error_rate"]["value"] == pytest.approx(0.375)
-    assert found["by_seed"]["anchored"] == [1.0, 1.0]
+    assert found["by_seed"]["anchored"]["conflicting"] == [1.0, 1.0]
     judged = claims(found)
     assert judged["sed", "anchored", "conflicting"]["verdict"] == "shown"
     assert judged["sed", "anchored", "dominance"]["verdict"] == "shown"
-    assert judged["more_sft", "anchored", "conflicting"]["verdict"] == "open"
+    # Shown against one of the two, and not against the stronger.
+    more = judged["more_sft/more_sft_fast", "anchored", "conflicting"]
+    assert (more["strongest"], more["verdict"]) == ("more_sft_fast", "open")
+    assert more["gain"]["value"] == pytest.approx(0.05)
     text = compare.table(found)
     assert "| 25.0 (" in text and "| shown |" in text and "random" not in text
 
@@ -96,6 +100,18 @@ def test_a_gain_of_just_what_is_claimed_is_open():
     score = {"value": 0.1, "interval": [0.3 - 0.2, 0.2]}
     assert compare.MAIN.verdict(score, seeds=2) == "open"
     assert compare.MAIN.verdict(score | {"interval": [0.0, 0.3 - 0.2]}, seeds=2) == "open"
+
+
+def test_a_claim_about_several_arms_is_shown_only_against_all_of_them():
+    claim = compare.Claim(says="", measure="", before=("a", "b"), after="c")
+    ahead, even, behind = ({"value": v, "interval": [v - 0.1, v + 0.1]} for v in (0.2, 0.0, -0.2))
+    for gains, verdict in (
+        ((ahead, ahead), "shown"),
+        ((ahead, even), "open"),
+        ((ahead, behind), "refuted"),
+    ):
+        judged = claim.judged(dict(zip("ab", gains, strict=True)), seeds=2)
+        assert (judged["verdict"], judged["gain"]) == (verdict, gains[1])
 
 
 def test_one_seed_settles_nothing(tmp_path):

@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.science
-def test_ca_dpo_gains_over_sed_where_modalities_conflict():
+def test_ca_dpo_gains_over_sed_where_modalities_conflict(tmp_path):
     kept = os.environ.get("SABER_ABLATION", str(ROOT / "runs/ablation"))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.ablation", "--root", kept, "--seeds", "2"),
             *("--arms", "sed", "more_sft", "anchored"),
+            # What a complete ablation wrote down stays.
+            *("--out", str(tmp_path)),
         ],
         cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": ""},  # The suite's own flags are not for training.
