@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -291,6 +291,7 @@ def report(
     promised = count["unshared"] / count["shared"]
     reached = over("unshared", "wall") / promised
     faster = over("torch", "wall")
+    goal: dict[str, Any] = {} if quick else {"share_goal": SHARE_OF_COUNTED}
     leanest = memory["shared"] < min(memory["unshared"], memory["torch"])
     result.finish(
         "cadpo",
@@ -312,7 +313,7 @@ def report(
             count["duplicate_everything"] / count["shared"], 2
         ),
         share_of_promise=round(reached, 3),
-        **({} if quick else {"share_goal": SHARE_OF_COUNTED}),
+        **goal,
         cpu_over_unshared=round(over("unshared", "cpu"), 2),
         cpu_over_torch=round(over("torch", "cpu"), 2),
         prompt_tokens=int((shared.text.branch == Branch.SHARED).sum()),

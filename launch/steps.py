@@ -171,7 +171,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
     stages = {"sft": config.init.checkpoint, "cadpo": config.workdir}
     scores = {"sft": root / "eval/sft", "cadpo": place / "eval" / "cadpo"}
     names = {"sft": "evaluate_sft", "cadpo": f"evaluate_{trained}"}
-    after = {"sft": ("sft",), "cadpo": (trained,)}
+    after: dict[str, tuple[str, ...]] = {"sft": ("sft",), "cadpo": (trained,)}
     if base := _base(config, root):
         stages = {"base": base} | stages
         scores["base"], names["base"], after["base"] = root / "eval/base", "evaluate_base", ()

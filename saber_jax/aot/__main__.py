@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         Path(JSON.value).write_text(json.dumps(figures, indent=1))
     if HLO.value:
         Path(HLO.value).mkdir(parents=True, exist_ok=True)
-        (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text())
+        (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text() or "")
 
 
 def _stage(config: ConfigDict, slices: chips.Slices) -> stages.Stage:

@@ -41,6 +41,7 @@ def measure(
 ) -> Memory:
     """`name` is the program's, `walk` as hlo.executions."""
     stats = compiled.memory_analysis()
+    assert stats is not None  # libtpu always has one; the type allows for plug-ins that do not.
     generation = name in programs.GENERATION
     forward, backward = _stacked(module, **walk)
     host, most = stats.host_temp_size_in_bytes, stats.peak_memory_in_bytes

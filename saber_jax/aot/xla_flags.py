@@ -16,7 +16,7 @@ xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter.
 """
 
 # name -> value. What a flag does stands above it; they are libtpu's, not jax's, and change with it.
-FLAGS = {
+FLAGS: dict[str, str | bool] = {
     # Collectives run as part of neighbouring matrix products instead of between them: FSDP's
     # all-gathers hide behind the layer before.
     "xla_tpu_enable_async_collective_fusion": "true",

@@ -1,6 +1,7 @@
 # What a config holds is known when it runs; the package's own types make every value a union.
 from typing import Any
 
+config_dict: Any
 config_flags: Any
 
 class ConfigDict:
