@@ -32,7 +32,7 @@ from av.video.frame import PictureType
 from benchmarks.result import device, finish
 from data_prep.corpus import build as corpus
 from data_prep.corpus.plan import Sizes
-from data_prep.raw import annotate, ears, filters, measure, transcripts
+from data_prep.raw import annotate, filters, measure, recogniser, transcripts
 from data_prep.raw.answers import EndpointSettings
 from data_prep.records import clips
 from saber_jax.data import media
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 def report(files: list[Path], goal: float, *, quick: bool) -> None:
     """Prints a line per stage and the result."""
     repetitions = 1 if quick else 3
-    ears.recognise(np.zeros(media.SAMPLE_RATE, np.int16), "en")  # Loads the models.
+    recogniser.recognise(np.zeros(media.SAMPLE_RATE, np.int16), "en")  # Loads the models.
     measure.measure(files[0])
     stages = {
         "decode (peer)": _cpu(lambda: [_decode(f) for f in files], repetitions),
@@ -117,7 +117,7 @@ def _decode(file: Path) -> int:
 
 
 def _recognise(file: Path) -> str:
-    return ears.recognise(transcripts.sound(str(file)), "en")
+    return recogniser.recognise(transcripts.sound(str(file)), "en")
 
 
 def _annotate(files: list[Path], repetitions: int) -> float:

@@ -184,7 +184,7 @@ def _wait(root: Path, name: str, stamp: str, title: str, host: int) -> None:
         )
 
 
-def refuse_hopeless(config: ConfigDict) -> None:
+def refuse_without_accelerator_or_data(config: ConfigDict) -> None:
     """Checks before hours of preparation that there is an accelerator and data."""
     if config.embedded:
         return
@@ -261,7 +261,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     if len(argv) > 1:
         sys.exit(f"launch/tpu_run.sh: unexpected {argv[1:]}; settings look like --config.seed=1")
-    refuse_hopeless(config)
+    refuse_without_accelerator_or_data(config)
     signal.signal(signal.SIGTERM, lambda *_: _stop("launch/tpu_run.sh"))
     name = next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config="))
     settings = tuple(a for a in sys.argv[1:] if a.startswith("--config."))

@@ -153,7 +153,7 @@ def make_room(name: str, rendered: str) -> bool:
     return True
 
 
-def say_why_it_waits(name: str, said: set[str]) -> None:
+def log_why_it_waits(name: str, said: set[str]) -> None:
     """Prints warnings about the JobSet's pods that were not printed before: no node pool with these
     TPUs, an image that cannot be pulled, a volume that cannot be mounted."""
     columns = "custom-columns=POD:.involvedObject.name,REASON:.reason,MESSAGE:.message"
@@ -212,7 +212,7 @@ def follow(name: str) -> str:
         if ready.returncode == 0:
             kubectl("logs", "--follow", f"--selector={first}", "--tail=-1")
         else:
-            say_why_it_waits(name, waited_for)
+            log_why_it_waits(name, waited_for)
         time.sleep(pause)
 
 

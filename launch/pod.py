@@ -25,7 +25,7 @@ LEAST_FREE_GIB = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
+class Arguments:
     """The arguments after the verb. `run` is passed on to launch/tpu_run.sh."""
 
     run: list[str]
@@ -66,10 +66,10 @@ class Wish:
         return shape
 
 
-def read(arguments: list[str]) -> Wish:
+def read(words: list[str]) -> Arguments:
     """Parses arguments. Exits with a message for unknown flags."""
-    flags = [a for a in arguments if re.match(r"--(spot|delete|disk=.+)$", a)]
-    rest = [a for a in arguments if a not in flags]
+    flags = [a for a in words if re.match(r"--(spot|delete|disk=.+)$", a)]
+    rest = [a for a in words if a not in flags]
     if rest and rest[0] != "--stop" and not rest[0].startswith("configs/"):
         sys.exit(f"launch/pod.sh: expected configs/NAME.py:VARIANT, got {rest[0]!r}")
     strange = [a for a in rest[1:] if not a.startswith(("--config.", "--until="))]
@@ -79,18 +79,18 @@ def read(arguments: list[str]) -> Wish:
             "settings such as --config.seed=1"
         )
     disk = next((a.partition("=")[2] for a in flags if a.startswith("--disk=")), "")
-    return Wish(rest, spot="--spot" in flags, disk=disk, delete="--delete" in flags)
+    return Arguments(rest, spot="--spot" in flags, disk=disk, delete="--delete" in flags)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def create(pod: Pod, wish: Wish) -> None:
-    shape = wish.shape()
-    kind = "spot" if wish.spot else "on demand"
-    say(f"asking for {shape} ({shape.accelerator_type}, {kind}) as {pod.name} in {pod.zone}")
-    pod.create(shape, spot=wish.spot, disk=wish.disk)
+def create(pod: Pod, arguments: Arguments) -> None:
+    shape = arguments.shape()
+    kind = "spot" if arguments.spot else "on demand"
+    log(f"asking for {shape} ({shape.accelerator_type}, {kind}) as {pod.name} in {pod.zone}")
+    pod.create(shape, spot=arguments.spot, disk=arguments.disk)
     state = wait_for(pod)
     if state != "READY":
         sys.exit(
@@ -106,19 +106,19 @@ def wait_for(pod: Pod) -> str:
     while True:
         state = pod.state()
         if state != before:
-            say(f"{pod.name} is {state}")
+            log(f"{pod.name} is {state}")
         if state == "READY" or state in GONE:
             return state
         before = state
         time.sleep(gcloud.pause())
 
 
-def preflight(pod: Pod, wish: Wish) -> int:
+def preflight(pod: Pod, arguments: Arguments) -> int:
     """Prints the problems of the workers; returns 1 if a run could not work, else 0."""
     nodes = pod.nodes()
-    shape = wish.shape()
+    shape = arguments.shape()
     remote.ship(pod, nodes)
-    command = shlex.join(["launch/preflight.sh", *([wish.root] if wish.root else [])])
+    command = shlex.join(["launch/preflight.sh", *([arguments.root] if arguments.root else [])])
     answers = gcloud.ask(pod, nodes, f"{remote.UNPACK} && {command}")
     problems, hints = judge(shape, nodes, answers)
     for title, found in (("PROBLEM", problems), ("hint", hints)):
@@ -187,43 +187,43 @@ def _named(workers: list[tuple[str, int]]) -> str:
     return first + (f" and {len(workers) - 3} more" if len(workers) > 3 else "")
 
 
-def watch(pod: Pod, wish: Wish) -> int:
+def watch(pod: Pod, arguments: Arguments) -> int:
     """Runs to the end through preemptions; returns the run's exit status."""
     failures = 0
     while True:
         state = pod.state()
         if state in GONE:
-            renew(pod, wish, state)
+            renew(pod, arguments, state)
             continue
         if state != "READY":
             wait_for(pod)
             continue
         began = time.monotonic()
-        status = attempt(pod, wish)
+        status = attempt(pod, arguments)
         if status == 0:
-            if wish.delete:
+            if arguments.delete:
                 pod.delete()
-                say(f"{pod.name} is deleted")
+                log(f"{pod.name} is deleted")
             else:
-                say(f"{pod.name} is still there and costs money: launch/pod.sh delete")
+                log(f"{pod.name} is still there and costs money: launch/pod.sh delete")
             return 0
         if taken_back(pod):
-            say(f"{pod.name} was taken back")
+            log(f"{pod.name} was taken back")
             continue
         if status == remote.PREEMPTED:
-            say("the run was told to stop, and its TPUs are still there; not starting it again")
+            log("the run was told to stop, and its TPUs are still there; not starting it again")
             return status
         failures = 1 if time.monotonic() - began > LASTING_SECONDS else failures + 1
         if failures >= MOST_FAILURES:
-            say(f"the run failed {failures} times in a row; giving up with status {status}")
+            log(f"the run failed {failures} times in a row; giving up with status {status}")
             return status
-        say(f"the run failed with status {status}; starting it again")
+        log(f"the run failed with status {status}; starting it again")
 
 
-def attempt(pod: Pod, wish: Wish) -> int:
+def attempt(pod: Pod, arguments: Arguments) -> int:
     """One start of the run; a SystemExit inside counts as its failure."""
     try:
-        return remote.run(pod, pod.nodes(), wish.run)
+        return remote.run(pod, pod.nodes(), arguments.run)
     except SystemExit as stopped:
         if isinstance(stopped.code, int):
             return stopped.code
@@ -241,41 +241,41 @@ def taken_back(pod: Pod) -> bool:
     return True
 
 
-def renew(pod: Pod, wish: Wish, state: str) -> None:
+def renew(pod: Pod, arguments: Arguments, state: str) -> None:
     """Deletes the old request and makes a new one, repeatedly while there is no capacity."""
     if state != "MISSING":
         pod.delete()
     while True:
         try:
-            create(pod, wish)
+            create(pod, arguments)
             return
         except gcloud.Refused as refused:
             if not refused.no_capacity:
                 raise
-            say(f"no capacity in {pod.zone}; asking again in a while")
+            log(f"no capacity in {pod.zone}; asking again in a while")
             time.sleep(min(NO_CAPACITY_SECONDS, 30 * gcloud.pause()))
 
 
-def main(arguments: list[str]) -> int:
-    verb, rest = (arguments or ["--help"])[0], arguments[1:]
+def main(words: list[str]) -> int:
+    verb, rest = (words or ["--help"])[0], words[1:]
     if verb not in ("create", "preflight", "run", "watch", "delete"):
         usage = (remote.ROOT / "launch/pod.sh").read_text().split("set -euo")[0]
         print(re.sub(r"(?m)^#!.*\n|^# ?", "", usage))
         return 0 if verb in ("-h", "--help", "help") else 2
-    wish, pod = read(rest), gcloud.from_environment()
-    if wish.run == ["--stop"] and verb != "run":
+    arguments, pod = read(rest), gcloud.from_environment()
+    if arguments.run == ["--stop"] and verb != "run":
         sys.exit("launch/pod.sh: --stop belongs to run: launch/pod.sh run --stop")
-    if verb != "delete" and not wish.run and not os.environ.get("TPU_TYPE"):
+    if verb != "delete" and not arguments.run and not os.environ.get("TPU_TYPE"):
         sys.exit(f"launch/pod.sh: {verb} what? Name a config, such as configs/cadpo.py:7b-v5e-256.")
     try:
         if verb == "create":
-            create(pod, wish)
+            create(pod, arguments)
         elif verb == "preflight":
-            return preflight(pod, wish)
+            return preflight(pod, arguments)
         elif verb == "run":
-            return remote.main(wish.run)
+            return remote.main(arguments.run)
         elif verb == "watch":
-            return watch(pod, wish)
+            return watch(pod, arguments)
         else:
             there = pod.delete()
             print(f"{pod.name} {'is deleted' if there else 'was not there'}")

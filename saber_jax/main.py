@@ -26,9 +26,9 @@ from saber_jax import sharding
 from saber_jax.data.quarantine import Entry
 from saber_jax.inputs import Inputs, open_inputs
 from saber_jax.runs import distributed, lock, manifest
+from saber_jax.runs.console import log
 from saber_jax.runs.files import read_json, read_jsonl, write_json, write_jsonl
 from saber_jax.runs.identity import MAY_CHANGE, identity
-from saber_jax.runs.speaking import say
 from saber_jax.runs.timeline import Attempt, goodput
 from saber_jax.runs.watchdog import Watchdog
 from saber_jax.train import best, checkpoint, loop, nonfinite, samples, saved, start
@@ -58,11 +58,11 @@ def main(argv: list[str]) -> None:
 def run(config: ConfigDict) -> None:
     """Trains, or exits with a status and a sentence."""
     try:
-        start.refuse_hopeless(config)
+        start.refuse_large_model_on_cpu(config)
         with distributed.ending_early():
             train(config)
     except loop.Preempted as stopped:
-        say(f"{config.stage}: {stopped}. The same command goes on from there.")
+        log(f"{config.stage}: {stopped}. The same command goes on from there.")
         sys.exit(distributed.PREEMPTED)
     except (ValueError, OSError, FloatingPointError, checkpoint.SaveError) as error:
         sys.exit(f"saber_jax.main: {error}")
@@ -134,7 +134,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         if changed:
             steps = saved.steps(workdir)
             step = int(steps[-1].name) if steps else 0
-            say(f"settings changed at step {step}: {'; '.join(changed)}")
+            log(f"settings changed at step {step}: {'; '.join(changed)}")
             history = workdir / "changes.jsonl"
             before = read_jsonl(history) if history.exists() else []
             write_jsonl(history, [*before, {"step": step, "changed": changed}])
@@ -192,7 +192,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
                 validation=validated(config, stage, inputs),
             )
         except nonfinite.RolledBack as back:
-            say(f"WARNING: {back}")
+            log(f"WARNING: {back}")
             return False
         finally:
             watchdog.timeline.at("finish")
@@ -209,7 +209,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
         **recorded(workdir, observers, last),
     }
     finish(workdir, summary)
-    say(f"{config.stage}: {last} steps, checkpoint in {workdir}")
+    log(f"{config.stage}: {last} steps, checkpoint in {workdir}")
     return True
 
 
@@ -238,7 +238,7 @@ def first_state(
         state = stage.begin(params())
     else:
         inputs = inputs.resumed(checkpoints.meta()["data"])
-        say(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
+        log(f"resuming {config.stage} at step {int(state.step)} of {config.steps}")
     params.forget()  # The step takes their memory over.
     return state, inputs
 

@@ -22,7 +22,7 @@ from configs import ranges
 from saber_jax import sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed
-from saber_jax.runs.speaking import say
+from saber_jax.runs.console import log
 from saber_jax.runs.timeline import Timeline
 from saber_jax.train import stage as stages
 from saber_jax.train import start
@@ -46,7 +46,7 @@ def run(config: ConfigDict) -> None:
     weights = start.weights_digest(config, stage, base)
     with_references(config, weights, start.Weights(config, stage, base), inputs, stage, Timeline())
     views, count = ", ".join(stage.reference_views), len(inputs.usable)
-    say(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
+    log(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 
 
 def _main(argv: list[str]) -> None:
@@ -56,7 +56,7 @@ def _main(argv: list[str]) -> None:
     try:
         distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
         with distributed.failing_together():
-            start.refuse_hopeless(CONFIG.value)
+            start.refuse_large_model_on_cpu(CONFIG.value)
             run(CONFIG.value)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"saber_jax.reference: {error}")

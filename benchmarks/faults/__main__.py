@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks import result
 from benchmarks.faults import cost, flips, inputs, machines, outcomes, training
-from benchmarks.faults.outcomes import FAILURES, Tally
+from benchmarks.faults.outcomes import FAILURES, Outcomes
 from benchmarks.faults.training import Undisturbed
 
 
@@ -57,7 +57,7 @@ def main() -> None:
         }
         costs = {} if flags.only else cost.overhead(folder / "cost", 32 if flags.quick else 512)
     print(outcomes.table(rows))
-    failed = sum(tally[kind] for tally in rows.values() for kind in FAILURES)
+    failed = sum(counts[kind] for counts in rows.values() for kind in FAILURES)
     result.finish(
         "faults",
         value=failed,
@@ -67,21 +67,21 @@ def main() -> None:
         correct=failed == 0,
         device=result.device(),
         quick=flags.quick,
-        faults=sum(tally.total() - tally["skipped"] for tally in rows.values()),
+        faults=sum(counts.total() - counts["skipped"] for counts in rows.values()),
         digest_overhead={name: round(value, 3) for name, value in costs.items()},
-        outcomes={name: dict(tally) for name, tally in rows.items()},
+        outcomes={name: dict(counts) for name, counts in rows.items()},
     )
 
 
-def timed(fault: str, run: Callable[[], Tally]) -> Tally:
+def timed(fault: str, run: Callable[[], Outcomes]) -> Outcomes:
     """What `run` counted, printed at once: all of them take a while."""
     began = time.perf_counter()
-    tally = run()
-    print(f"{fault}: {dict(tally)} in {time.perf_counter() - began:.0f} s", flush=True)
-    return tally
+    counts = run()
+    print(f"{fault}: {dict(counts)} in {time.perf_counter() - began:.0f} s", flush=True)
+    return counts
 
 
-def faults(flags: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Tally]]:
+def faults(flags: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Outcomes]]:
     """Every kind of fault by its name."""
 
     def some(all_of_them: int) -> int:
@@ -95,10 +95,10 @@ def faults(flags: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ta
     def wanted() -> Undisturbed:
         return training.undisturbed(records, folder / "undisturbed")
 
-    def disks() -> Tally:
+    def disks() -> Outcomes:
         return machines.full_disks(records, folder / "full", some(40), rng, wanted())
 
-    def kills(count: int, how: signal.Signals) -> Callable[[], Tally]:
+    def kills(count: int, how: signal.Signals) -> Callable[[], Outcomes]:
         return lambda: machines.kills(records, folder / how.name, count, rng, how, wanted())
 
     return {

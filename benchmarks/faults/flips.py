@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from benchmarks.faults import training
-from benchmarks.faults.outcomes import Tally, flip, flips
+from benchmarks.faults.outcomes import Outcomes, flip, flips
 from saber_jax.data.records import BadRecordError, Record, RecordSource, outlines_file, to_example
 from saber_jax.hf import check, export
 from saber_jax.hf import load as hf_load
@@ -22,10 +22,10 @@ from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.train import checkpoint
 
 
-def checkpoints(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def checkpoints(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in any file of the newest step of the tiny network and its optimizer: the state of that
     step comes back, or the one before, which is said."""
-    intact, tally = folder / "intact", Tally()
+    intact, counts = folder / "intact", Outcomes()
     states = {step: training.state(records, step) for step in (1, 2)}
     writing = checkpoint.Checkpoints(intact, every=1)
     for step, state in states.items():
@@ -44,32 +44,32 @@ def checkpoints(records: Path, folder: Path, count: int, rng: np.random.Generato
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 restored = reading.restore(training.layout(records), {})
         except Exception:
-            tally["unnamed"] += 1
+            counts["unnamed"] += 1
         else:
             if restored is None:
-                tally["lost"] += 1
+                counts["lost"] += 1
             elif training.numbers(restored) != want[int(restored.step)]:
-                tally["silent"] += 1
+                counts["silent"] += 1
             elif int(restored.step) == 2:
-                tally["fine"] += 1
+                counts["fine"] += 1
             else:
-                tally["named" if "checkpoints/2 is damaged" in said.getvalue() else "silent"] += 1
+                counts["named" if "checkpoints/2 is damaged" in said.getvalue() else "silent"] += 1
         reading.close()
         shutil.rmtree(run)
-    return tally
+    return counts
 
 
-def stored_records(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def stored_records(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in the records' own file: each record is what it was, or refused by name."""
     copy = shutil.copytree(records, folder / "records")
     source = RecordSource(copy, "train")
     [path] = source.directory.glob("*-train.array_record-*")
-    want, before, tally = [_content(made) for made in source], path.read_bytes(), Tally()
+    want, before, counts = [_content(made) for made in source], path.read_bytes(), Outcomes()
     for _ in range(count):
         flip(path, rng)
-        tally[_read_all(copy, want)] += 1
+        counts[_read_all(copy, want)] += 1
         path.write_bytes(before)
-    return tally
+    return counts
 
 
 def _content(made: Record) -> list[bytes]:
@@ -92,7 +92,7 @@ def _read_all(folder: Path, want: list[list[bytes]]) -> str:
     return "named" if refused else "fine"
 
 
-def outlines(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def outlines(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in the outlines, which only save time: what they say stays what the records say."""
     copy = shutil.copytree(records, folder / "records")
     path = outlines_file(RecordSource(copy, "train").directory, "train")
@@ -104,7 +104,7 @@ def outlines(records: Path, folder: Path, count: int, rng: np.random.Generator) 
     return flips(path, count, rng, read, read())
 
 
-def exports(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def exports(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in any file that hf.export wrote, read by hf.load."""
     cfg, out = saber_config("tiny"), folder / "hf"
     params = jax.jit(functools.partial(saber.init, cfg))(jax.random.key(0, impl="rbg"))
@@ -119,7 +119,7 @@ def exports(folder: Path, count: int, rng: np.random.Generator) -> Tally:
     return _in_any_file(out, count, rng, read)
 
 
-def adapters(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def adapters(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in any file that hf.export --peft wrote, read by hf.check."""
     bare, base, run, out = saber_config("tiny"), folder / "base", folder / "run", folder / "peft"
     cfg = dataclasses.replace(bare, lora=LoraConfig(rank=2, alpha=4.0, targets=("text/*",)))
@@ -143,24 +143,24 @@ def adapters(folder: Path, count: int, rng: np.random.Generator) -> Tally:
 
 def _in_any_file(
     folder: Path, count: int, rng: np.random.Generator, read: Callable[[], object]
-) -> Tally:
+) -> Outcomes:
     """Half of the flips are in the largest file, the others in any."""
-    want, tally = read(), Tally()
+    want, counts = read(), Outcomes()
     files = sorted((p for p in folder.iterdir() if p.is_file()), key=lambda p: p.stat().st_size)
     for number in range(count):
         path = files[-1] if number % 2 else files[rng.integers(len(files))]
-        tally += flips(path, 1, rng, read, want)
-    return tally
+        counts += flips(path, 1, rng, read, want)
+    return counts
 
 
-def reference(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in the reference cache: what is read back is right, the damaged file set aside."""
     from saber_jax.train.references import Cache, Source
 
     source = Source(weights="w", processor="p", tokens="t", media="m", dtype="float32")
     want = {bytes([i] * 16): rng.standard_normal(50).astype("<f4") for i in range(20)}
     Cache(folder / "intact", "whole", source).add(want)
-    tally = Tally()
+    counts = Outcomes()
     for _ in range(count):
         copy = shutil.copytree(folder / "intact", folder / "flipped")
         [file] = (copy / "whole").glob("*.array_record")
@@ -169,17 +169,17 @@ def reference(folder: Path, count: int, rng: np.random.Generator) -> Tally:
             with contextlib.redirect_stderr(io.StringIO()):
                 got = Cache(copy, "whole", source).values
         except Exception:
-            tally["unnamed"] += 1
+            counts["unnamed"] += 1
         else:
             right = all(k in want and np.array_equal(v, want[k]) for k, v in got.items())
             complete = right and len(got) == len(want)
             aside = right and bool(list(copy.rglob("*.damaged")))
-            tally["fine" if complete else "named" if aside else "silent"] += 1
+            counts["fine" if complete else "named" if aside else "silent"] += 1
         shutil.rmtree(copy)
-    return tally
+    return counts
 
 
-def model_file(folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def model_file(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in a work directory's model.json."""
     folder.mkdir(exist_ok=True)
     checkpoint.write_model_file(folder, saber_config("tiny"))

@@ -9,7 +9,7 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from benchmarks.faults.outcomes import Tally
+from benchmarks.faults.outcomes import Outcomes
 from configs import cadpo, ranges, sft
 from data_prep.corpus import film
 from saber_jax.data import isolation
@@ -42,16 +42,16 @@ def edited(original: bytes, changes: list[Edit]) -> bytes:
     return bytes(data)
 
 
-def mutated(records: Path, folder: Path, count: int, seed: int) -> Tally:
+def mutated(records: Path, folder: Path, count: int, seed: int) -> Outcomes:
     """Pairs, vocabularies, model.json, a HuggingFace config and a film, each `count` / 5 times.
 
     Text inside a pair may change without anybody's knowing: what counts is that nothing but a named
     error comes.
     """
-    tally = Tally()
+    counts = Outcomes()
     for path, read in _readers(records, folder).items():
-        tally += _mutated(path, read, count // 5, seed)
-    return tally
+        counts += _mutated(path, read, count // 5, seed)
+    return counts
 
 
 def _readers(records: Path, folder: Path) -> dict[Path, Callable[[], Any]]:
@@ -78,8 +78,8 @@ def _readers(records: Path, folder: Path) -> dict[Path, Callable[[], Any]]:
     }
 
 
-def _mutated(path: Path, read: Callable[[], Any], count: int, seed: int) -> Tally:
-    tally, original = Tally(), path.read_bytes()
+def _mutated(path: Path, read: Callable[[], Any], count: int, seed: int) -> Outcomes:
+    counts, original = Outcomes(), path.read_bytes()
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -94,23 +94,23 @@ def _mutated(path: Path, read: Callable[[], Any], count: int, seed: int) -> Tall
         path.write_bytes(edited(original, changes))
         try:
             read()
-            tally["fine"] += 1
+            counts["fine"] += 1
         except (ValueError, FileNotFoundError) as error:
             named = path.name in str(error) or str(path.parent) in str(error)
             # What crashed a decoder cannot say which file it had; its caller does.
             crashed = "the decoder crashed" in str(error) or "decoding took" in str(error)
-            tally["named" if named or crashed else "unnamed"] += 1
+            counts["named" if named or crashed else "unnamed"] += 1
         except Exception:
-            tally["unnamed"] += 1
+            counts["unnamed"] += 1
 
     read_once()
     path.write_bytes(original)
-    return tally
+    return counts
 
 
-def absurd_settings() -> Tally:
+def absurd_settings() -> Outcomes:
     """Every number of both configs at values that make no sense, one at a time."""
-    tally = Tally()
+    counts = Outcomes()
     for stage in (sft, cadpo):
         found = ranges.numbers(stage.get_config("tiny").to_dict())
         for name, value in found:
@@ -123,7 +123,7 @@ def absurd_settings() -> Tally:
                 config.update_from_flattened_dict({name: type(value)(absurd)})
                 try:
                     ranges.check(config)
-                    tally["silent"] += 1
+                    counts["silent"] += 1
                 except ValueError as error:
-                    tally["named" if f"config.{name} " in str(error) else "unnamed"] += 1
-    return tally
+                    counts["named" if f"config.{name} " in str(error) else "unnamed"] += 1
+    return counts

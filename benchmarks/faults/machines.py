@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.faults import training
-from benchmarks.faults.outcomes import Tally, flip
+from benchmarks.faults.outcomes import Outcomes, flip
 from benchmarks.faults.training import Run, Undisturbed
 from saber_jax.runs import distributed
 from saber_jax.train import saved
@@ -23,17 +23,17 @@ HEARTBEAT = 10
 
 
 def side_by_side(
-    work: Callable[[Path, int, np.random.Generator], Tally],
+    work: Callable[[Path, int, np.random.Generator], Outcomes],
     folder: Path,
     count: int,
     rng: np.random.Generator,
-) -> Tally:
+) -> Outcomes:
     """`work` in LANES threads, which share `count`."""
     shares = [len(range(lane, count, LANES)) for lane in range(LANES)]
     folders = [folder / f"lane{lane}" for lane in range(LANES)]
     lanes = zip(folders, shares, rng.spawn(LANES), strict=True)
     with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
-        return sum(pool.map(lambda lane: work(*lane), lanes), Tally())
+        return sum(pool.map(lambda lane: work(*lane), lanes), Outcomes())
 
 
 def kills(
@@ -43,31 +43,31 @@ def kills(
     rng: np.random.Generator,
     how: signal.Signals,
     wanted: Undisturbed,
-) -> Tally:
+) -> Outcomes:
     """Runs that are sent `how` at random moments until it has hit `count` times. Each goes on when
     it is started again, and in the end has the numbers of an undisturbed one."""
     expected = -how if how == signal.SIGKILL else distributed.PREEMPTED
 
-    def lane(folder: Path, count: int, rng: np.random.Generator) -> Tally:
-        tally, number = Tally(), 0
-        while sum(tally.values()) < count:
+    def lane(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
+        counts, number = Outcomes(), 0
+        while sum(counts.values()) < count:
             root, ended = folder / f"run{number}", False
             number += 1
-            while not ended and sum(tally.values()) < count:
+            while not ended and sum(counts.values()) < count:
                 before, run = training.whole(root), Run(records, root)
                 run.process.join(float(rng.uniform(0, 1.2 * wanted.seconds)))
                 run.send(how)
                 status = run.ended(wanted.patience)
                 ended = status == 0
                 if status is None:
-                    tally["hang"] += 1
+                    counts["hang"] += 1
                 elif ended and training.final(records, root) != wanted.numbers:
-                    tally["silent"] += 1
+                    counts["silent"] += 1
                 elif status not in (0, expected):
-                    tally["unnamed"] += 1
+                    counts["unnamed"] += 1
                 elif not ended:
-                    tally["fine" if training.whole(root) >= before else "lost"] += 1
-        return tally
+                    counts["fine" if training.whole(root) >= before else "lost"] += 1
+        return counts
 
     return side_by_side(lane, folder, count, rng)
 
@@ -88,7 +88,7 @@ def small_disk(folder: Path, limit: str) -> Iterator[Path | None]:
 
 def full_disks(
     records: Path, folder: Path, count: int, rng: np.random.Generator, wanted: Undisturbed
-) -> Tally:
+) -> Outcomes:
     """Runs on disks that run out of bytes, every second one of files and folders: metrics and
     TensorBoard are dropped, a save that fails is one sentence, and with room again the run goes on
     from the last whole step.
@@ -96,8 +96,8 @@ def full_disks(
     Where nothing may be mounted, the largest size of a file is limited instead.
     """
 
-    def lane(folder: Path, count: int, rng: np.random.Generator) -> Tally:
-        tally = Tally()
+    def lane(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
+        counts = Outcomes()
         for number in range(count):
             share = rng.uniform(0.01, 1.1)
             room = f"size={int(wanted.size * share) >> 10}k"
@@ -106,8 +106,8 @@ def full_disks(
             with small_disk(folder / f"disk{number}", room) as disk:
                 limit = None if disk else int(rng.integers(1, wanted.size // 8))
                 root = (disk or folder / f"limited{number}") / "run"
-                tally[filled(records, root, wanted, disk=disk, limit=limit)] += 1
-        return tally
+                counts[filled(records, root, wanted, disk=disk, limit=limit)] += 1
+        return counts
 
     return side_by_side(lane, folder, count, rng)
 
@@ -134,15 +134,15 @@ def filled(
     return "named" if done else "lost"
 
 
-def hosts(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Tally:
+def hosts(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """Two and four processes that train together; one is killed, one finds the newest step
     damaged, one has a full disk: the first `count` of these six. All end with a status other than
     0 within the bound, and those that are started again agree on a step and finish."""
     every = [(n, fault) for n in (2, 4) for fault in (killed_host, damaged_step, full_host)]
-    tally = Tally()
+    counts = Outcomes()
     for members, fault in every[:count]:
-        tally[fault(records, folder / f"{fault.__name__}{members}", members, rng)] += 1
-    return tally
+        counts[fault(records, folder / f"{fault.__name__}{members}", members, rng)] += 1
+    return counts
 
 
 def together(records: Path, root: Path, count: int, limit: int | None = None) -> list[Run]:

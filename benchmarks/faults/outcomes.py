@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 FAILURES = ("unnamed", "silent", "hang", "lost")
-Tally = collections.Counter[str]
+Outcomes = collections.Counter[str]
 
 
 def flip(path: Path, rng: np.random.Generator) -> None:
@@ -32,21 +32,21 @@ def outcome(read: Callable[[], Any], want: Any, path: Path) -> str:
 
 def flips(
     path: Path, count: int, rng: np.random.Generator, read: Callable[[], Any], want: Any
-) -> Tally:
+) -> Outcomes:
     """`count` times: one bit of `path` flipped, read, and put back."""
-    tally, before = Tally(), path.read_bytes()
+    counts, before = Outcomes(), path.read_bytes()
     for _ in range(count):
         flip(path, rng)
-        tally[outcome(read, want, path)] += 1
+        counts[outcome(read, want, path)] += 1
         path.write_bytes(before)
-    return tally
+    return counts
 
 
-def table(rows: dict[str, Tally]) -> str:
+def table(rows: dict[str, Outcomes]) -> str:
     """Markdown."""
     columns = ("fine", "named", *FAILURES, "skipped")
     head = f"| {'fault':<28} | " + " | ".join(f"{c:>7}" for c in columns) + " |"
     lines = [head, f"|{'-' * 30}|" + "|".join("-" * 8 + ":" for _ in columns) + "|"]
-    for name, tally in rows.items():
-        lines.append(f"| {name:<28} | " + " | ".join(f"{tally[c]:>7}" for c in columns) + " |")
+    for name, counts in rows.items():
+        lines.append(f"| {name:<28} | " + " | ".join(f"{counts[c]:>7}" for c in columns) + " |")
     return "\n".join(lines)

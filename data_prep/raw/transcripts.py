@@ -1,9 +1,9 @@
 """Stage `transcripts`: compares the annotation's speech_content with a speech recogniser.
 
 The word error rate (for Chinese the character error rate) between the two decides. Sound events in
-angle brackets are ignored. The recogniser is a Whisper model from a package (raw.ears), or a chat
-endpoint that takes sound. The stage also writes `disagreements.txt`, sorted by error and aligned
-word by word, to help you judge the threshold. It ends with the clips that were not checked.
+angle brackets are ignored. The recogniser is a Whisper model from a package (recogniser.py), or a
+chat endpoint that takes sound. The stage also writes `disagreements.txt`, sorted by error and
+aligned word by word, to help you judge the threshold. It ends with the clips that were not checked.
 
     rows gain    checks.transcript    heard, errors, words, rate, measure ("wer" or "cer"),
                                       or skipped, saying why nothing was checked
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jiwer
 import numpy as np
 
-from data_prep.raw import answers, attach, ears, storage, wording
+from data_prep.raw import answers, attach, recogniser, storage, wording
 from data_prep.raw.answers import EndpointSettings
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
 from saber_jax.data import decode, isolation
@@ -108,13 +108,13 @@ def offline(rows: list[Row], settings: TranscriptSettings) -> Iterator[Outcome]:
     """The stage without an endpoint; clips that it cannot check are kept, with the reason."""
     for row in rows:
         language = row["language"]
-        if settings.recogniser == "none" or language not in ears.MODELS:
+        if settings.recogniser == "none" or language not in recogniser.MODELS:
             why = f"language {language} has no offline recogniser"
             why = 'recogniser = "none"' if settings.recogniser == "none" else why
             yield _with_check(row, {"skipped": f"not checked: {why}"}, {"tool": None})
             continue
         try:
-            heard = ears.recognise(sound(row["file"]), language)
+            heard = recogniser.recognise(sound(row["file"]), language)
         except (decode.MediaError, OSError) as error:
             yield Dropped(row=row, reason="unreadable", detail=str(error))
             continue
@@ -122,7 +122,7 @@ def offline(rows: list[Row], settings: TranscriptSettings) -> Iterator[Outcome]:
 
 
 def _made_by(language: str) -> dict[str, Any]:
-    return {"tool": "faster-whisper", "model": ears.MODELS[language]}
+    return {"tool": "faster-whisper", "model": recogniser.MODELS[language]}
 
 
 def asked(

@@ -56,7 +56,7 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
         rows=place,
         cache=cached,
     )
-    pick = decoding.Pick(
+    choice = decoding.TokenChoice(
         seed=of((), jnp.uint32),
         temperature=of((), jnp.float32),
         top_p=of((), jnp.float32),
@@ -69,7 +69,7 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
     if name == "decode":
         count = of((), jnp.int32)
         return decoding.proceed.lower(
-            params, None, state, cache, count, count, pick, program=program
+            params, None, state, cache, count, count, choice, program=program
         )
     text, vision, audio = jax.tree.map(
         lambda leaf: of((new, *leaf.shape[1:]), leaf.dtype, place),
@@ -80,7 +80,9 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
     source = of((groups, places // groups), jnp.int32, place)
     answers = of((new,), jnp.uint32, place)
     program = dataclasses.replace(program, max_frame_patches=compute.frame_patches)
-    return decoding.admit.lower(params, batch, source, answers, state, cache, pick, program=program)
+    return decoding.admit.lower(
+        params, batch, source, answers, state, cache, choice, program=program
+    )
 
 
 def branch_shares(stage: Stage) -> dict[str, float]:

@@ -82,7 +82,7 @@ class State(TypedDict):
     out: Int[Array, "B N"]  # Each token in the slot that it is read into.
 
 
-class Pick(NamedTuple):
+class TokenChoice(NamedTuple):
     """Arguments of the choice of the next token."""
 
     seed: UInt32[Array, ""]
@@ -128,7 +128,7 @@ def admit(
     answers: UInt32[Array, "m"],
     state: State,
     cache: Cache,
-    pick: Pick,
+    choice: TokenChoice,
     *,
     program: Program,
 ) -> tuple[State, Cache]:
@@ -153,7 +153,7 @@ def admit(
     positions = last_slots(batch.text.positions[:, 0], ends, 1)[:, 0]
     positions, last = (jnp.repeat(x, samples, axis=0) for x in (positions, last))
     counts = jnp.ones(ends.size, jnp.int32)
-    tokens = next_token(params, last, answers, jnp.repeat(counts - 1, samples), pick, program)
+    tokens = next_token(params, last, answers, jnp.repeat(counts - 1, samples), choice, program)
 
     def put(old: Array, new: Array) -> Array:
         return _put(old, new, source)
@@ -167,7 +167,7 @@ def admit(
         )
         for old, fresh in zip(cache, new, strict=True)
     ]
-    finished = (tokens == pick.end) | (program.max_new_tokens == 1)
+    finished = (tokens == choice.end) | (program.max_new_tokens == 1)
     out = jax.lax.dynamic_index_in_dim(state["out"], state["slot"], 1, keepdims=False)
     out = put(out, tokens)
     state = State(
@@ -193,7 +193,7 @@ def proceed(
     cache: Cache,
     limit: Int[Array, ""],
     wanted: Int[Array, ""],
-    pick: Pick,
+    choice: TokenChoice,
     *,
     program: Program,
 ) -> tuple[State, Cache]:
@@ -224,7 +224,7 @@ def proceed(
         )
         numbers = jnp.repeat(state["counts"], program.samples)
         ended = state["finished"].reshape(-1, program.samples).all(1)
-        tokens = next_token(params, hidden, state["answers"], numbers, pick, program)
+        tokens = next_token(params, hidden, state["answers"], numbers, choice, program)
         slot = (state["slot"] + 1) % ring
         # A finished answer keeps its tokens until its place is reused.
         old = jax.lax.dynamic_index_in_dim(state["out"], slot, 1, keepdims=False)
@@ -239,7 +239,7 @@ def proceed(
             first=state["first"],
             begun=state["begun"],
             counts=counts,
-            finished=state["finished"] | (tokens == pick.end) | full,
+            finished=state["finished"] | (tokens == choice.end) | full,
             out=jax.lax.dynamic_update_index_in_dim(state["out"], out, slot, 1),
         )
         return following, cache, steps + 1
@@ -275,23 +275,23 @@ def next_token(
     hidden: Float[Array, "B D"],
     answers: UInt32[Array, "B"],
     numbers: Int[Array, "B"],
-    pick: Pick,
+    choice: TokenChoice,
     program: Program,
 ) -> Int[Array, "B"]:
     """Token number `numbers` of each answer."""
     logits = saber.logits(params, hidden)
     # Released checkpoints pad the vocabulary; tokenizers cannot decode the padding ids.
-    real = jnp.arange(logits.shape[-1])[None] < pick.vocabulary
+    real = jnp.arange(logits.shape[-1])[None] < choice.vocabulary
     logits = jnp.where(real, logits, -jnp.inf)
     if program.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    root = jax.random.key(pick.seed)
+    root = jax.random.key(choice.seed)
 
     def key(answer: Array, number: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(root, answer), number)
 
     keys = jax.vmap(key)(answers, numbers)
-    return sample(logits, keys, pick.temperature, pick.top_p)
+    return sample(logits, keys, choice.temperature, choice.top_p)
 
 
 def sample(

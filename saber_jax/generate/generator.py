@@ -188,7 +188,7 @@ class Generator:
             kernel=self._kernel,
             cache=self._cache,
         )
-        pick = decoding.Pick(
+        choice = decoding.TokenChoice(
             seed=self._put(np.uint32(sampling.seed)),
             temperature=self._put(np.float32(sampling.temperature)),
             top_p=self._put(np.float32(sampling.top_p)),
@@ -198,7 +198,7 @@ class Generator:
         return Running(
             self._params,
             self._layers,
-            pick,
+            choice,
             program,
             places=self._batch_size,
             put=self._put,

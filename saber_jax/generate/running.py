@@ -102,7 +102,7 @@ class Running:
         self,
         params: saber.Params,
         layers: Sequence[Block] | None,
-        pick: decoding.Pick,
+        choice: decoding.TokenChoice,
         program: decoding.Program,
         *,
         places: int,
@@ -113,7 +113,7 @@ class Running:
 
         `put` puts values on all devices, `put_rows` rows on the devices that hold them.
         """
-        self._params, self._layers, self._pick, self._program = params, layers, pick, program
+        self._params, self._layers, self._choice, self._program = params, layers, choice, program
         self._put, self._put_rows = put, put_rows
         self._places: list[list[Request | None]] = [
             [None] * (places // program.groups) for _ in range(program.groups)
@@ -155,7 +155,7 @@ class Running:
             self._put_rows(numbers.reshape(-1)),
             self._state,
             self._cache,
-            self._pick,
+            self._choice,
             program=program,
         )
 
@@ -170,7 +170,7 @@ class Running:
             self._cache,
             self._put(np.int32(tokens)),
             self._put(np.int32(wanted)),
-            self._pick,
+            self._choice,
             program=self._program,
         )
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from saber_jax.runs import private
-from saber_jax.runs.speaking import warn
+from saber_jax.runs.console import warn
 
 HEARTBEAT_SECONDS = 60
 # Time for the slowest host's disk and network when all start at once.

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from saber_jax.runs.console import DropCounter
 from saber_jax.runs.files import read_json, write_json
-from saber_jax.runs.speaking import Losses
 
 PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "validate", "save", "finish")
 """Phases of a run, in the order of a step."""
@@ -93,7 +93,7 @@ class Attempt:
         self._folder = Path(workdir) / "attempts"
         numbers = [int(path.stem) for path in _records(self._folder)]
         self._path = self._folder / f"{max(numbers, default=0) + 1}.json"
-        self._losses = Losses(f"records of times in {self._folder}")
+        self._dropped = DropCounter(f"records of times in {self._folder}")
         self._before = timeline.begin_attempt()
         # The process is a little older than its first attempt.
         began = time.time() - sum(self._own_seconds().values())
@@ -111,7 +111,7 @@ class Attempt:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._path, record)
         except OSError as error:
-            self._losses.add(1, str(error))
+            self._dropped.add(1, str(error))
 
 
 def goodput(workdir: Path) -> dict[str, Any]:

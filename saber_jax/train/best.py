@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import distributed
-from saber_jax.runs.speaking import say
+from saber_jax.runs.console import log
 from saber_jax.train import checkpoint, saved
 from saber_jax.train.step import TrainState
 from saber_jax.train.validate import PREFIX
@@ -78,7 +78,7 @@ class Best:
         self.since += 1
         if not self.patience or self.since < self.patience:
             return False
-        say(
+        log(
             f"{self.metric} was best at step {self.step} ({self.value:.4g}) and has not improved "
             f"in {self.since} measurements: the run ends at step {step}"
         )

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import (
 )
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from saber_jax.runs.speaking import Losses
+from saber_jax.runs.console import DropCounter
 
 WAITING = 20_000
 """Maximum number of events that wait for a slow disk."""
@@ -38,7 +38,7 @@ class Board:
 
     def __init__(self, folder: Path, start: int):
         self._folder, self._files = folder, 0
-        self._losses = Losses(f"TensorBoard events in {folder}")
+        self._dropped = DropCounter(f"TensorBoard events in {folder}")
         self._waiting: queue.Queue[Event | None] = queue.Queue(WAITING)
         self._add(Event(step=start, file_version="brain.Event:2"))
         self._add(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
@@ -60,8 +60,8 @@ class Board:
             self._waiting.put_nowait(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._losses.add(self._waiting.qsize(), "the disk does not answer")
-        self._losses.close()
+            self._dropped.add(self._waiting.qsize(), "the disk does not answer")
+        self._dropped.close()
 
     def _summary(self, step: int, content: Summary) -> None:
         self._add(Event(step=step, wall_time=time.time(), summary=content))
@@ -70,7 +70,7 @@ class Board:
         try:
             self._waiting.put_nowait(event)
         except queue.Full:
-            self._losses.add(1, "the disk is too slow")
+            self._dropped.add(1, "the disk is too slow")
 
     def _write(self) -> None:
         writer, unflushed, due = None, 0, time.monotonic()
@@ -91,7 +91,7 @@ class Board:
                 if ended and writer is not None:
                     writer.close()
             except OSError as error:
-                self._losses.add(unflushed or 1, str(error))
+                self._dropped.add(unflushed or 1, str(error))
                 writer, unflushed = None, 0
             if ended:
                 return

@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import buckets, distributed, manifest, speaking
+from saber_jax.runs import buckets, console, distributed, manifest
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.train import saved
 from saber_jax.train.step import TrainState
@@ -58,7 +58,7 @@ class Checkpoints:
     ):
         self._workdir, self._every = Path(workdir), every
         self._frozen, self._strict = frozen, strict
-        speaking.keep_orbax_brief()
+        console.quiet_orbax()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             enable_async_checkpointing=True,

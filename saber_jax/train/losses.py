@@ -9,19 +9,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from saber_jax.batch import Branch
 
-Tally = dict[str, tuple[Array, Array]]
+WeightedSums = dict[str, tuple[Array, Array]]
 """name -> (sum, weight). Sums and weights of microbatches add up; means of means would not."""
 
 
-def means(tally: Tally) -> dict[str, Array]:
+def means(sums: WeightedSums) -> dict[str, Array]:
     """sum / weight of every entry; NaN if the weight is 0."""
     return {
         name: jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
-        for name, (total, weight) in tally.items()
+        for name, (total, weight) in sums.items()
     }
 
 
-def tally_of(values: Array, where: Array) -> tuple[Array, Array]:
+def masked_sum(values: Array, where: Array) -> tuple[Array, Array]:
     """(sum, count) of `values` where `where` is true."""
     return jnp.where(where, values, 0.0).sum(), where.sum().astype(values.dtype)
 
@@ -80,4 +80,4 @@ def ratio_kl(
     sampled from it, so there it is only a measure of the distance from the reference.
     """
     log_ratio = jnp.where(where, policy - reference, 0.0)
-    return tally_of(jnp.expm1(log_ratio) - log_ratio, where)
+    return masked_sum(jnp.expm1(log_ratio) - log_ratio, where)

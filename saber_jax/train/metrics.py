@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saber_jax.runs import buckets
+from saber_jax.runs.console import DropCounter
 from saber_jax.runs.files import json_line, write_text
-from saber_jax.runs.speaking import Losses
 
 MOST_SAMPLED = 1 << 16
 """Maximum number of entries of a parameter in its histogram."""
@@ -37,7 +37,7 @@ class MetricsWriter:
             return
         path = self._path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._losses = Losses(f"lines of {path}")
+        self._dropped = DropCounter(f"lines of {path}")
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
             kept = [line for line in text.splitlines() if _step(line) < start]
@@ -96,7 +96,7 @@ class MetricsWriter:
             with self._dropping():
                 self._file.close()
             self._board.close()
-            self._losses.close()
+            self._dropped.close()
             if self._wandb:
                 self._wandb.finish()
 
@@ -115,7 +115,7 @@ class MetricsWriter:
         try:
             yield
         except OSError as error:
-            self._losses.add(1, str(error))
+            self._dropped.add(1, str(error))
 
 
 def _sampled(params: dict[str, jax.Array]) -> dict[str, jax.Array]:

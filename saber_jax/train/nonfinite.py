@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from saber_jax.data.quarantine import Entry
+from saber_jax.runs.console import log, warn
 from saber_jax.runs.files import read_jsonl, write_jsonl
-from saber_jax.runs.speaking import say, warn
 
 POLICIES = ("stop", "skip", "rollback")
 MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
@@ -78,7 +78,7 @@ class NonFinite:
                 warn(f"{self.workdir / FILE} cannot be written: {error}")
         of = f"{what} at step {step}, whose batch holds {_names(entries)}"
         if done == "skip":
-            say(f"WARNING: {of}: skipped.")
+            log(f"WARNING: {of}: skipped.")
         elif done == "rollback":
             raise RolledBack(f"{of}: going back to the last checkpoint and on without them.")
         else:

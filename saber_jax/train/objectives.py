@@ -1,7 +1,7 @@
 """The objectives of both stages, as sums that can be added up over microbatches.
 
-An objective maps (parameters, batch) to a loss sum, the weight to divide it by, and a tally of
-metrics.
+An objective maps (parameters, batch) to a loss sum, the weight to divide it by, and the weighted
+sums of metrics.
 
 Axis letters: B rows, L slots, T targets of a row, P pairs of a row.
 """
@@ -26,7 +26,7 @@ from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.remat import Remat
 from saber_jax.train import head, losses
-from saber_jax.train.losses import Tally, of_pair, tally_of
+from saber_jax.train.losses import WeightedSums, masked_sum, of_pair
 from saber_jax.train.preference import Pairs, Preference, Scores, cadpo_loss
 
 EVIDENCE = {
@@ -184,7 +184,7 @@ def _projection(params: dict, cfg: SaberConfig, compute: Compute) -> Float[Array
 
 def sft_objective(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
-) -> tuple[Array, Array, Tally]:
+) -> tuple[Array, Array, WeightedSums]:
     """Stage 1, SED: negative log-likelihood of the six sections, per target token.
 
     The sum is divided by the weight of the whole batch, not by row, so the loss does not depend on
@@ -228,7 +228,7 @@ def without_rejected(batch: Batch, compute: Compute) -> tuple[Batch, Compute]:
 
 def cadpo_objective(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, options: Preference
-) -> tuple[Array, Array, Tally]:
+) -> tuple[Array, Array, WeightedSums]:
     """Stage 2, CA-DPO, summed over pairs, with the reference log-probs from the batch."""
     log_probs = target_log_probs(params, batch, cfg, compute)
     score = functools.partial(pair_scores, batch, length_alpha=options.length_alpha)
@@ -247,11 +247,11 @@ def cadpo_objective(
     )
     loss, terms = cadpo_loss(policy, reference, pairs, options)
     valid = batch.pairs.valid
-    total, count = tally_of(loss, valid)
-    tally = {f"loss/{name}": tally_of(term, valid) for name, term in terms.items()}
-    tally |= reward_metrics(policy["whole"], reference["whole"], batch, options.beta)
-    tally |= section_margins(log_probs, batch, options.beta)
-    return total, count, tally
+    total, count = masked_sum(loss, valid)
+    sums = {f"loss/{name}": masked_sum(term, valid) for name, term in terms.items()}
+    sums |= reward_metrics(policy["whole"], reference["whole"], batch, options.beta)
+    sums |= section_margins(log_probs, batch, options.beta)
+    return total, count, sums
 
 
 def _without(
@@ -291,7 +291,7 @@ def pair_scores(batch: Batch, values: Float[Array, "B T"], *, length_alpha: floa
     return Scores(chosen=chosen, rejected=rejected)
 
 
-def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float) -> Tally:
+def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float) -> WeightedSums:
     """Metrics of rewards, which are beta rho. Margins and accuracies are also given by conflict
     type; `consistent` is the type "none"."""
     rho = policy - reference
@@ -306,23 +306,23 @@ def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float)
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
     }
-    tally = {name: tally_of(value, valid) for name, value in values.items()}
+    sums = {name: masked_sum(value, valid) for name, value in values.items()}
     for i, name in enumerate(CONFLICT_TYPES):
-        tally[f"margins/{name}"] = tally_of(margin, valid & (conflict == i))
+        sums[f"margins/{name}"] = masked_sum(margin, valid & (conflict == i))
     for name, group in (("consistent", conflict == 0), ("inconsistent", conflict > 0)):
-        tally[f"margins/{name}"] = tally_of(margin, valid & group)
-        tally[f"accuracies/{name}"] = tally_of(right, valid & group)
-    return tally
+        sums[f"margins/{name}"] = masked_sum(margin, valid & group)
+        sums[f"accuracies/{name}"] = masked_sum(right, valid & group)
+    return sums
 
 
-def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -> Tally:
+def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -> WeightedSums:
     """The contribution of each kind of evidence to the margin (their sum is `rewards/margins`), and
     the distance from the reference over the tokens of each response, see `losses.ratio_kl`."""
     valid, branch = batch.pairs.valid, batch.targets.branch
     real = batch.targets.weights > 0
     reference = batch.targets.reference[:, VIEWS.index("whole")]
     rho = jnp.where(real, log_probs - reference, 0.0)
-    tally: Tally = {}
+    sums: WeightedSums = {}
     for name, fields in EVIDENCE.items():
         inside = functools.reduce(
             jnp.logical_or, (batch.targets.section == FIELDS.index(f) + 1 for f in fields)
@@ -330,10 +330,10 @@ def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -
         chosen, rejected = losses.response_sums(
             jnp.where(inside, rho, 0.0), batch.targets.segment, branch, valid.shape[1]
         )
-        tally[f"margins/{name}"] = tally_of(beta * (chosen - rejected), valid)
+        sums[f"margins/{name}"] = masked_sum(beta * (chosen - rejected), valid)
     for name, other in (("chosen", Branch.REJECTED), ("rejected", Branch.CHOSEN)):
-        tally[f"kl/{name}"] = losses.ratio_kl(log_probs, reference, real & (branch != other))
-    return tally
+        sums[f"kl/{name}"] = losses.ratio_kl(log_probs, reference, real & (branch != other))
+    return sums
 
 
 def cadpo_probe(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> dict[str, Array]:
@@ -346,10 +346,10 @@ def cadpo_probe(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) 
     log_probs, entropy = target_entropies(params, batch, cfg, compute)
     valid = batch.pairs.valid
     chosen = pair_scores(batch, log_probs).chosen
-    tally: Tally = {"entropy": tally_of(entropy, batch.targets.weights > 0)}
+    sums: WeightedSums = {"entropy": masked_sum(entropy, batch.targets.weights > 0)}
     for modality in MODALITIES:
         rows, chosen_only = without_rejected(withheld(batch, modality), compute)
         blind = target_log_probs(params, rows, cfg, chosen_only)
         drop = chosen - pair_scores(batch, blind).chosen
-        tally[f"sensitivity/{modality}"] = tally_of(drop, valid)
-    return losses.means(tally)
+        sums[f"sensitivity/{modality}"] = masked_sum(drop, valid)
+    return losses.means(sums)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from saber_jax import sharding
 from saber_jax.batch import Batch
-from saber_jax.runs.speaking import say
+from saber_jax.runs.console import log
 from saber_jax.train import flops
 from saber_jax.train.optimizer import OptimizerConfig, schedules
 from saber_jax.train.stage import Stage
@@ -103,7 +103,7 @@ class Console:
     def begin(self) -> None:
         """Announces compilation, during which nothing is printed."""
         if self.every:
-            say(f"{self.stage}: compiling the train step (a minute or so, once)")
+            log(f"{self.stage}: compiling the train step (a minute or so, once)")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """`values` are the step's metrics, with `seconds`, `input_wait` and `Meter.measure`'s."""
@@ -114,13 +114,13 @@ class Console:
         if self._first is None:
             self._first = step
             took = f"first step took {values['seconds']:.1f} s, compilation included"
-            say(f"{self._head(done)}  {_learning(values)}  {took}")
+            log(f"{self._head(done)}  {_learning(values)}  {took}")
             self._since.clear()
         elif done % self.every == 0 or done == self.steps:
             mean = _means(self._since)
             left = time.gmtime((self.steps - done) * mean["seconds"])
             eta = time.strftime("%-H:%M:%S" if left.tm_hour else "%-M:%S", left)
-            say(f"{self._head(done)}  {_learning(mean)}  {self._speed(mean)}  {eta} to go")
+            log(f"{self._head(done)}  {_learning(mean)}  {self._speed(mean)}  {eta} to go")
             self._since.clear()
 
     def _head(self, done: int) -> str:

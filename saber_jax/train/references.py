@@ -32,9 +32,9 @@ from saber_jax.data.withhold import VIEWS, View
 from saber_jax.inputs import Inputs
 from saber_jax.models import saber
 from saber_jax.runs import manifest
+from saber_jax.runs.console import warn
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
-from saber_jax.runs.speaking import warn
 from saber_jax.runs.timeline import Timeline
 from saber_jax.train.stage import Stage
 

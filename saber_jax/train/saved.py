@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from saber_jax.runs import buckets, speaking
+from saber_jax.runs import buckets, console
 from saber_jax.train import digests
 
 DIGESTS = "digests"
@@ -182,7 +182,7 @@ def report(step: Path, differ: list[str]) -> None:
 @contextlib.contextmanager
 def readable(step: Path) -> Iterator[None]:
     """Converts exceptions of Orbax and TensorStore to DamagedError with advice."""
-    speaking.keep_orbax_brief()
+    console.quiet_orbax()
     try:
         yield
     except DamagedError as error:

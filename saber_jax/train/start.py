@@ -15,14 +15,14 @@ from saber_jax.inputs import Inputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import manifest
-from saber_jax.runs.speaking import say
+from saber_jax.runs.console import log
 from saber_jax.train import best, checkpoint, saved
 from saber_jax.train.stage import Stage
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
 
 
-def refuse_hopeless(config: ConfigDict) -> None:
+def refuse_large_model_on_cpu(config: ConfigDict) -> None:
     """Raises ValueError for 3B and larger models on a CPU, which would swap for hours."""
     if config.model != "tiny" and jax.default_backend() == "cpu":
         raise ValueError(
@@ -48,7 +48,7 @@ def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs
         about["base"] = checkpoint.describe_base(workdir, base)
     if jax.process_index() == 0:
         checkpoint.write_model_files(workdir, stage.cfg, inputs.tokenizer, **about)
-    say(f"{config.stage}: {inputs.describe()}")
+    log(f"{config.stage}: {inputs.describe()}")
 
 
 def base_checkpoint(config: ConfigDict, stage: Stage, workdir: Path) -> Path | None:

@@ -17,13 +17,13 @@ from jaxtyping import Array
 from saber_jax.batch import Batch
 from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
-from saber_jax.train.losses import Tally, means
+from saber_jax.train.losses import WeightedSums, means
 from saber_jax.train.objectives import Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
 from saber_jax.tree import flatten, merge
 
 Metrics = dict[str, Array]
-Objective = Callable[[dict, Batch], tuple[Array, Array, Tally]]
+Objective = Callable[[dict, Batch], tuple[Array, Array, WeightedSums]]
 """(parameters, batch) -> loss sum, the weight to divide it by, metrics."""
 
 Leaf = TypeVar("Leaf", Array, jax.ShapeDtypeStruct)
@@ -103,12 +103,12 @@ def _update(
     tx: optax.GradientTransformation,
     microbatches: int,
 ) -> tuple[TrainState[Array], Metrics]:
-    (loss, weight, tally), grads = gradients(state, batch, objective, microbatches)
+    (loss, weight, sums), grads = gradients(state, batch, objective, microbatches)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = cast("dict[str, Array]", optax.apply_updates(state.trainable, updates))
-    metrics = means(tally | {"loss": (loss, jnp.maximum(weight, 1))})
+    metrics = means(sums | {"loss": (loss, jnp.maximum(weight, 1))})
     metrics |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
     metrics |= {f"grad_norm/{tower}": optax.global_norm(g) for tower, g in _towers(grads).items()}
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
@@ -116,7 +116,7 @@ def _update(
 
 def gradients(
     state: TrainState[Array], batch: Batch, objective: Objective, microbatches: int
-) -> tuple[tuple[Array, Array, Tally], dict[str, Array]]:
+) -> tuple[tuple[Array, Array, WeightedSums], dict[str, Array]]:
     """The objective's sums over the whole batch, and the gradient of its loss sum.
 
     Microbatches are processed one after another. Sums are added up and divided once at the end, so
@@ -124,23 +124,23 @@ def gradients(
     """
 
     def loss_fn(trainable, part):
-        loss, weight, tally = objective(merge(trainable, state.frozen), part)
-        return loss, (weight, tally)
+        loss, weight, sums = objective(merge(trainable, state.frozen), part)
+        return loss, (weight, sums)
 
-    def sums(part):
-        (loss, (weight, tally)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    def part_sums(part):
+        (loss, (weight, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.trainable, part
         )
-        return (loss, weight, tally), grads
+        return (loss, weight, sums), grads
 
     if microbatches == 1:
-        return sums(batch)
+        return part_sums(batch)
     parts = jax.tree.map(functools.partial(_parts, count=microbatches), batch)
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, first))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part_sums, first))
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, sums(part)), None
+        return jax.tree.map(jnp.add, total, part_sums(part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
 

@@ -21,7 +21,7 @@ from saber_jax.batch import Batch, Branch
 from saber_jax.data.records import FIELDS
 from saber_jax.data.withhold import VIEWS
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs.speaking import say
+from saber_jax.runs.console import log
 from saber_jax.train import losses
 from saber_jax.train.objectives import (
     Compute,
@@ -170,9 +170,9 @@ class Validation:
         """The metrics of these weights; warnings about them are printed."""
         found = [jax.device_get(self.measure(state, batch)) for batch in self.batches()]
         values = metrics(found, self.beta)
-        say(f"validation at step {step}: {_line(values)}")
+        log(f"validation at step {step}: {_line(values)}")
         for warning in self.warnings(values, step):
-            say(f"warning: {warning}")
+            log(f"warning: {warning}")
         return values
 
     def warnings(self, values: dict[str, float], step: int) -> list[str]:

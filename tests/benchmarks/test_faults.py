@@ -23,43 +23,43 @@ def records(tmp_path_factory):
     return training.write_records(tmp_path_factory.mktemp("records"))
 
 
-def failures(tally):
-    return {kind: tally[kind] for kind in outcomes.FAILURES if tally[kind]}
+def failures(counts):
+    return {kind: counts[kind] for kind in outcomes.FAILURES if counts[kind]}
 
 
 def test_bits_flipped_in_checkpoints_of_the_tiny_network(records, tmp_path, rng):
-    tally = flips.checkpoints(records, tmp_path, 3, rng)
-    assert tally.total() == 3 and not failures(tally)
+    counts = flips.checkpoints(records, tmp_path, 3, rng)
+    assert counts.total() == 3 and not failures(counts)
 
 
 @pytest.mark.parametrize("kind", [flips.stored_records, flips.outlines])
 def test_bits_flipped_in_records(kind, records, tmp_path, rng):
-    tally = kind(records, tmp_path, 8, rng)
-    assert tally.total() == 8 and not failures(tally)
+    counts = kind(records, tmp_path, 8, rng)
+    assert counts.total() == 8 and not failures(counts)
 
 
 @pytest.mark.parametrize("kind", [flips.adapters, flips.reference, flips.model_file])
 def test_bits_flipped_in_what_a_run_and_its_export_leave(kind, tmp_path, rng):
-    tally = kind(tmp_path, 8, rng)
-    assert tally["named"] > 4 and not failures(tally)
+    counts = kind(tmp_path, 8, rng)
+    assert counts["named"] > 4 and not failures(counts)
 
 
 def test_mutated_inputs(records, tmp_path):
-    tally = inputs.mutated(records, tmp_path, 50, 0)
-    assert tally["named"] > 30 and not failures(tally)
+    counts = inputs.mutated(records, tmp_path, 50, 0)
+    assert counts["named"] > 30 and not failures(counts)
 
 
 def test_absurd_settings():
-    tally = inputs.absurd_settings()
-    assert tally["named"] > 300 and not failures(tally)
+    counts = inputs.absurd_settings()
+    assert counts["named"] > 300 and not failures(counts)
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_numbers_of_an_undisturbed_one(records, tmp_path, rng):
     training.serve(tmp_path / "compiled")
     wanted = training.undisturbed(records, tmp_path / "undisturbed")
-    tally = machines.kills(records, tmp_path / "kills", 1, rng, signal.SIGKILL, wanted)
-    assert tally["fine"] == 1 and not failures(tally)
+    counts = machines.kills(records, tmp_path / "kills", 1, rng, signal.SIGKILL, wanted)
+    assert counts["fine"] == 1 and not failures(counts)
 
 
 def test_a_silent_change_would_be_counted(tmp_path):

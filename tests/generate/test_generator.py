@@ -193,7 +193,7 @@ def test_a_token_moves_neither_weights_nor_cache_between_devices():
         [layer] * cfg.text.layers,
         one,
         one,
-        decoding.Pick(one, one, one, one, one),
+        decoding.TokenChoice(one, one, one, one, one),
         program=program,
     ).compile()
     moved = [

@@ -26,7 +26,7 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
         samples=1,
         max_frame_patches=None,
     )
-    pick = decoding.Pick(
+    choice = decoding.TokenChoice(
         seed=np.uint32(0),
         temperature=np.float32(0),
         top_p=np.float32(1),
@@ -37,8 +37,8 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
     numbers = np.arange(count, dtype=np.int32)
     answers = numbers.astype(np.uint32)
     state, cache = decoding.admit(
-        params, batch, numbers[None], answers, state, cache, pick, program=program
+        params, batch, numbers[None], answers, state, cache, choice, program=program
     )
     limit, wanted = np.int32(NEW_TOKENS), np.int32(count)
-    state, _ = decoding.proceed(params, None, state, cache, limit, wanted, pick, program=program)
+    state, _ = decoding.proceed(params, None, state, cache, limit, wanted, choice, program=program)
     return np.asarray(state["out"])

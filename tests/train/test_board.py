@@ -84,9 +84,7 @@ def test_metrics_lines_are_whole_or_absent(tmp_path, monkeypatch, capsys):
 
 
 def test_a_console_on_a_full_disk_does_not_change_the_exit_status():
-    talking = (
-        "from saber_jax.runs.speaking import say, warn\nfor i in range(3): say('x'); warn('y')"
-    )
+    talking = "from saber_jax.runs.console import log, warn\nfor i in range(3): log('x'); warn('y')"
     with open("/dev/full", "w") as full:
         result = subprocess.run(
             [sys.executable, "-c", talking],

@@ -95,8 +95,8 @@ def forms(cfg):
     and one that goes through prompt and media for every response again."""
 
     def shared(params, batch):
-        loss, count, tally = cadpo_objective(params, batch, cfg, SHARED, Preference())
-        return loss / count, tally
+        loss, count, sums = cadpo_objective(params, batch, cfg, SHARED, Preference())
+        return loss / count, sums
 
     def duplicated(params, batch):
         # Rows are (chosen 0, rejected 0, chosen 1, rejected 1), each a "chosen" of its own.
@@ -130,7 +130,7 @@ def test_sharing_a_prefix_changes_no_log_prob_no_loss_and_no_gradient(
     rows += [[]] * (4 - len(rows))
     shared, duplicated = forms
     batch = pack_rows([examples[: len(first)], examples[len(first) :]], PAIRS)
-    (loss, tally), grads = shared(params, batch)
+    (loss, sums), grads = shared(params, batch)
     (expected_loss, expected_scores), expected = duplicated(
         params, (pack_rows(rows, SINGLE), references, valid)
     )
@@ -142,7 +142,7 @@ def test_sharing_a_prefix_changes_no_log_prob_no_loss_and_no_gradient(
         other = flatten(expected)[name]
         scale = max(float(jnp.abs(other).max()), 1e-6)
         np.testing.assert_allclose(leaf / scale, other / scale, atol=1e-5, err_msg=name)
-    assert np.isfinite(jax.tree.leaves(tally)).all()
+    assert np.isfinite(jax.tree.leaves(sums)).all()
 
 
 def test_what_both_responses_begin_with_stands_once(tokenizer):

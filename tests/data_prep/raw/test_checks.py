@@ -18,7 +18,7 @@ pytest.importorskip("faster_whisper", reason="requirements-prep.txt is not insta
 
 from data_prep.corpus import espeak
 from data_prep.corpus.plan import CONFLICTS, conflict_strength
-from data_prep.raw import attach, captions, consistency, ears, split, transcripts
+from data_prep.raw import attach, captions, consistency, recogniser, split, transcripts
 from data_prep.raw.answers import EndpointSettings, NoJsonError, extract_json
 from data_prep.raw.consistency import ConsistencySettings, Cue, relate
 from data_prep.raw.shards import Dropped, Stage
@@ -124,7 +124,7 @@ def test_the_offline_recognisers_hear_what_is_said(said, language, voice):
     spoken = np.frombuffer(answer, np.int16, size // 2, espeak.HEADER.size)
     at_16_khz = scipy.signal.resample_poly(spoken / 32768.0, 16_000 // 50, rate // 50)
     sound = (32767 * np.clip(at_16_khz, -1, 1)).astype(np.int16)
-    check = compare(said, ears.recognise(sound, language), language)
+    check = compare(said, recogniser.recognise(sound, language), language)
     assert check["rate"] <= 0.25, check
 
 

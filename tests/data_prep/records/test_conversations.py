@@ -8,16 +8,16 @@ import pytest
 from data_prep.records.conversations import FORMATS, RowError, read_rows
 
 
-def ask(content, **more):
+def user(content, **more):
     return {"role": "user", "content": content, **more}
 
 
-def say(content, **more):
+def assistant(content, **more):
     return {"role": "assistant", "content": content, **more}
 
 
-SWIFT = {"messages": [ask("<video>q"), say("fine")], "videos": ["a.mp4"]}
-TRL = {"prompt": [ask("q")], "chosen": [say("good")], "rejected": [say("bad")]}
+SWIFT = {"messages": [user("<video>q"), assistant("fine")], "videos": ["a.mp4"]}
+TRL = {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
 LLAMA = {
     "conversations": [{"from": "human", "value": "<video>q"}, {"from": "gpt", "value": "a"}],
     "videos": ["a.mp4"],
@@ -26,30 +26,34 @@ GOOD = {"ms-swift": SWIFT, "trl": TRL, "llama-factory": LLAMA}
 
 
 def parts(*content):
-    return TRL | {"prompt": [ask(list(content))]}
+    return TRL | {"prompt": [user(list(content))]}
 
 
 REFUSED = {
-    "an empty answer": ("ms-swift", SWIFT | {"messages": [ask("q"), say(" ")]}, "answer is empty"),
+    "an empty answer": (
+        "ms-swift",
+        SWIFT | {"messages": [user("q"), assistant(" ")]},
+        "answer is empty",
+    ),
     "an empty rejected answer": ("ms-swift", SWIFT | {"rejected_response": ""}, "rejected answer"),
     "a special token": (
         "ms-swift",
-        SWIFT | {"messages": [ask("<video>q"), say("a <|im_start|>user")]},
+        SWIFT | {"messages": [user("<video>q"), assistant("a <|im_start|>user")]},
         "<|im_start|>",
     ),
     "a special token in the question": (
         "ms-swift",
-        SWIFT | {"messages": [ask("<video><|AUDIO|>"), say("a")]},
+        SWIFT | {"messages": [user("<video><|AUDIO|>"), assistant("a")]},
         "<|AUDIO|>",
     ),
     "half a character": (
         "ms-swift",
-        SWIFT | {"messages": [ask("<video>q"), say("a \ud83d b")]},
+        SWIFT | {"messages": [user("<video>q"), assistant("a \ud83d b")]},
         "\\ud83d",
     ),
     "a tag in the answer": (
         "ms-swift",
-        SWIFT | {"messages": [ask("q"), say("<video>")]},
+        SWIFT | {"messages": [user("q"), assistant("<video>")]},
         "answer holds <video>",
     ),
     "two lists of one kind": ("ms-swift", SWIFT | {"video": "b.mp4"}, "'video' and 'videos'"),
@@ -59,7 +63,7 @@ REFUSED = {
     "an older form": ("ms-swift", {"query": "q", "response": "a"}, "query"),
     "weights of turns": (
         "ms-swift",
-        SWIFT | {"messages": [ask("<video>q"), say("a", loss=0.5)]},
+        SWIFT | {"messages": [user("<video>q"), assistant("a", loss=0.5)]},
         "loss",
     ),
     "media that is a number": ("trl", TRL | {"videos": 5}, "videos must be paths"),
@@ -97,8 +101,8 @@ REFUSED = {
     "other media of the two answers": (
         "trl",
         {
-            "chosen": [ask([{"type": "image", "image": "a.png"}]), say("a")],
-            "rejected": [ask([{"type": "image", "image": "b.png"}]), say("b")],
+            "chosen": [user([{"type": "image", "image": "a.png"}]), assistant("a")],
+            "rejected": [user([{"type": "image", "image": "b.png"}]), assistant("b")],
         },
         "different media",
     ),
@@ -122,21 +126,21 @@ def test_paths_inside_parts_are_media():
     )
     got = FORMATS["trl"](row)
     assert got.media == {"images": [], "videos": ["a.mp4"], "audios": ["b.wav"]}
-    assert got.messages == [ask("<video><audio>q")]
+    assert got.messages == [user("<video><audio>q")]
 
 
 def test_null_means_nothing():
     row = parts({"type": "video", "text": None}, {"type": "text", "text": None})
     row |= {"videos": ["a.mp4"], "images": None, "tools": None, "label": None}
-    assert FORMATS["trl"](row).messages == [ask("<video>")]
+    assert FORMATS["trl"](row).messages == [user("<video>")]
     assert FORMATS["llama-factory"](LLAMA | {"chosen": None, "rejected": None}).rejected is None
 
 
 @pytest.mark.parametrize("key", ["video", "videos"])
 def test_singular_keys_are_read_as_the_plural_ones(key):
-    row = {"messages": [ask("q"), say("a")], key: "a.mp4", "id": 7, "source": "web"}
+    row = {"messages": [user("q"), assistant("a")], key: "a.mp4", "id": 7, "source": "web"}
     got = FORMATS["ms-swift"](row)
-    assert got.media["videos"] == ["a.mp4"] and got.messages == [ask("<video>q")]
+    assert got.media["videos"] == ["a.mp4"] and got.messages == [user("<video>q")]
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -149,8 +153,8 @@ def test_a_system_text_is_the_first_turn(kind):
     assert got.messages[0] == {"role": "system", "content": "Be brief."}
 
 
-VALUES = (None, True, 0, 1.5, "", "x", [], [None], [[]], [1], {}, {"a": 1}, [{}], [ask(None)])
-VALUES += ([ask([None])], [ask([{"type": []}])], [ask({"a": 1})], [{"role": [], "content": "x"}])
+VALUES = (None, True, 0, 1.5, "", "x", [], [None], [[]], [1], {}, {"a": 1}, [{}], [user(None)])
+VALUES += ([user([None])], [user([{"type": []}])], [user({"a": 1})], [{"role": [], "content": "x"}])
 
 
 def test_any_json_value_anywhere_is_a_row_or_a_refusal():

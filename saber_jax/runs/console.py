@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 
-class Losses:
+class DropCounter:
     """Counts dropped items of kind `what`; warns at the first one and at the end."""
 
     def __init__(self, what: str):
@@ -30,7 +30,7 @@ class Losses:
             warn(f"{self._what}: {self.count} were dropped.")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints a line on standard output, from the first process only."""
     if jax.process_index() == 0:
         _print(text, "stdout")
@@ -52,7 +52,7 @@ def _print(text: str, name: str) -> None:
             setattr(sys, name, again)
 
 
-def keep_orbax_brief() -> None:
+def quiet_orbax() -> None:
     """Silences what Orbax logs in addition to raising errors. May be called repeatedly.
 
     It logs the traceback of every thread and task that an error passes through, and warns of items
@@ -61,11 +61,11 @@ def keep_orbax_brief() -> None:
     """
     if not isinstance(sys.unraisablehook, _ExceptClosedLoop):
         sys.unraisablehook = _ExceptClosedLoop(sys.unraisablehook)
-    logging.getLogger("absl").addFilter(_worth_saying)
+    logging.getLogger("absl").addFilter(_is_worth_logging)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_worth_logging(record: logging.LogRecord) -> bool:
     of_orbax = "orbax" in record.pathname and record.levelno >= logging.ERROR
     return not (of_orbax or record.getMessage().startswith("Metadata file does not exist"))
 
