@@ -19,7 +19,7 @@ from saber_jax.data.quarantine import Quarantine
 from saber_jax.data.sources import Draw, Sources, Weighted
 from saber_jax.data.steps import StepSize
 from saber_jax.data.tasks import Mixture
-from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
+from saber_jax.data.tokenizer import Tokenizer, load_beside
 from saber_jax.train import saved
 from saber_jax.train.stage import budget
 
@@ -128,7 +128,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     d, row = config.data, budget(config)
     parts = [Weighted.parse(text) for text in d.mixture] or [Weighted(d.path, d.split, 1.0)]
     sources = Sources.open(parts)
-    tokenizer = load_tokenizer(parts[0].path)
+    tokenizer = load_beside(parts[0].path)
     if pairs is None:
         mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
         examples = encoded.Examples(sources, tokenizer, requests=mixture.requests)

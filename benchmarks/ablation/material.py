@@ -10,18 +10,17 @@ wrong in everything else.
 
 import argparse
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.records import dataset
-from saber_jax.data import sed
+from saber_jax.data import sed, tokenizer
+from saber_jax.data.pairs import write_pairs
 from saber_jax.data.records import FIELDS, Record, RecordSource
-from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.flags import Parser
-from saber_jax.runs.files import read_json, read_jsonl, replacing_folder, write_json, write_jsonl
+from saber_jax.runs.files import read_json, read_jsonl, replacing_folder, write_json
 
 REASONING = FIELDS[-1]
 
@@ -52,10 +51,10 @@ def retarget(records: Path, out: Path, kind: str) -> None:
     def load(index: int) -> Record:
         return dataclasses.replace(source[index], answer=TARGETS[kind](source[index]))
 
-    vocabulary = load_tokenizer(records).path
+    vocabulary = tokenizer.load_beside(records).path
     with replacing_folder(out) as partial:
         dataset.write(partial, {"train": range(len(source))}, load)
-        shutil.copy(vocabulary, partial / vocabulary.name)
+        tokenizer.copy(vocabulary, partial)
 
 
 def random_negatives(
@@ -107,7 +106,7 @@ def main() -> None:
     annotations = _annotations(flags.root / "records", "preference")
     summary = read_json(flags.root / "pairs" / "summary.json")
     with replacing_folder(flags.out) as partial:
-        write_jsonl(partial / "pairs.jsonl", random_negatives(pairs, annotations, flags.seed))
+        write_pairs(partial / "pairs.jsonl", random_negatives(pairs, annotations, flags.seed))
         write_json(partial / "summary.json", {"method": "random", "pairs": summary["pairs"]})
 
 

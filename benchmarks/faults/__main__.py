@@ -108,6 +108,8 @@ def faults(flags: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ou
         "bits, exports": lambda: flips.exports(folder / "exported", bits, rng),
         "bits, adapters": lambda: flips.adapters(folder / "adapted", bits, rng),
         "bits, reference": lambda: flips.reference(folder / "reference", bits, rng),
+        "bits, pairs": lambda: flips.pairs(folder / "pairs", bits, rng),
+        "bits, tokenizer": lambda: flips.tokenizer(records, folder / "words", bits, rng),
         "bits, model.json": lambda: flips.model_file(folder / "model", bits, rng),
         "mutated inputs": lambda: inputs.mutated(records, folder / "in", some(1000), flags.seed),
         "absurd settings": inputs.absurd_settings,

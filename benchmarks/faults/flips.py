@@ -14,11 +14,15 @@ import numpy as np
 
 from benchmarks.faults import training
 from benchmarks.faults.outcomes import Outcomes, flip, flips
+from saber_jax.data.pairs import read_pairs, write_pairs
 from saber_jax.data.records import BadRecordError, Record, RecordSource, outlines_file, to_example
+from saber_jax.data.tokenizer import copy as copy_tokenizer
+from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.hf import check, export
 from saber_jax.hf import load as hf_load
 from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
+from saber_jax.runs import checksums
 from saber_jax.train import checkpoint
 
 
@@ -176,6 +180,37 @@ def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
             aside = right and bool(list(copy.rglob("*.damaged")))
             counts["fine" if complete else "named" if aside else "silent"] += 1
         shutil.rmtree(copy)
+    return counts
+
+
+def pairs(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
+    """A bit in preference pairs or in their checksums."""
+    folder.mkdir(exist_ok=True)
+    path, words = folder / "pairs.jsonl", ("calm", "loud", "a red room", "平静")
+    rows = [{"clip_id": f"c{i}", "chosen": words[i % 4], "rejected": "no"} for i in range(20)]
+    write_pairs(path, rows)
+    return _in_either(path, count, rng, lambda: read_pairs(path))
+
+
+def tokenizer(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
+    """A bit in a vocabulary or in its checksum."""
+    folder.mkdir(exist_ok=True)
+    path = copy_tokenizer(load_tokenizer(records).path, folder)
+
+    def read() -> list[int]:
+        return load_tokenizer(folder).encode("a person speaks loudly")
+
+    return _in_either(path, count, rng, read)
+
+
+def _in_either(
+    path: Path, count: int, rng: np.random.Generator, read: Callable[[], object]
+) -> Outcomes:
+    """Every fourth flip is in the checksums, the others in the file itself."""
+    want, counts = read(), Outcomes()
+    for number in range(count):
+        damaged = path if number % 4 else checksums.beside(path)
+        counts += flips(damaged, 1, rng, read, want)
     return counts
 
 

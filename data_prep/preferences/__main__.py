@@ -22,13 +22,14 @@ from typing import Any
 
 from data_prep.preferences import judge, offline, sample, withhold
 from data_prep.preferences.score import Scorer
+from saber_jax.data.pairs import write_pairs
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
 from saber_jax.flags import Parser
 from saber_jax.generate.decoding import Sampling
 from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
 from saber_jax.runs import shares
-from saber_jax.runs.files import write_json, write_jsonl
+from saber_jax.runs.files import write_json
 from saber_jax.runs.journal import Journal
 from saber_jax.runs.manifest import fingerprint
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         about |= {"margin": flags.margin, "scorer": SCORERS[flags.scorer]}
     else:
         about, pairs = withhold.summarise(lines), withhold.pairs_of(lines)
-    write_jsonl(journal.folder / "pairs.jsonl", pairs)
+    write_pairs(journal.folder / "pairs.jsonl", pairs)
     write_json(journal.folder / "summary.json", {"method": flags.method} | about)
     return _verdict(about, method.REASONS, flags, journal.folder)
 

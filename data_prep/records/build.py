@@ -294,10 +294,7 @@ def _vocabulary(
     ready: Path, arguments: argparse.Namespace, jobs: Sequence[clips.Job]
 ) -> tokenizer.Tokenizer:
     if arguments.tokenizer != "train":
-        source = Path(arguments.tokenizer)
-        copied = ready / f"tokenizer{source.suffix}"
-        shutil.copyfile(source, copied)
-        return tokenizer.load_tokenizer(copied)
+        return tokenizer.load_tokenizer(tokenizer.copy(arguments.tokenizer, ready))
     train = [job for job in jobs if job.split == TRAIN]
     said = [sed.target_text(job.annotation) for job in train]
     # Once per clip, as often as training sees it, so that the vocabulary encodes it in few tokens.

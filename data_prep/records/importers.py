@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import shutil
 import sys
 import traceback
 from collections import Counter
@@ -38,6 +37,7 @@ from data_prep.records import clips, dataset
 from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
 from saber_jax.data import decode, isolation, media, records, tokenizer
 from saber_jax.flags import Parser
+from saber_jax.runs import checksums
 from saber_jax.runs.files import replacing_folder, write_jsonl
 
 SHOWN_REFUSALS = 20
@@ -177,7 +177,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def _import(flags: argparse.Namespace, out: Path) -> _Import:
     pairs = out / "pairs.jsonl"
-    with pairs.open("w", encoding="utf-8") as file:
+    with checksums.written(pairs), pairs.open("w", encoding="utf-8") as file:
         result = _Import(flags, file)
         made = iter(result)
         first = next(made, None)  # A split without records cannot be written.
@@ -186,7 +186,8 @@ def _import(flags: argparse.Namespace, out: Path) -> _Import:
         dataset.write(out, {flags.split: itertools.chain([first], made)}, lambda record: record)
     if not result.pairs:
         pairs.unlink()
-    shutil.copyfile(flags.tokenizer, out / f"tokenizer{flags.tokenizer.suffix}")
+        checksums.beside(pairs).unlink()
+    tokenizer.copy(flags.tokenizer, out)
     write_jsonl(out / "refused.jsonl", result.refusals())
     return result
 

@@ -29,7 +29,7 @@ from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
 from saber_jax.data.sources import Sources
-from saber_jax.data.tokenizer import load_tokenizer
+from saber_jax.data.tokenizer import load_beside
 from saber_jax.flags import Parser
 
 SAMPLE = 3 * planning.WINDOW
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sources = Sources([RecordSource(flags.records, flags.split)], [1.0])
         pairs = read_pairs(flags.pairs) if flags.pairs else None
-        examples = encoded.Examples(sources, load_tokenizer(flags.records), pairs)
+        examples = encoded.Examples(sources, load_beside(flags.records), pairs)
         total = len(examples)
         measured = sizing.measure(examples, total, range(total), workers=flags.workers, quiet=False)
         best, tried = choose(measured, flags.length)

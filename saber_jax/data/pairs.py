@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from saber_jax.data import texts
 from saber_jax.data.withhold import MODALITIES
-from saber_jax.runs.files import numbered_jsonl
+from saber_jax.runs import checksums
+from saber_jax.runs.files import numbered_jsonl, write_jsonl
 
 REQUIRED = ("clip_id", "chosen", "rejected")
 
@@ -36,7 +39,8 @@ class Pair:
 def read_pairs(path: str | Path) -> list[Pair]:
     """Reads pairs.jsonl as `python -m data_prep.preferences` writes it; other keys are ignored.
 
-    `path` is the file or its folder. Raises FileNotFoundError, or ValueError naming the line.
+    `path` is the file or its folder. Raises FileNotFoundError, or ValueError naming the line. Says
+    on stderr if the file has no checksums.
     """
     path = Path(path)
     path = path / "pairs.jsonl" if path.is_dir() else path
@@ -44,10 +48,18 @@ def read_pairs(path: str | Path) -> list[Pair]:
         raise FileNotFoundError(
             f"No preference pairs at {path}. Mine them with python -m data_prep.preferences."
         )
+    if not checksums.check(path):
+        print(checksums.unchecked(path), file=sys.stderr)
     pairs = [_pair(row, f"{path}:{number}") for number, row in numbered_jsonl(path)]
     if not pairs:
         raise ValueError(f"{path} holds no pair. Mine some with python -m data_prep.preferences.")
     return pairs
+
+
+def write_pairs(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes pairs.jsonl, with checksums of its lines."""
+    with checksums.written(path):
+        write_jsonl(path, rows)
 
 
 def _pair(row: dict[str, Any], where: str) -> Pair:

@@ -2,6 +2,8 @@
 
 import io
 import re
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Protocol
 
 import sentencepiece
 import tokenizers
+
+from saber_jax.runs import checksums
 
 SPECIALS = (
     "<|endoftext|>",
@@ -56,7 +60,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a .model or .json file, or tokenizer.model / tokenizer.json of a directory.
 
     Raises FileNotFoundError if there is none, ValueError for another kind of file, a damaged one or
-    a pointer of Git LFS in its place.
+    a pointer of Git LFS in its place. Damage is certain to be found if the file has checksums.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,12 +79,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             )
     kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
     if path.suffix in kinds:
+        checksums.check(path)
         try:
             return kinds[path.suffix](path)
         except Exception as error:  # The libraries raise RuntimeError, Exception itself and others.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} cannot be used as a vocabulary: {reason}") from error
     raise ValueError(f"A tokenizer is a .model or tokenizer.json file, got {path}.")
+
+
+def load_beside(records: str | Path) -> Tokenizer:
+    """The vocabulary in a folder of records. Says on stderr if it has no checksums."""
+    tokenizer = load_tokenizer(records)
+    if not checksums.beside(tokenizer.path).exists():
+        print(checksums.unchecked(tokenizer.path), file=sys.stderr)
+    return tokenizer
+
+
+def copy(source: str | Path, folder: Path) -> Path:
+    """Copies a vocabulary to `folder`/tokenizer.model or .json, with checksums."""
+    target = folder / f"tokenizer{Path(source).suffix}"
+    with checksums.written(target):
+        shutil.copyfile(source, target)
+    return target
 
 
 class SentencePieceTokenizer:
@@ -169,7 +190,7 @@ def _absent(special: str, path: Path) -> str:
 def train_sentencepiece(
     texts: Iterable[str], out: str | Path, *, vocab_size: int, symbols: Sequence[str]
 ) -> SentencePieceTokenizer:
-    """Trains a BPE vocabulary of exactly `vocab_size` ids and writes it to `out`.
+    """Trains a BPE vocabulary of exactly `vocab_size` ids; writes it and its checksums to `out`.
 
     Ids: 0 unknown, then SPECIALS, then `symbols`, 256 byte pieces, learned pieces. Texts too small
     for the size leave unused ids at the end. Raises ValueError if nothing is left to learn.
@@ -210,7 +231,8 @@ def train_sentencepiece(
     )
     model = proto.getvalue()
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
-    out.write_bytes(_padded(model, vocab_size - size))
+    with checksums.written(out):
+        out.write_bytes(_padded(model, vocab_size - size))
     return SentencePieceTokenizer(out)
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,9 +28,10 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.data.tokenizer import copy as copy_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import buckets, console, distributed, manifest
+from saber_jax.runs import buckets, checksums, console, distributed, manifest
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.train import saved
 from saber_jax.train.step import TrainState
@@ -213,8 +213,9 @@ def write_model_files(
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     target = workdir / f"tokenizer{tokenizer.path.suffix}"
-    if not target.exists() or target.read_bytes() != tokenizer.path.read_bytes():
-        shutil.copyfile(tokenizer.path, target)
+    same = target.exists() and target.read_bytes() == tokenizer.path.read_bytes()
+    if not same or not checksums.beside(target).exists():
+        copy_tokenizer(tokenizer.path, workdir)
     write_model_file(workdir, cfg, **about)
 
 

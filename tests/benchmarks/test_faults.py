@@ -38,6 +38,11 @@ def test_bits_flipped_in_records(kind, records, tmp_path, rng):
     assert counts.total() == 8 and not failures(counts)
 
 
+def test_bits_flipped_in_pairs_and_a_vocabulary_are_always_named(records, tmp_path, rng):
+    assert flips.pairs(tmp_path / "pairs", 40, rng) == {"named": 40}
+    assert flips.tokenizer(records, tmp_path / "words", 8, rng) == {"named": 8}
+
+
 @pytest.mark.parametrize("kind", [flips.adapters, flips.reference, flips.model_file])
 def test_bits_flipped_in_what_a_run_and_its_export_leave(kind, tmp_path, rng):
     counts = kind(tmp_path, 8, rng)

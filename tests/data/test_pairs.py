@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from saber_jax.data.pairs import read_pairs
+from saber_jax.data.pairs import read_pairs, write_pairs
+from saber_jax.runs import checksums
 
 GOOD = {"clip_id": "a", "chosen": "calm", "rejected": "angry"}
 
@@ -46,6 +47,35 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
 def test_a_damaged_pair_is_named_with_its_file_and_line(tmp_path, line, words):
     with pytest.raises(ValueError, match=rf"pairs\.jsonl:2\b.*{words}"):
         read_pairs(written(tmp_path, json.dumps(GOOD), line))
+
+
+def test_a_changed_bit_is_named_with_its_line_also_where_the_pair_stays_valid(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, [GOOD, GOOD | {"clip_id": "b"}])
+    assert [pair.clip_id for pair in read_pairs(path)] == ["a", "b"]
+    path.write_text(path.read_text().replace("angry", "angrx").replace("angrx", "angry", 1))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2 is damaged.*delete pairs\.jsonl\.crc32"):
+        read_pairs(path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2 is damaged"):
+        read_pairs(path)
+
+
+def test_pairs_without_checksums_are_read_with_one_line_said(tmp_path, capsys):
+    read_pairs(written(tmp_path, json.dumps(GOOD)))
+    assert capsys.readouterr().err.count("\n") == 1
+    write_pairs(tmp_path / "pairs.jsonl", [GOOD])
+    read_pairs(tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_a_write_that_is_killed_leaves_no_false_checksums(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, [GOOD])
+    with pytest.raises(RuntimeError), checksums.written(path):
+        path.write_text(json.dumps(GOOD | {"clip_id": "b"}) + "\n")
+        raise RuntimeError("killed")
+    assert read_pairs(path)[0].clip_id == "b"
 
 
 def test_no_pairs_is_an_error_that_says_how_to_mine_some(tmp_path):

@@ -8,9 +8,12 @@ from saber_jax.data import records, sed
 from saber_jax.data.tokenizer import (
     SPECIALS,
     SentencePieceTokenizer,
+    copy,
+    load_beside,
     load_tokenizer,
     train_sentencepiece,
 )
+from saber_jax.runs import checksums
 
 HEADINGS = [sed.heading(field) for field in records.FIELDS]
 TEXTS = [
@@ -128,6 +131,18 @@ def test_loading_says_what_is_missing(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(ValueError, match=r"vocab\.txt"):
         load_tokenizer(tmp_path / "vocab.txt")
+
+
+def test_a_changed_bit_is_named_also_where_the_vocabulary_loads(small, tmp_path, capsys):
+    path = copy(small.path, tmp_path)
+    assert load_beside(tmp_path).vocab_size == 400 and not capsys.readouterr().err
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"[video_desc]", b"[video_desb]"))
+    with pytest.raises(ValueError, match=r"tokenizer\.model is damaged"):
+        load_tokenizer(tmp_path)
+    checksums.beside(path).unlink()
+    assert load_beside(tmp_path).vocab_size == 400  # As of earlier versions, or written by hand.
+    assert "changed bits in it go unnoticed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])

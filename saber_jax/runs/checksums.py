@@ -1,0 +1,69 @@
+"""Checksums beside a file, which detect changed bits: pairs.jsonl and pairs.jsonl.crc32.
+
+FILE.crc32 is text, with a CRC-32 in hexadecimal per line: one of every line of a .jsonl file, or
+one of all bytes of any other file.
+"""
+
+import contextlib
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from saber_jax.runs.files import replacing
+
+SUFFIX = ".crc32"
+
+
+def beside(path: str | os.PathLike) -> Path:
+    """Where the checksums of `path` are."""
+    return Path(f"{os.fspath(path)}{SUFFIX}")
+
+
+@contextlib.contextmanager
+def written(path: str | os.PathLike) -> Iterator[None]:
+    """Around the writing of `path`: removes its old checksums before and writes new ones after.
+
+    In between there are none, so that a process that is killed leaves no false ones.
+    """
+    beside(path).unlink(missing_ok=True)
+    yield
+    with replacing(beside(path)) as partial:
+        partial.write_bytes(b"".join(_sums(Path(path))))
+
+
+def check(path: str | os.PathLike) -> bool:
+    """False if `path` has no checksums. Raises ValueError, naming the line, if they differ."""
+    path, stored = Path(path), beside(path)
+    try:
+        wanted = stored.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return False
+    for number, (want, found) in enumerate(itertools.zip_longest(wanted, _sums(path)), start=1):
+        if want != found:
+            place = f"{path}:{number}" if _has_lines(path) else f"{path}"
+            raise ValueError(
+                f"{place} is damaged: it is not what was written, according to {stored.name}. "
+                "Make the file again, or copy both again from where they came from; delete "
+                f"{stored.name} if you changed the file on purpose."
+            )
+    return True
+
+
+def unchecked(path: str | os.PathLike) -> str:
+    """What to say about a file without checksums."""
+    return (
+        f"{path} has no {beside(path).name}: it was written by hand or by an earlier version, and "
+        "changed bits in it go unnoticed."
+    )
+
+
+def _has_lines(path: Path) -> bool:
+    return path.suffix == ".jsonl"
+
+
+def _sums(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for part in file if _has_lines(path) else [file.read()]:
+            yield f"{zlib.crc32(part):08x}\n".encode()
