@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from benchmarks.ablation.transfer import Transfer
 from configs import cadpo, sft
 from launch import steps as chain
 from launch.steps import Step
@@ -124,7 +125,14 @@ QUICK_ARMS = tuple(name for name, arm in ARMS.items() if arm.stage == "sft")
 """Four steps do not make a model that pairs could be mined from."""
 
 
-def chain_of(root: Path, seed: int, names: Sequence[str], *, quick: bool = False) -> list[Step]:
+def chain_of(
+    root: Path,
+    seed: int,
+    names: Sequence[str],
+    *,
+    quick: bool = False,
+    transfer: Transfer | None = None,
+) -> list[Step]:
     """Every step that these arms of one seed need, in order, each once."""
     base = _base(root, seed, quick)
     known = _material(root, seed, base)
@@ -139,6 +147,8 @@ def chain_of(root: Path, seed: int, names: Sequence[str], *, quick: bool = False
         train = known["sft"] if name == "sed" else _training(root, seed, name, quick)
         known[train.name] = train
         need(_evaluation(base["evaluate_sft"], root, name, train))
+        if transfer:
+            need(_elsewhere(base["evaluate_sft"], root, name, train, transfer))
     return list(found.values())
 
 
@@ -226,7 +236,27 @@ def _evaluation(evaluate: Step, root: Path, name: str, train: Step) -> Step:
     )
 
 
-def _aimed(step: Step, name: str, **flags: Path) -> Step:
+def _elsewhere(evaluate: Step, root: Path, name: str, train: Step, transfer: Transfer) -> Step:
+    """The evaluation of an arm on clips from elsewhere, without probes."""
+    out = transfer.scores_of(root, name)
+    step = _aimed(
+        evaluate,
+        f"{out.parent.parent.name}_{out.parent.name}_{name}",
+        out=out,
+        checkpoint=Path(train.leaves),
+        data=transfer.records,
+        split=transfer.split,
+    )
+    return dataclasses.replace(
+        step,
+        says=f"clips from elsewhere: {name}",
+        command=tuple(part for part in step.command if part != "--probes"),
+        leaves=str(out / "scores.json"),
+        after=(train.name,),
+    )
+
+
+def _aimed(step: Step, name: str, **flags: Path | str) -> Step:
     """The step with other values of some flags of its command."""
     command = list(step.command)
     for flag, value in flags.items():

@@ -1,6 +1,7 @@
 """What the arms score, and which of the method's claims that shows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from benchmarks.ablation import intervals
 from benchmarks.ablation.arms import ARMS, MORE_SFT, scores_of
 from benchmarks.ablation.intervals import Counts
+from benchmarks.ablation.transfer import Transfer, remarks
 from saber_jax.data import sed, speech
 from saber_jax.evaluation import saber_test
 from saber_jax.evaluation.bootstrap import Score
@@ -18,26 +20,27 @@ from saber_jax.runs.files import read_jsonl
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
     """An arm's answers to the test clips of one seed, as they are, without and with another sound.
 
+    `scores` is a folder that saber_jax.evaluation.run wrote, with --probes where the sound matters.
     All three list the same clips in the same order.
     """
 
-    plain: Sequence[Row]
-    muted: Sequence[Row]
-    swapped: Sequence[Row]
+    def __init__(self, scores: Path):
+        self._scores = scores
 
-    @classmethod
-    def read(cls, scores: Path) -> "Answers":
-        """Of a folder that saber_jax.evaluation.run --probes wrote."""
-        probes = scores / "probes"
-        return cls(
-            plain=read_jsonl(scores / "predictions.jsonl"),
-            muted=read_jsonl(probes / "audio_muted" / "predictions.jsonl"),
-            swapped=read_jsonl(probes / "audio_swapped" / "predictions.jsonl"),
-        )
+    @functools.cached_property
+    def plain(self) -> list[Row]:
+        return read_jsonl(self._scores / "predictions.jsonl")
+
+    @functools.cached_property
+    def muted(self) -> list[Row]:
+        return read_jsonl(self._scores / "probes" / "audio_muted" / "predictions.jsonl")
+
+    @functools.cached_property
+    def swapped(self) -> list[Row]:
+        return read_jsonl(self._scores / "probes" / "audio_swapped" / "predictions.jsonl")
 
 
 def _those(rows: Sequence[Row], agree: bool) -> list[Row]:
@@ -76,6 +79,8 @@ MEASURES: dict[str, Callable[[Answers], Counts]] = {
 conflicting clip wrongly; how often the conclusion changes when the sound is silenced, or is another
 clip's; and the word error rate of English speech."""
 
+PROBED = ("moved_muted", "moved_swapped")
+"""Measures that need probes, which clips from elsewhere are not evaluated with."""
 ACCURACIES = ("consistent", "conflicting")
 """Of these, the value of every seed is kept too."""
 
@@ -117,6 +122,7 @@ class Claim:
         sign = -1 if self.falls else 1
         strongest = min(gains, key=lambda name: sign * gains[name]["value"])
         return dataclasses.asdict(self) | {
+            "before": list(self.before),
             "strongest": strongest,
             "gain": gains[strongest],
             "verdict": verdict,
@@ -191,67 +197,116 @@ CLAIMS = (
 )
 
 
-def compared(roots: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
-    """{"arms": {name: {measure: score}}, "by_seed": {name: {measure: values}},
-    "claims": [...]} over the seeds that lie in `roots`.
+def compared(
+    roots: Sequence[Path], names: Sequence[str], transfer: Transfer | None = None
+) -> dict[str, Any]:
+    """{"arms": {name: {measure: score}}, "by_seed": {name: {measure: values}}, "claims": [...]}
+    over the seeds that lie in `roots`; the same of clips from elsewhere as "transfer".
 
     Raises ValueError if two arms of one seed were not asked about the same clips.
     """
-    answers = {name: [Answers.read(scores_of(root, name)) for root in roots] for name in names}
-    first = answers[names[0]]
-    for name, own in answers.items():
-        for root, one, other in zip(roots, first, own, strict=True):
-            clips = [[row["clip_id"] for row in each.plain] for each in (one, other)]
-            if clips[0] != clips[1]:
-                raise ValueError(
-                    f"{scores_of(root, name)} and {scores_of(root, names[0])} hold answers to "
-                    "other clips. Delete the older of the two and run the ablation again."
-                )
+    found = _compared({name: [scores_of(root, name) for root in roots] for name in names})
+    if transfer:
+        folders = {name: [transfer.scores_of(root, name) for root in roots] for name in names}
+        found["transfer"] = {**transfer.about, **_compared(folders, elsewhere=True)}
+    return found
+
+
+def _compared(folders: Mapping[str, Sequence[Path]], *, elsewhere: bool = False) -> dict[str, Any]:
+    """`folders` are those of every seed, by arm."""
+    answers = {name: list(map(Answers, own)) for name, own in folders.items()}
+    _refuse_other_clips(folders, answers)
+    measures = {name: of for name, of in MEASURES.items() if not (elsewhere and name in PROBED)}
     counts = {
-        name: {measure: [of(one) for one in own] for measure, of in MEASURES.items()}
+        name: {measure: [of(one) for one in own] for measure, of in measures.items()}
         for name, own in answers.items()
     }
     return {
         "arms": {
-            name: {measure: intervals.estimate(seeds) for measure, seeds in own.items()}
+            name: {
+                measure: intervals.estimate(seeds, shared=elsewhere)
+                for measure, seeds in own.items()
+            }
             for name, own in counts.items()
         },
         "by_seed": {
             name: {measure: list(map(intervals.value, own[measure])) for measure in ACCURACIES}
             for name, own in counts.items()
         },
-        "claims": [_claimed(claim, counts) for claim in CLAIMS if _known(claim, counts)],
+        "claims": [
+            _claimed(claim, counts, shared=elsewhere) for claim in CLAIMS if _known(claim, counts)
+        ],
     }
 
 
-def _known(claim: Claim, counts: Mapping[str, Any]) -> bool:
-    return {*claim.before, claim.after} <= counts.keys()
+def _refuse_other_clips(
+    folders: Mapping[str, Sequence[Path]], answers: Mapping[str, Sequence[Answers]]
+) -> None:
+    first = next(iter(answers))
+    for name, own in answers.items():
+        for seed, pair in enumerate(zip(answers[first], own, strict=True)):
+            one, other = ([row["clip_id"] for row in each.plain] for each in pair)
+            if one != other:
+                raise ValueError(
+                    f"{folders[name][seed]} and {folders[first][seed]} hold answers to other "
+                    "clips. Delete the older of the two and run the ablation again."
+                )
 
 
-def _claimed(claim: Claim, counts: Mapping[str, Mapping[str, list[Counts]]]) -> dict[str, Any]:
+def _known(claim: Claim, counts: Mapping[str, Mapping[str, list[Counts]]]) -> bool:
+    """Whether all of its arms are there, and clips that it can be judged by."""
+    for arm in (*claim.before, claim.after):
+        seeds = counts.get(arm, {}).get(claim.measure)
+        if not seeds or not all(map(len, seeds)):
+            return False
+    return True
+
+
+def _claimed(
+    claim: Claim, counts: Mapping[str, Mapping[str, list[Counts]]], *, shared: bool
+) -> dict[str, Any]:
     after = counts[claim.after][claim.measure]
     gains = {
-        name: intervals.gain(counts[name][claim.measure], after, share=claim.share)
+        name: intervals.gain(counts[name][claim.measure], after, share=claim.share, shared=shared)
         for name in claim.before
     }
     return claim.judged(gains, seeds=len(after))
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Two tables in Markdown: what every arm scores, and what became of every claim."""
-    heads = ("arm", *(name.replace("_", " ") for name in MEASURES))
+    """Tables in Markdown: what every arm scores, and what became of every claim; then the same of
+    clips from elsewhere, if there are any."""
+    lines = [*_scores_table(found["arms"]), "", *_claims_table(found["claims"])]
+    if about := found.get("transfer"):
+        lines += [
+            "",
+            f"Clips from elsewhere, of `{about['records']}`, split {about['split']}: "
+            f"{about['consistent']} agree and {about['conflicting']} conflict. "
+            + " ".join(remarks(about)),
+            "",
+            *(*_scores_table(about["arms"]), "", *_claims_table(about["claims"])),
+        ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _scores_table(arms: Mapping[str, Mapping[str, Score]]) -> list[str]:
+    heads = ("arm", *(name.replace("_", " ") for name in next(iter(arms.values()))))
     lines = [_row(heads), _row(["---"] * len(heads))]
-    for name, scores in found["arms"].items():
+    for name, scores in arms.items():
         lines.append(_row((f"`{name}`: {ARMS[name].says}", *map(_percent, scores.values()))))
+    return lines
+
+
+def _claims_table(claims: Sequence[Mapping[str, Any]]) -> list[str]:
     heads = ("claim", "arms", "measure", "difference, points", "")
-    lines += ["", _row(heads), _row(["---"] * len(heads))]
-    for claim in found["claims"]:
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for claim in claims:
         half = "half of " if claim["share"] == 0.5 else ""
         arms = f"`{claim['after']}` - {half}`{claim['strongest']}`"
         measure = claim["measure"].replace("_", " ")
         difference = _percent(claim["gain"], sign="+")
         lines.append(_row((claim["says"], arms, measure, difference, claim["verdict"])))
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -259,5 +314,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _percent(score: Score, sign: str = "") -> str:
+    if score["value"] is None:
+        return "\N{EN DASH}"
     low, high = (100 * bound for bound in score["interval"])
     return f"{100 * score['value']:{sign}.1f} ({low:.1f} to {high:.1f})"

@@ -60,13 +60,13 @@ def line_chart(
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{y_label} by {x_label}">']
     for tick in y_ticks:
         _, y = place(x_range[0], tick)
-        parts.append(_line("rule", LEFT, y, WIDTH - RIGHT, y))
-        parts.append(_text("tick end", LEFT - 6, y + 4, _number(tick)))
+        parts.append(svg_line("rule", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(svg_text("tick end", LEFT - 6, y + 4, _number(tick)))
     for tick in x_ticks:
         if x_range[0] <= tick <= x_range[1]:
             x, _ = place(tick, y_range[0])
-            parts.append(_text("tick middle", x, HEIGHT - BOTTOM + 16, _number(tick)))
-    parts.append(_text("tick middle", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
+            parts.append(svg_text("tick middle", x, HEIGHT - BOTTOM + 16, _number(tick)))
+    parts.append(svg_text("tick middle", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
     for number, (name, points) in enumerate(drawn.items()):
         lines = {"": points}
         if len(points) > SMOOTHED:
@@ -83,8 +83,8 @@ def line_chart(
             )
     if reference:
         _, y = place(x_range[0], reference.value)
-        parts.append(_line("reference", LEFT, y, WIDTH - RIGHT, y))
-        parts.append(_text("note end", WIDTH - RIGHT - 2, y - 5, reference.label))
+        parts.append(svg_line("reference", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(svg_text("note end", WIDTH - RIGHT - 2, y - 5, reference.label))
     return "".join([*parts, "</svg>"])
 
 
@@ -136,9 +136,11 @@ def _number(value: float) -> str:
     return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def svg_line(name: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    """A line whose style the class `name` gives."""
     return f'<line class="{name}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(name: str, x: float, y: float, text: str) -> str:
+def svg_text(name: str, x: float, y: float, text: str) -> str:
+    """A text, which is markup, with its baseline at `y`."""
     return f'<text class="{name}" x="{x:.1f}" y="{y:.1f}">{text}</text>'

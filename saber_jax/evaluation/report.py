@@ -19,7 +19,14 @@ import jinja2
 import markupsafe
 
 from saber_jax.data.conflicts import CONFLICT_TYPES
-from saber_jax.evaluation import charts, figure, report_examples, report_tables, saber_test
+from saber_jax.evaluation import (
+    charts,
+    figure,
+    published,
+    report_examples,
+    report_tables,
+    saber_test,
+)
 from saber_jax.flags import Parser
 from saber_jax.runs.files import read_json, read_jsonl, write_text
 from saber_jax.tree import flatten
@@ -112,6 +119,7 @@ def render(inputs: Inputs) -> str:
         figure=markupsafe.Markup(drawn),
         figure_link=markupsafe.Markup(figure.link(drawn)),
         worse=report_tables.worse(results),
+        beside=_beside(inputs, runs, cards),
         summary=report_tables.summary(results),
         missing=report_tables.missing(results),
         outcomes=report_tables.outcomes(results),
@@ -133,19 +141,30 @@ def render(inputs: Inputs) -> str:
     )
 
 
+def _beside(
+    inputs: Inputs, runs: Mapping[str, dict[str, Any]], cards: Sequence[report_tables.Line]
+) -> published.Beside | None:
+    """The published ablation, for a run of both stages on the embedded corpus."""
+    if not inputs.corpus or set(inputs.scores) != set(TRAINED) or set(runs) != set(TRAINED):
+        return None
+    return published.beside(cards, {stage: run["config"] for stage, run in runs.items()})
+
+
 def _run(workdir: Path) -> dict[str, Any]:
     """Summary, metrics and settings of one training run."""
     metrics = read_jsonl(workdir / "metrics.jsonl")
     if not metrics:
         raise ValueError(f"{workdir}/metrics.jsonl is empty: that run has not taken a step.")
-    config = workdir / "config.json"
-    settings = flatten(read_json(config), ".") if config.exists() else {}
+    path = workdir / "config.json"
+    config = read_json(path) if path.exists() else {}
+    settings = flatten(config, ".")
     names = ("stage", "variant", "model", "seed")
     stage, variant, model, seed = (settings.get(name) for name in names)
     return {
         "about": f"configs/{stage}.py:{variant}, model {model}, seed {seed}" if stage else "",
         "summary": read_json(workdir / "summary.json"),
         "metrics": metrics,
+        "config": config,
         # Validation has lines of its own.
         "losses": [row["loss"] for row in metrics if "loss" in row],
         "settings": sorted(

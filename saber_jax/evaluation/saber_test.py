@@ -75,10 +75,12 @@ def conclusion(response: str, names: Sequence[str]) -> str | None:
 
 
 def is_consistent(labels: Mapping[str, str]) -> bool:
-    """By conflict_type where given, else by whether face and voice agree."""
+    """By conflict_type where given, else by whether face, voice and the words, if they are
+    labelled, suggest one emotion."""
     if "conflict_type" in labels:
         return labels["conflict_type"] == NO_CONFLICT
-    return labels["face"] == labels["voice"]
+    face, words = labels["face"], labels.get("words")
+    return face == labels["voice"] and (not words or face in _suggested(words))
 
 
 def is_complete(response: str) -> bool:
@@ -107,8 +109,12 @@ def follows(predictions: Sequence[Prediction], *modalities: str) -> Bool[np.ndar
 
 def misled(conclusion: str | None, labels: Mapping[str, str], modality: str) -> bool:
     """Whether a conclusion is wrong and follows `modality`, one of MODALITIES."""
-    suggested = labels.get(modality, "")
-    return conclusion != labels["emotion"] and conclusion in VALENCE.get(suggested, (suggested,))
+    return conclusion != labels["emotion"] and conclusion in _suggested(labels.get(modality, ""))
+
+
+def _suggested(label: str) -> tuple[str, ...]:
+    """The emotions that a modality with this label suggests by itself."""
+    return VALENCE.get(label, (label,))
 
 
 def dominance(differing: Sequence[Prediction]) -> dict[str, Any]:

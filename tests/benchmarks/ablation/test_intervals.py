@@ -59,3 +59,22 @@ def test_long_clips_weigh_more_in_an_error_rate():
 def test_arms_with_other_clips_are_not_compared():
     with pytest.raises(ValueError, match="same clips"):
         intervals.gain([rate(5, 10)], [rate(5, 11)])
+
+
+def test_clips_that_seeds_share_are_drawn_once_for_all_of_them():
+    """With the same answers of every seed, more seeds say no more about other clips."""
+    same = [rate(50)] * 8
+    alone = width(intervals.estimate([rate(50)]))
+    assert width(intervals.estimate(same, shared=True)) == pytest.approx(alone, rel=0.1)
+    assert width(intervals.estimate(same)) < 0.5 * alone
+
+
+def test_seeds_that_share_clips_still_disagree():
+    assert intervals.estimate([rate(0), rate(100)], shared=True)["interval"] == [0.0, 1.0]
+
+
+def test_nothing_is_said_about_no_clips():
+    empty = np.zeros((0, 2))
+    assert intervals.value(empty) is None
+    assert intervals.estimate([empty, empty])["value"] is None
+    assert intervals.gain([empty], [empty], shared=True)["interval"] is None
