@@ -12,6 +12,8 @@
 #   launch/setup.sh --torch  also torch and transformers, for the parity tests
 #   launch/setup.sh --bench  the requirements of the benchmarks, including the compared programs
 #
+# Several may be started at once: they take turns (.venv.lock).
+#
 # To use your own environment set SABER_PYTHON=/path/to/python: then nothing is installed and no .venv
 # is made. Otherwise the environment is .venv in this checkout (SABER_VENV changes the path).
 set -euo pipefail
@@ -91,6 +93,58 @@ has_uv() {
 }
 
 install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
+
+# Only one setup at a time may change an environment: with flock where there is one, which the kernel
+# releases when its holder dies, else with a directory that names its holder. If no lock can be
+# written here, nobody can change the environment either.
+lock=$(readlink -f "$venv" 2>/dev/null || echo "$venv").lock
+holder="process $$ on $(hostname)"
+
+await_lock() {
+  if ! { : >> "$lock"; } 2>/dev/null; then return; fi
+  if command -v flock >/dev/null; then
+    exec 9>> "$lock"
+    if ! flock --nonblock 9; then
+      echo "setup: waiting for another setup of $venv ($(cat "$lock"))" >&2
+      flock 9
+    fi
+    echo "$holder" > "$lock"
+    return
+  fi
+  local other said=
+  while ! mkdir "$lock.d" 2>/dev/null; do
+    other=$(cat "$lock.d/holder" 2>/dev/null || echo "process ? on $(hostname)")
+    if [[ $said != "$other" ]]; then
+      said=$other
+      echo "setup: waiting for another setup of $venv ($other); if it is gone, remove $lock.d" >&2
+    fi
+    sleep 0.2
+    if is_gone "$other"; then take_over "$other"; fi
+  done
+  echo "$holder" > "$lock.d/holder"
+  trap 'rm -rf "$lock.d"' EXIT
+}
+
+# Whether the holder of a lock was a process of this machine that does not run any more.
+is_gone() {
+  local pid=${1#process } host=${1##* on }
+  pid=${pid%% *}
+  [[ $host == "$(hostname)" ]] && ! kill -0 "$pid" 2>/dev/null
+}
+
+# Several may see the same holder gone. Only one of them can move its lock, and a lock that another
+# has taken since is put back.
+take_over() {
+  local moved=$lock.$$.stale
+  mv "$lock.d" "$moved" 2>/dev/null || return 0
+  if [[ "$(cat "$moved/holder" 2>/dev/null || echo "$1")" == "$1" ]]; then
+    echo "setup: taking over the lock of $1, which is gone" >&2
+    rm -rf "$moved"
+  else
+    mv "$moved" "$lock.d"
+  fi
+}
+await_lock
 
 # An interrupted setup leaves an environment without pip, which cannot be used.
 if [[ -e "$venv" ]] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then

@@ -1,6 +1,8 @@
 """The shell scripts: what they find on a machine, and what they install for it."""
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,76 @@ def test_a_half_made_environment_is_made_anew(machine):
     makes_environments(machine, pythons=("python3.11",))
     assert installed(machine) == ["requirements.txt"]
     assert not (machine.folder / "venv/left_over").exists()
+
+
+# Makes an environment as soon as a test says so.
+WAITS = MAKES_VENVS.replace(
+    "    made =",
+    """    import time
+
+    while not (folder / "GO").exists():
+        time.sleep(0.01)
+    made =""",
+)
+
+
+@pytest.fixture(params=["flock", "mkdir"])
+def tools(request, machine):
+    """PATH with and without flock."""
+    everything = os.environ["PATH"]
+    if request.param == "mkdir":
+        kept = machine.folder / "kept"
+        kept.mkdir()
+        for file in (file for folder in everything.split(":") for file in Path(folder).glob("*")):
+            if file.name != "flock" and not (kept / file.name).is_symlink():
+                (kept / file.name).symlink_to(file)
+        everything = str(kept)
+    return f"{machine.folder}/bin:{everything}"
+
+
+def test_two_setups_of_one_environment_take_turns(machine, tools):
+    shutil.rmtree(machine.folder / "venv")
+    for name in ("python3.12", "python3.11", "python3"):
+        machine.add(name, WAITS)
+    venv = str(machine.folder / "venv")
+    environ = machine.environ(PATH=tools, SABER_VENV=venv, SABER_PYTHON="")
+
+    def start() -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            "launch/setup.sh", cwd=standins.ROOT, env=environ, stdout=pipe, stderr=pipe, text=True
+        )
+
+    first = start()
+    assert first.stderr is not None and first.stderr.readline().startswith("setup: making")
+    second = start()
+    assert second.stderr is not None
+    assert f"({holder(first.pid)})" in second.stderr.readline()  # It waits.
+    (machine.folder / "GO").touch()
+    for setup in (first, second):
+        assert setup.communicate(timeout=60)[0] == f"{venv}/bin/python\n" and not setup.returncode
+    assert len([call for call in machine.calls() if call[1:3] == ["-m", "venv"]]) == 1
+    assert len(machine.calls("venv_python", "-m", "pip", "install")) == 1
+
+
+def holder(process: int) -> str:
+    return f"process {process} on {socket.gethostname()}"
+
+
+def test_the_lock_of_a_setup_that_was_killed_is_taken_over(machine, tools):
+    lock = machine.folder / "venv.lock"
+    gone = subprocess.Popen("true")
+    gone.wait()
+    (machine.folder / "venv.lock.d").mkdir()
+    for file in (lock, machine.folder / "venv.lock.d/holder"):
+        file.write_text(holder(gone.pid))
+    done = machine.run(
+        "launch/setup.sh", PATH=tools, SABER_VENV=str(machine.folder / "venv"), SABER_PYTHON=""
+    )
+    assert done.returncode == 0
+    without = shutil.which("flock", path=tools) is None
+    assert (f"taking over the lock of {holder(gone.pid)}, which is gone" in done.stderr) == without
+    assert (machine.folder / "venv.lock.d").exists() != without
 
 
 def test_uv_brings_a_python_where_the_system_has_none(machine):
