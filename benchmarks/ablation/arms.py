@@ -22,7 +22,7 @@ SFT, CADPO = sft.get_config("tiny"), cadpo.get_config("tiny")
 PLAIN = {"loss.sft": 0.0, "loss.anchor": 0.0}
 """The paper's loss: DPO, without the two terms that the tiny recipe adds."""
 SIX_SECTIONS = {f"data.tasks.{task}": float(task == "sed") for task in SFT.data.tasks}
-"""The one request that pairs answer, and that the targets of `material` are written for."""
+"""The one request that pairs answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,17 +57,9 @@ def _more_sft(says: str, peak_lr: float) -> Arm:
 
 MORE_SFT = ("more_sft", "more_sft_fast")
 ARMS = {
-    "label_only": Arm(
-        says="SFT on the emotion word alone",
-        stage="sft",
-        reads="records_label",
-        settings=SIX_SECTIONS,
-    ),
+    "label_only": Arm(says="SFT on the emotion word alone", stage="sft", reads="records_label"),
     "reason_first": Arm(
-        says="SFT on the reasoning, and its evidence after it",
-        stage="sft",
-        reads="records_reason",
-        settings=SIX_SECTIONS,
+        says="SFT on the reasoning, and its evidence after it", stage="sft", reads="records_reason"
     ),
     "sed": Arm(says="SED: evidence first, then the reasoning", stage="sft", reads="records"),
     "more_sft": _more_sft(

@@ -165,7 +165,9 @@ def _responses(
     record: Record, tokenizer: Tokenizer, request: Request, texts: tuple[str, ...] | None
 ) -> tuple[Response, ...]:
     if texts is None:
-        texts = (record.answer or sed.target_text(record.annotation, request.sections),)
+        # Beside an annotation, an answer of its own is the one to the six-section request.
+        own = record.answer if record.messages or request.sections == FIELDS else None
+        texts = (own or sed.target_text(record.annotation, request.sections),)
     return tuple(Response.encode(tokenizer, text) for text in texts)
 
 

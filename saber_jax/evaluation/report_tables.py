@@ -141,10 +141,10 @@ def missing(results: Results) -> dict[str, list[str]]:
 
 
 CONFLICT_MEANINGS = {
-    "sarcasm": "the voice denies the words",
-    "masking": "a smile over a sad voice",
+    "sarcasm": "the words are not meant as they are said",
+    "masking": "the face hides what the voice tells",
     "suppression": "a neutral face, a feeling voice",
-    "leakage": "a feeling face, a neutral voice",
+    "leakage": "one modality betrays what another hides",
     "other": "any other conflict",
 }
 

@@ -1,12 +1,13 @@
 """Requests, their targets, and the draw of a task for every example."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from saber_jax.data import sed
-from saber_jax.data.examples import Response
+from saber_jax.data.examples import Response, measure_record
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tasks import TASKS, WORDINGS, Mixture, Request, conversation
 from tests import synthetic
@@ -27,6 +28,15 @@ def test_a_target_holds_its_sections_alone_with_evidence_before_reasoning(task):
     headings = re.findall(r"\[(\w+)\]", target)
     assert tuple(headings) == TASKS[task]
     assert headings == sorted(headings, key=FIELDS.index)
+
+
+@pytest.mark.parametrize("task", ["sed", "acoustic", "facial_exp_desc"])
+def test_an_answer_beside_an_annotation_is_that_to_the_six_section_request(tokenizer, task):
+    plain = synthetic.record(0)
+    answered = dataclasses.replace(plain, answer="[sentiment_analysis] Emotion: happy")
+    request = Request(task=task)
+    targets = [measure_record(r, tokenizer, request=request)[1] for r in (plain, answered)]
+    assert np.array_equal(*targets) == (task != "sed")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

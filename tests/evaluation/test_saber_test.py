@@ -166,3 +166,17 @@ def test_a_clip_without_the_deciding_labels_is_refused_by_name():
 def test_no_prediction_is_an_error():
     with pytest.raises(ValueError, match="no prediction"):
         saber_test.score([])
+
+
+@pytest.mark.parametrize(
+    ("labels", "agrees"),
+    [
+        ({"face": "sad", "voice": "sad"}, True),
+        ({"face": "sad", "voice": "happy"}, False),
+        ({"face": "sad", "voice": "sad", "words": "negative"}, True),
+        ({"face": "sad", "voice": "sad", "words": "happy"}, False),
+        ({"face": "sad", "voice": "happy", "words": "sad", "conflict_type": "none"}, True),
+    ],
+)
+def test_modalities_agree_by_their_labels_where_no_conflict_type_says_so(labels, agrees):
+    assert saber_test.is_consistent(labels) == agrees

@@ -34,8 +34,8 @@ def test_more_sft_takes_the_peak_of_stage_2_and_the_end_of_stage_1():
     assert peaks == [second.peak_lr, first.peak_lr * first.final_fraction]
 
 
-@pytest.mark.parametrize("name", ["label_only", "reason_first", *arms.MORE_SFT])
-def test_an_arm_whose_targets_answer_six_sections_is_asked_for_nothing_else(name):
+@pytest.mark.parametrize("name", arms.MORE_SFT)
+def test_more_sft_answers_six_sections_and_nothing_else_as_pairs_do(name):
     tasks = arms.config_of(ROOT, 3, name).data.tasks.to_dict()
     assert {task for task, weight in tasks.items() if weight} == {"sed"}
 
@@ -88,6 +88,12 @@ def test_what_the_tiny_chain_left_is_used_again():
     for name in ("corpus", "records", "sft", "pairs", "cadpo", "evaluate_sft", "evaluate_cadpo"):
         made = (usual[name].does or usual[name].command, usual[name].after)
         assert made == (ours[name].does or ours[name].command, ours[name].after)
+
+
+def test_pairs_of_arms_are_mined_by_the_method_that_they_are_called_after():
+    mined = {step.name: step.command for step in arms.chain_of(ROOT, 3, list(ARMS))}
+    for name, method in (("pairs", "withhold"), ("pairs_sample", "sample")):
+        assert mined[name][mined[name].index("--method") + 1] == method
 
 
 @pytest.mark.parametrize("index", [0, 1])
