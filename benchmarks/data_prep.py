@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         count = 4 if flags.quick else 16
         if flags.clips:
-            files = clips.find_files(flags.clips, clips.EXTENSIONS, "clips")
+            files = clips.find_videos(flags.clips)
             files = files[: 4 if flags.quick else None]
         else:
             files = list(_drawn(Path(folder), count))

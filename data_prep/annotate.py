@@ -63,7 +63,7 @@ def rows(flags: Any) -> list[tuple[Row, Path]]:
 
     Raises FileNotFoundError or ValueError for folders and labels that cannot be read.
     """
-    videos = clips.find_files(flags.clips, clips.EXTENSIONS, "clips")
+    videos = clips.find_videos(flags.clips)
     labels = clips.read_labels(flags.labels) if flags.labels else {}
     todo = []
     for video in videos:

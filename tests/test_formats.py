@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.records import clips
+from data_prep.records.containers import EXTENSIONS
 from data_prep.records.conversations import FORMATS
 from saber_jax.data.annotations import parse_annotation
 from saber_jax.data.pairs import read_pairs
@@ -53,4 +54,4 @@ def test_the_rows_are_read(name):
 def test_every_suffix_is_listed():
     listed = re.search(r"Videos may be (.*?)\. They", DOC, re.DOTALL)
     assert listed is not None
-    assert set(re.findall(r"\w+", listed[1])) - {"or"} == {s[1:] for s in clips.EXTENSIONS}
+    assert set(re.findall(r"\w+", listed[1])) - {"or"} == {s[1:] for s in EXTENSIONS}

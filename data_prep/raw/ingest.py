@@ -106,7 +106,7 @@ def shard_of(row: Row, shards: int) -> int:
 
 def _folder(root: Path) -> Iterator[Row]:
     labels = _read_labels(root / "labels.jsonl")
-    for path in clips.find_files(root, clips.EXTENSIONS, "videos"):
+    for path in clips.find_videos(root, "videos"):
         relative = path.relative_to(root).with_suffix("")
         known = labels.get(path.stem, {})
         yield corpora_rows.row(

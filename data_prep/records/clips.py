@@ -11,19 +11,13 @@ import os
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.records import containers
 from saber_jax.data import annotations, decode, records, texts
-
-EXTENSIONS = (
-    *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".flv"),
-    *(".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".ogv", ".ogm", ".mxf"),
-    *(".gif", ".rm", ".rmvb", ".dv"),
-)
-"""Suffixes of files that may contain a video with sound and that FFmpeg reads."""
 
 REASONS = {
     **decode.REASONS,
@@ -65,30 +59,33 @@ class Job:
     sampling: decode.Sampling
 
 
-def find_files(directory: Path, extensions: Iterable[str], what: str) -> list[Path]:
-    """Files below a directory, sorted. FileNotFoundError if there is no directory or no file."""
-    return sort_files(directory, extensions, what)[0]
+def find_videos(directory: Path, what: str = "clips") -> list[Path]:
+    """Videos below a directory, sorted. FileNotFoundError if there is no directory or no video."""
+    return _sort_files(directory, containers.is_video, what, containers.EXTENSIONS)[0]
 
 
-def sort_files(
-    directory: Path, extensions: Iterable[str], what: str
+def _sort_files(
+    directory: Path, fits: Callable[[Path], bool], what: str, kinds: Iterable[str]
 ) -> tuple[list[Path], list[Path]]:
-    """Files below a directory that have one of the suffixes, and all others, both sorted.
+    """Files below a directory that fit, and all others, both sorted. `kinds` are their suffixes.
 
     Hidden files are among the others: file managers leave some that look like clips. Raises
-    FileNotFoundError if there is no directory or no file with one of the suffixes.
+    FileNotFoundError if there is no directory or no file that fits.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"The {what} directory {directory} does not exist.")
-    wanted = tuple(extensions)
     taken, others = [], []
     for path in sorted(_files_below(directory, set())):
-        fits = path.suffix.lower() in wanted and not path.name.startswith(".")
-        (taken if fits else others).append(path)
+        hidden = path.name.startswith(".")
+        (taken if not hidden and fits(path) else others).append(path)
     if not taken:
         seen = f" It holds {_listed(others)}." if others else ""
-        raise FileNotFoundError(f"No {what} ({', '.join(wanted)}) in {directory}.{seen}")
+        raise FileNotFoundError(f"No {what} ({', '.join(kinds)}) in {directory}.{seen}")
     return taken, others
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
 
 
 def _files_below(directory: Path, above: set[str]) -> Iterator[Path]:
@@ -143,8 +140,8 @@ class Inputs:
 
 def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> Inputs:
     """Raises FileNotFoundError for an empty folder and ValueError for wrong labels."""
-    videos, other_videos = sort_files(clips, EXTENSIONS, "clips")
-    found, other_texts = sort_files(annotated, (".json",), "annotations")
+    videos, other_videos = _sort_files(clips, containers.is_video, "clips", containers.EXTENSIONS)
+    found, other_texts = _sort_files(annotated, _is_json, "annotations", (".json",))
     by_name: dict[str, Path] = {}
     for path in found:
         by_name.setdefault(name_of(path, annotated), path)

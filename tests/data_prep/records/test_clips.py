@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
 
-from data_prep.records import clips
+from data_prep.records import clips, containers
 from saber_jax.data.decode import Sampling
+from tests.media_files import gray_frames, tone, write_clip
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 
@@ -87,7 +89,7 @@ def test_a_name_that_is_no_text_is_refused(folders):
 
 
 def test_everything_in_the_folders_is_used_or_named(folders):
-    taken = [f"clips/{i}{suffix}" for i, suffix in enumerate(clips.EXTENSIONS)]
+    taken = [f"clips/{i}{suffix}" for i, suffix in enumerate(containers.EXTENSIONS)]
     folders.add(*taken, "clips/A.MP4", "clips/notes.txt", "clips/._0.mp4", "clips/song.xyz")
     folders.add("annotations/A.json", "annotations/lonely.json", "annotations/read.me")
     folders.labels.write_text('{"clip_id": "A"}\n{"clip_id": "gone"}\n')
@@ -101,6 +103,63 @@ def test_everything_in_the_folders_is_used_or_named(folders):
         "song.xyz",
     ]
     assert unused["annotations"] == ["lonely.json"] and unused["labels"] == ["gone"]
+
+
+# Muxer and codecs of each; FFmpeg cannot write the others that it reads.
+WRITTEN = {
+    **dict.fromkeys((".mp4", ".mov", ".3gp", ".f4v", ".ismv", ".m2t", ".mts"), ("libx264", "aac")),
+    **dict.fromkeys((".flv", ".swf"), ("flv", "mp3")),
+    **dict.fromkeys((".mpg", ".vob", ".wtv"), ("mpeg2video", "mp2")),
+    ".avi": ("mpeg4", "mp3"),
+    ".asf": ("msmpeg4", "mp3"),
+    ".wmv": ("wmv2", "mp3"),
+    ".rm": ("rv20", "ac3"),
+    ".webm": ("libvpx", "libopus"),
+    ".ogv": ("libvpx", "libopus"),
+    ".mxf": ("mpeg2video", "pcm_s16le"),
+    ".m2ts": ("libx264", "ac3"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A clip in every container of WRITTEN."""
+    folder = tmp_path_factory.mktemp("written")
+    for suffix, codecs in WRITTEN.items():
+        rate = 48_000 if codecs[1] in ("libopus", "pcm_s16le") else 44_100
+        write_clip(
+            folder / f"clip{suffix}",
+            frames=gray_frames(12, 96, 176),
+            audio=tone(0.6),
+            fps=25,
+            codecs=codecs,
+            pixels="yuv420p",
+            rate=rate,
+        )
+    return folder
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_a_video_is_taken_by_its_content_under_any_name_and_decoded(folders, written, suffix):
+    folders.add("annotations/a.json", "clips/notes.txt")
+    shutil.copy(written / f"clip{suffix}", folders.clips / "a.xyz")
+    [job], refusals = folders.plan()
+    assert not refusals and folders.inputs().unused()["files"] == [str(folders.clips / "notes.txt")]
+    assert clips.decode_job(job) is None
+    assert len(clips.load_staged(job).audio) > 5000
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".m4a", "aac"), (".mka", "flac"), (".ogg", "libopus"), (".xyz", "flac")]
+)
+def test_sound_and_text_alone_are_named_as_not_used(folders, suffix, codec):
+    folders.add("annotations/a.json", "clips/a.mp4")
+    path = folders.clips / f"b{suffix}"
+    if suffix == ".xyz":
+        path.write_text("Good morning. Good morning. " * 99)
+    else:
+        write_clip(path, frames=None, audio=tone(1), codecs=("", codec), rate=48_000)
+    assert folders.inputs().unused()["files"] == [str(path)]
 
 
 def test_one_folder_may_hold_clips_and_annotations(folders):
