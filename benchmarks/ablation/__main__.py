@@ -45,7 +45,7 @@ def main() -> None:
     write_text(flags.out / "ablation.svg", plot.svg(found))
     print(table(found), flush=True)
     if flags.publish:
-        publish.publish(publish.data(found, roots))
+        publish.publish(publish.data(found, roots), publish.DOCS)
     about = next((claim for claim in found["claims"] if claim["says"] == MAIN.says), None)
     low, high = about["gain"]["interval"] if about else (0.0, 0.0)
     result.finish(
@@ -68,7 +68,7 @@ def _run(flags: argparse.Namespace, roots: list[Path], seeds: range, names: list
     """Trains and evaluates what is missing; exits if that fails."""
     settings = {"quick": flags.quick, "transfer": flags.transfer}
     if flags.jobs > 1:
-        Runner(flags.jobs).run(
+        Runner(min(flags.jobs, len(seeds))).run(
             [
                 Job(
                     name=f"seed {number}",

@@ -34,7 +34,7 @@ def data(found: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def publish(results: Mapping[str, Any], docs: Path = DOCS) -> None:
+def publish(results: Mapping[str, Any], docs: Path) -> None:
     """Writes the data, docs/ablation.svg and the results in docs/ablation.md.
 
     Raises ValueError if the lines that mark their place are not there.
