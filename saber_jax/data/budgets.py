@@ -13,7 +13,8 @@ slots is chosen; slightly emptier ones are preferred if attention can then use l
 budget for the longest clip of a data set would be two thirds empty most of the time, so longer
 clips keep fewer frames, and clips with more sound than a row holds are left out and named.
 `batch_rows` is the number of rows of one pass over the data, at most --most_rows: with more, an
-optimizer step would contain clips twice.
+optimizer step would contain clips twice. With --batch_examples it is the number of rows that a step
+of so many examples needs.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.records import RecordSource
 from saber_jax.data.sources import Sources
+from saber_jax.data.steps import StepSize
 from saber_jax.data.tokenizer import load_beside
 from saber_jax.flags import Parser
 
@@ -38,6 +40,9 @@ SAMPLE = 3 * planning.WINDOW
 ROUGHLY, FINALISTS, ROUGH_LOSS = 2048, 6, 0.02
 """All budgets are first tried on ROUGHLY examples of the sample. The FINALISTS best of them are
 then tried on the whole sample. In the first round media budgets may be ROUGH_LOSS emptier."""
+
+PLANNED_EPOCHS = 3
+"""Epochs whose steps are planned to find out how many rows a step needs."""
 
 MOST_SEGMENTS = 64
 LEAST_MEDIA = 0.92
@@ -226,8 +231,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", help="preference pairs: budgets for configs/cadpo.py")
     parser.add_argument("--length", type=int, default=4096, help="text slots of a row")
     parser.add_argument("--most_rows", type=int, default=256, help="of an optimizer step")
+    parser.add_argument(
+        "--batch_examples",
+        type=int,
+        default=0,
+        help="clips or pairs of an optimizer step; 0: as many as --most_rows hold",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that measure")
     flags = parser.parse_args(argv)
+    if flags.batch_examples < 0:
+        parser.error(f"--batch_examples must be 0 or more, got {flags.batch_examples}")
     try:
         sources = Sources([RecordSource(flags.records, flags.split)], [1.0])
         pairs = read_pairs(flags.pairs) if flags.pairs else None
@@ -239,8 +252,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saber_jax.data.budgets: {error}", file=sys.stderr)
         return 1
     print(f"{total} examples\n{describe(measured)}\n\n{table(tried)}\n", file=sys.stderr)
-    rows = min(flags.most_rows, rows_of_a_pass(measured, best.budget))
-    print(f"{best.flags()} --config.data.batch_rows={rows}")
+    if flags.batch_examples:
+        rows = rows_of_a_step(measured, best.budget, flags.batch_examples)
+        step = (
+            f"--config.data.batch_rows={rows} --config.data.batch_examples={flags.batch_examples}"
+        )
+    else:
+        rows = min(flags.most_rows, rows_of_a_pass(measured, best.budget))
+        step = f"--config.data.batch_rows={rows}"
+    print(f"{best.flags()} {step}")
     return 0
 
 
@@ -248,6 +268,19 @@ def rows_of_a_pass(measured: sizing.Measurements, budget: Budget) -> int:
     """Number of rows for one pass over the examples that fit."""
     selection = sizing.select(measured, budget)
     return len(planning.plan_rows(selection.sizes[0], selection.usable, budget))
+
+
+def rows_of_a_step(measured: sizing.Measurements, budget: Budget, examples: int) -> int:
+    """The most rows that a step of so many examples needs, in the first PLANNED_EPOCHS epochs.
+
+    Another order of the examples may need slightly more.
+    """
+    selection = sizing.select(measured, budget)
+    step = StepSize(examples=examples, rows=examples)  # In rows of their own all have room.
+    plan = planning.Plan(selection.sizes, budget, 0, draw=lambda _: selection.usable, step=step)
+    count = PLANNED_EPOCHS * step.steps(len(selection.usable))
+    rows = plan.rows(count * step.rows)
+    return max(sum(map(bool, rows[i : i + step.rows])) for i in range(0, len(rows), step.rows))
 
 
 if __name__ == "__main__":

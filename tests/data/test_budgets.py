@@ -10,6 +10,7 @@ from configs import cadpo, sft
 from data_prep.records import dataset
 from saber_jax.data import budgets, planning, sizing
 from saber_jax.data.packing import Budget
+from saber_jax.data.steps import StepSize
 from saber_jax.models import kernels
 from tests import synthetic
 
@@ -53,6 +54,24 @@ def test_the_released_sizes_have_budgets_that_suit_lengths_like_saber_s(config, 
     assert min(filled[name] for name in ("text", "patches", "chunks")) > 0.9
 
 
+@pytest.mark.parametrize("examples", [7, 32, 500])
+def test_a_step_of_so_many_examples_has_room_in_the_rows_that_are_printed(examples):
+    data = sft.get_config("7b").data
+    budget = Budget(**{field.name: data[field.name] for field in dataclasses.fields(Budget)})
+    sizes = lengths.supervised(300, lengths.RELEASE, np.random.default_rng(3))
+    rows = budgets.rows_of_a_step(measured(sizes), budget, examples)
+    selection = sizing.select(measured(sizes), budget)
+
+    def planned(rows: int) -> planning.Plan:
+        step = StepSize(examples=examples, rows=rows)
+        return planning.Plan(selection.sizes, budget, 0, draw=lambda _: selection.usable, step=step)
+
+    count = -(-len(selection.usable) // examples)
+    planned(rows).rows(count * rows).plan()
+    with pytest.raises(ValueError, match=f"needs up to {rows} rows"):
+        planned(rows - 1).rows(budgets.PLANNED_EPOCHS * count * (rows - 1)).plan()
+
+
 def test_nothing_that_fits_is_one_clear_error():
     sizes = np.array([[900, 0, 0, 400, 3, 200]])
     with pytest.raises(ValueError, match="No example fits into rows of 64"):
@@ -72,5 +91,10 @@ def test_the_command_prints_flags_for_records_on_disk(tmp_path, tokenizer, capsy
     assert budgets.main(["--records", str(tmp_path), "--length", "768", "--most_rows", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.endswith("--config.data.batch_rows=1\n")
+    with_examples = ["--records", str(tmp_path), "--length", "768", "--batch_examples", "4"]
+    assert budgets.main(with_examples) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(" --config.data.batch_examples=4\n")
+    assert 1 <= int(out.split("batch_rows=")[1].split()[0]) <= 4
     assert budgets.main(["--records", str(tmp_path), "--length", "16"]) == 1
     assert "No example fits" in capsys.readouterr().err
