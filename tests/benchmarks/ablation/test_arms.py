@@ -1,8 +1,11 @@
 """The arms differ in what they are about, and in nothing else."""
 
+import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from benchmarks.ablation import arms, material
 from benchmarks.ablation.arms import ARMS
@@ -38,6 +41,17 @@ def test_more_sft_takes_the_peak_of_stage_2_and_the_end_of_stage_1():
 def test_more_sft_answers_six_sections_and_nothing_else_as_pairs_do(name):
     tasks = arms.config_of(ROOT, 3, name).data.tasks.to_dict()
     assert {task for task, weight in tasks.items() if weight} == {"sed"}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_the_command_that_trains_an_arm_gives_its_config(name, monkeypatch):
+    config = arms.config_of(ROOT, 3, name)
+    (train,) = [s for s in arms.chain_of(ROOT, 3, [name]) if s.leaves == config.workdir]
+    monkeypatch.setattr(sys, "argv", list(train.command[2:]))  # Which config_flags reads too.
+    typed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=typed)
+    typed(sys.argv)
+    assert identity(typed.config) == identity(config)
 
 
 def test_arms_of_stage_2_see_as_many_examples():
