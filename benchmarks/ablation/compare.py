@@ -200,8 +200,9 @@ CLAIMS = (
 def compared(
     roots: Sequence[Path], names: Sequence[str], transfer: Transfer | None = None
 ) -> dict[str, Any]:
-    """{"arms": {name: {measure: score}}, "by_seed": {name: {measure: values}}, "claims": [...]}
-    over the seeds that lie in `roots`; the same of clips from elsewhere as "transfer".
+    """{"arms": {name: {measure: score}}, "by_seed": {name: {measure: values}}, "by_conflict":
+    {name: {type: accuracy}}, "claims": [...]} over the seeds that lie in `roots`; the same of clips
+    from elsewhere as "transfer".
 
     Raises ValueError if two arms of one seed were not asked about the same clips.
     """
@@ -233,10 +234,24 @@ def _compared(folders: Mapping[str, Sequence[Path]], *, elsewhere: bool = False)
             name: {measure: list(map(intervals.value, own[measure])) for measure in ACCURACIES}
             for name, own in counts.items()
         },
+        "by_conflict": {name: _by_conflict(own, shared=elsewhere) for name, own in answers.items()},
         "claims": [
             _claimed(claim, counts, shared=elsewhere) for claim in CLAIMS if _known(claim, counts)
         ],
     }
+
+
+def _by_conflict(answers: Sequence[Answers], *, shared: bool) -> dict[str, Score]:
+    """Accuracy on the conflicting clips of each type."""
+    seeds = [_those(each.plain, False) for each in answers]
+    kinds = sorted({saber_test.conflict_type(row) for rows in seeds for row in rows})
+    found = {}
+    for kind in kinds:
+        chosen = [[r for r in rows if saber_test.conflict_type(r) == kind] for rows in seeds]
+        found[kind] = intervals.estimate(
+            [_rate(saber_test.correct(rows)) for rows in chosen], shared=shared
+        )
+    return found
 
 
 def _refuse_other_clips(
@@ -274,9 +289,9 @@ def _claimed(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Tables in Markdown: what every arm scores, and what became of every claim; then the same of
-    clips from elsewhere, if there are any."""
-    lines = [*_scores_table(found["arms"]), "", *_claims_table(found["claims"])]
+    """Tables in Markdown: what every arm scores, also by type of conflict, and what became of every
+    claim; then the same of clips from elsewhere, if there are any."""
+    lines = _tables(found)
     if about := found.get("transfer"):
         lines += [
             "",
@@ -284,16 +299,25 @@ def table(found: Mapping[str, Any]) -> str:
             f"{about['consistent']} agree and {about['conflicting']} conflict. "
             + " ".join(remarks(about)),
             "",
-            *(*_scores_table(about["arms"]), "", *_claims_table(about["claims"])),
+            *_tables(about),
         ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _scores_table(arms: Mapping[str, Mapping[str, Score]]) -> list[str]:
+def _tables(found: Mapping[str, Any]) -> list[str]:
+    lines = [*_scores_table(found["arms"], explained=True), ""]
+    types = next(iter(found["by_conflict"].values()))
+    if len(types) > 1:
+        lines += ["Accuracy by type of conflict:", "", *_scores_table(found["by_conflict"]), ""]
+    return lines + _claims_table(found["claims"])
+
+
+def _scores_table(arms: Mapping[str, Mapping[str, Score]], *, explained: bool = False) -> list[str]:
     heads = ("arm", *(name.replace("_", " ") for name in next(iter(arms.values()))))
     lines = [_row(heads), _row(["---"] * len(heads))]
     for name, scores in arms.items():
-        lines.append(_row((f"`{name}`: {ARMS[name].says}", *map(_percent, scores.values()))))
+        arm = f"`{name}`: {ARMS[name].says}" if explained else f"`{name}`"
+        lines.append(_row((arm, *map(_percent, scores.values()))))
     return lines
 
 

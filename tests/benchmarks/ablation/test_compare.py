@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.ablation import compare
 from benchmarks.ablation.arms import ARMS, scores_of
+from saber_jax.runs.files import read_jsonl, write_jsonl
 from tests.benchmarks.ablation import answers
 from tests.benchmarks.ablation.answers import CLIPS
 
@@ -101,3 +102,19 @@ def test_arms_that_answered_other_clips_are_refused(tmp_path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match="other clips"):
         compare.compared([tmp_path], ["sed", "anchored"])
+
+
+def test_accuracy_is_split_by_type_of_conflict_where_there_are_several(tmp_path):
+    answered(tmp_path, "sed", 20)
+    found = compare.compared([tmp_path], ["sed"])
+    assert found["by_conflict"]["sed"]["masking"] == found["arms"]["sed"]["conflicting"]
+    assert "type of conflict" not in compare.table(found)
+    path = scores_of(tmp_path, "sed") / "predictions.jsonl"
+    rows = read_jsonl(path)
+    for row in rows[1:10:2]:  # The first five conflicts, all right.
+        row["labels"]["conflict_type"] = "sarcasm"
+    write_jsonl(path, rows)
+    found = compare.compared([tmp_path], ["sed"])
+    by_type = {kind: score["value"] for kind, score in found["by_conflict"]["sed"].items()}
+    assert by_type == {"masking": pytest.approx(1 / 3), "sarcasm": 1.0}
+    assert "| arm | masking | sarcasm |" in compare.table(found)
