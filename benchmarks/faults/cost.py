@@ -21,9 +21,10 @@ def overhead(folder: Path, megabytes: int) -> dict[str, float]:
     everywhere = sharding.replicated(sharding.make_mesh(data=1, fsdp=-1, tensor=1))
     size = megabytes * 2**20 // 4 // 16
     arrays = {f"text/w{i}": jnp.sin(jnp.arange(size, dtype=jnp.float32) + i) for i in range(16)}
-    state = jax.device_put(TrainState(jnp.int32(1), arrays, {}, {}), everywhere)
+    weights, moments = (dict(list(arrays.items())[half::2]) for half in range(2))
+    state = jax.device_put(TrainState(jnp.int32(1), weights, {}, moments), everywhere)
     jax.block_until_ready(state.trainable)
-    held = saved.named(state.params, "params")
+    held = saved.named(state.params, "params") | saved.named(state.opt_state, "opt_state")
     saved.described(held)  # Compiles, on an accelerator.
     digest, save, restore = [], [], []
     for number in range(REPEATS):

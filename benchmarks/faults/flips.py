@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import shutil
@@ -111,7 +110,7 @@ def outlines(records: Path, folder: Path, count: int, rng: np.random.Generator) 
 def exports(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in any file that hf.export wrote, read by hf.load."""
     cfg, out = saber_config("tiny"), folder / "hf"
-    params = jax.jit(functools.partial(saber.init, cfg))(jax.random.key(0, impl="rbg"))
+    params = _numbers(cfg, rng)
     with contextlib.redirect_stderr(io.StringIO()):  # Its progress bar.
         export.export(params, cfg, out)
 
@@ -127,7 +126,7 @@ def adapters(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in any file that hf.export --peft wrote, read by hf.check."""
     bare, base, run, out = saber_config("tiny"), folder / "base", folder / "run", folder / "peft"
     cfg = dataclasses.replace(bare, lora=LoraConfig(rank=2, alpha=4.0, targets=("text/*",)))
-    params = jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(x.dtype), saber.abstract(cfg))
+    params = _numbers(cfg, rng)
     checkpoint.save_params(base, saber.without_lora(params), bare)
     described = checkpoint.describe_base(run, base)
     checkpoint.save_params(run, {"lora": params["lora"]}, cfg, base=described)
@@ -143,6 +142,11 @@ def adapters(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
         return tensors
 
     return _in_any_file(out, count, rng, read)
+
+
+def _numbers(cfg: SaberConfig, rng: np.random.Generator) -> dict:
+    """Parameters of a network, without compiling what initialises it."""
+    return jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(x.dtype), saber.abstract(cfg))
 
 
 def _in_any_file(

@@ -22,8 +22,9 @@ SPREAD = 0x9E3779B1
 """Odd, and otherwise arbitrary: the first prime of xxHash32."""
 MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 """The multipliers of MurmurHash3's fmix32, https://github.com/aappleby/smhasher."""
-BLOCK = 1 << 15
-"""Elements that NumPy mixes at a time: few enough to stay in a core's cache."""
+BLOCK = 1 << 16
+"""Elements that NumPy mixes at a time: few enough to stay in a core's second cache, and enough for
+threads not to wait for each other to start the next pass."""
 
 
 def of_arrays(arrays: Mapping[str, Array]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from benchmarks.faults import flips, inputs, machines, outcomes, training
+from benchmarks.faults import cost, flips, inputs, machines, outcomes, training
 
 # Orbax drops tasks whose exceptions nobody fetched.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -47,6 +47,12 @@ def test_bits_flipped_in_pairs_and_a_vocabulary_are_always_named(records, tmp_pa
 def test_bits_flipped_in_what_a_run_and_its_export_leave(kind, tmp_path, rng):
     counts = kind(tmp_path, 8, rng)
     assert counts["named"] > 4 and not failures(counts)
+
+
+def test_the_cost_of_digests_is_measured_on_a_state_that_can_be_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "REPEATS", 1)
+    found = cost.overhead(tmp_path, 1)
+    assert set(found) == {"save", "restore", "GB_per_second"} and min(found.values()) > 0
 
 
 def test_mutated_inputs(records, tmp_path):
