@@ -24,7 +24,7 @@ from benchmarks import result
 from benchmarks.ablation import plot, publish, seed
 from benchmarks.ablation.arms import ARMS, QUICK_ARMS, chain_of
 from benchmarks.ablation.compare import MAIN, compared, table
-from benchmarks.ablation.side_by_side import Job, Runner
+from benchmarks.ablation.side_by_side import Job, Runner, stopped
 from benchmarks.ablation.transfer import Transfer, remarks
 from launch import chain
 from saber_jax.evaluation.bootstrap import Score
@@ -81,7 +81,10 @@ def _run(flags: argparse.Namespace, roots: list[Path], seeds: range, names: list
         return
     for root, number in zip(roots, seeds, strict=True):
         print(f"\nseed {number}: {', '.join(names)}", flush=True)
-        chain.run(chain_of(root, number, names, **settings), root)
+        try:
+            chain.run(chain_of(root, number, names, **settings), root)
+        except KeyboardInterrupt:
+            stopped()
 
 
 def _brief(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NoReturn
 
 from saber_jax.runs.distributed import PREEMPTED
 
@@ -57,8 +58,7 @@ class Runner:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
         if self._stopped:
-            print("Stopped as asked. The same command goes on from here.", file=sys.stderr)
-            sys.exit(PREEMPTED)
+            stopped()
         failed = [
             f"{job.name} failed with status {status}, see {job.log}"
             for job, status in zip(jobs, statuses, strict=True)
@@ -108,6 +108,12 @@ class Runner:
         with self._lock:
             self._running.discard(process)
         return status
+
+
+def stopped() -> NoReturn:
+    """Ends this process after SIGTERM or Ctrl-C."""
+    print("Stopped as asked. The same command goes on from here.", file=sys.stderr)
+    sys.exit(PREEMPTED)
 
 
 def shares(count: int) -> list[tuple[str, ...]]:

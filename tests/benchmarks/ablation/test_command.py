@@ -10,6 +10,7 @@ from benchmarks.ablation import __main__ as ablation
 from benchmarks.ablation import arms, publish
 from benchmarks.ablation.transfer import Transfer
 from data_prep.records import dataset
+from launch.chain import PREEMPTED
 from saber_jax.evaluation import published
 from saber_jax.runs.files import read_json
 from tests import synthetic
@@ -54,3 +55,15 @@ def test_one_call_leaves_tables_picture_and_data_and_ends_with_one_line(
     assert "--transfer DIR" in (finished / "ablation.md").read_text()
     written = {path.name for path in (finished / "out").iterdir()}
     assert written == {"scores.json", "table.md", "ablation.svg"}
+
+
+def test_ctrl_c_ends_one_seed_at_a_time_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def interrupted(steps, root):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation.chain, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["ablation", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        ablation.main()
+    assert ended.value.code == PREEMPTED
+    assert "goes on from here" in capsys.readouterr().err

@@ -21,7 +21,11 @@ from tests.benchmarks.ablation import answers
 ROOT = Path("/runs/ablation/seed_3")
 AGREE = {"emotion": "happy", "face": "happy", "voice": "happy", "words": "happy"}
 CONFLICT = {"emotion": "contempt", "face": "happy", "voice": "angry", "words": "happy"}
-SAMPLING = {"fps": 4.0, "min_pixels": 7056, "max_pixels": 7056}
+RECIPE = sft.get_config("tiny")
+SAMPLING = {
+    flag.removeprefix("--"): float(value)
+    for flag, value in zip(RECIPE.sampling[::2], RECIPE.sampling[1::2], strict=True)
+}
 
 
 def clip(number: int, labels: Mapping[str, str], **changes) -> Record:
@@ -57,20 +61,22 @@ def test_clips_of_the_recipes_size_are_counted_and_need_no_remark(built):
 
 def test_clips_that_training_would_leave_out_are_named_with_the_reason(built):
     wide = clip(3, AGREE, frames=np.zeros((4, 112, 112, 3), np.uint8))
-    long = clip(4, CONFLICT, audio=np.zeros(16_000 * 9, np.int16))
+    long = clip(4, CONFLICT, audio=np.zeros(16_000 * 30, np.int16))
     about = built([*FITTING, wide, long]).about
-    assert about["too_large"]["clip3"] == "frame_patches 64 > 36"
+    assert f"frame_patches 64 > {RECIPE.data.frame_patches}" in about["too_large"]["clip3"]
     assert set(about["too_large"]) == {"clip3", "clip4"}
-    limit = sft.get_config("tiny").data.chunks
-    assert f"chunks 5 > {limit}" in about["too_large"]["clip4"]
+    assert f"chunks 15 > {RECIPE.data.chunks}" in about["too_large"]["clip4"]
     (sentence,) = transfer.remarks(about)
     assert sentence.startswith("2 of 5 clips are larger") and "clip3 (frame_patches" in sentence
 
 
 def test_clips_that_were_decoded_in_another_way_are_named(built):
-    slow = dataclasses.replace(FITTING[0], clip_id="slow", provenance={"sampling": {"fps": 2.0}})
+    slow = dataclasses.replace(FITTING[0], clip_id="slow", provenance={"sampling": {"fps": 1.0}})
     (sentence,) = transfer.remarks(built([*FITTING, slow]).about)
-    assert "1 of 4 clips were decoded" in sentence and "slow (fps 2, not 4)" in sentence
+    assert (
+        "1 of 4 clips were decoded" in sentence
+        and f"slow (fps 1, not {SAMPLING['fps']:g})" in sentence
+    )
 
 
 def unlabelled(labels: Mapping[str, str], **annotation: str) -> list[Record]:
