@@ -15,7 +15,7 @@ from saber_jax.data.tmrope import audio_tokens
 RELEASE = decode.release_sampling()
 """What the published SABER script does: its limit of 50,176 pixels a frame has no effect."""
 
-EXACT = decode.Sampling(
+EXACT = decode.FrameSampling(
     max_frames=decode.RELEASE_MAX_FRAMES,
     min_pixels=16 * 28 * 28,
     max_pixels=decode.RELEASE_MAX_PIXELS,
@@ -35,7 +35,7 @@ def seconds(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:
 
 
 def supervised(
-    count: int, sampling: decode.Sampling, rng: np.random.Generator
+    count: int, sampling: decode.FrameSampling, rng: np.random.Generator
 ) -> Int[np.ndarray, "N D"]:
     """Sizes as planning.SIZE_NAMES names them, one answer an example."""
     prompt, patches, chunks = _prompts(count, sampling, rng)
@@ -45,7 +45,7 @@ def supervised(
 
 
 def pairs(
-    count: int, sampling: decode.Sampling, rng: np.random.Generator
+    count: int, sampling: decode.FrameSampling, rng: np.random.Generator
 ) -> Int[np.ndarray, "N D"]:
     """Sizes of preference pairs. Half of the shorter answer, on average, is what both begin with:
     with the audio withheld, the visual sections of a SED answer stay what they were."""
@@ -56,7 +56,7 @@ def pairs(
     return np.stack([prompt + shared, *rest, patches, chunks, shared + sum(rest)], 1)
 
 
-def _prompts(count: int, sampling: decode.Sampling, rng: np.random.Generator):
+def _prompts(count: int, sampling: decode.FrameSampling, rng: np.random.Generator):
     clips = seconds(count, rng)
     patches = np.array([_patches(max(4, round(25 * s)), sampling) for s in clips])
     mel_frames = np.ceil(100 * clips).astype(int)
@@ -65,7 +65,7 @@ def _prompts(count: int, sampling: decode.Sampling, rng: np.random.Generator):
 
 
 @functools.cache
-def _patches(frames: int, sampling: decode.Sampling) -> int:
+def _patches(frames: int, sampling: decode.FrameSampling) -> int:
     kept = len(
         media.frame_indices(
             frames,

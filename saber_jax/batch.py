@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-Leaf = TypeVar("Leaf", Array, np.ndarray, jax.ShapeDtypeStruct)
+ArrayT = TypeVar("ArrayT", Array, np.ndarray, jax.ShapeDtypeStruct)
 """NumPy on the host, jax arrays on the device, shapes where a program is only compiled."""
 
 
@@ -32,47 +32,47 @@ def _array(*dims: str | int, dtype: Any = np.int32, fill: float = 0) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text(Generic[Leaf]):
+class TextInputs(Generic[ArrayT]):
     """One entry per slot of the row.
 
     Segment 0 is padding. `positions` are TMRoPE's, on three axes. `media_index` is the row of the
     slot in concat(vision units, pooled audio), -1 for a token of its own.
     """
 
-    tokens: Leaf = _array("slots")
-    segments: Leaf = _array("slots")
-    branch: Leaf = _array("slots")
-    positions: Leaf = _array(3, "slots")
-    media_index: Leaf = _array("slots", fill=-1)
+    tokens: ArrayT = _array("slots")
+    segments: ArrayT = _array("slots")
+    branch: ArrayT = _array("slots")
+    positions: ArrayT = _array(3, "slots")
+    media_index: ArrayT = _array("slots", fill=-1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vision(Generic[Leaf]):
+class VisionInputs(Generic[ArrayT]):
     """One entry per patch, in tower order: whole windows one after another.
 
     `patches` are raw pixels, `hw` their place in the frame; `window` and `frame` number what a
     patch belongs to, 0 for padding.
     """
 
-    patches: Leaf = _array("patches", "patch_features", dtype=np.uint8)
-    hw: Leaf = _array("patches", 2)
-    window: Leaf = _array("patches")
-    frame: Leaf = _array("patches")
+    patches: ArrayT = _array("patches", "patch_features", dtype=np.uint8)
+    hw: ArrayT = _array("patches", 2)
+    window: ArrayT = _array("patches")
+    frame: ArrayT = _array("patches")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Audio(Generic[Leaf]):
+class AudioInputs(Generic[ArrayT]):
     """One entry per chunk of two seconds; `lengths` is its number of mel frames."""
 
-    mel: Leaf = _array("chunks", "chunk_frames", "mel_bins", dtype=np.float32)
-    lengths: Leaf = _array("chunks")
+    mel: ArrayT = _array("chunks", "chunk_frames", "mel_bins", dtype=np.float32)
+    lengths: ArrayT = _array("chunks")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Targets(Generic[Leaf]):
+class Targets(Generic[ArrayT]):
     """One entry per target, a token that the loss is computed on; weight 0 is padding.
 
     `source` is the slot whose hidden state predicts it, `section` the field of the answer, 1 to 6,
@@ -81,63 +81,63 @@ class Targets(Generic[Leaf]):
     rows have no views.
     """
 
-    tokens: Leaf = _array("targets")
-    source: Leaf = _array("targets")
-    section: Leaf = _array("targets")
-    segment: Leaf = _array("targets")
-    branch: Leaf = _array("targets")
-    index: Leaf = _array("targets")
-    weights: Leaf = _array("targets", dtype=np.float32)
-    reference: Leaf = _array("views", "targets", dtype=np.float32, fill=np.nan)
+    tokens: ArrayT = _array("targets")
+    source: ArrayT = _array("targets")
+    section: ArrayT = _array("targets")
+    segment: ArrayT = _array("targets")
+    branch: ArrayT = _array("targets")
+    index: ArrayT = _array("targets")
+    weights: ArrayT = _array("targets", dtype=np.float32)
+    reference: ArrayT = _array("views", "targets", dtype=np.float32, fill=np.nan)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs(Generic[Leaf]):
+class PairInputs(Generic[ArrayT]):
     """One entry per segment, which is an example in stage 1 and a preference pair in stage 2.
 
     `kappa` is how strongly the modalities disagree, `conflict` indexes examples.CONFLICT_TYPES,
     `ignored` examples.IGNORED; `valid` is False for padding.
     """
 
-    kappa: Leaf = _array("segments", dtype=np.float32)
-    conflict: Leaf = _array("segments")
-    ignored: Leaf = _array("segments")
-    valid: Leaf = _array("segments", dtype=np.bool_)
+    kappa: ArrayT = _array("segments", dtype=np.float32)
+    conflict: ArrayT = _array("segments")
+    ignored: ArrayT = _array("segments")
+    valid: ArrayT = _array("segments", dtype=np.bool_)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs(Generic[Leaf]):
+class NetworkInputs(Generic[ArrayT]):
     """The inputs of the network. `dropout_keys` [rows] exist only in training with dropout."""
 
-    text: Text[Leaf]
-    vision: Vision[Leaf]
-    audio: Audio[Leaf]
+    text: TextInputs[ArrayT]
+    vision: VisionInputs[ArrayT]
+    audio: AudioInputs[ArrayT]
     dropout_keys: Any = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch(Inputs[Leaf]):
+class Batch(NetworkInputs[ArrayT]):
     """The input of a train step. `left_out` counts the unusable examples of each row."""
 
-    targets: Targets[Leaf]
-    pairs: Pairs[Leaf]
-    left_out: Leaf = _array()
+    targets: Targets[ArrayT]
+    pairs: PairInputs[ArrayT]
+    left_out: ArrayT = _array()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompts(Inputs[Leaf]):
+class Prompts(NetworkInputs[ArrayT]):
     """The input of generation: prompts packed into rows, in G groups of equal size.
 
     `ends` [G, P] is the slot behind each of a group's P prompts, counted from the start of the
     group; `lengths` [G, P] are their tokens.
     """
 
-    ends: Leaf
-    lengths: Leaf
+    ends: ArrayT
+    lengths: ArrayT
 
 
 def empty(rows: int, budget: Any) -> Batch[np.ndarray]:
@@ -153,11 +153,11 @@ def empty(rows: int, budget: Any) -> Batch[np.ndarray]:
 
     [left_out] = (field for field in dataclasses.fields(Batch) if field.name == "left_out")
     return Batch(
-        text=part(Text),
-        vision=part(Vision),
-        audio=part(Audio),
+        text=part(TextInputs),
+        vision=part(VisionInputs),
+        audio=part(AudioInputs),
         targets=part(Targets),
-        pairs=part(Pairs),
+        pairs=part(PairInputs),
         left_out=array(left_out),
     )
 

@@ -57,7 +57,7 @@ class Describer:
     """Answers a dropped file, yielding the text as it grows."""
 
     def __init__(self, generator: Generator, settings: dict[str, Any] | None, limits: Limits):
-        """`settings` are the checkpoint's own fields of decode.Sampling."""
+        """`settings` are the checkpoint's own fields of decode.FrameSampling."""
         self._generator, self._limits = generator, limits
         settings = dict(settings or {})
         most = min(settings.get("max_seconds", limits.clip_seconds), limits.clip_seconds)

@@ -70,7 +70,7 @@ class EndpointError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class ChatRequest:
     """Chat messages and the settings that go with them (temperature, max_tokens, ...).
 
     `draw` tells repetitions of one question apart: each has a cache entry of its own.
@@ -161,7 +161,7 @@ class Endpoint:
 
     def ask(self, messages: Sequence[Message], *, draw: int = 0, **settings: Any) -> Reply:
         """One answer. Raises EndpointError."""
-        request = Request(messages=messages, settings=settings, draw=draw)
+        request = ChatRequest(messages=messages, settings=settings, draw=draw)
         if (known := self._cached(request)) is not None:
             self._count(cached=1)
             return known
@@ -177,14 +177,14 @@ class Endpoint:
             write_json(path, dataclasses.asdict(reply))
         return reply
 
-    def ask_all(self, requests: Iterable[Request]) -> Iterator[Reply | EndpointError]:
+    def ask_all(self, requests: Iterable[ChatRequest]) -> Iterator[Reply | EndpointError]:
         """The outcome of each request, in order, `concurrency` of them in work at a time.
 
         `requests` is read as answers are taken, so it may be long and make its media late. Raises
         EndpointError when it is a fatal one.
         """
 
-        def outcome(request: Request) -> Reply | EndpointError:
+        def outcome(request: ChatRequest) -> Reply | EndpointError:
             try:
                 return self.ask(request.messages, draw=request.draw, **request.settings)
             except EndpointError as error:
@@ -208,7 +208,7 @@ class Endpoint:
                 for future in pending:
                     future.cancel()
 
-    def _complete(self, request: Request) -> Reply:
+    def _complete(self, request: ChatRequest) -> Reply:
         for attempt in itertools.count():
             try:
                 self._wait_for_turn()
@@ -224,7 +224,7 @@ class Endpoint:
             time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _attempt(self, request: Request) -> Reply:
+    def _attempt(self, request: ChatRequest) -> Reply:
         """One request. Raises _Failed."""
         import openai
 
@@ -252,12 +252,12 @@ class Endpoint:
             self._next_start = start + self._pause
         time.sleep(max(0.0, start - time.monotonic()))
 
-    def _cached(self, request: Request) -> Reply | None:
+    def _cached(self, request: ChatRequest) -> Reply | None:
         if not self._cache or not (path := self._cache_path(request)).exists():
             return None
         return Reply(**read_json(path) | {"cached": True})
 
-    def _cache_path(self, request: Request) -> Path:
+    def _cache_path(self, request: ChatRequest) -> Path:
         assert self._cache
         content = {
             "model": self.model,

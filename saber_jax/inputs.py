@@ -16,7 +16,7 @@ from saber_jax.data.held_out import split as held_out_of
 from saber_jax.data.pairs import Pair
 from saber_jax.data.planning import Plan, PlannedRows, Position
 from saber_jax.data.quarantine import Quarantine
-from saber_jax.data.sources import Draw, Sources, Weighted
+from saber_jax.data.sources import Draw, Sources, WeightedSource
 from saber_jax.data.steps import StepSize
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import Tokenizer, load_beside
@@ -25,7 +25,7 @@ from saber_jax.train.stage import budget
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What `open_inputs` found. `examples` without the pairs that cannot be used; `steps` are those
     of the run."""
 
@@ -83,7 +83,7 @@ class Inputs:
         """Of every usable example, under the first request."""
         return self.plan.sizes[self.usable]
 
-    def resumed(self, state: dict[str, Any]) -> "Inputs":
+    def resumed(self, state: dict[str, Any]) -> "RunInputs":
         """Resumes from `GlobalBatches.state`: the same rows, and the same records left out."""
         position, quarantined = state["position"], state["quarantined"]
         self.quarantine.recall(quarantined)
@@ -119,14 +119,16 @@ class Inputs:
         return loader.GlobalBatches(stream, self.quarantine if quarantine else None, place, total)
 
 
-def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> Inputs:
+def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> RunInputs:
     """The records that `config` names, or `pairs` of answers to them.
 
     Raises TooManyBadError when more of them cannot be used than config.data.max_bad_fraction, and
     ValueError when a step has no room for config.data.batch_examples of them.
     """
     d, row = config.data, budget(config)
-    parts = [Weighted.parse(text) for text in d.mixture] or [Weighted(d.path, d.split, 1.0)]
+    parts = [WeightedSource.parse(text) for text in d.mixture] or [
+        WeightedSource(d.path, d.split, 1.0)
+    ]
     sources = Sources.open(parts)
     tokenizer = load_beside(parts[0].path)
     if pairs is None:
@@ -156,7 +158,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     # Is there room in every step? A run that has a checkpoint has been asked before.
     if step is not None and not saved.steps(workdir):
         plan.rows(steps * d.batch_rows).plan()
-    return Inputs(
+    return RunInputs(
         tokenizer=tokenizer,
         provenance=dict(sources.outline(int(examples.record_of(usable[0]))).provenance),
         examples=examples.with_frame_pairs(selection.frame_pairs),

@@ -23,20 +23,20 @@ from ml_collections import ConfigDict
 
 from configs import ranges
 from saber_jax import sharding
-from saber_jax.data.quarantine import Entry
-from saber_jax.inputs import Inputs, open_inputs
+from saber_jax.data.quarantine import LeftOut
+from saber_jax.inputs import RunInputs, open_inputs
 from saber_jax.runs import distributed, lock, manifest
 from saber_jax.runs.console import log
 from saber_jax.runs.files import read_json, read_jsonl, write_json, write_jsonl
 from saber_jax.runs.identity import MAY_CHANGE, identity
-from saber_jax.runs.timeline import Attempt, goodput
+from saber_jax.runs.phases import Attempt, goodput
 from saber_jax.runs.watchdog import Watchdog
 from saber_jax.train import best, checkpoint, loop, nonfinite, samples, saved, start
 from saber_jax.train import stage as stages
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.optimizer import OptimizerConfig
 from saber_jax.train.profile import Profile
-from saber_jax.train.progress import Console, Course, Meter
+from saber_jax.train.progress import Console, Meter, StepSchedule
 from saber_jax.train.references import with_references
 from saber_jax.train.stage import Stage
 from saber_jax.train.step import TrainState
@@ -149,7 +149,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     check_claim(workdir, config)
 
 
-def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchdog) -> bool:
+def run_stage(config: ConfigDict, stage: Stage, inputs: RunInputs, watchdog: Watchdog) -> bool:
     """Runs the stage in a claimed work directory; `watchdog` follows its progress.
 
     Returns False if it has to be called again after a rollback to the last checkpoint.
@@ -195,7 +195,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: Inputs, watchdog: Watchd
             log(f"WARNING: {back}")
             return False
         finally:
-            watchdog.timeline.at("finish")
+            watchdog.clock.enter("finish")
             checkpoints.close()
             observers.writer.close()
     last = int(state.step)
@@ -217,11 +217,11 @@ def first_state(
     config: ConfigDict,
     stage: Stage,
     base: Path | None,
-    inputs: Inputs,
+    inputs: RunInputs,
     checkpoints: checkpoint.Checkpoints,
     meta: dict[str, Any],
     watchdog: Watchdog,
-) -> tuple[TrainState, Inputs]:
+) -> tuple[TrainState, RunInputs]:
     """The state to train from and the inputs from there on: of the last checkpoint, else new.
 
     Where the loss compares with a reference model, the inputs gain its log-probs.
@@ -229,7 +229,7 @@ def first_state(
     params = start.Weights(config, stage, base)
     if stage.reference_views:
         weights = start.weights_digest(config, stage, base)
-        inputs = with_references(config, weights, params, inputs, stage, watchdog.timeline)
+        inputs = with_references(config, weights, params, inputs, stage, watchdog.clock)
     state = None
     if checkpoints.latest() is not None:
         params.forget()  # Both at once may not fit.
@@ -243,7 +243,7 @@ def first_state(
     return state, inputs
 
 
-def without_rolled_back(workdir: Path, inputs: Inputs) -> Inputs:
+def without_rolled_back(workdir: Path, inputs: RunInputs) -> RunInputs:
     """`inputs` without the records whose steps were not finite and were rolled back."""
     bad = nonfinite.left_out(workdir)
     if not bad:
@@ -257,7 +257,7 @@ def observers_of(
     config: ConfigDict,
     stage: Stage,
     base: Path | None,
-    inputs: Inputs,
+    inputs: RunInputs,
     first: int,
     watchdog: Watchdog,
 ) -> loop.Observers:
@@ -265,14 +265,14 @@ def observers_of(
     workdir, rows_a_step = Path(config.workdir), config.data.batch_rows
     rows = inputs.plan.rows(config.steps * rows_a_step)
 
-    def records(step: int) -> list[Entry]:
+    def records(step: int) -> list[LeftOut]:
         batch = rows[step * rows_a_step : (step + 1) * rows_a_step]
         detail = f"in the batch of step {step}"
         return [inputs.examples.entry(i, "nonfinite", detail) for row in batch for i in row]
 
     attempt = None
     if jax.process_index() == 0:
-        attempt = Attempt(workdir, watchdog.timeline, first=first, chips=stage.mesh.size)
+        attempt = Attempt(workdir, watchdog.clock, first=first, chips=stage.mesh.size)
     return loop.Observers(
         writer=MetricsWriter(workdir, start=first, wandb=config.wandb),
         console=Console(
@@ -283,7 +283,7 @@ def observers_of(
         batches=inputs.batches(
             config, stage.mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
         ),
-        timeline=watchdog.timeline,
+        clock=watchdog.clock,
         attempt=attempt,
         hosts=watchdog.metrics,
         nonfinite=nonfinite.NonFinite(
@@ -292,16 +292,16 @@ def observers_of(
             limit=config.nonfinite_limit,
             records=records,
         ),
-        course=course(config, inputs, first),
+        schedule=schedule(config, inputs, first),
         best=best_of(config, stage, base, inputs),
     )
 
 
-def course(config: ConfigDict, inputs: Inputs, first: int) -> Course:
+def schedule(config: ConfigDict, inputs: RunInputs, first: int) -> StepSchedule:
     """Learning rate and epoch of the steps from `first` on."""
     row, usable = first * config.data.batch_rows, len(inputs.draw.usable)
     seen = inputs.plan.position(row).epoch * usable + len(inputs.plan.begun(row))
-    return Course(
+    return StepSchedule(
         OptimizerConfig(**config.optimizer),
         config.steps,
         adapters=bool(config.lora.rank),
@@ -310,7 +310,7 @@ def course(config: ConfigDict, inputs: Inputs, first: int) -> Course:
     )
 
 
-def validated(config: ConfigDict, stage: Stage, inputs: Inputs) -> Validation | None:
+def validated(config: ConfigDict, stage: Stage, inputs: RunInputs) -> Validation | None:
     """The validation, if config.validate.examples is above 0."""
     if not len(inputs.held_out):
         return None
@@ -327,7 +327,7 @@ def validated(config: ConfigDict, stage: Stage, inputs: Inputs) -> Validation | 
 
 
 def best_of(
-    config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs
+    config: ConfigDict, stage: Stage, base: Path | None, inputs: RunInputs
 ) -> best.Best | None:
     """Who keeps the best weights, if config.validate.keep_best names a metric."""
     if not config.validate.keep_best:

@@ -23,7 +23,7 @@ from saber_jax import sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed
 from saber_jax.runs.console import log
-from saber_jax.runs.timeline import Timeline
+from saber_jax.runs.phases import PhaseClock
 from saber_jax.train import stage as stages
 from saber_jax.train import start
 from saber_jax.train.references import with_references
@@ -44,7 +44,9 @@ def run(config: ConfigDict) -> None:
     base = start.base_checkpoint(config, stage, workdir)
     start.describe(config, stage, base, inputs)
     weights = start.weights_digest(config, stage, base)
-    with_references(config, weights, start.Weights(config, stage, base), inputs, stage, Timeline())
+    with_references(
+        config, weights, start.Weights(config, stage, base), inputs, stage, PhaseClock()
+    )
     views, count = ", ".join(stage.reference_views), len(inputs.usable)
     log(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from saber_jax import endpoint
-from saber_jax.endpoint import Endpoint, EndpointError, Request
+from saber_jax.endpoint import ChatRequest, Endpoint, EndpointError
 from tests.loopback import Answer, chat_server
 
 QUESTION = [{"role": "user", "content": "How sad is this, from 1 to 5?"}]
@@ -15,7 +15,7 @@ NOW = ("Retry-After-Ms", "1")  # The client then waits a millisecond instead of 
 
 
 def _questions(count):
-    return [Request(messages=[{"role": "user", "content": f"clip {i}"}]) for i in range(count)]
+    return [ChatRequest(messages=[{"role": "user", "content": f"clip {i}"}]) for i in range(count)]
 
 
 def _echo(request, number):

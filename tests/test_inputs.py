@@ -10,7 +10,7 @@ from configs import cadpo, sft
 from data_prep.records import dataset
 from saber_jax.data.pairs import Pair
 from saber_jax.inputs import open_inputs
-from saber_jax.train.references import source_of
+from saber_jax.train.references import reference_inputs
 from tests import synthetic
 
 
@@ -65,14 +65,16 @@ def pairs_of(tokenizer, tmp_path):
 
 def test_pairs_that_are_added_leave_the_reference_log_probs_of_the_others_valid(pairs_of):
     few, more = pairs_of(2, "many"), pairs_of(5, "many")
-    assert source_of(few, "weights", "float32") == source_of(more, "weights", "float32")
+    assert reference_inputs(few, "weights", "float32") == reference_inputs(
+        more, "weights", "float32"
+    )
     keys = [[inputs.examples.key(i) for i in range(2)] for inputs in (few, more)]
     assert keys[0] == keys[1] and len({more.examples.key(i) for i in range(5)}) == 5
 
 
 def test_the_reference_of_a_mixture_depends_on_all_of_its_records(pairs_of):
     mixed, other = pairs_of(3, "many", "few"), pairs_of(3, "many", "other")
-    sources = [source_of(inputs, "weights", "float32") for inputs in (mixed, other)]
+    sources = [reference_inputs(inputs, "weights", "float32") for inputs in (mixed, other)]
     assert sources[0].media != sources[1].media and sources[0].tokens == sources[1].tokens
 
 

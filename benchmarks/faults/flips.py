@@ -163,9 +163,9 @@ def _in_any_file(
 
 def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """A bit in the reference cache: what is read back is right, the damaged file set aside."""
-    from saber_jax.train.references import Cache, Source
+    from saber_jax.train.references import Cache, ReferenceInputs
 
-    source = Source(weights="w", processor="p", tokens="t", media="m", dtype="float32")
+    source = ReferenceInputs(weights="w", processor="p", tokens="t", media="m", dtype="float32")
     want = {bytes([i] * 16): rng.standard_normal(50).astype("<f4") for i in range(20)}
     Cache(folder / "intact", "whole", source).add(want)
     counts = Outcomes()

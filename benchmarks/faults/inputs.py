@@ -15,7 +15,7 @@ from benchmarks.faults.outcomes import Outcomes
 from configs import cadpo, ranges, sft
 from data_prep.corpus import film
 from saber_jax.data import isolation
-from saber_jax.data.decode import Sampling, decode_clip
+from saber_jax.data.decode import FrameSampling, decode_clip
 from saber_jax.data.pairs import read_pairs
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.hf import load as hf_load
@@ -75,8 +75,8 @@ def _readers(records: Path, folder: Path) -> dict[Path, Callable[[], Any]]:
         pairs: lambda: read_pairs(pairs),
         words: lambda: load_tokenizer(words),
         run / "model.json": lambda: SaberConfig.from_dict(checkpoint.read_model_file(run)["model"]),
-        hub / "config.json": lambda: hf_load.open_source(hub),
-        clip: lambda: worker.call(decode_clip, clip, Sampling()),
+        hub / "config.json": lambda: hf_load.open_checkpoint(hub),
+        clip: lambda: worker.call(decode_clip, clip, FrameSampling()),
     }
 
 

@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     method = METHODS[flags.method]
     try:
         source = RecordSource(flags.records, flags.split)
-        records = _First(source, flags.limit)
+        records = _FirstRecords(source, flags.limit)
         folder = flags.share.folder(flags.out) if flags.share else flags.out
         journal = Journal(folder, method.NAME, _inputs(flags))
         print(f"mining pairs from {len(records)} records of split {flags.split} into {folder}")
-        model = _Model(flags, records)
+        model = _LazyGenerator(flags, records)
         if flags.method == "sample":
             lines = sample.mine(
                 records,
@@ -108,7 +108,7 @@ def _inputs(flags: argparse.Namespace) -> dict[str, Any]:
     return inputs
 
 
-class _First:
+class _FirstRecords:
     """The first `limit` records of a split, still read one at a time."""
 
     def __init__(self, source: RecordSource, limit: int | None):
@@ -126,10 +126,10 @@ class _First:
         return self._source.outline(index)
 
 
-class _Model:
+class _LazyGenerator:
     """A checkpoint that is loaded when the first answer is needed."""
 
-    def __init__(self, flags: argparse.Namespace, records: _First):
+    def __init__(self, flags: argparse.Namespace, records: _FirstRecords):
         self._flags, self._records = flags, records
 
     def respond(self, batches: Iterator[list[Record]]) -> Iterator[list[str]]:

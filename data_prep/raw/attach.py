@@ -56,7 +56,7 @@ def sound_part(file: str) -> Part:
 
 
 def _pictures_and_sound(path: Path, settings: AttachSettings, with_sound: bool) -> list[Part]:
-    sampling = decode.Sampling(
+    sampling = decode.FrameSampling(
         fps=settings.fps,
         max_frames=settings.max_frames,
         min_pixels=min(decode.MIN_PIXELS, settings.max_pixels),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
 from saber_jax.data import isolation
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 from saber_jax.data.timeline import opened, playable
 
 REASONS = {

@@ -42,7 +42,7 @@ from PIL import Image
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row
 from saber_jax.data import isolation, media
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 from saber_jax.data.timeline import opened, playable
 
 SAMPLE_RATE = media.SAMPLE_RATE

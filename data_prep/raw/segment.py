@@ -27,7 +27,7 @@ from data_prep.raw import measure, storage
 from data_prep.raw.shards import Dropped, Outcome, Row
 from saber_jax.data import isolation
 from saber_jax.data.decode import display_matrix
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 from saber_jax.data.sound import TOLERANCE
 from saber_jax.data.timeline import opened, playable
 

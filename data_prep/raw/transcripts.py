@@ -179,7 +179,7 @@ def _with_check(row: Row, check: dict[str, Any], made: dict[str, Any]) -> Row:
 
 def sound(file: str) -> np.ndarray:
     with storage.local_copy(file) as path:
-        return isolation.call(decode.decode_clip, path, decode.Sampling(max_frames=2)).audio
+        return isolation.call(decode.decode_clip, path, decode.FrameSampling(max_frames=2)).audio
 
 
 MOST_SHOWN = 200

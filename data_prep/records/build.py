@@ -152,9 +152,9 @@ def build(arguments: argparse.Namespace) -> int:
     return _report(out, summary, refusals)
 
 
-def _sampling(arguments: argparse.Namespace) -> decode.Sampling:
+def _sampling(arguments: argparse.Namespace) -> decode.FrameSampling:
     exact = arguments.mode == "exact"
-    base = decode.Sampling() if exact else decode.release_sampling()
+    base = decode.FrameSampling() if exact else decode.release_sampling()
     names = [field.name for field in dataclasses.fields(base)]
     given = {name: getattr(arguments, name, None) for name in names}
     return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
@@ -180,7 +180,7 @@ def _lock(out: Path) -> Iterator[None]:
 
 
 def _fingerprint(
-    arguments: argparse.Namespace, sampling: decode.Sampling, inputs: clips.Inputs
+    arguments: argparse.Namespace, sampling: decode.FrameSampling, inputs: clips.ClipInputs
 ) -> dict[str, Any]:
     """Everything that decides the result. Files count by name, size and time; none is read."""
     given = arguments.tokenizer

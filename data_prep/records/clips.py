@@ -56,7 +56,7 @@ class Job:
     staged: Path
     annotation: Mapping[str, str]
     labels: Mapping[str, str]
-    sampling: decode.Sampling
+    sampling: decode.FrameSampling
 
 
 def find_videos(directory: Path, what: str = "clips") -> list[Path]:
@@ -117,7 +117,7 @@ def name_of(path: Path, root: Path) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
+class ClipInputs:
     """Contents of the folders: clips (file to name), annotations (name to file), labels by name.
 
     `others` are the paths of all files that are not used, so that they can be reported.
@@ -138,7 +138,7 @@ class Inputs:
         }
 
 
-def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> Inputs:
+def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> ClipInputs:
     """Raises FileNotFoundError for an empty folder and ValueError for wrong labels."""
     videos, other_videos = _sort_files(clips, containers.is_video, "clips", containers.EXTENSIONS)
     found, other_texts = _sort_files(annotated, _is_json, "annotations", (".json",))
@@ -149,7 +149,7 @@ def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> Inputs:
     used = [*videos, *by_name.values(), *([labels] if labels else [])]
     real = {os.path.realpath(path) for path in used}
     others = {path for path in (*other_videos, *other_texts, *found)}
-    return Inputs(
+    return ClipInputs(
         clips={path: name_of(path, clips) for path in videos},
         annotations=by_name,
         labels=read_labels(labels) if labels else {},
@@ -206,7 +206,7 @@ def _is_share(text: str) -> bool:
 
 
 def plan(
-    inputs: Inputs, *, split: str, staging: Path, sampling: decode.Sampling
+    inputs: ClipInputs, *, split: str, staging: Path, sampling: decode.FrameSampling
 ) -> tuple[list[Job], list[Refusal]]:
     """Matches clips with annotations and labels; refuses clips without a match before decoding."""
     jobs: list[Job] = []
@@ -269,7 +269,7 @@ def detect_language(annotation: Mapping[str, str]) -> str:
     return "zh" if len(_CJK.findall(text)) > len(_LATIN.findall(text)) else "en"
 
 
-def _staging_key(name: str, path: Path, sampling: decode.Sampling) -> str:
+def _staging_key(name: str, path: Path, sampling: decode.FrameSampling) -> str:
     """Changes with the file and with the settings, so that stale staged files are not reused."""
     stat = path.stat()
     facts = (name, path.suffix, stat.st_size, stat.st_mtime_ns, dataclasses.astuple(sampling))

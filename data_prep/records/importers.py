@@ -43,7 +43,7 @@ from saber_jax.runs.files import replacing_folder, write_jsonl
 SHOWN_REFUSALS = 20
 
 
-def to_record(row: Row, folder: Path, sampling: decode.Sampling) -> records.Record:
+def to_record(row: Row, folder: Path, sampling: decode.FrameSampling) -> records.Record:
     """Decodes the row's media. Raises MediaError or OSError."""
     frames, seconds, audio = np.zeros((0, 28, 28, 3), np.uint8), 1.0, np.zeros(0, np.int16)
     images, videos, audios = (
@@ -87,7 +87,7 @@ class _Task:
     row: Row
     new: bool
     folder: Path
-    sampling: decode.Sampling
+    sampling: decode.FrameSampling
 
     def __call__(self) -> records.Record | None:
         return to_record(self.row, self.folder, self.sampling) if self.new else None
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=1, help="decoding processes; 0: decode in this process"
     )
     flags = parser.parse_args(argv)
-    flags.sampling = decode.Sampling() if flags.mode == "exact" else decode.release_sampling()
+    flags.sampling = decode.FrameSampling() if flags.mode == "exact" else decode.release_sampling()
     try:
         tokenizer.load_tokenizer(flags.tokenizer)
         return run(flags)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.records.clips import Job, Refusal, decode_job
 from saber_jax.data import isolation
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 
 
 def run_jobs(

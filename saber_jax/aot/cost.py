@@ -25,7 +25,7 @@ _SLICES = ("slice", "dynamic-slice")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Kind:
+class CollectiveKind:
     """The key by which collectives are summed. `hidden` ones overlap with computation."""
 
     op: str
@@ -52,7 +52,7 @@ class Cost:
     kernel: dict[str, float]
     recomputed: float
     hbm_bytes: float
-    collectives: dict[Kind, Traffic]
+    collectives: dict[CollectiveKind, Traffic]
 
     @property
     def flops(self) -> float:
@@ -282,7 +282,7 @@ def _collectives(
     mesh_shape: Mapping[str, int],
     in_layers: bool,
     seen: set,
-) -> Iterator[tuple[Kind, Traffic]]:
+) -> Iterator[tuple[CollectiveKind, Traffic]]:
     """Of one instruction; the pieces that a collective is fused in count once, by their channel."""
     instruction = run.instruction
     if instruction.op == "fusion":
@@ -309,7 +309,7 @@ def _collectives(
         share = {"all-reduce": 2.0}.get(op, 1.0) * (size - 1) / size if size > 1 else 0.0
         wire = payload if op in ("collective-permute", "send") else payload * share
         axes = _axes(groups, mesh_shape)
-        yield Kind(op, axes, hidden, in_layers), Traffic(1.0, payload, wire)
+        yield CollectiveKind(op, axes, hidden, in_layers), Traffic(1.0, payload, wire)
 
 
 def _groups(instruction: hlo.Instruction, partitions: int) -> np.ndarray:

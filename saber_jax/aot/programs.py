@@ -93,7 +93,7 @@ def branch_shares(stage: Stage) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class FullRowCost:
     """What full rows ask for, over all devices: model FLOPs by tower, and tokens."""
 
     flops: dict[str, float]
@@ -101,7 +101,7 @@ class Asked:
     targets: float
 
 
-def asked(stage: Stage) -> Asked:
+def full_row_cost(stage: Stage) -> FullRowCost:
     """Of one train step whose every slot, patch, chunk and target is real: one clip a row, frames
     and windows as large as they may be. The numerator of MFU is this times the rows' fill."""
     rows, length = stage.batch.text.tokens.shape
@@ -125,7 +125,7 @@ def asked(stage: Stage) -> Asked:
     }
     sizes = flops.parameter_sizes(flatten(stage.state.params))
     by_tower = flops.train_flops(stage.cfg, sizes, stage.state.trainable, counted)
-    return Asked(by_tower, counted["tokens"], counted["targets"])
+    return FullRowCost(by_tower, counted["tokens"], counted["targets"])
 
 
 def _causal(length: int) -> float:

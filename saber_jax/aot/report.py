@@ -50,7 +50,7 @@ def figures(
         "largest_buffers": memory.largest(module, 8, uncounted=uncounted),
     }
     if name == "train":
-        asked = programs.asked(stage)
+        asked = programs.full_row_cost(stage)
         model = sum(asked.flops.values()) / devices
         result["model_flops"] = {tower: value / devices for tower, value in asked.flops.items()}
         result["compiled_over_model"] = costs.flops / model
@@ -82,7 +82,7 @@ def roofline(costs: cost.Cost, slices: Slices, mesh: Mapping[str, int]) -> dict[
     return {"seconds": seconds, "interconnect_by_axis": by_axis, "bound": bound}
 
 
-def _ring_shares(kind: cost.Kind, mesh: Mapping[str, int]) -> list[tuple[str, float]]:
+def _ring_shares(kind: cost.CollectiveKind, mesh: Mapping[str, int]) -> list[tuple[str, float]]:
     """Traffic over several axes at once goes around each in turn, evenly."""
     return [(axis, 1 / len(kind.axes)) for axis in kind.axes if mesh[axis] > 1]
 

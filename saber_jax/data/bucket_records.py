@@ -29,7 +29,7 @@ LEFT_FREE = 20 * 2**30
 CHECKSUM_BYTES = 4
 
 
-class Stored(Protocol):
+class StoredRecords(Protocol):
     """Records as they are stored, by number."""
 
     def __len__(self) -> int: ...
@@ -37,7 +37,7 @@ class Stored(Protocol):
     def __getitem__(self, record_key: SupportsIndex, /) -> bytes: ...
 
 
-def open_split(instructions: list[Any], fingerprint: str) -> Stored:
+def open_split(instructions: list[Any], fingerprint: str) -> StoredRecords:
     """The records that `instructions` of tensorflow-datasets name by files of a mounted bucket.
 
     `fingerprint` changes with the records: what was kept of others is not taken for them.
@@ -50,16 +50,16 @@ def open_split(instructions: list[Any], fingerprint: str) -> Stored:
     ]
     source = ArrayRecordDataSource(direct)
     folder = os.environ.get(FOLDER, str(Path(tempfile.gettempdir()) / "saber_records"))
-    return Kept(source, Path(folder) / fingerprint) if folder else source
+    return CachedRecords(source, Path(folder) / fingerprint) if folder else source
 
 
-class Kept:
+class CachedRecords:
     """Records that are read from `source` once, and then from files in `folder`.
 
     Safe to use from many processes. A damaged file is read from the source again.
     """
 
-    def __init__(self, source: Stored, folder: Path, *, left_free: int = LEFT_FREE):
+    def __init__(self, source: StoredRecords, folder: Path, *, left_free: int = LEFT_FREE):
         self._source, self._folder, self._left_free = source, folder, left_free
 
     def __len__(self) -> int:

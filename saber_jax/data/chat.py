@@ -22,7 +22,7 @@ from saber_jax.data.tmrope import Grid
 from saber_jax.data.tokenizer import Tokenizer
 
 TEXT, VISION, AUDIO = 0, 1, 2
-"""Values of `Prompt.media_kind`."""
+"""Values of `EncodedPrompt.media_kind`."""
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """The system message of a conversation that has none of its own."""
@@ -83,7 +83,7 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Prompt:
+class EncodedPrompt:
     """An encoded conversation with its placeholders expanded.
 
     `media_slot` is a unit index in the vision tower's (window) order within the example, or
@@ -116,7 +116,7 @@ def render(messages: Sequence[Message], *, open_answer: bool = True) -> str:
 
 def encode(
     tokenizer: Tokenizer, messages: Sequence[Message], *, open_answer: bool = True
-) -> Prompt:
+) -> EncodedPrompt:
     """Tokens, TMRoPE positions and media slots of a conversation.
 
     Images and videos get their slots in the order in which they appear, and so do sounds. Raises
@@ -165,7 +165,7 @@ def encode(
         [media.vision_layout(p.grid) for p in pictures]
     ).unit_slot
     slot[kind == AUDIO] = _audio_slots(frames)
-    return Prompt(
+    return EncodedPrompt(
         tokens=row,
         positions=positions.astype(np.int32),
         media_kind=kind,

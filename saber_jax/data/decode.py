@@ -22,8 +22,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int16, UInt8
 
 from saber_jax.data import media, sound
-from saber_jax.data.pictures import PICTURES, decode_image
-from saber_jax.data.sampling import (
+from saber_jax.data.frame_sampling import (
     MAX_PIXELS,
     MIN_PIXELS,
     MODES,
@@ -31,12 +30,13 @@ from saber_jax.data.sampling import (
     RELEASE_MAX_FRAMES,
     RELEASE_MAX_PIXELS,
     TOTAL_PIXELS,
+    FrameSampling,
     MediaError,
     Mode,
-    Sampling,
     check_shape,
     release_sampling,
 )
+from saber_jax.data.pictures import PICTURES, decode_image
 from saber_jax.data.timeline import (
     Timeline,
     check_header,
@@ -56,10 +56,10 @@ __all__ = [
     "RELEASE_MAX_FRAMES",
     "RELEASE_MAX_PIXELS",
     "TOTAL_PIXELS",
-    "Clip",
+    "DecodedClip",
+    "FrameSampling",
     "MediaError",
     "Mode",
-    "Sampling",
     "decode_clip",
     "decode_image",
     "decode_sound",
@@ -69,7 +69,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Clip:
+class DecodedClip:
     """A decoded clip: even T, sides in multiples of 28, 16 kHz mono sound, facts for provenance."""
 
     frames: UInt8[np.ndarray, "T H W 3"]
@@ -78,7 +78,7 @@ class Clip:
     info: dict[str, Any]
 
 
-def decode_sound(path: str | Path, sampling: Sampling) -> Int16[np.ndarray, " n"]:
+def decode_sound(path: str | Path, sampling: FrameSampling) -> Int16[np.ndarray, " n"]:
     """The sound of an audio or video file, 16 kHz mono. Raises MediaError."""
     path = Path(path)
     track = sound.Track(sampling.max_seconds)
@@ -97,7 +97,7 @@ def decode_sound(path: str | Path, sampling: Sampling) -> Int16[np.ndarray, " n"
     return audio
 
 
-def decode_clip(path: str | Path, sampling: Sampling, *, sound: bool = True) -> Clip:
+def decode_clip(path: str | Path, sampling: FrameSampling, *, sound: bool = True) -> DecodedClip:
     """Decodes one video file of any container and codec that FFmpeg reads; without `sound`, only
     its frames.
 
@@ -126,7 +126,7 @@ def decode_clip(path: str | Path, sampling: Sampling, *, sound: bool = True) -> 
         by_time = sampling.mode == "exact"
         audio = film.sound.placed(timeline.start) if by_time else film.sound.joined()
     seconds = timeline.seconds / (len(frames) / media.TEMPORAL_PATCH)
-    return Clip(
+    return DecodedClip(
         frames=frames,
         seconds_per_grid=1.0 if sampling.mode == "saber_release" else seconds,
         audio=audio,
@@ -143,7 +143,7 @@ class _Film:
     """The frames shown at `moments` (seconds), resized; the times of all frames; the sound."""
 
     path: Path
-    sampling: Sampling
+    sampling: FrameSampling
     moments: Float[np.ndarray, " T"]
     sound: sound.Track
     kept: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -185,7 +185,7 @@ class _Film:
         return media.resize_bicubic(picture[None], *self._size)[0]
 
 
-def _decoded(path: Path, timeline: Timeline, sampling: Sampling, sounds: bool) -> _Film:
+def _decoded(path: Path, timeline: Timeline, sampling: FrameSampling, sounds: bool) -> _Film:
     """Decodes in one pass and keeps the frames that are shown at the sampled times."""
     clock = timeline.by_number() if sampling.mode == "saber_release" else timeline
     # An uneven clip may have fewer frames per second than are sampled; then frames are repeated.
@@ -224,7 +224,7 @@ def _decoded(path: Path, timeline: Timeline, sampling: Sampling, sounds: bool) -
     return film
 
 
-def _facts(timeline: Timeline, film: _Film, sampling: Sampling) -> dict[str, Any]:
+def _facts(timeline: Timeline, film: _Film, sampling: FrameSampling) -> dict[str, Any]:
     height, width = film.shape or (0, 0)
     late = film.sound.start
     return {

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from saber_jax.data.examples import Example, Size, encode_record, measure_record, thinned
 from saber_jax.data.pairs import Pair
-from saber_jax.data.quarantine import Entry
+from saber_jax.data.quarantine import LeftOut
 from saber_jax.data.records import BadRecordError
 from saber_jax.data.sources import Sources
 from saber_jax.data.tasks import Request
@@ -137,7 +137,7 @@ class Examples:
                 break
         return found
 
-    def entry(self, index: int, reason: str, detail: str) -> Entry:
+    def entry(self, index: int, reason: str, detail: str) -> LeftOut:
         """An example's entry for quarantine.jsonl; a damaged record has no known clip id."""
         index = int(index) % len(self)
         position = self.record_of(index)
@@ -146,7 +146,7 @@ class Examples:
         except BadRecordError:
             clip_id = ""
         file = self.source.where(position)
-        return Entry(index=index, clip_id=clip_id, file=file, reason=reason, detail=detail)
+        return LeftOut(index=index, clip_id=clip_id, file=file, reason=reason, detail=detail)
 
     def source_of(self) -> Int[np.ndarray, " N"]:
         """Which of the record sources each example comes from."""

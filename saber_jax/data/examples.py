@@ -33,7 +33,7 @@ class Example:
     """The encoded prompt and media of a clip, with zero, one or two responses."""
 
     clip_id: str
-    prompt: chat.Prompt
+    prompt: chat.EncodedPrompt
     patches: UInt8[np.ndarray, "P 1176"]  # In tower order: window-permuted.
     layout: media.VisionLayout | None
     mel: Float[np.ndarray, "A 200 128"]
@@ -74,7 +74,9 @@ def size_of(example: Example) -> Size:
     return _size(example.prompt, example.responses, **media_sizes)
 
 
-def _size(prompt: chat.Prompt, responses: tuple[Response, ...], *, patches: int, chunks: int):
+def _size(
+    prompt: chat.EncodedPrompt, responses: tuple[Response, ...], *, patches: int, chunks: int
+):
     lengths, shared = [len(r.tokens) for r in responses], 0
     text, rest = len(prompt.tokens) + sum(lengths), (0, 0)
     if len(responses) == 2:
@@ -171,7 +173,9 @@ def _responses(
     return tuple(Response.encode(tokenizer, text) for text in texts)
 
 
-def _prompt(record: Record, tokenizer: Tokenizer, request: Request, mel_frames: int) -> chat.Prompt:
+def _prompt(
+    record: Record, tokenizer: Tokenizer, request: Request, mel_frames: int
+) -> chat.EncodedPrompt:
     shown = _shown(record, mel_frames)
     if record.messages:
         return chat.encode(tokenizer, _conversation(record, shown))

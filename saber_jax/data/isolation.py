@@ -30,7 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 
 SECONDS = 600
 """The longest that one call may take, in wall time: a minute of 4K video on a busy machine fits."""

@@ -27,7 +27,7 @@ from saber_jax.data.encoded import Examples
 from saber_jax.data.examples import Example
 from saber_jax.data.packing import Budget, pack_rows
 from saber_jax.data.planning import PlannedRows
-from saber_jax.data.quarantine import Entry, Quarantine
+from saber_jax.data.quarantine import LeftOut, Quarantine
 from saber_jax.data.records import BadRecordError
 from saber_jax.data.withhold import MODALITIES
 from saber_jax.data.workers import in_processes, sigterm_held
@@ -97,20 +97,20 @@ class EncodedRow:
     """A row with its encoded examples. `left_out` are those that could not be read."""
 
     examples: list[Example]
-    left_out: list[Entry]
+    left_out: list[LeftOut]
     position: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class About:
+class HostInfo:
     """What the host needs to know about a row or batch: the examples that could not be used, and
     the position of the plan after it."""
 
-    left_out: list[Entry]
+    left_out: list[LeftOut]
     position: dict[str, Any] | None
 
 
-HostBatch = tuple[Batch[np.ndarray], About]
+HostBatch = tuple[Batch[np.ndarray], HostInfo]
 
 
 class HostRows:
@@ -184,7 +184,7 @@ class Pack(grain.transforms.Map):
     def map(self, row: EncodedRow) -> HostBatch:
         batch = pack_rows([row.examples], self.budget)
         batch = dataclasses.replace(batch, left_out=np.array([len(row.left_out)], np.int32))
-        return batch, About(left_out=row.left_out, position=row.position)
+        return batch, HostInfo(left_out=row.left_out, position=row.position)
 
 
 def join(rows: Sequence[HostBatch]) -> HostBatch:
@@ -192,7 +192,7 @@ def join(rows: Sequence[HostBatch]) -> HostBatch:
     parts, notes = zip(*rows, strict=True)
     left_out = [entry for note in notes for entry in note.left_out]
     batch = jax.tree.map(_concatenated, *parts)
-    return batch, About(left_out=left_out, position=notes[-1].position)
+    return batch, HostInfo(left_out=left_out, position=notes[-1].position)
 
 
 def _concatenated(*parts: np.ndarray) -> np.ndarray:
@@ -294,7 +294,7 @@ class GlobalBatches:
         self._stream = batches
         self._quarantine, self._place, self._rows = quarantine, place, rows
         self._local = local_rows(rows, place)
-        self._left_out: list[Entry] = []
+        self._left_out: list[LeftOut] = []
         self._position: dict[str, Any] | None = {}
 
     def __iter__(self) -> "GlobalBatches":
@@ -324,7 +324,7 @@ class GlobalBatches:
         entries = [entry for text in texts for entry in json.loads(text)]
         self._left_out = []
         assert self._quarantine is not None, "without one, __next__ has raised"
-        self._quarantine.add(Entry(**entry) for entry in entries)
+        self._quarantine.add(LeftOut(**entry) for entry in entries)
 
     def state(self) -> dict[str, Any]:
         """JSON from which the stream can resume after the last yielded batch."""

@@ -90,7 +90,7 @@ def _advance(cursor: Size, size: Size) -> Size:
     return Size(**dict(zip(_SIZE_FIELDS, total, strict=True)))
 
 
-def _place_vision(row: batch.Vision[np.ndarray], cursor: Size, example: Example) -> None:
+def _place_vision(row: batch.VisionInputs[np.ndarray], cursor: Size, example: Example) -> None:
     if example.layout is None:
         return
     patches = slice(cursor.patches, cursor.patches + len(example.patches))
@@ -101,7 +101,7 @@ def _place_vision(row: batch.Vision[np.ndarray], cursor: Size, example: Example)
     row.frame[patches] = example.layout.frame + row.frame.max()
 
 
-def _place_audio(row: batch.Audio[np.ndarray], cursor: Size, example: Example) -> None:
+def _place_audio(row: batch.AudioInputs[np.ndarray], cursor: Size, example: Example) -> None:
     chunks = slice(cursor.chunks, cursor.chunks + len(example.mel_lengths))
     row.mel[chunks] = example.mel
     row.lengths[chunks] = example.mel_lengths

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from saber_jax.data import media
-from saber_jax.data.sampling import (
+from saber_jax.data.frame_sampling import (
     IMAGE_MAX_PIXELS,
     IMAGE_MIN_PIXELS,
     RELEASE_IMAGE_MAX_PIXELS,

@@ -23,7 +23,7 @@ REASONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class LeftOut:
     """One example that was left out. `index` numbers the records of all sources."""
 
     index: int
@@ -43,7 +43,7 @@ class Quarantine:
     def __init__(self, path: Path, *, total: int, limit: float, writes: bool):
         """`limit` is the most that may be left out, as a share of `total` examples."""
         self._path, self._total, self._limit, self._writes = path, total, limit, writes
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, LeftOut] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -55,17 +55,17 @@ class Quarantine:
     def recall(self, indices: Iterable[int]) -> None:
         """Leaves out the examples `indices` that were left out before the run was resumed."""
         known = read_jsonl(self._path) if self._path.exists() else []
-        entries = {row["index"]: Entry(**row) for row in known}
+        entries = {row["index"]: LeftOut(**row) for row in known}
         for index in indices:
-            lost = Entry(index=index, clip_id="", file="", reason="bad_record", detail="")
+            lost = LeftOut(index=index, clip_id="", file="", reason="bad_record", detail="")
             self._entries[index] = entries.get(index, lost)
 
-    def note(self, entries: Iterable[Entry]) -> None:
+    def note(self, entries: Iterable[LeftOut]) -> None:
         """Adds entries without checking the limit."""
         for entry in entries:
             self._entries[entry.index] = entry
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Iterable[LeftOut]) -> None:
         """Adds entries and writes the list; raises TooManyBadError if there are too many then."""
         before = len(self._entries)
         for entry in entries:

@@ -187,7 +187,7 @@ def encode_prompt(
     language: str,
     shown: Sequence[chat.Media],
     instruction: str | None = None,
-) -> chat.Prompt:
+) -> chat.EncodedPrompt:
     """The encoded prompt of one clip with the media `shown`, in this order."""
     return chat.encode(tokenizer, messages(language, shown, instruction))
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from saber_jax.data.examples import Size
 from saber_jax.data.packing import Budget
 from saber_jax.data.planning import SIZE_NAMES, fits
-from saber_jax.data.quarantine import Entry
+from saber_jax.data.quarantine import LeftOut
 from saber_jax.data.records import BadRecordError
 from saber_jax.runs.files import replacing
 
@@ -26,7 +26,7 @@ LEAST_PAIRS = 2
 """A thinned clip keeps at least this many frame pairs, as sampling keeps at least four frames."""
 
 
-class Measured(Protocol):
+class Measurable(Protocol):
     """The part of `encoded.Examples` that `measure` uses."""
 
     @property
@@ -36,7 +36,7 @@ class Measured(Protocol):
         """Sizes under every request, frame pairs, all target tokens."""
         ...
 
-    def entry(self, index: int, reason: str, detail: str) -> Entry: ...
+    def entry(self, index: int, reason: str, detail: str) -> LeftOut: ...
 
 
 @dataclasses.dataclass
@@ -83,7 +83,12 @@ def load(path: Path, fingerprint: str) -> Measurements | None:
 
 
 def measure(
-    examples: Measured, total: int, indices: Iterable[int], *, workers: int = 0, quiet: bool = True
+    examples: Measurable,
+    total: int,
+    indices: Iterable[int],
+    *,
+    workers: int = 0,
+    quiet: bool = True,
 ) -> Measurements:
     """Measures the `indices` of `total` examples in `workers` processes; the others stay 0."""
     indices = list(indices)
@@ -110,7 +115,7 @@ def measure(
     return result
 
 
-def _nothing(examples: Measured, total: int) -> Measurements:
+def _nothing(examples: Measurable, total: int) -> Measurements:
     shape = (len(examples.requests), total, len(SIZE_NAMES))
     return Measurements(np.zeros(shape, np.int32), np.zeros(total, np.int32), np.zeros(0, np.int64))
 
@@ -129,10 +134,10 @@ def _added(some: Int[np.ndarray, " m"], others: Int[np.ndarray, " n"]) -> Int[np
     return counts
 
 
-_examples: Measured  # In a worker process.
+_examples: Measurable  # In a worker process.
 
 
-def _start_worker(examples: Measured) -> None:
+def _start_worker(examples: Measurable) -> None:
     global _examples
     _examples = examples
 
@@ -141,7 +146,7 @@ def _measure_in_worker(indices: Sequence[int]) -> Measurements:
     return _measure_share(_examples, indices)
 
 
-def _measure_share(examples: Measured, indices: Sequence[int]) -> Measurements:
+def _measure_share(examples: Measurable, indices: Sequence[int]) -> Measurements:
     result = _nothing(examples, len(indices))
     tokens = [np.zeros(0, np.int64)]
     for place, index in enumerate(indices):
@@ -171,7 +176,7 @@ class Selection:
     usable: Int[np.ndarray, " M"]
     thinned: Int[np.ndarray, " T"]
 
-    def left_out(self, budget: Budget, examples: Measured) -> list[Entry]:
+    def left_out(self, budget: Budget, examples: Measurable) -> list[LeftOut]:
         """The examples that are not usable, each with its reason."""
         rest = np.setdiff1d(np.arange(self.sizes.shape[1]), self.usable)
         return [
@@ -212,8 +217,8 @@ def _entry(
     sizes: Int[np.ndarray, "K D"],
     frame_patches: int,
     budget: Budget,
-    examples: Measured,
-) -> Entry:
+    examples: Measurable,
+) -> LeftOut:
     if (sizes == BAD).all():
         try:
             examples.measure(index)

@@ -13,7 +13,7 @@ _STREAM = 104_729  # Keeps these draws apart from the shuffle, which is seeded w
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighted:
+class WeightedSource:
     """One split of one directory, and how often it is drawn relative to the others."""
 
     path: str
@@ -21,7 +21,7 @@ class Weighted:
     weight: float
 
     @classmethod
-    def parse(cls, text: str) -> "Weighted":
+    def parse(cls, text: str) -> "WeightedSource":
         """ "PATH:SPLIT:WEIGHT". Raises ValueError that says so."""
         path, colon, rest = text.rpartition(":")
         path, _, split = path.rpartition(":")
@@ -56,7 +56,7 @@ class Sources:
         self.shares = np.asarray(weights, np.float64) / np.sum(weights)
 
     @classmethod
-    def open(cls, mixture: Sequence[Weighted]) -> "Sources":
+    def open(cls, mixture: Sequence[WeightedSource]) -> "Sources":
         opened = [RecordSource(part.path, part.split) for part in mixture]
         return cls(opened, [part.weight for part in mixture])
 

@@ -16,7 +16,7 @@ from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from saber_jax.data import media
-from saber_jax.data.sampling import MediaError, Sampling, check_shape
+from saber_jax.data.frame_sampling import FrameSampling, MediaError, check_shape
 
 EVEN_SECONDS = 0.05
 """Frames that deviate from equal spacing by at most this count as evenly spaced."""
@@ -185,7 +185,7 @@ def film_tracks(path: Path, container: InputContainer) -> list[VideoStream]:
     return able
 
 
-def check_header(path: Path, container: InputContainer, sampling: Sampling) -> None:
+def check_header(path: Path, container: InputContainer, sampling: FrameSampling) -> None:
     """Refuses files that are too long or too large before reading packets."""
     if container.duration:
         # Matroska counts its duration from zero, also when it starts later.
@@ -193,14 +193,16 @@ def check_header(path: Path, container: InputContainer, sampling: Sampling) -> N
         check_length(path, (container.duration - late) / av.time_base, sampling)
 
 
-def check_length(path: Path, seconds: float, sampling: Sampling, *, at_least: bool = False) -> None:
+def check_length(
+    path: Path, seconds: float, sampling: FrameSampling, *, at_least: bool = False
+) -> None:
     if seconds > sampling.max_seconds:
         length = f"more than {sampling.max_seconds:g}" if at_least else f"{seconds:.1f}"
         detail = f"{path.name}: {length} s, allowed are {sampling.max_seconds:g} s"
         raise MediaError("too_long", detail)
 
 
-def read_timeline(path: Path, sampling: Sampling, sound: bool) -> Timeline:
+def read_timeline(path: Path, sampling: FrameSampling, sound: bool) -> Timeline:
     """Reads the packets' timestamps; see the module's docstring."""
     first: dict[int, Fraction] = {}
     ends: dict[int, Fraction] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.evaluation import emer, emobench_m, emobench_m_scores, saber_test
 from saber_jax.evaluation.judge import Judge
-from saber_jax.evaluation.predict import ClipFile, ClipFiles, Material, Row, longest_first
+from saber_jax.evaluation.predict import BenchmarkClips, ClipFile, ClipFiles, Row, longest_first
 from saber_jax.runs.files import read_jsonl
 from saber_jax.runs.manifest import fingerprint
 
@@ -21,13 +21,13 @@ Settings = dict[str, Any] | None
 class Benchmark:
     """`data` gives a fingerprint of a folder's requests; `made_elsewhere` reads --predictions."""
 
-    material: Callable[[Path, str, Settings], Material]
+    clips: Callable[[Path, str, Settings], BenchmarkClips]
     data: Callable[[Path], str]
     made_elsewhere: Callable[[Path, Path | None, str], list[Row]]
     score: Callable[[Sequence[Row], Judge | None], dict[str, Any]]
 
 
-def _saber_material(data: Path, split: str, settings: Settings) -> Material:
+def _saber_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
     del settings  # Records were decoded when they were built.
     source = RecordSource(data, split)
     names = _emotions(source.outline(i).labels for i in range(len(source)))
@@ -43,7 +43,7 @@ def _saber_material(data: Path, split: str, settings: Settings) -> Material:
             "annotation": dict(record.annotation),
         }
 
-    return Material(records=source, row=row)
+    return BenchmarkClips(records=source, row=row)
 
 
 def _emotions(labels: Iterable[Mapping[str, str]]) -> list[str]:
@@ -83,7 +83,7 @@ def _saber_score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
     return scores | {"missing": ["judge scores of the six sections: need a judge (--judge)"]}
 
 
-def _emer_material(data: Path, split: str, settings: Settings) -> Material:
+def _emer_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
     del split
     clips = emer.read(data)
     files = [
@@ -95,7 +95,7 @@ def _emer_material(data: Path, split: str, settings: Settings) -> Material:
     def row(i: int, _: Record | None, answer: str) -> Row:
         return emer.row(clips[order[i]], answer)
 
-    return Material(records=ClipFiles([files[i] for i in order], settings), row=row)
+    return BenchmarkClips(records=ClipFiles([files[i] for i in order], settings), row=row)
 
 
 def _video(data: Path, name: str) -> Path:
@@ -126,7 +126,7 @@ def _check(path: Path, number: int, row: Row, keys: Sequence[str]) -> None:
         )
 
 
-def _emobench_material(data: Path, split: str, settings: Settings) -> Material:
+def _emobench_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
     del split
     items = emobench_m.read(data)
     files = [
@@ -144,7 +144,7 @@ def _emobench_material(data: Path, split: str, settings: Settings) -> Material:
         item = {key: value for key, value in items[order[i]].items() if key != "path"}
         return item | {"response": answer} | emobench_m.answered(item["task"], answer)
 
-    return Material(records=ClipFiles([files[i] for i in order], settings), row=row)
+    return BenchmarkClips(records=ClipFiles([files[i] for i in order], settings), row=row)
 
 
 def _emobench_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
@@ -165,16 +165,16 @@ def _tables(data: Path) -> str:
 
 BENCHMARKS = {
     "saber_test": Benchmark(
-        material=_saber_material,
+        clips=_saber_clips,
         data=lambda data: fingerprint(data, "**/*.array_record*"),
         made_elsewhere=_saber_elsewhere,
         score=_saber_score,
     ),
     "emer": Benchmark(
-        material=_emer_material, data=_tables, made_elsewhere=_emer_elsewhere, score=emer.score
+        clips=_emer_clips, data=_tables, made_elsewhere=_emer_elsewhere, score=emer.score
     ),
     "emobench_m": Benchmark(
-        material=_emobench_material,
+        clips=_emobench_clips,
         data=_tables,
         made_elsewhere=_emobench_elsewhere,
         score=emobench_m_scores.score,

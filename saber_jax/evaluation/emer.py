@@ -36,7 +36,7 @@ OPENSET = "check-openset.csv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clip:
+class EmerClip:
     """`openset` is None where the data has no list of emotion words for the clip."""
 
     clip_id: str
@@ -45,7 +45,7 @@ class Clip:
     openset: str | None
 
 
-def read(folder: Path) -> list[Clip]:
+def read(folder: Path) -> list[EmerClip]:
     """The clips of an EMER folder, in the order of its table.
 
     Raises FileNotFoundError without a table, ValueError for one with other columns.
@@ -62,12 +62,12 @@ def read(folder: Path) -> list[Clip]:
     if (folder / OPENSET).exists():
         openset = dict(_pairs(folder / OPENSET, "name", "openset"))
     return [
-        Clip(clip_id=name, language=LANGUAGES[column], reason=text, openset=openset.get(name))
+        EmerClip(clip_id=name, language=LANGUAGES[column], reason=text, openset=openset.get(name))
         for name, text in _pairs(table, "names", column)
     ]
 
 
-def row(clip: Clip, response: str) -> Row:
+def row(clip: EmerClip, response: str) -> Row:
     """One line of predictions.jsonl."""
     return {
         "clip_id": clip.clip_id,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS
-from saber_jax.endpoint import Endpoint, EndpointError, Request
+from saber_jax.endpoint import ChatRequest, Endpoint, EndpointError
 
 VERSION = "saber-judge-1"
 SETTINGS = {"temperature": 0, "max_tokens": 512}
@@ -212,7 +212,7 @@ class Judge:
     def _ask(self, prompts: Iterator[str], total: int) -> Iterator[str | None]:
         """Raises EndpointError if further requests would fail too."""
         requests = (
-            Request(messages=[{"role": "user", "content": prompt}], settings=SETTINGS)
+            ChatRequest(messages=[{"role": "user", "content": prompt}], settings=SETTINGS)
             for prompt in prompts
         )
         outcomes = self._endpoint.ask_all(requests)

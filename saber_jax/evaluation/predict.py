@@ -18,7 +18,7 @@ Respond = Callable[[Iterator[list[Record]]], Iterator[list[str]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Material:
+class BenchmarkClips:
     """The clips of a benchmark. `row(i, record, answer)` makes the line of predictions.jsonl.
 
     Reading `records[i]` may raise MediaError or FileNotFoundError. Its row then has no record, an
@@ -28,13 +28,13 @@ class Material:
     records: Sequence[Record] | RecordSource
     row: Callable[[int, Record | None, str], Row]
 
-    def part(self, indices: Sequence[int]) -> "Material":
+    def part(self, indices: Sequence[int]) -> "BenchmarkClips":
         """These of its clips."""
 
         def row(i: int, record: Record | None, answer: str) -> Row:
             return self.row(indices[i], record, answer)
 
-        return Material(records=_Chosen(self.records, indices), row=row)
+        return BenchmarkClips(records=_Chosen(self.records, indices), row=row)
 
 
 class _Chosen(Sequence[Record]):
@@ -98,10 +98,10 @@ def longest_first(files: Sequence[ClipFile]) -> list[int]:
 
 
 def predict(
-    material: Material, respond: Respond, journal: Journal, *, batch_size: int
+    clips: BenchmarkClips, respond: Respond, journal: Journal, *, batch_size: int
 ) -> list[Row]:
     """Answers all clips that `journal` lacks. `respond` answers batch by batch."""
-    records = material.records
+    records = clips.records
     plan = batches(len(records), batch_size)
     done = journal.resume([stop for _, stop in plan])
     rest = [range(start, stop) for start, stop in plan if start >= len(done)]
@@ -118,9 +118,9 @@ def predict(
             for i in part:
                 record = read.pop(i)
                 if isinstance(record, Record):
-                    new.append(material.row(i, record, next(said)))
+                    new.append(clips.row(i, record, next(said)))
                 else:
-                    new.append(material.row(i, None, "") | {"error": str(record)})
+                    new.append(clips.row(i, None, "") | {"error": str(record)})
             journal.append(new)
             done += new
             bar.update(len(new))

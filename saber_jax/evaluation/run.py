@@ -20,7 +20,7 @@ from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
 from saber_jax.evaluation import probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
-from saber_jax.evaluation.predict import Material, Row, SpelledOut, predict
+from saber_jax.evaluation.predict import BenchmarkClips, Row, SpelledOut, predict
 from saber_jax.flags import Parser
 from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
 from saber_jax.runs import shares
@@ -29,33 +29,33 @@ from saber_jax.runs.journal import Journal
 from saber_jax.train import checkpoint
 
 
-class Answering:
+class LazyGenerator:
     """A checkpoint that is loaded when the first answer is missing."""
 
     def __init__(self, flags: argparse.Namespace):
         self._flags = flags
         self._generator: Generator | None = None
 
-    def answer(self, material: Material, folder: Path, inputs: dict[str, Any]) -> list[Row]:
+    def answer(self, clips: BenchmarkClips, folder: Path, inputs: dict[str, Any]) -> list[Row]:
         """The rows of `folder`/predictions.jsonl, made where they are missing."""
         batch_size = self._flags.batch_size
         journal = Journal(folder, "predictions.jsonl", inputs)
-        if journal.path.exists() and len(rows := read_jsonl(journal.path)) == len(material.records):
+        if journal.path.exists() and len(rows := read_jsonl(journal.path)) == len(clips.records):
             return rows
-        rows = shares.joined(folder, journal.path.name, len(material.records), batch_size)
+        rows = shares.joined(folder, journal.path.name, len(clips.records), batch_size)
         if rows is not None:
             write_jsonl(journal.path, rows)
             return rows
-        print(f"{inputs['benchmark']}: {len(material.records)} clips, to {folder}", flush=True)
+        print(f"{inputs['benchmark']}: {len(clips.records)} clips, to {folder}", flush=True)
         if self._generator is None:
             self._generator = load_generator(
                 self._flags.checkpoint,
                 max_new_tokens=self._flags.max_new_tokens,
                 batch_size=batch_size,
             )
-        self._generator.reserve(getattr(material.records, "sizes", ()))
+        self._generator.reserve(getattr(clips.records, "sizes", ()))
         respond = self._generator.respond_batches
-        return predict(material, respond, journal, batch_size=batch_size)
+        return predict(clips, respond, journal, batch_size=batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,33 +103,33 @@ def _answered(
         "max_new_tokens": flags.max_new_tokens,
     }
     settings = about.get("provenance", {}).get("sampling")
-    material = benchmark.material(flags.data, flags.split, settings)
+    clips = benchmark.clips(flags.data, flags.split, settings)
     if flags.spell_out:
         inputs["spell_out"] = True
-        material = dataclasses.replace(material, records=SpelledOut(material.records))
-    answering = Answering(flags)
+        clips = dataclasses.replace(clips, records=SpelledOut(clips.records))
+    generator = LazyGenerator(flags)
 
-    def answer(asked: Material, folder: Path, inputs: dict[str, Any]) -> list[Row]:
+    def answer(asked: BenchmarkClips, folder: Path, inputs: dict[str, Any]) -> list[Row]:
         """All of its answers, or a share's."""
         if flags.share:
             asked = asked.part(flags.share.indices(len(asked.records), flags.batch_size))
             folder = flags.share.folder(folder)
-        return answering.answer(asked, folder, inputs)
+        return generator.answer(asked, folder, inputs)
 
-    rows = answer(material, flags.out, inputs)
-    donors = probes.donors(_without_answers(material)) if flags.probes else []
+    rows = answer(clips, flags.out, inputs)
+    donors = probes.donors(_without_answers(clips)) if flags.probes else []
     probed = {}
     for probe in probes.PROBES if flags.probes else ():
-        changed = Material(records=probes.Probed(material.records, probe, donors), row=material.row)
+        changed = BenchmarkClips(records=probes.Probed(clips.records, probe, donors), row=clips.row)
         probed[probe] = answer(changed, flags.out / "probes" / probe, inputs | {"probe": probe})
     return rows, probed
 
 
-def _without_answers(material: Material) -> list[Row]:
+def _without_answers(clips: BenchmarkClips) -> list[Row]:
     """A row of every clip, made without reading media."""
-    records = material.records
+    records = clips.records
     outline = getattr(records, "outline", records.__getitem__)
-    return [material.row(i, outline(i), "") for i in range(len(records))]
+    return [clips.row(i, outline(i), "") for i in range(len(records))]
 
 
 def _made_elsewhere(benchmark: Benchmark, flags: argparse.Namespace) -> list[Row]:

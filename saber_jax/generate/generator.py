@@ -19,8 +19,8 @@ from saber_jax.data.records import ClipSize, Record, clip_size
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import Modality
 from saber_jax.generate import decoding
-from saber_jax.generate.prompts import PREFILL, Packer, Room
-from saber_jax.generate.running import Requests, Running
+from saber_jax.generate.prompts import PREFILL, PackedShape, Packer
+from saber_jax.generate.running import RequestQueue, Running
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
@@ -144,7 +144,7 @@ class Generator:
         sampling: decoding.Sampling,
         on_text: Callable[[int, str], None] | None,
     ) -> Iterator[list[list[str]]]:
-        requests = Requests(batches, self._packer, self._tokenizer)
+        requests = RequestQueue(batches, self._packer, self._tokenizer)
         tokens = STREAM_TOKENS if on_text else self._max_new_tokens
         running, share = None, self._packer.share
         # The host reads the next prompts while devices compute. Only this thread starts programs:
@@ -155,10 +155,12 @@ class Generator:
                 added = False
                 while running is None or running.has_room(share):
                     group = following.result()
-                    if group is None or (running and running.live and running.outgrown(group.room)):
+                    if group is None or (
+                        running and running.live and running.outgrown(group.shape)
+                    ):
                         break
-                    if running is None or running.outgrown(group.room):
-                        running = self._running(group.room, samples, sampling)
+                    if running is None or running.outgrown(group.shape):
+                        running = self._running(group.shape, samples, sampling)
                     running.admit(group)
                     added = True
                     following = reader.submit(requests.next_group)
@@ -175,12 +177,12 @@ class Generator:
                 yield from requests.answered_batches()
         yield from requests.answered_batches()  # Batches without any record.
 
-    def _running(self, room: Room, samples: int, sampling: decoding.Sampling) -> Running:
+    def _running(self, shape: PackedShape, samples: int, sampling: decoding.Sampling) -> Running:
         program = decoding.Program(
             cfg=self._cfg,
             dtype=self._dtype,
             greedy=sampling.temperature == 0,
-            prompt_slots=room.prompt,
+            prompt_slots=shape.prompt,
             max_new_tokens=self._max_new_tokens,
             samples=samples,
             groups=self._groups,
@@ -253,13 +255,13 @@ def record_of_clip(path: str | Path, language: str, settings: dict[str, Any] | N
     """A video or picture file as a record without annotation, decoded as model.json says, in a
     process of its own.
 
-    `settings` are the fields of decode.Sampling; None takes its defaults. Raises FileNotFoundError
-    or decode.MediaError.
+    `settings` are the fields of decode.FrameSampling; None takes its defaults. Raises
+    FileNotFoundError or decode.MediaError.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Check --video.")
-    sampling = decode.Sampling(**(settings or {}))
+    sampling = decode.FrameSampling(**(settings or {}))
     about = {"clip_id": path.stem, "language": language, "annotation": {}, "labels": {}}
     provenance = {"file": path.name, "sampling": dataclasses.asdict(sampling)}
     if path.suffix.lower() in decode.PICTURES:

@@ -48,7 +48,7 @@ is bound by arithmetic. Adding a token is bound by reading the weights, for 60 a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
+class PackedShape:
     """The static shape of a packed batch: `rows` a group, and what each row holds."""
 
     rows: int = 1
@@ -58,19 +58,19 @@ class Room:
     chunks: int = 0
     frame_patches: int = 0  # Most patches of one frame pair.
 
-    def joined(self, other: "Room") -> "Room":
-        """The smallest room that is large enough for both."""
+    def joined(self, other: "PackedShape") -> "PackedShape":
+        """The smallest shape that is large enough for both."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         names = (field.name for field in dataclasses.fields(self))
-        return Room(**dict(zip(names, map(max, pairs), strict=True)))
+        return PackedShape(**dict(zip(names, map(max, pairs), strict=True)))
 
 
 class Packer:
-    """Packs up to `groups` x `prompts` prompts at a time. Its room only grows."""
+    """Packs up to `groups` x `prompts` prompts at a time. Its shape only grows."""
 
     def __init__(self, tokenizer: Tokenizer, *, groups: int, prompts: int):
         self._tokenizer, self._groups, self._prompts = tokenizer, groups, prompts
-        self._room = Room()
+        self._shape = PackedShape()
         self._lock = threading.Lock()
 
     @property
@@ -83,8 +83,8 @@ class Packer:
         return self._prompts
 
     @property
-    def room(self) -> Room:
-        return self._room
+    def shape(self) -> PackedShape:
+        return self._shape
 
     def reserve(self, sizes: Iterable[ClipSize]) -> None:
         """Makes room for clips of these sizes, in batches in this order. See RecordSource.sizes."""
@@ -109,7 +109,7 @@ class Packer:
         for batch in batches:
             self._plan(batch, largest)
 
-    def pack(self, examples: Sequence[Example]) -> tuple[Prompts[np.ndarray], Room]:
+    def pack(self, examples: Sequence[Example]) -> tuple[Prompts[np.ndarray], PackedShape]:
         """What decoding.admit takes, and the shape that it has. Missing prompts are padding."""
         needs, largest = [], 0
         for example in examples:
@@ -118,26 +118,26 @@ class Packer:
             if example.layout is not None:
                 largest = max(largest, int(np.bincount(example.layout.frame).max()))
         self._lengthen([needs])
-        plan, room = self._plan(needs, largest)
+        plan, shape = self._plan(needs, largest)
         rows = [row for group in plan for row in group]
-        batch = packing.pack_rows([[examples[i] for i in row] for row in rows], self._budget(room))
+        batch = packing.pack_rows([[examples[i] for i in row] for row in rows], self._budget(shape))
         # A prompt that does not exist is read from the first slot of its group, and never answered.
         ends = np.ones((self._groups, self._prompts), np.int32)
         lengths = np.ones_like(ends)
         for number, row in enumerate(rows):
             texts = [needs[i][0] for i in row]
             lengths.flat[row] = texts
-            ends.flat[row] = number % room.rows * room.length + np.cumsum(texts, dtype=np.int32)
+            ends.flat[row] = number % shape.rows * shape.length + np.cumsum(texts, dtype=np.int32)
         prompts = Prompts(
             text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
         )
-        return prompts, room
+        return prompts, shape
 
     def _lengthen(self, batches: Sequence[Sequence[Need]]) -> None:
         """Makes rows as long as suits these batches, unless they hold every prompt already."""
         with self._lock:
             longest = max(text for batch in batches for text, _, _ in batch)
-            if longest <= self._room.prompt:
+            if longest <= self._shape.prompt:
                 return
             tried = batches[:: -(-len(batches) // TRIED_BATCHES)]
             steps = range(STEPS, LONGEST_ROW * STEPS + 1)
@@ -147,24 +147,24 @@ class Packer:
                 rows = max(len(rows) for batch in tried for rows in self._groups_of(batch, length))
                 return rows * length * (1 + min(length / 2, longest) / EVEN_KEYS)
 
-            room = Room(length=min(lengths, key=cost), prompt=lengths[0])
-            self._room = self._room.joined(room)
+            shape = PackedShape(length=min(lengths, key=cost), prompt=lengths[0])
+            self._shape = self._shape.joined(shape)
 
-    def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[Plan, Room]:
+    def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[Plan, PackedShape]:
         """Which prompts share each row of each group, after making room for them."""
         with self._lock:
-            plan = self._groups_of(needs, self._room.length)
+            plan = self._groups_of(needs, self._shape.length)
             row_needs = [np.sum([needs[i] for i in row], axis=0) for rows in plan for row in rows]
             _, patches, chunks = np.max(row_needs, axis=0).tolist()
-            self._room = room = self._room.joined(
-                Room(
+            self._shape = shape = self._shape.joined(
+                PackedShape(
                     rows=max(map(len, plan)),
                     patches=patches,
                     chunks=chunks,
                     frame_patches=frame_patches,
                 )
             )
-        return [rows + [[]] * (room.rows - len(rows)) for rows in plan], room
+        return [rows + [[]] * (shape.rows - len(rows)) for rows in plan], shape
 
     def _groups_of(self, needs: Sequence[Need], length: int) -> Plan:
         firsts = range(0, self.batch_size, self._prompts)
@@ -176,14 +176,14 @@ class Packer:
         sizes = np.zeros((len(texts), len(SIZE_NAMES)), np.int64)
         sizes[:, SIZE_NAMES.index("text")] = texts
         # Budgets of zero are not looked at: media takes the room that the text's rows leave it.
-        rows = plan_rows(sizes, np.arange(len(sizes)), self._budget(Room(length=length)))
+        rows = plan_rows(sizes, np.arange(len(sizes)), self._budget(PackedShape(length=length)))
         return [[first + i for i in row] for row in rows]
 
-    def _budget(self, room: Room) -> packing.Budget:
+    def _budget(self, shape: PackedShape) -> packing.Budget:
         return packing.Budget(
-            length=room.length,
-            patches=room.patches,
-            chunks=room.chunks,
+            length=shape.length,
+            patches=shape.patches,
+            chunks=shape.chunks,
             targets=0,
             segments=self._prompts,
         )

@@ -23,7 +23,7 @@ from saber_jax.data.examples import Example, encode_record
 from saber_jax.data.records import Record
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.generate import decoding
-from saber_jax.generate.prompts import Packer, Room
+from saber_jax.generate.prompts import PackedShape, Packer
 from saber_jax.models import saber
 from saber_jax.models.text import Block
 
@@ -31,7 +31,7 @@ Tokens = Int[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A record to answer, its index in the call (which seeds its samples), and its place."""
 
     number: int
@@ -43,12 +43,12 @@ class Request:
 class Group:
     """Prompts that are prefilled together, and the shape that they are packed in."""
 
-    requests: Sequence[Request]
+    requests: Sequence[GenerationRequest]
     prompts: Prompts[np.ndarray]
-    room: Room
+    shape: PackedShape
 
 
-class Requests:
+class RequestQueue:
     """Batches of records, which one thread reads group by group and another one answers."""
 
     def __init__(
@@ -66,22 +66,22 @@ class Requests:
 
     def _read(
         self, batches: Iterable[tuple[int, Sequence[Record]]]
-    ) -> Iterator[tuple[Request, Example]]:
+    ) -> Iterator[tuple[GenerationRequest, Example]]:
         for batch, (first, records) in enumerate(batches):
             self._sizes.append(len(records))
             for position, record in enumerate(records):
                 example = encode_record(record, self._tokenizer, responses=())
-                yield Request(first + position, batch, position), example
+                yield GenerationRequest(first + position, batch, position), example
 
     def next_group(self) -> Group | None:
         """The next group of prompts; None when all are read."""
         part = list(itertools.islice(self._examples, self._packer.batch_size))
         if not part:
             return None
-        prompts, room = self._packer.pack([example for _, example in part])
-        return Group([request for request, _ in part], prompts, room)
+        prompts, shape = self._packer.pack([example for _, example in part])
+        return Group([request for request, _ in part], prompts, shape)
 
-    def answer(self, request: Request, texts: list[str]) -> None:
+    def answer(self, request: GenerationRequest, texts: list[str]) -> None:
         self._answers[request.batch][request.position] = texts
 
     def answered_batches(self) -> Iterator[list[list[str]]]:
@@ -115,7 +115,7 @@ class Running:
         """
         self._params, self._layers, self._choice, self._program = params, layers, choice, program
         self._put, self._put_rows = put, put_rows
-        self._places: list[list[Request | None]] = [
+        self._places: list[list[GenerationRequest | None]] = [
             [None] * (places // program.groups) for _ in range(program.groups)
         ]
         self._state, self._cache = decoding.blank(prompts=places, program=program)
@@ -125,9 +125,9 @@ class Running:
         """Whether any answer is unfinished."""
         return any(request for group in self._places for request in group)
 
-    def outgrown(self, room: Room) -> bool:
+    def outgrown(self, shape: PackedShape) -> bool:
         """Whether prompts of this shape are too long for the cache."""
-        return room.prompt > self._program.prompt_slots
+        return shape.prompt > self._program.prompt_slots
 
     def has_room(self, prompts: int) -> bool:
         """Whether every group has places for `prompts` new ones."""
@@ -146,7 +146,7 @@ class Running:
         records = np.array([request.number for request in group.requests], np.uint32)
         numbers[: len(records)] = records[:, None] * samples + np.arange(samples, dtype=np.uint32)
         program = dataclasses.replace(
-            self._program, max_frame_patches=group.room.frame_patches or None
+            self._program, max_frame_patches=group.shape.frame_patches or None
         )
         self._state, self._cache = decoding.admit(
             self._params,
@@ -174,7 +174,7 @@ class Running:
             program=self._program,
         )
 
-    def collect(self) -> Iterator[tuple[Request, list[Tokens], bool]]:
+    def collect(self) -> Iterator[tuple[GenerationRequest, list[Tokens], bool]]:
         """Each request with its answers so far, and whether they are finished; its place is then
         free. Tokens after an answer's end token are meaningless."""
         state = jax.device_get({name: self._state[name] for name in READ})

@@ -38,8 +38,8 @@ from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.flags import Parser
 from saber_jax.hf import digests, peft, processor, tensors
 from saber_jax.hf.config import LAYOUTS, portable, to_hf
-from saber_jax.hf.load import PREFIX, Source, open_source
-from saber_jax.hf.names import Entry, entries, on_disk
+from saber_jax.hf.load import PREFIX, HfCheckpoint, open_checkpoint
+from saber_jax.hf.names import TensorEntry, entries, on_disk
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import manifest
@@ -92,7 +92,7 @@ def export_like(
     params: dict[str, Any],
     cfg: SaberConfig,
     out: str | Path,
-    source: Source,
+    source: HfCheckpoint,
     *,
     overwrite: bool = False,
 ) -> list[str]:
@@ -140,7 +140,7 @@ def _make_portable(path: Path) -> None:
 
 
 def _job_like(
-    params, entry: Entry | None, source: Source, tensor: tensors.Tensor
+    params, entry: TensorEntry | None, source: HfCheckpoint, tensor: tensors.Tensor
 ) -> Callable[[], np.ndarray]:
     """Our bytes for a tensor of the thinker, the source's own for any other."""
     if entry is None or source.tensors.get(entry.name) is not tensor:
@@ -148,7 +148,7 @@ def _job_like(
     return functools.partial(_convert, params, entry, tensor.dtype)
 
 
-def _check_source(params, cfg: SaberConfig, source: Source) -> None:
+def _check_source(params, cfg: SaberConfig, source: HfCheckpoint) -> None:
     ours, theirs = cfg.to_dict(), source.cfg.to_dict()
     ours["tokens"] = theirs["tokens"]
     manifest.check(
@@ -231,7 +231,7 @@ def _write_weights(
     return sums
 
 
-def _convert(params: dict[str, Any], entry: Entry, dtype: str) -> np.ndarray:
+def _convert(params: dict[str, Any], entry: TensorEntry, dtype: str) -> np.ndarray:
     array = on_disk(params, entry).astype(tensors.DTYPES[dtype], copy=False)
     return stream.contiguous(array)
 
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         params, cfg = stream.open_model(args.checkpoint)
         if args.source is not None:
-            source = open_source(args.source)
+            source = open_checkpoint(args.source)
             left_out = export_like(params, cfg, args.out, source, overwrite=args.overwrite)
             if left_out:
                 print(f"left out, being folders or other weights: {', '.join(left_out)}")

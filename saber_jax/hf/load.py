@@ -25,7 +25,7 @@ from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.flags import Parser
 from saber_jax.hf import tensors
 from saber_jax.hf.config import from_hf, thinker
-from saber_jax.hf.names import Entry, entries, from_disk
+from saber_jax.hf.names import TensorEntry, entries, from_disk
 from saber_jax.hf.tokenizer import check_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
@@ -40,7 +40,7 @@ DERIVED = (".inv_freq", "positional_embedding.positional_embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class HfCheckpoint:
     """A HuggingFace directory that passed all checks.
 
     `everything` has all tensors by their names there. `tensors` has the thinker's by their names in
@@ -53,7 +53,7 @@ class Source:
     tensors: Mapping[str, tensors.Tensor]
 
 
-def open_source(hf_dir: str | Path) -> Source:
+def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
     """Reads config and headers, without reading tensors.
 
     Raises FileNotFoundError if there is no config.json, saying what is there instead, and otherwise
@@ -79,35 +79,37 @@ def open_source(hf_dir: str | Path) -> Source:
     problems += _compare(expected, named, complete=not problems)
     if problems:
         raise ValueError(_report(directory, problems))
-    return Source(directory=directory, cfg=cfg, everything=found, tensors=named)
+    return HfCheckpoint(directory=directory, cfg=cfg, everything=found, tensors=named)
 
 
 def load_params(hf_dir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
     """Float32 NumPy parameters and the config of a checkpoint directory, all of it in memory.
 
-    Raises what `open_source` raises.
+    Raises what `open_checkpoint` raises.
     """
-    source = open_source(hf_dir)
+    source = open_checkpoint(hf_dir)
 
-    def read(entry: Entry) -> np.ndarray:
+    def read(entry: TensorEntry) -> np.ndarray:
         return source.tensors[entry.name].read().astype(np.float32)
 
     return from_disk(read, source.cfg), source.cfg
 
 
-def leaves(source: Source) -> dict[str, Any]:
+def leaves(source: HfCheckpoint) -> dict[str, Any]:
     """The parameters for `stream.save`, in the dtype that they have on disk, not yet read."""
-    parts: dict[tuple[str, ...], list[Entry]] = {}
+    parts: dict[tuple[str, ...], list[TensorEntry]] = {}
     for entry in entries(source.cfg).values():
         parts.setdefault(entry.path, []).append(entry)
 
-    def leaf(path, abstract: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> stream.Leaf:
+    def leaf(
+        path, abstract: jax.ShapeDtypeStruct, axes: tuple[str, ...]
+    ) -> stream.StreamedParameter:
         made_of = parts[tuple(key.key for key in path)]
         found = [source.tensors[entry.name] for entry in made_of]
         # Layers of several dtypes are stacked in one that holds all of their values.
         dtype = functools.reduce(np.promote_types, [tensors.DTYPES[t.dtype] for t in found])
         pieces = [_piece(*pair, np.dtype(dtype)) for pair in zip(made_of, found, strict=True)]
-        return stream.Leaf(
+        return stream.StreamedParameter(
             shape=abstract.shape, dtype=np.dtype(dtype), axes=axes, pieces=tuple(pieces)
         )
 
@@ -115,7 +117,7 @@ def leaves(source: Source) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(leaf, saber.abstract(cfg), saber.axes(cfg))
 
 
-def _piece(entry: Entry, tensor: tensors.Tensor, dtype: np.dtype) -> stream.Piece:
+def _piece(entry: TensorEntry, tensor: tensors.Tensor, dtype: np.dtype) -> stream.Piece:
     return stream.Piece(
         layer=entry.layer,
         nbytes=tensor.nbytes,
@@ -184,7 +186,7 @@ def _tied(config: Mapping[str, Any]) -> bool:
 
 
 def _compare(
-    expected: Mapping[str, Entry], found: Mapping[str, tensors.Tensor], *, complete: bool
+    expected: Mapping[str, TensorEntry], found: Mapping[str, tensors.Tensor], *, complete: bool
 ) -> list[str]:
     problems = []
     if complete:
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out} exists and is no checkpoint. Give --out a new name.", file=sys.stderr)
         return 1
     try:
-        source = open_source(args.hf_dir)
+        source = open_checkpoint(args.hf_dir)
         tokenizer = load_tokenizer(args.hf_dir)
         check_tokenizer(tokenizer, source.cfg)
     except (FileNotFoundError, ValueError) as error:

@@ -93,7 +93,7 @@ TOWERS = {"vision": ("visual.", VISION), "audio": ("audio_tower.", AUDIO), "text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class TensorEntry:
     """One tensor on disk: its name and shape there, and where it belongs in our tree."""
 
     name: str
@@ -114,12 +114,12 @@ class Entry:
         return rearrange(array, f"{ours} -> {disk}", **_used(self.sizes, ours))
 
 
-def entries(cfg: SaberConfig) -> dict[str, Entry]:
+def entries(cfg: SaberConfig) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint, by its name without the prefix `thinker.`."""
     return {entry.name: entry for tower in TOWERS for entry in _tower_entries(cfg, tower)}
 
 
-def on_disk(params: Mapping[str, Any], entry: Entry) -> np.ndarray:
+def on_disk(params: Mapping[str, Any], entry: TensorEntry) -> np.ndarray:
     """One tensor of a checkpoint in its layout there, a view where that is possible.
 
     `params` holds arrays, or objects that read when indexed (train/stream.py).
@@ -128,13 +128,15 @@ def on_disk(params: Mapping[str, Any], entry: Entry) -> np.ndarray:
     return entry.disk(np.asarray(leaf[... if entry.layer is None else entry.layer]))
 
 
-def to_disk(params: Mapping[str, Any], cfg: SaberConfig) -> Iterator[tuple[Entry, np.ndarray]]:
+def to_disk(
+    params: Mapping[str, Any], cfg: SaberConfig
+) -> Iterator[tuple[TensorEntry, np.ndarray]]:
     """Every tensor of a checkpoint in its layout there, one at a time."""
     for entry in entries(cfg).values():
         yield entry, on_disk(params, entry)
 
 
-def from_disk(read: Callable[[Entry], np.ndarray], cfg: SaberConfig) -> dict[str, Any]:
+def from_disk(read: Callable[[TensorEntry], np.ndarray], cfg: SaberConfig) -> dict[str, Any]:
     """Our tree of float32 arrays, given a function that reads one tensor of a checkpoint."""
     tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), saber.abstract(cfg))
     for entry in entries(cfg).values():
@@ -143,7 +145,7 @@ def from_disk(read: Callable[[Entry], np.ndarray], cfg: SaberConfig) -> dict[str
     return tree
 
 
-def _tower_entries(cfg: SaberConfig, tower: str) -> Iterator[Entry]:
+def _tower_entries(cfg: SaberConfig, tower: str) -> Iterator[TensorEntry]:
     prefix, table = TOWERS[tower]
     sizes, shapes = _sizes(cfg, tower), saber.abstract(cfg)[tower]
     for name, (path, pattern) in table.items():
@@ -152,7 +154,7 @@ def _tower_entries(cfg: SaberConfig, tower: str) -> Iterator[Entry]:
         layers = range(shape[0]) if "{i}" in name else [None]
         one = shape[1:] if "{i}" in name else shape
         for layer in layers:
-            entry = Entry(
+            entry = TensorEntry(
                 name=prefix + name.replace("{i}", str(layer)),
                 shape=(),
                 path=(tower, *keys),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from saber_jax.hf import digests, tensors
-from saber_jax.hf.names import Entry, entries
+from saber_jax.hf.names import TensorEntry, entries
 from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
 from saber_jax.train import checkpoint, saved, stream
@@ -84,7 +84,7 @@ def _base(workdir: str | Path, described: dict[str, str]) -> str:
     return source
 
 
-def _layer(entry: Entry):
+def _layer(entry: TensorEntry):
     return ... if entry.layer is None else entry.layer
 
 

@@ -105,7 +105,7 @@ class Conv(nnx.Module):
         return project("CTWM,WMD->CTD", jnp.stack(taps, axis=2), self.w, self.b)
 
 
-class Audio(nnx.Module):
+class AudioTower(nnx.Module):
     """The tower."""
 
     def __init__(self, cfg: AudioConfig, *, rngs: nnx.Rngs):

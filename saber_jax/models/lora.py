@@ -26,14 +26,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from saber_jax.batch import Inputs
+from saber_jax.batch import NetworkInputs
 from saber_jax.models.config import LoraConfig
 from saber_jax.models.parameters import AXES, IN_AXES, ROLE, Kind, Role
 from saber_jax.models.shards import SHARDS, all_gather_weight, shards_of
 
 ADAPTERS = "lora"
 
-Rows = TypeVar("Rows", bound=Inputs)
+Rows = TypeVar("Rows", bound=NetworkInputs)
 
 
 class Adapted(nnx.Module):
@@ -63,7 +63,7 @@ class Adapted(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
+class LoraMatrix:
     """One of the two matrices; stacked over layers like the weight it belongs to."""
 
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Leaf:
     zero: bool
 
 
-def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[str, Leaf]]:
+def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[str, LoraMatrix]]:
     """Name of a weight -> its `a` and `b`, for every weight that matches `cfg.targets`.
 
     Raises ValueError naming a pattern that matches no weight of a linear layer.
@@ -91,7 +91,7 @@ def plan(weights: Mapping[str, nnx.Param], cfg: LoraConfig) -> dict[str, dict[st
     return {name: _leaves(linear[name], cfg.rank) for name in linear if name in chosen}
 
 
-def _leaves(w: nnx.Param, rank: int) -> dict[str, Leaf]:
+def _leaves(w: nnx.Param, rank: int) -> dict[str, LoraMatrix]:
     axes, split = w.get_metadata(AXES), w.get_metadata(IN_AXES)
     role = dataclasses.replace(w.get_metadata(ROLE), kind=Kind.ADAPTER)
     layers = w.ndim - len(axes)
@@ -101,12 +101,16 @@ def _leaves(w: nnx.Param, rank: int) -> dict[str, Leaf]:
     a = (*stack, *axes[:split], "rank")
     b = (*stack, "rank", *axes[split:])
     return {
-        "a": Leaf(shape=(*stacked, *into, rank), axes=a, inputs=inputs, role=role, zero=False),
-        "b": Leaf(shape=(*stacked, rank, *out), axes=b, inputs=inputs, role=role, zero=True),
+        "a": LoraMatrix(
+            shape=(*stacked, *into, rank), axes=a, inputs=inputs, role=role, zero=False
+        ),
+        "b": LoraMatrix(shape=(*stacked, rank, *out), axes=b, inputs=inputs, role=role, zero=True),
     }
 
 
-def tree(planned: Mapping[str, Mapping[str, Leaf]], make: Callable[[Leaf], Any]) -> dict[str, Any]:
+def tree(
+    planned: Mapping[str, Mapping[str, LoraMatrix]], make: Callable[[LoraMatrix], Any]
+) -> dict[str, Any]:
     """The nested subtree with `make(leaf)` at every leaf."""
     root: dict[str, Any] = {}
     for name, leaves in planned.items():
@@ -117,11 +121,11 @@ def tree(planned: Mapping[str, Mapping[str, Leaf]], make: Callable[[Leaf], Any])
     return root
 
 
-def init(planned: Mapping[str, Mapping[str, Leaf]], key: Key[Array, ""]) -> dict[str, Any]:
+def init(planned: Mapping[str, Mapping[str, LoraMatrix]], key: Key[Array, ""]) -> dict[str, Any]:
     """B of zeros; A uniform within inputs**-0.5, as in the authors' https://github.com/microsoft/LoRA."""
     number = iter(range(2 * len(planned)))
 
-    def draw(leaf: Leaf) -> Array:
+    def draw(leaf: LoraMatrix) -> Array:
         own = jax.random.fold_in(key, next(number))
         if leaf.zero:
             return jnp.zeros(leaf.shape, jnp.float32)
@@ -135,7 +139,7 @@ def attach(
     model: nnx.Module,
     name: str,
     adapter: Mapping[str, Array],
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, LoraMatrix],
     cfg: LoraConfig,
     mesh: Mesh | None,
     keys: Key[Array, "*layers B"] | None,
@@ -173,11 +177,11 @@ def keyed(batch: Rows, cfg: LoraConfig | None, seed: int, step: Int[Array, ""]) 
 
 
 def keys_of(
-    planned: Mapping[str, Mapping[str, Leaf]], rows: Key[Array, " B"]
+    planned: Mapping[str, Mapping[str, LoraMatrix]], rows: Key[Array, " B"]
 ) -> dict[str, Key[Array, "*layers B"]]:
     """Separate keys for every adapter (by the name of its weight), layer and row."""
 
-    def draw(number: int, leaf: Leaf) -> Key[Array, "*layers B"]:
+    def draw(number: int, leaf: LoraMatrix) -> Key[Array, "*layers B"]:
         layers = leaf.shape[: leaf.axes.count("layers")]
 
         def one(row):

@@ -16,18 +16,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from saber_jax import sharding
-from saber_jax.batch import Inputs, Prompts
+from saber_jax.batch import NetworkInputs, Prompts
 from saber_jax.models import lora
-from saber_jax.models.audio import Audio
+from saber_jax.models.audio import AudioTower
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.masks import packed_text
 from saber_jax.models.parameters import ROLE, logical_axes
 from saber_jax.models.remat import Remat
 from saber_jax.models.shards import all_gather_table, lookup, mark
-from saber_jax.models.text import Block, Cache, Text, of_layer
+from saber_jax.models.text import Block, Cache, TextTower, of_layer
 from saber_jax.models.tiles import tile
-from saber_jax.models.vision import Vision
+from saber_jax.models.vision import VisionTower
 from saber_jax.tree import flatten
 
 Params = dict[str, Any]
@@ -41,9 +41,9 @@ class Saber(nnx.Module):
     """The three towers."""
 
     def __init__(self, cfg: SaberConfig, *, rngs: nnx.Rngs):
-        self.vision = Vision(cfg.vision, rngs=rngs)
-        self.audio = Audio(cfg.audio, rngs=rngs)
-        self.text = Text(cfg.text, rngs=rngs)
+        self.vision = VisionTower(cfg.vision, rngs=rngs)
+        self.audio = AudioTower(cfg.audio, rngs=rngs)
+        self.text = TextTower(cfg.text, rngs=rngs)
 
 
 def init(cfg: SaberConfig, key: Key[Array, ""]) -> Params:
@@ -116,7 +116,7 @@ def roles(cfg: SaberConfig) -> Params:
 def _described(
     cfg: SaberConfig,
     of_param: Callable[[nnx.Param], Any],
-    of_adapter: Callable[[lora.Leaf], Any],
+    of_adapter: Callable[[lora.LoraMatrix], Any],
 ) -> Params:
     state = nnx.state(_blank(cfg, None), nnx.Param)
     tree = nnx.to_pure_dict(jax.tree.map(of_param, state, is_leaf=_is_param))
@@ -133,7 +133,7 @@ def specs(params: Params, cfg: SaberConfig, mesh: Mesh) -> Params:
 
 def hidden(
     params: Params,
-    batch: Inputs,
+    batch: NetworkInputs,
     cfg: SaberConfig,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -293,7 +293,7 @@ def _blank(cfg: SaberConfig, mesh: Mesh | None) -> Saber:
 
 
 @functools.lru_cache(maxsize=8)
-def _plan(cfg: SaberConfig) -> dict[str, dict[str, lora.Leaf]]:
+def _plan(cfg: SaberConfig) -> dict[str, dict[str, lora.LoraMatrix]]:
     """Every adapter of `cfg.lora`, by the name of its weight."""
     if cfg.lora is None:
         raise ValueError("This model has no adapters: its config has lora=None.")
@@ -352,7 +352,7 @@ def _local(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeSt
 
 def _embed(
     model: Saber,
-    batch: Inputs,
+    batch: NetworkInputs,
     dtype: DTypeLike,
     remat: Remat,
     max_frame_patches: int | None,

@@ -145,7 +145,7 @@ class Block(nnx.Module):
         return x, LayerCache(prompt_k=prompt[0], prompt_v=prompt[1], k=k, v=v)
 
 
-class Text(nnx.Module):
+class TextTower(nnx.Module):
     """The tower."""
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):

@@ -121,7 +121,7 @@ class Merger(nnx.Module):
         return project("BUF,FO->BUO", x, self.w_out, self.b_out)
 
 
-class Vision(nnx.Module):
+class VisionTower(nnx.Module):
     """The tower."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs):

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 
 from saber_jax.runs import private
-from saber_jax.runs.timeline import PHASES, Timeline
+from saber_jax.runs.phases import PHASES, PhaseClock
 
 STALLED = 70
 """Exit status of a run that was ended because it made no progress (EX_SOFTWARE)."""
@@ -38,7 +38,7 @@ STACKS_SECONDS = 15.0
 LAST_SECONDS = 1.0
 
 
-class Board:
+class SharedStore:
     """Short texts that all hosts can read, by key. In one process it is a dict."""
 
     def __init__(self):
@@ -76,7 +76,7 @@ class Progress:
 
 
 class Watchdog:
-    """Watches `timeline`. `least_seconds` is the minimum time in one phase that counts as a stall,
+    """Watches `clock`. `least_seconds` is the minimum time in one phase that counts as a stall,
     even if steps are fast; with 0 nothing is watched, but hosts still report their times."""
 
     def __init__(
@@ -87,11 +87,11 @@ class Watchdog:
         every: float = EVERY_SECONDS,
         leave: Callable[[int], object] = os._exit,
     ):
-        self.timeline = Timeline()
+        self.clock = PhaseClock()
         self._folder = Path(workdir) / "stacks"
         self._least, self._every, self._leave = least_seconds, every, leave
         self._host, self._count = jax.process_index(), jax.process_count()
-        self._board = Board()
+        self._store = SharedStore()
         self._hosts: dict[int, Progress] = {}
         self._ended = threading.Event()
         self._paused = 0.0
@@ -129,7 +129,7 @@ class Watchdog:
             before = now
             try:
                 self._tell()
-                alarms = self._board.read("alarm")
+                alarms = self._store.read("alarm")
             except Exception as error:  # The first host, which keeps the store, may be gone.
                 if self._ended.is_set():
                     return
@@ -141,30 +141,30 @@ class Watchdog:
                 return
 
     def _tell(self) -> None:
-        phase, step, seconds = self.timeline.now()
-        progress = Progress(step, phase, seconds, *(self.timeline.medians() or ()))
-        self._board.put("progress", self._host, json.dumps(dataclasses.asdict(progress)))
+        phase, step, seconds = self.clock.now()
+        progress = Progress(step, phase, seconds, *(self.clock.medians() or ()))
+        self._store.put("progress", self._host, json.dumps(dataclasses.asdict(progress)))
         if self._host == 0:
             self._hosts = self._read_progress()
 
     def _read_progress(self) -> dict[int, Progress]:
-        told = self._board.read("progress")
+        told = self._store.read("progress")
         return {host: Progress(**json.loads(text)) for host, text in told.items()}
 
     def _limit(self, phase: str) -> float:
-        medians = self.timeline.medians()
+        medians = self.clock.medians()
         if phase in ("input", "step") and medians is not None:
             return max(self._least, MEDIANS * medians[0])
         return max(self._least, LONG_SECONDS)
 
     def _stall(self) -> str:
         """Why this host counts as stalled; "" if it does not."""
-        phase, step, seconds = self.timeline.now()
+        phase, step, seconds = self.clock.now()
         limit = self._limit(phase)
         seconds = min(seconds, time.monotonic() - self._paused)
         if not self._least or seconds < limit:
             return ""
-        medians = self.timeline.medians()
+        medians = self.clock.medians()
         usual = f", where a whole step takes {medians[0]:.1f} s" if medians else ""
         return (
             f"host {self._host} has been in phase {phase!r} of step {step} for {seconds:.0f} s"
@@ -174,10 +174,10 @@ class Watchdog:
     def _alarm(self, reason: str) -> None:
         """Writes the stacks of all hosts, names the slowest host, and exits."""
         with contextlib.suppress(Exception):
-            self._board.put("alarm", self._host, reason)
+            self._store.put("alarm", self._host, reason)
         self._write_stacks()
         with contextlib.suppress(Exception):
-            self._board.put("stacks", self._host, "written")
+            self._store.put("stacks", self._host, "written")
         # The watchdogs of these hosts do not respond either.
         silent = self._wait_for("stacks", list(range(self._count)))
         print(f"watchdog: no progress: {reason}.", file=sys.stderr)
@@ -197,7 +197,7 @@ class Watchdog:
             time.sleep(LAST_SECONDS)
         else:
             with contextlib.suppress(Exception):
-                self._board.put("left", self._host, "yes")
+                self._store.put("left", self._host, "yes")
         self._leave(STALLED)
 
     def _write_stacks(self) -> None:
@@ -216,7 +216,7 @@ class Watchdog:
         missing, deadline = hosts, time.monotonic() + STACKS_SECONDS
         with contextlib.suppress(Exception):
             while missing and time.monotonic() < deadline:
-                there = self._board.read(folder)
+                there = self._store.read(folder)
                 missing = [host for host in hosts if host not in there]
                 time.sleep(0.2 if missing else 0)
         return missing

@@ -10,13 +10,13 @@ import jax
 from saber_jax.batch import Batch
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.runs.distributed import Preemption
-from saber_jax.runs.timeline import Attempt, Timeline
+from saber_jax.runs.phases import Attempt, PhaseClock
 from saber_jax.train.best import Best
 from saber_jax.train.checkpoint import Checkpoints
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.nonfinite import MUST_BE_FINITE, NonFinite
 from saber_jax.train.profile import Profile
-from saber_jax.train.progress import Console, Counts, Course, Meter
+from saber_jax.train.progress import Console, Counts, Meter, StepSchedule
 from saber_jax.train.step import Metrics, TrainState
 from saber_jax.train.validate import Validation
 
@@ -27,7 +27,7 @@ class Preempted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Observers:
-    """Everything that observes a run: metric files, console, meter, profiler, and the timeline that
+    """Everything that observes a run: metric files, console, meter, profiler, and the clock that
     the watchdog reads. `hosts` gives metrics of all hosts, `attempt` is written by one of them, and
     `nonfinite` handles steps with non-finite values. `best` keeps the best weights and decides
     when to end early."""
@@ -38,9 +38,9 @@ class Observers:
     profile: Profile
     batches: GlobalBatches
     nonfinite: NonFinite
-    timeline: Timeline = dataclasses.field(default_factory=Timeline)
+    clock: PhaseClock = dataclasses.field(default_factory=PhaseClock)
     attempt: Attempt | None = None
-    course: Course | None = None
+    schedule: StepSchedule | None = None
     hosts: Callable[[], dict[str, float]] = dict
     best: Best | None = None
 
@@ -58,9 +58,9 @@ class Observers:
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {"seconds": seconds, "input_wait": waited}
         values |= self.meter.measure(counted, seconds) | self.hosts()
-        if self.course is not None:
+        if self.schedule is not None:
             examples = round(values["speed/examples_per_second"] * seconds)
-            values |= self.course.after(step, examples)
+            values |= self.schedule.after(step, examples)
         self.writer.write(step, values)
         self.console.add(step, values)
         if values["left_out"]:  # The same number in every process.
@@ -69,7 +69,7 @@ class Observers:
     def validate(self, validation: Validation, state: TrainState, step: int) -> bool:
         """Runs validation on the weights after `step` steps and reports its metrics. Returns
         whether the run should end early."""
-        self.timeline.at("validate")
+        self.clock.enter("validate")
         values = validation.run(state, step)
         self.writer.write(step, values)
         return self.best is not None and self.best.seen(values, state, step)
@@ -99,7 +99,7 @@ def run(
     """
 
     def save(done: int) -> None:
-        observers.timeline.at("save")
+        observers.clock.enter("save")
         # A resumed run keeps the metrics up to its checkpoint, so they come first.
         observers.writer.sync()
         about = {"step": done, "data": observers.batches.state()}
@@ -124,17 +124,17 @@ def run(
                     return state
                 clock = time.perf_counter()
             waiting = time.perf_counter()
-            observers.timeline.at("input", step)
+            observers.clock.enter("input", step)
             batch = next(observers.batches)
             waited = time.perf_counter() - waiting
             # The first step compiles, and so does the first probe.
-            observers.timeline.at("compile" if step == first else "step")
+            observers.clock.enter("compile" if step == first else "step")
             with observers.profile.step(step):
                 counted = observers.meter.count(batch)
                 state, metrics = step_fn(state, batch)
                 if probe is not None and step % probe_every == 0:
                     metrics |= probe(state, batch)
-            observers.timeline.at("step")
+            observers.clock.enter("step")
             # Fetching this step's metrics here would make the device wait for the host.
             if pending is not None:
                 observers.report(*pending)

@@ -47,9 +47,9 @@ class MetricsWriter:
         # again on every write.
         self._file = path.open("ab", buffering=0)
         # Imported here: it imports torch where that is installed, which takes seconds.
-        from saber_jax.train.board import Board
+        from saber_jax.train.tensorboard import TensorBoardWriter
 
-        self._board = Board(Path(workdir) / "tensorboard", start)
+        self._tensorboard = TensorBoardWriter(Path(workdir) / "tensorboard", start)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self._active:
@@ -57,7 +57,7 @@ class MetricsWriter:
         with self._dropping():
             self._append(json_line({"step": step, **values}).encode())
         for name, value in values.items():
-            self._board.scalar(step, name if "/" in name else f"train/{name}", value)
+            self._tensorboard.scalar(step, name if "/" in name else f"train/{name}", value)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -74,14 +74,14 @@ class MetricsWriter:
     def text(self, step: int, name: str, text: str) -> None:
         """Writes text to TensorBoard, indented because TensorBoard renders Markdown."""
         if self._active:
-            self._board.text(step, name, "    " + text.replace("\n", "\n    "))
+            self._tensorboard.text(step, name, "    " + text.replace("\n", "\n    "))
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         if not self._active:
             return
         for name, numbers in values.items():
             if np.size(numbers):
-                self._board.histogram(step, name, np.asarray(numbers, np.float32))
+                self._tensorboard.histogram(step, name, np.asarray(numbers, np.float32))
 
     def weights(self, step: int, params: Mapping[str, jax.Array]) -> None:
         """Histograms of parameters, by name, from at most MOST_SAMPLED entries of each.
@@ -95,7 +95,7 @@ class MetricsWriter:
         if self._active:
             with self._dropping():
                 self._file.close()
-            self._board.close()
+            self._tensorboard.close()
             self._dropped.close()
             if self._wandb:
                 self._wandb.finish()

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from saber_jax.data.quarantine import Entry
+from saber_jax.data.quarantine import LeftOut
 from saber_jax.runs.console import log, warn
 from saber_jax.runs.files import read_jsonl, write_jsonl
 
@@ -45,7 +45,7 @@ class NonFinite:
     workdir: Path
     policy: str
     limit: int
-    records: Callable[[int], Iterable[Entry]] = lambda step: ()
+    records: Callable[[int], Iterable[LeftOut]] = lambda step: ()
 
     def __post_init__(self):
         if self.policy not in POLICIES:
@@ -118,10 +118,10 @@ def skipping(step_fn: Callable) -> Callable:
     return step
 
 
-def left_out(workdir: Path) -> list[Entry]:
+def left_out(workdir: Path) -> list[LeftOut]:
     """Records that were left out of this run by rollbacks."""
     lines = [line for line in _lines(workdir) if line["done"] == "rollback"]
-    return [Entry(**entry) for line in lines for entry in line["records"]]
+    return [LeftOut(**entry) for line in lines for entry in line["records"]]
 
 
 def _lines(workdir: Path) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def _lines(workdir: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.exists() else []
 
 
-def _names(entries: list[Entry]) -> str:
+def _names(entries: list[LeftOut]) -> str:
     named = [f"{e.clip_id or e.index} ({e.file})" for e in entries[:NAMED]]
     more = f" and {len(entries) - NAMED} more, see {FILE}" if len(entries) > NAMED else ""
     return ", ".join(named) + more if named else "no record"

@@ -27,7 +27,7 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.remat import Remat
 from saber_jax.train import head, losses
 from saber_jax.train.losses import WeightedSums, masked_sum, of_pair
-from saber_jax.train.preference import Pairs, Preference, Scores, cadpo_loss
+from saber_jax.train.preference import ChosenRejected, PairData, Preference, cadpo_loss
 
 EVIDENCE = {
     "visual": ("video_desc", "facial_exp_desc", "body_lang_desc"),
@@ -232,14 +232,14 @@ def cadpo_objective(
     """Stage 2, CA-DPO, summed over pairs, with the reference log-probs from the batch."""
     log_probs = target_log_probs(params, batch, cfg, compute)
     score = functools.partial(pair_scores, batch, length_alpha=options.length_alpha)
-    policy: dict[View, Scores] = {"whole": score(log_probs)}
+    policy: dict[View, ChosenRejected] = {"whole": score(log_probs)}
     for modality in options.policy_views:
         policy[modality] = score(_without(modality, params, batch, cfg, compute, options))
-    reference: dict[View, Scores] = {
+    reference: dict[View, ChosenRejected] = {
         view: score(batch.targets.reference[:, VIEWS.index(view)])
         for view in options.reference_views
     }
-    pairs = Pairs(
+    pairs = PairData(
         kappa=batch.pairs.kappa,
         ignored=batch.pairs.ignored,
         lengths=response_lengths(batch),
@@ -271,12 +271,14 @@ def _without(
     return target_log_probs(params, batch, cfg, compute)
 
 
-def response_lengths(batch: Batch) -> Scores:
+def response_lengths(batch: Batch) -> ChosenRejected:
     """Tokens of each response, the end token included."""
     return pair_scores(batch, batch.targets.weights)
 
 
-def pair_scores(batch: Batch, values: Float[Array, "B T"], *, length_alpha: float = 1.0) -> Scores:
+def pair_scores(
+    batch: Batch, values: Float[Array, "B T"], *, length_alpha: float = 1.0
+) -> ChosenRejected:
     """Sums of the targets' log-probabilities over each response, weighted by LD-DPO's alpha."""
     segments, branch = batch.targets.segment, batch.targets.branch
     values = jnp.where(batch.targets.weights > 0, values, 0.0)
@@ -288,10 +290,12 @@ def pair_scores(batch: Batch, values: Float[Array, "B T"], *, length_alpha: floa
         )
     pairs = batch.pairs.valid.shape[1]
     chosen, rejected = losses.response_sums(values, segments, branch, pairs)
-    return Scores(chosen=chosen, rejected=rejected)
+    return ChosenRejected(chosen=chosen, rejected=rejected)
 
 
-def reward_metrics(policy: Scores, reference: Scores, batch: Batch, beta: float) -> WeightedSums:
+def reward_metrics(
+    policy: ChosenRejected, reference: ChosenRejected, batch: Batch, beta: float
+) -> WeightedSums:
     """Metrics of rewards, which are beta rho. Margins and accuracies are also given by conflict
     type; `consistent` is the type "none"."""
     rho = policy - reference

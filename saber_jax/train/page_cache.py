@@ -51,7 +51,7 @@ def write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
         _settle(file.fileno())
 
 
-class Passing:
+class PageDropper:
     """Drops the pages of a directory's files regularly while they are read or written."""
 
     def __init__(self, directory: Path):

@@ -129,7 +129,7 @@ class Preference:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
+class ChosenRejected:
     """log pi of the chosen and of the rejected response."""
 
     chosen: Float[Array, "B P"]
@@ -140,13 +140,15 @@ class Scores:
         """l(c)."""
         return self.chosen - self.rejected
 
-    def __sub__(self, other: "Scores") -> "Scores":
-        return Scores(chosen=self.chosen - other.chosen, rejected=self.rejected - other.rejected)
+    def __sub__(self, other: "ChosenRejected") -> "ChosenRejected":
+        return ChosenRejected(
+            chosen=self.chosen - other.chosen, rejected=self.rejected - other.rejected
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs:
+class PairData:
     """Data of each pair besides its log-probabilities.
 
     `lengths` counts tokens; `ignored` indexes IGNORED; `chosen_nll` is -log pi_theta(y_w|c) of all
@@ -155,14 +157,14 @@ class Pairs:
 
     kappa: Float[Array, "B P"]
     ignored: Int[Array, "B P"]
-    lengths: Scores
+    lengths: ChosenRejected
     chosen_nll: Float[Array, "B P"]
 
 
 def cadpo_loss(
-    policy: Mapping[View, Scores],
-    reference: Mapping[View, Scores],
-    pairs: Pairs,
+    policy: Mapping[View, ChosenRejected],
+    reference: Mapping[View, ChosenRejected],
+    pairs: PairData,
     options: Preference,
 ) -> tuple[Float[Array, "B P"], dict[str, Float[Array, "B P"]]]:
     """The loss of each pair, and each of its terms that is on, before weights are applied.
@@ -189,10 +191,10 @@ def cadpo_loss(
 
 
 def preference(
-    rho: Scores,
-    policy: Mapping[View, Scores],
-    reference: Mapping[View, Scores],
-    pairs: Pairs,
+    rho: ChosenRejected,
+    policy: Mapping[View, ChosenRejected],
+    reference: Mapping[View, ChosenRejected],
+    pairs: PairData,
     options: Preference,
 ) -> Float[Array, "B P"]:
     """The term that compares the two responses, in the form that `options` names."""
@@ -229,7 +231,7 @@ def robust(z: Float[Array, "B P"], label_smoothing: float) -> Float[Array, "B P"
     return (-(1 - e) * jax.nn.log_sigmoid(z) + e * jax.nn.log_sigmoid(-z)) / (1 - 2 * e)
 
 
-def ipo(rho: Scores, lengths: Scores, beta: float) -> Float[Array, "B P"]:
+def ipo(rho: ChosenRejected, lengths: ChosenRejected, beta: float) -> Float[Array, "B P"]:
     """IPO, eq. 17 of https://arxiv.org/abs/2310.12036 with tau = beta, on per-token averages.
 
     (rho(y_w)/|y_w| - rho(y_l)/|y_l| - 1/(2 beta))^2. The paper's equation has sums, whose scale
@@ -291,7 +293,7 @@ def anchor(rho_chosen: Float[Array, "B P"], beta: float) -> Float[Array, "B P"]:
 
 
 def decoupling(
-    policy: Mapping[View, Scores], ignored: Int[Array, "B P"], options: Preference
+    policy: Mapping[View, ChosenRejected], ignored: Int[Array, "B P"], options: Preference
 ) -> Float[Array, "B P"]:
     """MoD-DPO's addition to beta Delta (https://arxiv.org/abs/2603.03192), sg = stop-gradient:
 

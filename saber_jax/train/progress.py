@@ -61,7 +61,7 @@ class Meter:
         return result if share is None else result | {"speed/mfu": share}
 
 
-class Course:
+class StepSchedule:
     """The learning rate and epoch of each step, under TRL's names."""
 
     def __init__(

@@ -29,13 +29,13 @@ from saber_jax.batch import Batch
 from saber_jax.data.examples import Example
 from saber_jax.data.steps import Rows
 from saber_jax.data.withhold import VIEWS, View
-from saber_jax.inputs import Inputs
+from saber_jax.inputs import RunInputs
 from saber_jax.models import saber
 from saber_jax.runs import manifest
 from saber_jax.runs.console import warn
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
-from saber_jax.runs.timeline import Timeline
+from saber_jax.runs.phases import PhaseClock
 from saber_jax.train.stage import Stage
 
 KEY_BYTES = 16
@@ -43,7 +43,7 @@ FLUSH_SECONDS = 30  # Interrupting the computation loses at most this much work.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class ReferenceInputs:
     """Everything except the pair itself that reference log-probs depend on.
 
     `weights` from `start.weights_digest`, `processor` from `processor_digest`; `tokens` is a digest
@@ -75,7 +75,7 @@ class Cache:
     """The log-probs of one view, by pair key. Only the first process reads and writes files, so
     that hosts with separate disks agree; `complete` sends the contents to the others."""
 
-    def __init__(self, folder: Path, view: View, source: Source):
+    def __init__(self, folder: Path, view: View, source: ReferenceInputs):
         """Opens or creates FOLDER/VIEW. Raises ValueError, naming the difference, if it was
         computed from other inputs."""
         self.folder, self.view = folder / view, view
@@ -200,11 +200,11 @@ def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -
     cache.values |= {key: part for key, part, real in zip(keys, parts, held, strict=True) if real}
 
 
-def source_of(inputs: Inputs, weights: str, dtype: str) -> Source:
+def reference_inputs(inputs: RunInputs, weights: str, dtype: str) -> ReferenceInputs:
     """What log-probs of `inputs` depend on besides the pairs. It does not change if pairs are added
     or removed, but with the mixture of records. `weights` is the digest of the reference."""
     examples = inputs.examples
-    return Source(
+    return ReferenceInputs(
         weights=weights,
         processor=processor_digest(examples.probes()),
         tokens=fingerprint(inputs.tokenizer.path.parent, inputs.tokenizer.path.name),
@@ -217,17 +217,17 @@ def with_references(
     config: ConfigDict,
     weights: str,
     params: Callable[[], dict],
-    inputs: Inputs,
+    inputs: RunInputs,
     stage: Stage,
-    timeline: Timeline,
-) -> Inputs:
+    clock: PhaseClock,
+) -> RunInputs:
     """`inputs` with the reference log-probs of its pairs, in the views that the stage needs.
 
     Log-probs that config.reference lacks are computed with the starting weights, whose digest is
     `weights`. `params` loads them, and is called only if some are missing.
     """
     usable = inputs.usable
-    source = source_of(inputs, weights, stage.compute.dtype)
+    source = reference_inputs(inputs, weights, stage.compute.dtype)
     keys = [inputs.examples.key(i) for i in range(len(inputs.examples))]
     # The cache numbers only the usable pairs.
     number = {int(i): n for n, i in enumerate(usable)}
@@ -236,7 +236,7 @@ def with_references(
         step = stage.reference_step(view)
 
         def of_batch(batch: Batch) -> Float[Array, "B T"]:
-            timeline.at("start")  # Tells the watchdog that there is progress.
+            clock.enter("start")  # Tells the watchdog that there is progress.
             # New adapters do not change the output, so the base alone is the reference.
             return step(saber.without_lora(params()), batch)
 

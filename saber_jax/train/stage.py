@@ -32,7 +32,7 @@ from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
-from saber_jax.train.validate import Measured, measure_pairs, measure_sections
+from saber_jax.train.validate import BatchSums, measure_pairs, measure_sections
 from saber_jax.tree import flatten, merge
 
 
@@ -77,10 +77,10 @@ class Stage(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def measure(self, params: dict, batch: Batch) -> Measured:
+    def measure(self, params: dict, batch: Batch) -> BatchSums:
         """The sums that validation adds up over the held-out examples, see train/validate.py."""
 
-    def measurement(self) -> Callable[[TrainState[Array], Batch], Measured]:
+    def measurement(self) -> Callable[[TrainState[Array], Batch], BatchSums]:
         """The jitted `measure`."""
         everywhere = sharding.replicated(self.mesh)
         return jax.jit(lambda s, batch: self.measure(s.params, batch), out_shardings=everywhere)
@@ -134,7 +134,7 @@ class Sed(Stage):
             state, batch, cfg=self.cfg, compute=self.compute, tx=self.tx, seed=self.seed
         )
 
-    def measure(self, params: dict, batch: Batch) -> Measured:
+    def measure(self, params: dict, batch: Batch) -> BatchSums:
         return measure_sections(params, batch, self.cfg, self.compute)
 
 
@@ -161,7 +161,7 @@ class CaDpo(Stage):
     def reference_views(self) -> tuple[View, ...]:
         return self.preference.reference_views
 
-    def measure(self, params: dict, batch: Batch) -> Measured:
+    def measure(self, params: dict, batch: Batch) -> BatchSums:
         return measure_pairs(params, batch, self.cfg, self.compute)
 
     @property

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from saber_jax.inputs import Inputs
+from saber_jax.inputs import RunInputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import manifest
@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> None:
         saved.newest(config.init.checkpoint)
 
 
-def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: Inputs) -> None:
+def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: RunInputs) -> None:
     """Prints what the run reads, and writes the model files of its work directory."""
     workdir = Path(config.workdir)
     about = {"stage": config.stage, "provenance": inputs.provenance}

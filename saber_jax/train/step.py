@@ -26,18 +26,18 @@ Metrics = dict[str, Array]
 Objective = Callable[[dict, Batch], tuple[Array, Array, WeightedSums]]
 """(parameters, batch) -> loss sum, the weight to divide it by, metrics."""
 
-Leaf = TypeVar("Leaf", Array, jax.ShapeDtypeStruct)
+ArrayT = TypeVar("ArrayT", Array, jax.ShapeDtypeStruct)
 """A leaf of a state: an array, or its jax.ShapeDtypeStruct in an abstract state."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainState(Generic[Leaf]):
+class TrainState(Generic[ArrayT]):
     """Parameters are split by `partition`: only `trainable` has gradients and optimizer state."""
 
-    step: Leaf  # int32 []
-    trainable: dict[str, Leaf]  # "text/blocks/attn/w_q" -> float32 master
-    frozen: dict[str, Leaf]
+    step: ArrayT  # int32 []
+    trainable: dict[str, ArrayT]  # "text/blocks/attn/w_q" -> float32 master
+    frozen: dict[str, ArrayT]
     opt_state: optax.OptState
 
     @property

@@ -1,9 +1,9 @@
 """Streaming checkpoints one matrix at a time, so that the whole model is never in memory.
 
-Writing: `save` takes parameters that are stored elsewhere as `Leaf`s, and Orbax writes them through
-our own type handler; the result is an ordinary checkpoint. With several processes, each reads and
-writes its share. Reading: `open_model` returns the parameters as arrays that read a layer when it
-is indexed.
+Writing: `save` takes parameters that are stored elsewhere as `StreamedParameter`s, and Orbax
+writes them through our own type handler; the result is an ordinary checkpoint. With several
+processes, each reads and writes its share. Reading: `open_model` returns the parameters as arrays
+that read a layer when it is indexed.
 
 Chunks on disk are one layer of one parameter, cut along the axis that FSDP shards, so that a host
 reads little more than what its devices hold.
@@ -50,7 +50,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
+class StreamedParameter:
     """A parameter that is not in memory yet; `axes` are its logical axes."""
 
     shape: tuple[int, ...]
@@ -73,10 +73,10 @@ class Leaf:
 
 
 def save(step: str | Path, leaves: dict[str, Any]) -> None:
-    """Writes a nested dict of `Leaf`s as the parameters of a step, and their digests."""
+    """Writes `StreamedParameter`s, a nested dict, as a step's parameters, and their digests."""
     step = Path(step).absolute()
-    writing = _LeafHandler()
-    handlers = ocp.type_handlers.create_type_handler_registry((Leaf, writing))
+    writing = _StreamedParameterHandler()
+    handlers = ocp.type_handlers.create_type_handler_registry((StreamedParameter, writing))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(step / "params", ocp.args.PyTreeSave(leaves))
@@ -87,7 +87,7 @@ def save(step: str | Path, leaves: dict[str, Any]) -> None:
     saved.write_digests(step, {f"params/{n}": saved.entry(leaf, d) for (n, leaf), d in entries})
 
 
-class _LeafHandler(ocp.type_handlers.NumpyHandler):
+class _StreamedParameterHandler(ocp.type_handlers.NumpyHandler):
     """An Orbax type handler that writes leaves piece by piece.
 
     Afterwards, `sums` has this process's contributions to their digests, by flattened name.
@@ -99,7 +99,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(
         self,
-        values: Sequence[Leaf],
+        values: Sequence[StreamedParameter],
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list:
@@ -112,7 +112,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         ]
         work.sort(key=lambda item: item[0].place)
         mine = _share([piece.nbytes for piece, _, _ in work])
-        self.sums = _write(work[mine], page_cache.Passing(Path(infos[0].parent_dir)))
+        self.sums = _write(work[mine], page_cache.PageDropper(Path(infos[0].parent_dir)))
         return []
 
 
@@ -125,27 +125,28 @@ def _share(sizes: Sequence[int]) -> slice:
 
 
 def _write(
-    work: Sequence[tuple[Piece, Leaf, ocp.type_handlers.ParamInfo]], passing: page_cache.Passing
+    work: Sequence[tuple[Piece, StreamedParameter, ocp.type_handlers.ParamInfo]],
+    pages: page_cache.PageDropper,
 ) -> dict[str, int]:
     """Writes pieces; returns the sums of their digests by flattened name."""
-    room = _Room(IN_FLIGHT_BYTES)
+    in_flight = _ByteLimit(IN_FLIGHT_BYTES)
     stores = {info.name: _create(leaf, info) for _, leaf, info in work}
     total = sum(piece.nbytes for piece, _, _ in work)
     bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 2**30)
 
-    def copy(piece: Piece, leaf: Leaf, name: str) -> int:
+    def copy(piece: Piece, leaf: StreamedParameter, name: str) -> int:
         try:
             digest = _copy(piece, leaf, stores[name])
         finally:
-            room.leave(piece.nbytes)
-        passing.report(piece.nbytes)
+            in_flight.leave(piece.nbytes)
+        pages.report(piece.nbytes)
         bar.update(piece.nbytes)
         return digest
 
     with bar, ThreadPoolExecutor(THREADS) as pool:
         jobs = []
         for piece, leaf, info in work:
-            room.enter(piece.nbytes)
+            in_flight.enter(piece.nbytes)
             name = info.name.replace(".", "/")
             jobs.append((name, pool.submit(copy, piece, leaf, info.name)))
         sums = collections.Counter()
@@ -154,7 +155,7 @@ def _write(
     return {name: total % 2**32 for name, total in sums.items()}
 
 
-def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> int:
+def _copy(piece: Piece, leaf: StreamedParameter, store: ts.TensorStore) -> int:
     """Copies a piece; returns its contribution to the digest of its parameter."""
     target = store if piece.layer is None else store[piece.layer]
     array = piece.read()
@@ -177,7 +178,7 @@ def _copy(piece: Piece, leaf: Leaf, store: ts.TensorStore) -> int:
     return digest
 
 
-def _create(leaf: Leaf, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
+def _create(leaf: StreamedParameter, info: ocp.type_handlers.ParamInfo) -> ts.TensorStore:
     spec = ocp.type_handlers.get_json_tspec_write(
         info,
         use_ocdbt=True,
@@ -221,7 +222,7 @@ def in_order(jobs: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[n
             yield ahead.popleft()[1].result()
 
 
-class _Room:
+class _ByteLimit:
     """A limit for the bytes in flight; a single piece is always allowed."""
 
     def __init__(self, limit: int):
@@ -239,14 +240,14 @@ class _Room:
             self._changed.notify_all()
 
 
-class Stored:
+class StoredParameter:
     """A parameter on disk, which is read by indexing.
 
     Raises DamagedError once all of it was read, at once or layer by layer, and its digest differs.
     """
 
-    def __init__(self, store: ts.TensorStore, passing: page_cache.Passing, step: Path, name: str):
-        self._store, self._passing, self._step, self._name = store, passing, step, name
+    def __init__(self, store: ts.TensorStore, pages: page_cache.PageDropper, step: Path, name: str):
+        self._store, self._passing, self._step, self._name = store, pages, step, name
         self._sums: dict[int, int] = {}  # Of the digest, by layer.
         self.shape, self.dtype = tuple(store.shape), store.dtype.numpy_dtype
         self.chunks = tuple(store.chunk_layout.read_chunk.shape or store.shape)
@@ -272,10 +273,10 @@ class Stored:
             saved.check_one(self._step, self._name, self, sum(self._sums.values()) % 2**32)
 
 
-class Merged:
+class MergedParameter:
     """A weight on disk plus its adapter; `a` and `b` are in memory."""
 
-    def __init__(self, weight: Stored, a: np.ndarray, b: np.ndarray, scale: float):
+    def __init__(self, weight: StoredParameter, a: np.ndarray, b: np.ndarray, scale: float):
         self._weight, self._a, self._b, self._scale = weight, a, b, scale
         self.shape, self.dtype = weight.shape, weight.dtype
 
@@ -303,11 +304,11 @@ def open_model(workdir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
     if cfg.lora is not None:
         for name in [n for n in params if f"{prefix}{n}/a" in leaves]:
             a, b = (leaves[f"{prefix}{name}/{side}"][...] for side in "ab")
-            params[name] = Merged(params[name], a, b, cfg.lora.scale)
+            params[name] = MergedParameter(params[name], a, b, cfg.lora.scale)
     return merge(params), dataclasses.replace(cfg, lora=None)
 
 
-def open_leaves(step: Path) -> dict[str, Stored]:
+def open_leaves(step: Path) -> dict[str, StoredParameter]:
     """The parameters that one step holds, by flattened name."""
     item = step / "params"
     with saved.readable(step), ocp.StandardCheckpointer() as checkpointer:
@@ -321,9 +322,9 @@ def open_leaves(step: Path) -> dict[str, Stored]:
             "data_copy_concurrency": few,
         }
     )
-    passing = page_cache.Passing(item)
+    pages = page_cache.PageDropper(item)
 
-    def opened(name: str) -> Stored:
+    def opened(name: str) -> StoredParameter:
         kvstore = {
             "driver": "ocdbt",
             "base": f"file://{item}/",
@@ -331,7 +332,7 @@ def open_leaves(step: Path) -> dict[str, Stored]:
         }
         spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
         store = ts.open(spec, open=True, read=True, context=context).result()
-        return Stored(store, passing, step, f"params/{name}")
+        return StoredParameter(store, pages, step, f"params/{name}")
 
     with saved.readable(step):
         return {name: opened(name) for name in names}

@@ -36,7 +36,7 @@ PREFIX = "validate/"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
+class BatchSums:
     """Sums of one batch: -log pi and number of targets of each section, and for stage 2 the table
     of pairs for `pair_metrics`."""
 
@@ -60,13 +60,13 @@ class PairTable:
     valid: Float[Array, "B P"]
 
 
-def measure_sections(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> Measured:
+def measure_sections(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> BatchSums:
     """Stage 1: the loss of each section."""
     _, log_probs = target_nll(params, batch, cfg, compute)
     return _sections(log_probs, batch.targets.weights, batch)
 
 
-def measure_pairs(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> Measured:
+def measure_pairs(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> BatchSums:
     """Stage 2: the loss of each section of the chosen answers, and both answers of every pair."""
     log_probs = target_log_probs(params, batch, cfg, compute)
     policy = pair_scores(batch, log_probs)
@@ -87,12 +87,12 @@ def measure_pairs(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
 
 def _sections(
     log_probs: Float[Array, "B T"], weights: Float[Array, "B T"], batch: Batch
-) -> Measured:
+) -> BatchSums:
     nll, tokens = losses.section_nll(log_probs, weights, batch.targets.section, len(FIELDS))
-    return Measured(nll=nll, tokens=tokens)
+    return BatchSums(nll=nll, tokens=tokens)
 
 
-def metrics(found: Sequence[Measured], beta: float) -> dict[str, float]:
+def metrics(found: Sequence[BatchSums], beta: float) -> dict[str, float]:
     """Metrics of all batches; `found` has NumPy arrays. Means over no elements are left out."""
     nll, tokens = (
         np.stack([getattr(m, name) for m in found]).astype(np.float64).sum(0)
@@ -156,7 +156,7 @@ class Validation:
     """
 
     batches: Callable[[], Iterable[Batch]]
-    measure: Callable[[Any, Batch], Measured]
+    measure: Callable[[Any, Batch], BatchSums]
     every: int
     steps: int
     beta: float = 0.0

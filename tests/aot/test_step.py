@@ -74,7 +74,7 @@ def test_memory_by_kind_is_what_the_shardings_say(step):
     text = sum(leaf.size for leaf in stage.state.trainable.values())
     assert figures["memory"]["weights"] == pytest.approx(4 * text / 4, rel=0.1)
     assert figures["memory"]["optimizer"] == pytest.approx(8 * text / 4, rel=0.1)
-    assert programs.asked(stage).targets == 4 * 128
+    assert programs.full_row_cost(stage).targets == 4 * 128
     assert "bound by" in report.text(figures)
 
 

@@ -64,7 +64,9 @@ class Counted(list):
 
 def test_what_was_kept_of_other_records_or_damaged_is_not_used(tmp_path):
     source = Counted(RECORDS)
-    first, other = (bucket_records.Kept(source, tmp_path / name, left_free=0) for name in "ab")
+    first, other = (
+        bucket_records.CachedRecords(source, tmp_path / name, left_free=0) for name in "ab"
+    )
     assert [first[1], first[1], other[1]] == [RECORDS[1]] * 3
     assert source.asked == 2
     (tmp_path / "a/0/1").write_bytes(b"torn")
@@ -73,6 +75,6 @@ def test_what_was_kept_of_other_records_or_damaged_is_not_used(tmp_path):
 
 def test_a_full_disk_keeps_nothing_and_loses_nothing(tmp_path):
     source = Counted(RECORDS)
-    kept = bucket_records.Kept(source, tmp_path, left_free=2**62)
+    kept = bucket_records.CachedRecords(source, tmp_path, left_free=2**62)
     assert [kept[1], kept[1]] == [RECORDS[1]] * 2
     assert source.asked == 2 and not [p for p in tmp_path.rglob("*") if p.is_file()]

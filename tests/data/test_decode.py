@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from saber_jax.data import decode, media
-from saber_jax.data.decode import MediaError, Sampling, decode_clip
+from saber_jax.data.decode import FrameSampling, MediaError, decode_clip
 from tests.media_files import gray_frames, tone, write_clip
 
-SMALL = Sampling(fps=4, min_pixels=84 * 84, max_pixels=84 * 84)
+SMALL = FrameSampling(fps=4, min_pixels=84 * 84, max_pixels=84 * 84)
 
 
 def refused(path, sampling=SMALL) -> MediaError:
@@ -81,7 +81,7 @@ def test_sound_before_the_first_frame_is_cut_off(tmp_path):
 def test_odd_sizes_are_resized_to_whole_units(tmp_path):
     frames = gray_frames(12, 63, 117)
     path = write_clip(tmp_path / "a.mkv", frames=frames, audio=tone(1))
-    exact = decode_clip(path, Sampling(fps=2, max_pixels=84 * 84, min_pixels=28 * 28))
+    exact = decode_clip(path, FrameSampling(fps=2, max_pixels=84 * 84, min_pixels=28 * 28))
     assert exact.frames.shape == (4, 56, 112, 3)
     assert exact.frames[-1, 0, 0, 0] == 55
 
@@ -96,12 +96,12 @@ def test_the_release_mode_repeats_the_published_settings(tmp_path):
 def test_a_limit_on_pixels_is_inert_in_the_release_mode_only():
     release = decode.release_sampling()
     assert release.frame_size(720, 1280, 20) == (224, 420)
-    exact = Sampling(min_pixels=28 * 28, max_pixels=50_176)
+    exact = FrameSampling(min_pixels=28 * 28, max_pixels=50_176)
     assert exact.frame_size(720, 1280, 20) == (168, 280)
 
 
 def test_the_total_of_all_frames_is_limited_too():
-    height, width = Sampling().frame_size(1080, 1920, 768)
+    height, width = FrameSampling().frame_size(1080, 1920, 768)
     assert height * width <= decode.TOTAL_PIXELS / 768 * 2
 
 
@@ -116,7 +116,7 @@ def test_the_total_of_all_frames_is_limited_too():
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Sampling(**settings)
+        FrameSampling(**settings)
 
 
 def test_a_clip_without_sound_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data import isolation
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 
 
 @dataclasses.dataclass(frozen=True)

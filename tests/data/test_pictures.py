@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from saber_jax.data.decode import MediaError, decode_image
-from saber_jax.data.sampling import MOST_PIXELS
+from saber_jax.data.frame_sampling import MOST_PIXELS
 
 SIZE = (84, 56)
 WHITE, RED = (255, 255, 255), (200, 0, 0)

@@ -7,7 +7,7 @@ import pytest
 import soxr
 
 from saber_jax.data import decode, media, sed, sound
-from saber_jax.data.decode import Sampling, release_sampling
+from saber_jax.data.decode import FrameSampling, release_sampling
 from saber_jax.data.examples import encode_record
 from saber_jax.data.records import Record
 from saber_jax.models.vision import normalize
@@ -19,9 +19,11 @@ PATCH_STEP = 29  # The goldens keep every 29th patch.
 
 SMALL = {"min_pixels": 56 * 84, "max_pixels": 84 * 112}
 CASES = {
-    "exact": Sampling(**SMALL),
-    "sparse": Sampling(fps=0.7, **SMALL),  # Frame pairs 2.17 s apart: cuts of the clock in between.
-    "woven": Sampling(fps=3.0, audio_in_video=True, **SMALL),
+    "exact": FrameSampling(**SMALL),
+    "sparse": FrameSampling(
+        fps=0.7, **SMALL
+    ),  # Frame pairs 2.17 s apart: cuts of the clock in between.
+    "woven": FrameSampling(fps=3.0, audio_in_video=True, **SMALL),
     "release": release_sampling(),
 }
 

@@ -9,7 +9,7 @@ import pytest
 from saber_jax.data import media, sizing
 from saber_jax.data.examples import encode_record, measure_record, size_of, thinned
 from saber_jax.data.packing import Budget
-from saber_jax.data.quarantine import Entry, Quarantine, TooManyBadError
+from saber_jax.data.quarantine import LeftOut, Quarantine, TooManyBadError
 from saber_jax.data.records import BadRecordError
 from tests import synthetic
 from tests.data.test_loader import Source, examples_of
@@ -96,8 +96,8 @@ def test_thinning_keeps_the_first_and_the_last_frame():
     np.testing.assert_array_equal(few.frames[[0, -1]], record.frames[[0, -1]])
 
 
-def entry(index: int) -> Entry:
-    return Entry(
+def entry(index: int) -> LeftOut:
+    return LeftOut(
         index=index, clip_id=f"c{index}", file=f"f[{index}]", reason="bad_record", detail="torn"
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data import sound
-from saber_jax.data.decode import MediaError, Sampling, decode_sound
+from saber_jax.data.decode import FrameSampling, MediaError, decode_sound
 from tests.media_files import tone, write_clip
 
 
@@ -46,7 +46,7 @@ def test_planes_of_eight_channels_and_more_are_read_from_files(tmp_path, codec):
             for part in resampler.resample(frame):
                 out.mux(track.encode(part))
         out.mux(track.encode())
-    assert abs(len(decode_sound(path, Sampling())) - 16_000) < 800
+    assert abs(len(decode_sound(path, FrameSampling())) - 16_000) < 800
 
 
 def test_layout_and_rate_may_change_on_the_way():
@@ -104,9 +104,9 @@ def test_no_more_is_kept_than_may_be_used():
 def test_a_sound_that_is_too_long_is_refused_while_it_is_read(tmp_path):
     path = write_clip(tmp_path / "a.wav", frames=None, audio=tone(4), codecs=("", "pcm_s16le"))
     with pytest.raises(MediaError, match="allowed are 3 s") as error:
-        decode_sound(path, Sampling(max_seconds=3))
+        decode_sound(path, FrameSampling(max_seconds=3))
     assert error.value.reason == "too_long"
     # A header that says nothing about the length: only reading tells.
     raw = write_clip(tmp_path / "a.aac", frames=None, audio=tone(4), codecs=("", "aac"))
     with pytest.raises(MediaError, match="allowed are 3 s"):
-        decode_sound(raw, Sampling(max_seconds=3))
+        decode_sound(raw, FrameSampling(max_seconds=3))

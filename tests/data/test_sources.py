@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from saber_jax.data.sources import Draw, Sources, Weighted
+from saber_jax.data.sources import Draw, Sources, WeightedSource
 from tests.data.test_loader import Source
 
 
@@ -62,8 +62,10 @@ def test_records_are_numbered_through_and_found_in_the_source_that_has_them():
 @pytest.mark.parametrize("text", ["runs/a", "runs/a:train", "runs/a:train:", "a:train:-1", ":t:1"])
 def test_a_mixture_that_is_not_path_split_weight_is_refused(text):
     with pytest.raises(ValueError, match="PATH:SPLIT:WEIGHT"):
-        Weighted.parse(text)
+        WeightedSource.parse(text)
 
 
 def test_a_path_may_hold_colons():
-    assert Weighted.parse("gs://bucket/a:train:2.5") == Weighted("gs://bucket/a", "train", 2.5)
+    assert WeightedSource.parse("gs://bucket/a:train:2.5") == WeightedSource(
+        "gs://bucket/a", "train", 2.5
+    )

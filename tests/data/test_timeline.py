@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from saber_jax.data import decode
-from saber_jax.data.decode import MediaError, Sampling, decode_clip
+from saber_jax.data.decode import FrameSampling, MediaError, decode_clip
 from saber_jax.data.timeline import Timeline
 from tests.media_files import copy_packets, gray_frames, tone, write_clip
 
-TEN = Sampling(fps=10, min_pixels=84 * 84, max_pixels=84 * 84)
+TEN = FrameSampling(fps=10, min_pixels=84 * 84, max_pixels=84 * 84)
 LOSSY = {"codecs": ("libx264", "aac"), "pixels": "yuv420p", "rate": 48_000}
 FLASH = 3.0
 
@@ -188,7 +188,7 @@ def test_pictures_stand_as_a_player_shows_them(tmp_path, name, codec):
         matrix=(a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30),
         **(LOSSY | {"codecs": (codec, "aac")}),
     )
-    clip = decode_clip(path, Sampling(min_pixels=56 * 112, max_pixels=56 * 112))
+    clip = decode_clip(path, FrameSampling(min_pixels=56 * 112, max_pixels=56 * 112))
     assert clip.frames.shape[1:3] == shape
     quarter = clip.frames[0].reshape(2, shape[0] // 2, 2, shape[1] // 2, 3).mean(axis=(1, 3, 4))
     assert np.unravel_index(quarter.argmax(), (2, 2)) == (row, column)

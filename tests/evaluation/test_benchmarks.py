@@ -12,6 +12,6 @@ def test_what_needs_only_words_of_records_reads_no_pixels(tmp_path, monkeypatch)
     answers.write_text(json.dumps({"clip_id": "clip1", "response": "Emotion: sad"}) + "\n")
     monkeypatch.delattr(RecordSource, "__getitem__")
     saber = benchmarks.BENCHMARKS["saber_test"]
-    assert len(saber.material(tmp_path, "test", None).records) == 2
+    assert len(saber.clips(tmp_path, "test", None).records) == 2
     [row] = saber.made_elsewhere(answers, tmp_path, "test")
     assert row["labels"] == dict(synthetic.record(1).labels)

@@ -10,7 +10,7 @@ from tests.loopback import Answer, chat_server
 
 def _row(clip_id, reason, openset, said):
     texts = dict.fromkeys(FIELDS, "x") | {"sentiment_analysis": said}
-    clip = emer.Clip(clip_id=clip_id, language="en", reason=reason, openset=openset)
+    clip = emer.EmerClip(clip_id=clip_id, language="en", reason=reason, openset=openset)
     return emer.row(clip, sed.target_text(texts))
 
 

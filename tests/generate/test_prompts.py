@@ -20,8 +20,8 @@ def examples(tokenizer):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_prompt_ends_where_the_batch_says(tokenizer, examples, groups):
     packer = Packer(tokenizer, groups=groups, prompts=6 // groups)
-    batch, room = packer.pack(examples)
-    assert batch.text.tokens.shape == (groups * room.rows, room.length)
+    batch, shape = packer.pack(examples)
+    assert batch.text.tokens.shape == (groups * shape.rows, shape.length)
     grouped = batch.text.tokens.reshape(groups, -1)
     for number, example in enumerate(examples):
         group = number // (6 // groups)
@@ -31,11 +31,11 @@ def test_every_prompt_ends_where_the_batch_says(tokenizer, examples, groups):
 
 
 def test_short_prompts_share_rows(tokenizer, examples):
-    _, room = Packer(tokenizer, groups=1, prompts=5).pack(examples)
+    _, shape = Packer(tokenizer, groups=1, prompts=5).pack(examples)
     lengths = [len(example.prompt.tokens) for example in examples]
-    assert room.rows < 5
-    assert max(lengths) <= room.prompt < max(lengths) + 32
-    assert sum(lengths) <= room.rows * room.length < 1.1 * sum(lengths)
+    assert shape.rows < 5
+    assert max(lengths) <= shape.prompt < max(lengths) + 32
+    assert sum(lengths) <= shape.rows * shape.length < 1.1 * sum(lengths)
 
 
 def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
@@ -44,10 +44,10 @@ def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
     packer = Packer(tokenizer, groups=1, prompts=64)
     packer.reserve(map(clip_size, records))
     examples = [encode_record(record, tokenizer, responses=()) for record in records]
-    _, room = packer.pack(examples)
+    _, shape = packer.pack(examples)
     used = sum(len(example.prompt.tokens) for example in examples)
-    assert room.rows > 1
-    assert used > 0.9 * room.rows * room.length
+    assert shape.rows > 1
+    assert used > 0.9 * shape.rows * shape.length
 
 
 def test_what_was_reserved_is_enough(tokenizer, examples):

@@ -79,7 +79,7 @@ def main() -> None:
     print(f"{OUT}: {OUT.stat().st_size / 1e3:.0f} kB, {sorted(arrays)}")
 
 
-def of_clip(ask, path: Path, sampling: decode.Sampling) -> dict[str, np.ndarray]:
+def of_clip(ask, path: Path, sampling: decode.FrameSampling) -> dict[str, np.ndarray]:
     wanted = {"video": str(path), "fps": sampling.fps}
     release = sampling.mode == "saber_release"
     if release:  # These two are constants of the module, which the published script replaces.

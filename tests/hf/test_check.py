@@ -55,7 +55,7 @@ def test_a_flipped_digit_in_a_config_is_named_by_both(copy, capsys):
     assert check.main([str(copy)]) == 1
     assert "config.json is not what was exported" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"config\.json is not what was exported; delete"):
-        load.open_source(copy)
+        load.open_checkpoint(copy)
 
 
 def test_missing_files_are_named(copy, capsys):
@@ -71,7 +71,7 @@ def test_a_directory_without_digests_loads_and_is_not_called_checked(copy, capsy
     (copy / digests.FILE).unlink()
     assert check.main([str(copy)]) == 1
     assert "no digests.json" in capsys.readouterr().err
-    load.open_source(copy)
+    load.open_checkpoint(copy)
 
 
 def test_every_tensor_of_an_export_has_a_digest(exported):

@@ -297,7 +297,7 @@ def test_tables_that_follow_from_the_config_are_passed_over(params, copy):
 def test_what_stands_in_the_place_of_a_checkpoint_is_called_by_its_name(copy, tmp_path):
     def said(path):
         with pytest.raises(FileNotFoundError) as error:
-            load.open_source(path)
+            load.open_checkpoint(path)
         return str(error.value)
 
     assert "There is no directory" in said(tmp_path / "gone")

@@ -107,7 +107,7 @@ def test_weights_keep_their_dtype_on_disk_and_can_be_had_in_another(workdir):
 def test_only_the_thinker_of_the_source_is_replaced(omni, workdir, tmp_path):
     params, cfg = stream.open_model(workdir)
     params["text"]["norm"] = np.full(CONFIG.text.width, 0.5, np.float32)
-    export.export_like(params, cfg, tmp_path / "hf", load.open_source(omni))
+    export.export_like(params, cfg, tmp_path / "hf", load.open_checkpoint(omni))
     got, want = (
         load_file(d / "model-1.safetensors") | load_file(d / "model-2.safetensors")
         for d in (tmp_path / "hf", omni)
@@ -122,13 +122,13 @@ def test_a_source_of_another_shape_is_refused(omni, workdir, tmp_path):
     params, cfg = stream.open_model(workdir)
     other = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, rope_theta=7.0))
     with pytest.raises(ValueError, match=r"text\.rope_theta: 1000000\.0 there, 7\.0 here"):
-        export.export_like(params, other, tmp_path / "hf", load.open_source(omni))
+        export.export_like(params, other, tmp_path / "hf", load.open_checkpoint(omni))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_untied_head_is_not_lost_in_a_source_that_ties_it(omni, workdir, tmp_path):
     params, cfg = stream.open_model(workdir)
-    source = load.open_source(omni)
+    source = load.open_checkpoint(omni)
     tied = dataclasses.replace(
         source,
         tensors={**source.tensors, "lm_head.weight": source.tensors["model.embed_tokens.weight"]},
@@ -147,7 +147,7 @@ def test_an_export_of_its_own_takes_the_narrowest_dtype(workdir, tmp_path, store
         dtypes = {name: "float32" for name in flatten(saber.abstract(CONFIG))}
     params = checkpoint.load_params(workdir, CONFIG, dtypes=dtypes)
     export.export(params, CONFIG, tmp_path / "hf")
-    source = load.open_source(tmp_path / "hf")
+    source = load.open_checkpoint(tmp_path / "hf")
     assert {tensor.dtype for tensor in source.tensors.values()} == {expected}
     name = {"BF16": "bfloat16", "F32": "float32"}[expected]
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == name
@@ -181,16 +181,16 @@ def test_layers_of_several_dtypes_are_stored_in_one_that_holds_them_all(omni, tm
         for name in [n for n in weights if n.endswith("model.layers.1.mlp.up_proj.weight")]:
             weights[name] = weights[name].astype(np.float32)
         save_file(weights, other / file, metadata={"format": "pt"})
-    leaf = flatten(load.leaves(load.open_source(other)))["text/blocks/mlp/w_up"]
+    leaf = flatten(load.leaves(load.open_checkpoint(other)))["text/blocks/mlp/w_up"]
     assert leaf.dtype == np.float32
     assert load.main(["--hf_dir", str(other), "--out", str(tmp_path / "work")]) == 0
     params, cfg = stream.open_model(tmp_path / "work")
-    export.export_like(params, cfg, tmp_path / "hf", load.open_source(other))
+    export.export_like(params, cfg, tmp_path / "hf", load.open_checkpoint(other))
     assert files(tmp_path / "hf") == files(other)
 
 
 def test_chunks_are_layers_cut_where_fsdp_cuts(workdir):
-    leaf = stream.Leaf(
+    leaf = stream.StreamedParameter(
         shape=(28, 3584, 18944),
         dtype=np.dtype(ml_dtypes.bfloat16),
         axes=("layers", "embed", "mlp"),
@@ -277,7 +277,7 @@ def test_two_processes_read_and_write_a_half_each(omni, workdir, tmp_path):
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     read = [int(out.split("bytes read:")[1]) for out in outputs]
-    total = sum(tensor.nbytes for tensor in load.open_source(omni).tensors.values())
+    total = sum(tensor.nbytes for tensor in load.open_checkpoint(omni).tensors.values())
     assert sum(read) == total and max(read) < 0.6 * total
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from saber_jax.hf.export import export
-from saber_jax.hf.load import open_source
+from saber_jax.hf.load import open_checkpoint
 from tests.hf import vocabulary
 from tests.models import weights
 from tests.models.batches import CONFIG
@@ -62,7 +62,7 @@ def test_swift_knows_the_export_by_its_architecture_and_finds_its_files(swift, e
 
 def test_swift_finds_every_module_that_it_trains_or_freezes(swift, exported):
     about = call(swift["swift/model/model_arch.py"], "MultiModelKeys", "MLLMModelArch.qwen2_5_omni")
-    names = open_source(exported).everything
+    names = open_checkpoint(exported).everything
     parts = [part for kind in ("language_model", "vision_tower", "aligner") for part in about[kind]]
     for part in parts:
         assert any(name.startswith(f"{part}.") for name in names), part

@@ -224,8 +224,10 @@ def test_only_rows_with_keys_drop_and_only_in_adapters():
 def test_every_layer_and_every_module_draws_its_own():
     made = {"inputs": 8, "role": Role(Kind.ADAPTER), "zero": False}
     leaves = {
-        "stacked": {"a": lora.Leaf(shape=(3, 8, 2), axes=("layers", "embed", "rank"), **made)},
-        "single": {"a": lora.Leaf(shape=(8, 2), axes=("embed", "rank"), **made)},
+        "stacked": {
+            "a": lora.LoraMatrix(shape=(3, 8, 2), axes=("layers", "embed", "rank"), **made)
+        },
+        "single": {"a": lora.LoraMatrix(shape=(8, 2), axes=("embed", "rank"), **made)},
     }
     got = lora.keys_of(leaves, keys(2))
     assert (got["stacked"].shape, got["single"].shape) == ((3, 2), (2,))

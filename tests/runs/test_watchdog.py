@@ -24,10 +24,10 @@ def left():
     return leave, happened, statuses
 
 
-def whole_step(line, number):
-    line.at("input", number)
-    line.at("step")
-    line.at("input", number + 1)
+def whole_step(clock, number):
+    clock.enter("input", number)
+    clock.enter("step")
+    clock.enter("input", number + 1)
 
 
 def test_a_stalled_step_leaves_with_stacks_of_every_thread(tmp_path, left, capfd):
@@ -37,7 +37,7 @@ def test_a_stalled_step_leaves_with_stacks_of_every_thread(tmp_path, left, capfd
     stuck.start()
     dog = Watchdog(tmp_path, least_seconds=0.05, every=0.02, leave=leave)
     with dog.watching():
-        whole_step(dog.timeline, 7)
+        whole_step(dog.clock, 7)
         assert happened.wait(PATIENCE)
     waiting.set()
     stuck.join()
@@ -52,15 +52,15 @@ def test_what_moves_on_or_may_take_long_is_left_alone(tmp_path, left, monkeypatc
     leave, _, statuses = left
     dog = Watchdog(tmp_path, least_seconds=30, leave=leave)
     now = [0.0]
-    monkeypatch.setattr("saber_jax.runs.timeline.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("saber_jax.runs.phases.time.monotonic", lambda: now[0])
     for number in range(5):
-        dog.timeline.at("input", number)
-        dog.timeline.at("step")
+        dog.clock.enter("input", number)
+        dog.clock.enter("step")
         now[0] += 10.0
-    dog.timeline.at("input", 5)
+    dog.clock.enter("input", 5)
     now[0] += 20 * 10 - 1  # 20 medians are longer than 30 s.
     assert not dog._stall()
-    dog.timeline.at("save")
+    dog.clock.enter("save")
     now[0] += watchdog.LONG_SECONDS - 1
     assert not dog._stall()
     now[0] += 2
@@ -81,19 +81,19 @@ host, folder = jax.process_index(), sys.argv[1]
 dog = Watchdog(folder, least_seconds=1.0, every=0.1)
 with dog.watching():
     seen, number = False, 0
-    while not dog._board.read("seen"):
-        dog.timeline.at("input", number)
+    while not dog._store.read("seen"):
+        dog.clock.enter("input", number)
         time.sleep(0.02 + 0.02 * host)
-        dog.timeline.at("step")
+        dog.clock.enter("step")
         number += 1
         if dog.metrics().get("hosts/slowest_input") == 2.0 and not seen:
             seen = True
             print("host 2 waits longest", flush=True)
-            dog._board.put("seen", 0, "yes")
+            dog._store.put("seen", 0, "yes")
     # Host 2 waits for its input for ever, and the others for host 2.
-    dog.timeline.at("input", 10**6)
+    dog.clock.enter("input", 10**6)
     if host != 2:
-        dog.timeline.at("step")
+        dog.clock.enter("step")
     time.sleep(300)
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
-from saber_jax.data.quarantine import Entry
+from saber_jax.data.quarantine import LeftOut
 from saber_jax.runs.files import read_jsonl
 from saber_jax.train import loop
 from saber_jax.train.checkpoint import Checkpoints
@@ -73,7 +73,7 @@ def zero():
 
 
 def records(step):
-    yield Entry(index=step, clip_id=f"clip{step}", file="file", reason="nonfinite", detail="")
+    yield LeftOut(index=step, clip_id=f"clip{step}", file="file", reason="nonfinite", detail="")
 
 
 def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):

@@ -27,7 +27,7 @@ def test_files_are_dropped_as_often_as_their_bytes_are_reported(tmp_path, monkey
     drops = []
     monkeypatch.setattr(page_cache, "EVERY", 10)
     monkeypatch.setattr(page_cache, "_drop", lambda *arguments: drops.append(arguments))
-    passing = page_cache.Passing(tmp_path)
+    pages = page_cache.PageDropper(tmp_path)
     for _ in range(7):
-        passing.report(4)
+        pages.report(4)
     assert len(drops) == 2

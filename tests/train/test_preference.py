@@ -17,14 +17,14 @@ from saber_jax.data.conflicts import IGNORED
 from saber_jax.data.packing import Budget
 from saber_jax.data.withhold import VIEWS
 from saber_jax.train import objectives
-from saber_jax.train.preference import Form, Pairs, Preference, Scores, cadpo_loss
+from saber_jax.train.preference import ChosenRejected, Form, PairData, Preference, cadpo_loss
 
 BUDGET = Budget(length=8, patches=4, chunks=1, targets=11, segments=1)
 AUDIO, VIDEO = IGNORED.index("audio"), IGNORED.index("video")
 
 
 def scores(chosen, rejected):
-    return Scores(chosen=jnp.array([chosen]), rejected=jnp.array([rejected]))
+    return ChosenRejected(chosen=jnp.array([chosen]), rejected=jnp.array([rejected]))
 
 
 # Two pairs. rho(y_w) = 2, -1; rho(y_l) = -3, 2; Delta = 5, -3.
@@ -39,7 +39,7 @@ REFERENCE = {
     "video": scores([-12.5, -7.0], [-9.0, -9.0]),
     "both": scores([-20.0, -9.0], [-18.0, -12.0]),
 }
-PAIRS = Pairs(
+PAIRS = PairData(
     kappa=jnp.array([[0.25, 1.0]]),
     ignored=jnp.array([[AUDIO, VIDEO]]),
     lengths=scores([4.0, 2.0], [5.0, 3.0]),
@@ -248,7 +248,7 @@ def test_losses_equal_trls_own(case):
     policy = {"whole": scores([-10.0, -7.0, -31.5], [-14.0, -3.0, -30.25])}
     reference = {"whole": scores([-12.0, -6.0, -29.0], [-11.0, -5.0, -33.0])}
     lengths = scores([4.0, 2.0, 9.0], [5.0, 3.0, 7.0])
-    pairs = Pairs(
+    pairs = PairData(
         kappa=jnp.ones((1, 3)),
         ignored=jnp.zeros((1, 3), jnp.int32),
         lengths=lengths,
@@ -274,7 +274,7 @@ def test_the_objective_equals_trls_own_from_the_log_probs_of_tokens(case, monkey
         weights=jnp.ones((1, 11)),
         reference=jnp.tile(jnp.array(reference), (1, len(VIEWS), 1)),
     )
-    segments = batch.Pairs(
+    segments = batch.PairInputs(
         kappa=jnp.ones((1, 1)),
         conflict=jnp.ones((1, 1), jnp.int32),
         ignored=jnp.zeros((1, 1), jnp.int32),

@@ -3,26 +3,26 @@
 import numpy as np
 import pytest
 
-from saber_jax.train.progress import Course
+from saber_jax.train.progress import StepSchedule
 from tests.train.test_optimizer import CONFIG
 
 
-def course(seen: int = 0, adapters: bool = False) -> Course:
-    return Course(CONFIG, 20, adapters=adapters, seen=seen, examples=8)
+def schedule(seen: int = 0, adapters: bool = False) -> StepSchedule:
+    return StepSchedule(CONFIG, 20, adapters=adapters, seen=seen, examples=8)
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    rates = [course().after(step, 4)["learning_rate"] for step in range(20)]
+    rates = [schedule().after(step, 4)["learning_rate"] for step in range(20)]
     peak = int(np.argmax(rates))
     assert rates[peak] == pytest.approx(CONFIG.peak_lr, rel=1e-5)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    with_adapters = course(adapters=True).after(peak, 4)["learning_rate"]
+    with_adapters = schedule(adapters=True).after(peak, 4)["learning_rate"]
     assert with_adapters == pytest.approx(CONFIG.adapter_factor * rates[peak])
 
 
 def test_a_resumed_run_says_the_same_epochs():
-    whole, resumed = course(), course(seen=3 * 4)
+    whole, resumed = schedule(), schedule(seen=3 * 4)
     epochs = [whole.after(step, 4)["epoch"] for step in range(6)]
     assert epochs == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert [resumed.after(step, 4)["epoch"] for step in range(3, 6)] == epochs[3:]

@@ -12,10 +12,10 @@ from saber_jax.data.examples import encode_record
 from saber_jax.data.withhold import VIEWS
 from saber_jax.models.config import saber_config
 from saber_jax.train import checkpoint, references
-from saber_jax.train.references import Cache, References, Source, complete
+from saber_jax.train.references import Cache, ReferenceInputs, References, complete
 from tests import synthetic
 
-SOURCE = Source(weights="w", processor="p", tokens="t", media="m", dtype="float32")
+SOURCE = ReferenceInputs(weights="w", processor="p", tokens="t", media="m", dtype="float32")
 KEYS = [bytes([i]) * 16 for i in range(5)]
 COUNTS = np.array([3, 1, 4, 2, 5])
 
@@ -93,7 +93,7 @@ def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch
     assert model.asked == [4]
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Source)])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ReferenceInputs)])
 def test_a_cache_of_anything_else_is_refused_by_name(tmp_path, name):
     Cache(tmp_path, "whole", SOURCE)
     with pytest.raises(ValueError, match=rf"{name}: {getattr(SOURCE, name)} there, other here"):

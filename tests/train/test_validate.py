@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data.records import FIELDS
-from saber_jax.train.validate import Measured, PairTable, Validation, metrics, pair_metrics
+from saber_jax.train.validate import BatchSums, PairTable, Validation, metrics, pair_metrics
 
 
 def _columns(margins, chosen_tokens, rejected_tokens, fall=0.0):
@@ -60,10 +60,10 @@ def _table(columns, valid):
 def test_batches_add_up_and_padding_counts_nowhere():
     counts = np.array([2.0, 0, 0, 0, 0, 6.0])
     found = [
-        Measured(
+        BatchSums(
             nll=counts * 3.0, tokens=counts, pairs=_table(_columns([1, -9], [8, 1], [5, 1]), [1, 0])
         ),
-        Measured(
+        BatchSums(
             nll=counts * 1.0, tokens=counts, pairs=_table(_columns([1, 1], [5, 5], [8, 8]), [1, 1])
         ),
     ]
@@ -77,7 +77,7 @@ def test_batches_add_up_and_padding_counts_nowhere():
 
 def test_stage_1_has_no_pair_metrics():
     counts = np.ones(len(FIELDS))
-    values = metrics([Measured(nll=counts, tokens=counts)], beta=0.0)
+    values = metrics([BatchSums(nll=counts, tokens=counts)], beta=0.0)
     assert set(values) == {"validate/nll", *(f"validate/nll/{field}" for field in FIELDS)}
 
 
@@ -92,7 +92,7 @@ def test_it_measures_before_the_first_step_every_n_and_after_the_last():
 def _found(**columns):
     return metrics(
         [
-            Measured(
+            BatchSums(
                 nll=np.zeros(6), tokens=np.zeros(6), pairs=_table(_columns(**columns), [1, 1, 1])
             )
         ],

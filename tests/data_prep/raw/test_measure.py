@@ -20,7 +20,7 @@ from data_prep.raw import filters, measure, segment, storage
 from data_prep.raw.filters import Duplicates, FilterSettings, verdicts
 from data_prep.raw.measure import MeasureSettings, longest_track
 from data_prep.raw.shards import Dropped, Stage
-from saber_jax.data.sampling import MediaError
+from saber_jax.data.frame_sampling import MediaError
 from tests.media_files import RATE, tone, write_clip
 
 SHAPE = (180, 240, 3)
@@ -239,7 +239,7 @@ def test_a_stretch_of_a_video_becomes_a_clip_of_its_own(tmp_path):
     segment.write_clip(source, source, tmp_path / "cut.mp4", (2.0, 3.5))
     from saber_jax.data import decode
 
-    cut = decode.decode_clip(tmp_path / "cut.mp4", decode.Sampling(fps=12, min_pixels=3136))
+    cut = decode.decode_clip(tmp_path / "cut.mp4", decode.FrameSampling(fps=12, min_pixels=3136))
     assert cut.info["frames"] == 18
     levels = cut.frames.mean((1, 2, 3))
     assert levels[0] == pytest.approx(24 * 4, abs=6) and levels[-1] == pytest.approx(41 * 4, abs=6)
@@ -256,7 +256,7 @@ def test_sound_that_pauses_stays_in_time_when_a_clip_is_cut(tmp_path):
     )
     segment.write_clip(source, source, tmp_path / "cut.mp4", (1.0, 4.5))
     for path, at in ((source, 3.0), (tmp_path / "cut.mp4", 2.0)):
-        heard = np.abs(decode.decode_clip(path, decode.Sampling()).audio.astype(int))
+        heard = np.abs(decode.decode_clip(path, decode.FrameSampling()).audio.astype(int))
         assert np.flatnonzero(heard > 4000)[0] / RATE == pytest.approx(at, abs=0.06)
 
 
@@ -276,7 +276,7 @@ def test_a_clip_that_is_cut_stands_upright_as_its_source_does(tmp_path):
     )
     segment.write_clip(source, source, tmp_path / "cut.mp4", (1.0, 3.0))
     for path in (source, tmp_path / "cut.mp4"):
-        seen = decode.decode_clip(path, decode.Sampling()).frames[0].astype(int)
+        seen = decode.decode_clip(path, decode.FrameSampling()).frames[0].astype(int)
         assert seen.shape[0] > seen.shape[1]
         assert seen[-20:].mean() > 200 and seen[:20].mean() < 50
 

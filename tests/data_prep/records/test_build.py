@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.records import build, clips, processes
 from saber_jax.data import annotations, records, sed
-from saber_jax.data.decode import Sampling
+from saber_jax.data.decode import FrameSampling
 from saber_jax.data.tokenizer import load_tokenizer
 from tests.media_files import gray_frames, tone, write_clip
 
@@ -388,5 +388,5 @@ def job(name: str) -> clips.Job:
         staged=Path(f"{name}.npz"),
         annotation={},
         labels={},
-        sampling=Sampling(),
+        sampling=FrameSampling(),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.records import clips, containers
-from saber_jax.data.decode import Sampling
+from saber_jax.data.decode import FrameSampling
 from tests.media_files import gray_frames, tone, write_clip
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
@@ -35,12 +35,12 @@ class Folders:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(annotation(text) if name.endswith(".json") else "x")
 
-    def inputs(self) -> clips.Inputs:
+    def inputs(self) -> clips.ClipInputs:
         labels = self.labels if self.labels.exists() else None
         return clips.find_inputs(self.clips, self.annotations, labels)
 
     def plan(self):
-        settings = {"split": "train", "staging": self._root, "sampling": Sampling()}
+        settings = {"split": "train", "staging": self._root, "sampling": FrameSampling()}
         return clips.plan(self.inputs(), **settings)
 
 

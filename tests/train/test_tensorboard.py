@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 
-from saber_jax.train import board
+from saber_jax.train import tensorboard
 from saber_jax.train.metrics import MetricsWriter
 
 FULL = OSError(28, "No space left on device")
@@ -19,8 +19,8 @@ class Refusing:
 
 
 def test_a_full_disk_costs_events_and_one_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(board.Board, "_opened", lambda self: Refusing())
-    events = board.Board(tmp_path, 0)
+    monkeypatch.setattr(tensorboard.TensorBoardWriter, "_opened", lambda self: Refusing())
+    events = tensorboard.TensorBoardWriter(tmp_path, 0)
     for step in range(100):
         events.scalar(step, "loss", 1.0)
     events.close()
@@ -30,9 +30,13 @@ def test_a_full_disk_costs_events_and_one_warning(tmp_path, monkeypatch, capsys)
 
 
 def test_it_goes_on_in_a_new_file_when_there_is_room_again(tmp_path, monkeypatch):
-    opened, first = board.Board._opened, [Refusing()]
-    monkeypatch.setattr(board.Board, "_opened", lambda self: first.pop() if first else opened(self))
-    events = board.Board(tmp_path, 0)
+    opened, first = tensorboard.TensorBoardWriter._opened, [Refusing()]
+    monkeypatch.setattr(
+        tensorboard.TensorBoardWriter,
+        "_opened",
+        lambda self: first.pop() if first else opened(self),
+    )
+    events = tensorboard.TensorBoardWriter(tmp_path, 0)
     for step in range(5):
         events.scalar(step, "loss", 1.0)
     events.close()
@@ -42,10 +46,12 @@ def test_it_goes_on_in_a_new_file_when_there_is_room_again(tmp_path, monkeypatch
 
 def test_a_disk_that_hangs_never_blocks_the_run(tmp_path, monkeypatch, capsys):
     stuck = threading.Event()
-    monkeypatch.setattr(board.Board, "_opened", lambda self: stuck.wait() and Refusing())
-    monkeypatch.setattr(board, "WAITING", 10)
-    monkeypatch.setattr(board, "CLOSE_SECONDS", 0.1)
-    events = board.Board(tmp_path, 0)
+    monkeypatch.setattr(
+        tensorboard.TensorBoardWriter, "_opened", lambda self: stuck.wait() and Refusing()
+    )
+    monkeypatch.setattr(tensorboard, "WAITING", 10)
+    monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 0.1)
+    events = tensorboard.TensorBoardWriter(tmp_path, 0)
     for step in range(100):
         events.scalar(step, "loss", 1.0)
     events.close()

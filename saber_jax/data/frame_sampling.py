@@ -57,7 +57,7 @@ def check_shape(name: str, height: int, width: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class FrameSampling:
     """Which frames and how many pixels to keep, and whether to interleave the sound with the video.
 
     Mode "exact" uses timestamps, applies every limit and measures the seconds between frame pairs.
@@ -97,8 +97,8 @@ class Sampling:
         return media.smart_resize(height, width, min(self.min_pixels, int(limit)), int(limit))
 
 
-def release_sampling() -> Sampling:
+def release_sampling() -> FrameSampling:
     """The settings of the published SABER inference script."""
-    return Sampling(
+    return FrameSampling(
         mode="saber_release", max_frames=RELEASE_MAX_FRAMES, max_pixels=RELEASE_MAX_PIXELS
     )

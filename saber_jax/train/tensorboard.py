@@ -32,7 +32,7 @@ BINS = np.concatenate([-EDGES[::-1], [0.0], EDGES])
 """Edges of histogram bins, the same as in TensorBoard."""
 
 
-class Board:
+class TensorBoardWriter:
     """Writes events of a run to `folder`; events of earlier starts from step `start` on are
     purged."""
 

@@ -27,7 +27,7 @@ PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "validate", "sav
 REMEMBERED = 64
 
 
-class Timeline:
+class PhaseClock:
     """The current phase of this process. One thread changes it, others may read it."""
 
     def __init__(self):
@@ -39,7 +39,7 @@ class Timeline:
         self._steps: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
         self._waits: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
 
-    def at(self, phase: str, step: int | None = None) -> None:
+    def enter(self, phase: str, step: int | None = None) -> None:
         """Enters `phase`, one of PHASES; "input" begins step number `step`."""
         now = time.monotonic()
         with self._lock:
@@ -87,20 +87,20 @@ class Attempt:
     """The record of this start, written by one process. A rollback to a checkpoint starts another
     one. What cannot be written to a full disk is dropped with a warning."""
 
-    def __init__(self, workdir: Path, timeline: Timeline, *, first: int, chips: int):
+    def __init__(self, workdir: Path, clock: PhaseClock, *, first: int, chips: int):
         """`first` is the step that this start begins with."""
-        self._timeline = timeline
+        self._clock = clock
         self._folder = Path(workdir) / "attempts"
         numbers = [int(path.stem) for path in _records(self._folder)]
         self._path = self._folder / f"{max(numbers, default=0) + 1}.json"
         self._dropped = DropCounter(f"records of times in {self._folder}")
-        self._before = timeline.begin_attempt()
+        self._before = clock.begin_attempt()
         # The process is a little older than its first attempt.
         began = time.time() - sum(self._own_seconds().values())
         self._about: dict[str, Any] = {"began": began, "first": first, "chips": chips}
 
     def _own_seconds(self) -> dict[str, float]:
-        now = self._timeline.seconds()
+        now = self._clock.seconds()
         return {name: value - self._before[name] for name, value in now.items()}
 
     def write(self, last: int) -> None:
