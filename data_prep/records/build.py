@@ -18,7 +18,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import traceback
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from data_prep.records import clips, processes
 from saber_jax.data import annotations, decode, records, sed, texts, tokenizer
 from saber_jax.flags import Parser
-from saber_jax.runs.files import write_json, write_jsonl
+from saber_jax.runs.files import replacing_folder, write_json, write_jsonl
 
 FORMAT = 3
 """Version of the output format; part of the fingerprint of a build."""
@@ -136,18 +135,16 @@ def build(arguments: argparse.Namespace) -> int:
     _require_training_text(arguments, jobs)
     kept, refused = _decode(jobs, arguments.workers, arguments.beam_pipeline_options)
     refusals = sorted([*refusals, *refused], key=lambda refusal: refusal.file)
-    ready = partial / "ready"
-    shutil.rmtree(ready, ignore_errors=True)
     counted = {"clips": len(inputs.clips), "unused": inputs.unused()}
     if not kept:
         _report(out, {"splits": {}, **counted}, refusals)
         raise ValueError(f"None of the {len(inputs.clips)} clips in {arguments.clips} can be used.")
-    summary = _write(ready, arguments, kept, refusals)
-    summary |= {**counted, **fingerprint}
-    write_json(ready / "build.json", summary)
-    if out.exists():
-        out.rmdir()  # Known to be empty.
-    os.rename(ready, out)
+    with replacing_folder(out, partial=partial / "ready") as ready:
+        summary = _write(ready, arguments, kept, refusals)
+        summary |= {**counted, **fingerprint}
+        write_json(ready / "build.json", summary)
+        if out.exists():
+            out.rmdir()  # Empty when the build began. Fails if somebody has put files there since.
     shutil.rmtree(staging, ignore_errors=True)
     return _report(out, summary, refusals)
 
@@ -270,7 +267,6 @@ def _write(
 ) -> dict[str, Any]:
     from data_prep.records import dataset  # Slow to import, and decoding does not need it.
 
-    ready.mkdir(parents=True)
     vocabulary = _vocabulary(ready, arguments, jobs)
     write_jsonl(ready / "refused.jsonl", map(dataclasses.asdict, refusals))
     by_split: dict[str, list[clips.Job]] = {}

@@ -10,8 +10,6 @@ time. On a pod, start it on every host: each reads and writes its share.
 import dataclasses
 import functools
 import json
-import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from saber_jax.hf.tokenizer import check_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import distributed
+from saber_jax.runs.files import replacing_folder
 from saber_jax.train import checkpoint, stream
 
 PREFIX = "thinker."
@@ -228,18 +227,18 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    first = jax.process_index() == 0
     partial = args.out.with_name(f".{args.out.name}.partial")
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
+    if jax.process_index():  # The first process makes the folder and moves it.
+        distributed.barrier("hf.load: the folder is there")
+        stream.save(partial / "checkpoints" / "0", leaves(source))
+        return 0
+    with replacing_folder(args.out, partial=partial):
         print(f"writing {args.out}")
-    distributed.barrier("hf.load: the way is clear")
-    stream.save(partial / "checkpoints" / "0", leaves(source))
-    if first:
+        distributed.barrier("hf.load: the folder is there")
+        stream.save(partial / "checkpoints" / "0", leaves(source))
         origin = str(args.hf_dir.absolute())
         checkpoint.write_model_files(partial, source.cfg, tokenizer, source=origin)
-        os.replace(partial, args.out)
-        print(f"{args.out} is ready: use it as --checkpoint.")
+    print(f"{args.out} is ready: use it as --checkpoint.")
     return 0
 
 

@@ -35,14 +35,17 @@ def replacing(path: str | os.PathLike, *, flush: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+def replacing_folder(
+    path: str | os.PathLike, *, partial: str | os.PathLike | None = None
+) -> Iterator[Path]:
     """An empty folder to write to; it replaces the folder `path` if the block succeeds.
 
-    Temporary folders of earlier attempts are removed first. If the block raises, `path` is
-    unchanged. For a moment between removing the old `path` and moving the new one, neither exists.
+    The folder is `partial`, on the same disk as `path`; by default .NAME.partial next to it. What
+    an earlier attempt left there is removed first. If the block raises, `path` is unchanged. For a
+    moment between removing the old `path` and moving the new one, neither exists.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial") if partial is None else Path(partial)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -30,7 +30,7 @@ def beeping(seconds: float, at: float) -> np.ndarray:
     return sound
 
 
-def flash_and_beep(clip: decode.Clip) -> tuple[float, float]:
+def flash_and_beep(clip: decode.DecodedClip) -> tuple[float, float]:
     """Seconds on the clip's own clock."""
     white = np.flatnonzero(clip.frames.mean(axis=(1, 2, 3)) > 128)[0]
     loud = np.flatnonzero(np.abs(clip.audio.astype(int)) > 2000)[0]

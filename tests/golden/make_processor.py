@@ -53,7 +53,7 @@ def processor(folder: Path) -> Qwen2_5OmniProcessor:
     write_tokenizer(synthetic.tokenizer(folder), opened)
     return Qwen2_5OmniProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(
-            min_pixels=decode.IMAGE_MIN_PIXELS, max_pixels=decode.IMAGE_MAX_PIXELS
+            min_pixels=frame_sampling.IMAGE_MIN_PIXELS, max_pixels=frame_sampling.IMAGE_MAX_PIXELS
         ),
         video_processor=transformers.Qwen2VLVideoProcessor(),
         feature_extractor=transformers.WhisperFeatureExtractor(

@@ -26,8 +26,8 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
 def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path):
     out = tmp_path / "out"
-    for text in ("old", "new"):
-        with files.replacing_folder(out) as partial:
+    for text, place in (("old", None), ("new", tmp_path / "elsewhere")):
+        with files.replacing_folder(out, partial=place) as partial:
             (partial / text).write_text(text)
     assert [p.name for p in out.iterdir()] == ["new"]
     with pytest.raises(RuntimeError), files.replacing_folder(out) as partial:
