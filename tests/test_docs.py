@@ -137,7 +137,9 @@ def test_every_setting_of_a_config_exists(page):
 
 @pages
 def test_every_path_of_the_project_that_a_page_names_exists(page):
-    named = re.findall(rf"`((?:{'|'.join(OURS)}|docs)/[\w/]+\.\w+)`", page.read_text("utf-8"))
+    named = re.findall(
+        rf"`((?:{'|'.join(OURS)}|docs)/[\w/]+\.(?:py|md|sh|toml))`", page.read_text("utf-8")
+    )
     assert not [p for p in named if "NAME" not in p and not (ROOT / p).exists()]
 
 

@@ -36,7 +36,7 @@ from PIL import Image
 from qwen_omni_utils.v2_5 import vision_process
 from transformers import Qwen2_5OmniProcessor
 
-from saber_jax.data import chat, decode, sed
+from saber_jax.data import chat, decode, frame_sampling, sed
 from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
 from tests import synthetic
