@@ -12,10 +12,9 @@ The same pairs and random float32 weights in three processes that take turns, a 
 
 A pair is a 20 s clip (2,400 video and 500 audio tokens) with two answers of 450 tokens that begin
 differently, so that nothing but the prompt is shared. Towers are frozen, layers rematerialised; the
-network is small (32 million weights, 4 layers of text), as quotients are what is asked for. The
-FLOPs are counted by train/flops.py for ours, with what is computed again, and by torch's own
-counter; what counting promises is their quotient. Needs what
-launch/setup.sh --bench installs.
+network is small (32 million weights, 4 layers of text), because only ratios are reported. FLOPs of
+our steps are counted by train/flops.py, with what is rematerialised, and those of torch by its own
+counter; their ratio is the speed-up to expect. Needs what launch/setup.sh --bench installs.
 """
 
 import argparse
@@ -55,7 +54,7 @@ CONFIG = dataclasses.replace(
     generate.CONFIG, text=dataclasses.replace(generate.CONFIG.text, layers=4)
 )
 BETA = 0.1
-REFERENCE = -9.0  # Of every target: what the cache holds, for all that speed depends on it.
+REFERENCE = -9.0  # Cached log pi_ref of every target; the value does not influence the speed.
 SHARE_OF_COUNTED = 0.95
 OVER_TORCH = 2.2
 
@@ -109,7 +108,7 @@ def counted(batch: Batch) -> float:
 
 
 def forward(batch: Batch) -> float:
-    """FLOPs of looking at it once, as an inline reference does."""
+    """FLOPs of one forward pass, as a reference inside the step needs."""
     sizes = flops.parameter_sizes(flatten(saber.abstract(CONFIG)))
     found = {name: float(value) for name, value in flops.counts(batch).items()}
     return sum(flops.train_flops(CONFIG, sizes, [], found).values())
@@ -187,7 +186,7 @@ def torchs(record: Record, example: Example) -> Step:
 
 
 def first_step(variant: str, step: Step) -> dict[str, float]:
-    """Compiles ours; counts the FLOPs of torch's."""
+    """Compiles our step, or counts the FLOPs of torch's."""
     if variant != "torch":
         step()
         return {}
@@ -199,7 +198,7 @@ def first_step(variant: str, step: Step) -> dict[str, float]:
 
 
 def serve(variant: str, seconds: int, answer: int) -> None:
-    """One variant in a process of its own: a step for every line it reads, a JSON line for each."""
+    """Runs one variant in this process: for every line read, a step and a JSON line."""
     record, example = pair(seconds, answer)
     step = torchs(record, example) if variant == "torch" else ours(variant, example)
     print(json.dumps(first_step(variant, step)), flush=True)
@@ -211,13 +210,13 @@ def serve(variant: str, seconds: int, answer: int) -> None:
 
 
 def peak_memory() -> float:
-    """GiB: the accelerator's where there is one, else of the process, libraries included."""
+    """Peak GiB of the accelerator if there is one, else of the process with its libraries."""
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         return sys.modules["torch"].cuda.max_memory_allocated() / 2**30
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats:
         return stats["peak_bytes_in_use"] / 2**30
-    # getrusage would begin at what the process that started this one held.
+    # The peak of getrusage would include that of the parent process before the fork.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
@@ -243,7 +242,7 @@ class Worker:
         self._process.communicate()  # It ends at the end of its input.
 
     def read(self) -> dict[str, float]:
-        """What it says next; its first word comes after its first step."""
+        """Its next line. The first one comes after its first step."""
         line = cast(IO[str], self._process.stdout).readline()
         if not line:
             raise RuntimeError("A variant's process ended early; its message is above.")
@@ -281,7 +280,7 @@ def main() -> None:
 def report(
     shared: Batch, count: dict[str, float], steps: dict[str, list[dict]], *, quick: bool
 ) -> None:
-    """Ratios are medians over rounds, so that whatever else the machine does hits all alike."""
+    """Prints medians of ratios per round, so that other load on the machine affects all alike."""
 
     def over(variant: str, clock: str) -> float:
         pairs = zip(steps[variant], steps["shared"], strict=True)

@@ -3,10 +3,11 @@
     python -m benchmarks.convert_7b [--quick] [--dir DIR]
 
 Needs 60 GB on DIR's disk (a temporary directory by default) and leaves nothing there. Both ways run
-as the commands that a person would type; what counts is the slower of the two over copying the same
-bytes on the same disk in the same run. Every reading starts with the pages of its files dropped
-from the system's cache, every writing ends with them on the disk. `ok` also asks that the result is
-equal byte for byte and that neither command's memory (peak resident set) passes 6 GiB.
+as the commands that a person would type. The value is the speed of the slower one, relative to
+copying the same bytes on the same disk in the same run. Before a file is read, its pages are
+dropped from the system's cache; writing ends when all bytes are on the disk. `ok` also asks that
+the result is equal byte for byte and that neither command's memory (peak resident set) passes 6
+GiB.
 """
 
 import argparse
@@ -80,13 +81,13 @@ def make_source(cfg: SaberConfig, out: Path) -> int:
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    # Any bits below the exponent of infinity.
+    # Random bits of finite numbers: the exponent of infinity and NaN is left out.
     bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16)
     return bits & np.uint16(0xBFFF)
 
 
 def settle(directory: Path) -> None:
-    """Everything of `directory` on the disk, nothing of it in the cache."""
+    """Flushes the files of `directory` to the disk and drops them from the page cache."""
     for path in directory.rglob("*"):
         if path.is_file():
             file = os.open(path, os.O_RDONLY)
@@ -151,7 +152,7 @@ def run(cfg: SaberConfig, scratch: Path, *, quick: bool) -> None:
     exporting = ("saber_jax.hf.export", "--checkpoint", str(work), "--out", str(result))
     exporting += ("--source", str(source))
     export_seconds, (export_memory, export_cpu) = timed(lambda: command(*exporting), work, result)
-    shutil.rmtree(work)  # Its room is the last copy's.
+    shutil.rmtree(work)  # The last copy needs the space.
     copies.append(copy(source, scratch / "copy"))
 
     copy_seconds = statistics.median(copies)

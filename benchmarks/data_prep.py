@@ -4,11 +4,11 @@
 
 Without --clips, clips of the embedded corpus are drawn and enlarged to 480 x 360 at 25 fps, 4 s of
 H.264 and AAC each, so that decoding costs what real clips cost. Times are CPU seconds, medians over
-repetitions. The value is how many seconds of clip all stages together get through in one second of
-a core; 1 would be real time. Plain PyAV decoding of the same clips stands beside it as the peer.
+repetitions. The value is how many seconds of clips all stages together process in one second of a
+core; 1 would be real time. The peer is plain decoding of the same clips with PyAV.
 
-Annotation is bound by its endpoint, not by these cores: its requests are built for real and sent to
-a server on loopback that answers at once, which gives the share of it that a core pays for.
+Annotation is bound by its endpoint, not by these cores. Its requests are built for real and sent to
+a local server that answers at once, which measures what it costs a core.
 """
 
 import argparse
@@ -137,7 +137,9 @@ def _annotate(files: list[Path], repetitions: int) -> float:
         ]
 
         def work() -> None:
-            with tempfile.TemporaryDirectory() as cache:  # Or it would answer the repetitions.
+            with (
+                tempfile.TemporaryDirectory() as cache
+            ):  # A kept cache would answer the repetitions.
                 clients = {"annotate": settings.endpoint.open(cache)}
                 outcomes = annotate.work(rows, clients, pool, settings=settings)
                 failed = [o for o in outcomes if not isinstance(o, dict)]
@@ -188,7 +190,7 @@ def _server() -> Iterator[str]:
 
 
 def _duplicates(count: int) -> float:
-    """Seconds a clip to look up and add `count` clips of which none repeats another."""
+    """Seconds per clip for looking up and adding `count` clips without duplicates."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, (count, 4), np.int64)
     known = filters.Duplicates(filters.FilterSettings())

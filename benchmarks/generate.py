@@ -1,4 +1,4 @@
-"""Tokens a second that generation makes: over transformers' `generate`, and over waiting.
+"""Generated tokens per second, relative to transformers' `generate` and to static batches.
 
     python -m benchmarks.generate [--quick]
 
@@ -144,14 +144,14 @@ def reference(params: saber.Params, size: SaberConfig = CONFIG) -> Any:
 
 
 def _in_memory(name: str) -> str:
-    """transformers 5 nests in memory what lies flat on disk."""
+    """The name in memory: transformers 5 nests modules that are flat on disk."""
     if name.startswith("model."):
         return "model.language_model." + name.removeprefix("model.")
     return name if name.startswith("lm_head.") else "model." + name
 
 
 def inputs(records: Sequence[Record]) -> dict[str, Any]:
-    """What transformers' processor would give: left-padded tokens, normalised patches, log-mel."""
+    """The tensors of transformers' processor: left-padded tokens, normalised patches, log-mel."""
     import torch
 
     examples = [encode_record(record, Letters(), responses=()) for record in records]
@@ -185,7 +185,7 @@ def inputs(records: Sequence[Record]) -> dict[str, Any]:
 def compare(
     params: saber.Params, model: Any, records: list[Record], *, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Tokens a second of both, by turns, so that whatever else the machine does hits both."""
+    """Tokens per second of both, measured in turns, so that other load affects both alike."""
     size = len(records) // BATCHES
     generator = Generator(params, CONFIG, Letters(), max_new_tokens=new_tokens, batch_size=size)
     given = [inputs(records[first : first + size]) for first in range(0, len(records), size)]
@@ -216,7 +216,7 @@ def compare(
 
 
 def refilling(params: saber.Params, *, rows: int, batches: int, most: int) -> dict[str, Any]:
-    """How much sooner the same answers stand when their places are given away as they end."""
+    """The speed-up of the same answers when the place of a finished one is given to the next."""
     rng = np.random.default_rng(1)
     lengths = np.exp(np.log(most / 4) + 0.6 * rng.standard_normal(rows * batches))
     lengths = np.clip(lengths, 4, most).astype(np.int32)
@@ -268,7 +268,7 @@ class Run:
 
 
 def _timed(work: Callable[[], list[list[Any]]]) -> Run:
-    """Seconds, and what came out."""
+    """Seconds that a call took, and its result."""
     start = time.perf_counter()
     answers = work()
     return Run(time.perf_counter() - start, answers)

@@ -11,11 +11,12 @@ frame pair), and end with a batch in memory:
 - processor, files: the same, but decoding and resizing each video file first (by our decoder, which
   gives the released preprocessing's pixels), as trainers do that keep no records.
 
-Both work in as many processes as there are cores, at most two, whose CPU counts with that of the
-process that takes their batches. A clip costs what one more pass over the clips costs, so that the
-start of the processes is nobody's. The sound is also made alone, by one process, to show its share;
-and what travels to a device is counted. Last comes what the loader keeps in memory: the bound of
-three recipes, and what a small run with a slow training loop held of what its bound allows.
+Both work in as many processes as there are cores, at most two. Their CPU time and that of the
+process that takes the batches are added. The cost of a clip is that of one more pass over the
+clips, so that starting the processes does not count. The sound is also processed alone, by one
+process, to show its share, and the bytes sent to a device are counted. Last comes the memory of the
+loader: the bound of three recipes, and how much of its bound a small run with a slow training loop
+used.
 
 The processor needs torchvision, which nothing else here does. Without it only our figures are
 printed, the value is null and the exit code 1. The last line reports the ratio to `processor,
@@ -48,7 +49,7 @@ from saber_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepi
 
 GOAL = 5.0
 WORKERS = min(2, len(os.sched_getaffinity(0)))
-PASSES = 8  # Over the clips, beyond the first.
+PASSES = 8  # Passes over the clips after the first.
 WORDS = 45  # Of each section: an answer of about 500 tokens.
 HOST_CORES, CHIPS, PEAK, MFU = 224, 256, 197e12, 0.4
 PARAMETERS, STEP_FLOPS = 7.07e9, 8  # Forward, backward and a second forward.
@@ -60,7 +61,7 @@ ROWS = {
     f"frames in memory to {PROCESSOR}": ("processor, decoded", "processor, sound alone"),
     "the same from video files": ("processor, files", "processor, sound alone"),
 }
-"""Lines of the table: what is measured, and whose sound is part of it."""
+"""Lines of the table: what is measured, and the line of which its sound is a part."""
 
 
 def write_video(path: Path, seconds: float, rng: np.random.Generator) -> None:
@@ -111,11 +112,11 @@ def record(path: Path, rng: np.random.Generator) -> Record:
 
 
 Work = Callable[[int], None]
-"""Goes over all clips so many times, in processes of its own."""
+"""Passes over all clips this many times, in processes of its own."""
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Of this process and the children that end meanwhile."""
+    """CPU seconds of this process and of its children that have ended."""
 
     def spent() -> float:
         kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -128,7 +129,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def a_pass(work: Work, passes: int) -> float:
-    """CPU-seconds of one pass more."""
+    """CPU seconds of one more pass."""
     once, often = (cpu_seconds(lambda n=n: work(n)) for n in (1, 1 + passes))
     return (often - once) / passes
 
@@ -186,7 +187,7 @@ def theirs(processor, records: list[Record], files: list[Path] | None) -> Work:
     """A DataLoader that collates two clips at a time with the processor."""
     import torch
 
-    torch.set_num_threads(1)  # Its workers have one each anyway.
+    torch.set_num_threads(1)  # Its workers have one thread each anyway.
 
     def one(index: int):
         if files is None:
@@ -222,14 +223,14 @@ def theirs(processor, records: list[Record], files: list[Path] | None) -> Work:
 
 
 def mels(processor, records: list[Record]) -> None:
-    """What the processor makes of the sound, padded to 300 s each."""
+    """The log-mel of the processor, which pads every sound to 300 s."""
     for one in records:
         wave = one.audio.astype(np.float32) / 32768
         processor.feature_extractor(wave, sampling_rate=media.SAMPLE_RATE, padding="max_length")
 
 
 def bytes_a_clip(records: list[Record]) -> dict[str, int]:
-    """Of what our rows bring to the device, and of the sound as it is stored."""
+    """Bytes per clip that our rows send to the device, and bytes of the sound as it is stored."""
     layouts = [one.frames.shape[:3] for one in records]
     patches = sum(
         t // media.TEMPORAL_PATCH * (h // media.PATCH) * (w // media.PATCH) for t, h, w in layouts
@@ -244,7 +245,7 @@ def bytes_a_clip(records: list[Record]) -> dict[str, int]:
 
 
 def step_share(seconds_a_clip: float, rng: np.random.Generator) -> float:
-    """How much of a step 224 cores need to prepare it."""
+    """The share of a step's time in which 224 cores prepare its batch."""
     sizes = lengths.supervised(2048, lengths.RELEASE, rng)
     usable = np.flatnonzero(planning.fits(sizes, BUDGET))
     clips_a_row = len(usable) / len(planning.plan_rows(sizes, usable, BUDGET))
@@ -294,7 +295,7 @@ def main() -> None:
             measured = [a_pass(run, passes) for _ in range(repeats)]
             times[label] = float(np.median(measured)) / count
         for label, make in alone.items():
-            make()  # Filters are made once a process.
+            make()  # The mel filters are computed once per process.
             times[label] = float(np.median([cpu_seconds(make) for _ in range(repeats)])) / count
         print("\n".join(table(times)))
         travels = bytes_a_clip(records)

@@ -13,17 +13,17 @@ from saber_jax.data import decode, media
 from saber_jax.data.tmrope import audio_tokens
 
 RELEASE = decode.release_sampling()
-"""What the published SABER script does: its limit of 50,176 pixels a frame has no effect."""
+"""The sampling that the published SABER script has: its limit of 50,176 pixels has no effect."""
 
 EXACT = decode.FrameSampling(
     max_frames=decode.RELEASE_MAX_FRAMES,
     min_pixels=16 * 28 * 28,
     max_pixels=decode.RELEASE_MAX_PIXELS,
 )
-"""What that script asks for: 40 frames of at most 50,176 pixels."""
+"""The sampling that the script's settings ask for: 40 frames of at most 50,176 pixels."""
 
 PROMPT_TOKENS = 60
-"""Of the prompt's text and the markers around the media."""
+"""Tokens of the prompt's text and of the markers around the media."""
 
 
 def seconds(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:

@@ -3,7 +3,7 @@
     python -m benchmarks.loader_memory     the bound of some recipes; benchmarks.input_pipeline
                                            prints it too, beside a measured figure
 
-The bound counts rows (`loader.most_rows`); each takes what its budgets say, whatever it holds.
+The bound counts rows (`loader.most_rows`). A row has the size of its budgets, whatever it holds.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ THREADS, LOCAL, STEPS, STEP_SECONDS = 2, 4, 6, 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Of one host: rows it makes of every batch, rows it holds at most, bytes of one row."""
+    """A host's rows of a batch, the rows that it holds at most, and the bytes of a row."""
 
     local: int
     rows: int
@@ -48,13 +48,13 @@ def hosts_of(slices: topology.Slices) -> int:
 
 
 def bound(variant: str, stage: str = "sft") -> Bound:
-    """What a host of the pod that `variant` is for holds at most while it trains `stage`."""
+    """The most that a host holds while it trains `stage` on the pod of the recipe `variant`."""
     config = STAGES[stage](variant)
     names = [field.name for field in dataclasses.fields(Budget)]
     budget = Budget(**{name: config.data[name] for name in names})
     slices = topology.parse(config.topology)
     chips = slices.count * slices.chips
-    total = -(-config.data.batch_rows // chips) * chips  # Every chip has equally many.
+    total = -(-config.data.batch_rows // chips) * chips  # Every chip has equally many rows.
     local = total // hosts_of(slices)
     rows = loader.most_rows(local, threads=config.data.threads, workers=config.data.workers)
     return Bound(local, rows, row_bytes(budget))
@@ -74,8 +74,8 @@ def table() -> list[str]:
 
 
 def held(examples: Examples, rows: list[list[int]], budget: Budget, *, workers: int) -> int:
-    """Most bytes that this process and its loaders occupy while a slow training loop takes batches
-    of LOCAL rows, so that everything that may wait does."""
+    """The most bytes that this process and its loaders occupy while a slow training loop takes
+    batches of LOCAL rows. Because it is slow, all queues fill up."""
     planned = [rows[i % len(rows)] for i in range(STEPS * LOCAL)]
     most, source = 0, loader.HostRows(planned, LOCAL)
     for _ in loader.stream(source, examples, budget, threads=THREADS, workers=workers):
@@ -85,7 +85,7 @@ def held(examples: Examples, rows: list[list[int]], budget: Budget, *, workers: 
 
 
 def occupied() -> int:
-    """Bytes in memory of this process and all below it, what they share counted once."""
+    """Bytes in memory of this process and its descendants; shared memory counts once."""
     return sum(map(_proportional, _below("self")))
 
 

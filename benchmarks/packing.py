@@ -37,7 +37,7 @@ CASES = {
 
 
 def ours(sizes: np.ndarray, sampling) -> tuple[dict, Budget, float]:
-    """Shares, the budget chosen for a part of the data, microseconds an example for all of it."""
+    """(shares that are filled, budget chosen on a part of the data, microseconds per example)."""
     measured = sizing.Measurements(sizes[None], _frame_pairs(sizes, sampling), np.ones(1))
     best, _ = budgets.choose(measured, LENGTH)
     selection = sizing.select(measured, best.budget)
@@ -57,7 +57,7 @@ def _frame_pairs(sizes: np.ndarray, sampling) -> np.ndarray:
 
 
 def conversations(sizes: np.ndarray) -> np.ndarray:
-    """(text, patches, chunks) of every conversation; a pair is two with the same media."""
+    """(text, patches, chunks) of every conversation. A pair is two conversations with one clip."""
     text, chosen, rejected, patches, chunks, _ = sizes.T
     each = [np.stack([text + chosen, patches, chunks], 1)]
     if rejected.any():

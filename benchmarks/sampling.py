@@ -1,12 +1,12 @@
-"""Answers a second when a clip is answered ten times: our shared prompts over two other ways.
+"""Answers per second when a clip is answered ten times: shared prompts and two other ways.
 
     python -m benchmarks.sampling [--quick]
 
-What CA-DPO mines its pairs from. `separate` is our own generation of ten copies of the clip in one
-batch; `transformers` is `generate(num_return_sequences=10)`. All three have the same random float32
-weights (47 million), prompts of 1,500 tokens and cores, and take the likeliest tokens, so that they
-say the same: `tokens_that_agree` counts it. Ours are timed from records to text, so log-mel and
-patches are in it; theirs from ready tensors to tokens. Needs launch/setup.sh --bench.
+CA-DPO mines its pairs from such answers. `separate` is our own generation of ten copies of the clip
+in one batch; `transformers` is `generate(num_return_sequences=10)`. All three have the same random
+float32 weights (47 million), prompts of 1,500 tokens and cores, and decode greedily, so that their
+answers are equal: `tokens_that_agree` counts it. Ours are timed from records to text, so log-mel
+and patches are in it; theirs from ready tensors to tokens. Needs launch/setup.sh --bench.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _ids(text: str) -> list[int]:
 
 
 def agreement(answers: Answers, expected: Answers) -> float:
-    """Share of the tokens of `answers` that stand in `expected` too."""
+    """Share of the tokens of `answers` that are the same in `expected`."""
     same = [
         np.mean(np.array(a) == b[: len(a)])
         for ours, theirs in zip(answers, expected, strict=True)
@@ -77,7 +77,7 @@ def agreement(answers: Answers, expected: Answers) -> float:
 
 
 def compare(*, clips: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Answers a second of all three, by turns, so that whatever else the machine does hits all."""
+    """Answers per second of all three, measured in turns, so that other load affects all alike."""
     rng = np.random.default_rng(0)
     records = [generate.clip(rng, number, SECONDS) for number in range(clips)]
     params = generate.weights()

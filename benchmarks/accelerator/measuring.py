@@ -1,4 +1,4 @@
-"""The steps and the generation of both sides, and what is measured of them."""
+"""The train steps and the generation of both sides, and how they are measured."""
 
 import collections
 import dataclasses
@@ -36,7 +36,7 @@ Step = Callable[[], float]
 
 
 def random_params(cfg: SaberConfig, dtype: str) -> dict:
-    """Made on the device, a leaf at a time: a 7B network need not pass through the host."""
+    """Random parameters, drawn on the device array by array, so that 7B never passes the host."""
 
     @functools.partial(jax.jit, static_argnames=("shape", "norm"))
     def draw(key, shape, norm):
@@ -209,7 +209,7 @@ def _scope(stats: dict[str, Any]) -> str:
 
 
 def measure_generation(task: Task) -> dict[str, Any]:
-    """Tokens a second of whole batches: the second one, as the first one compiles."""
+    """Tokens per second of the second batch; the first one compiles."""
     record, _ = task.pair()
     records = [record] * task.answers
     new_tokens = NEW_TOKENS[task.quick]
@@ -251,7 +251,8 @@ def measure_generation(task: Task) -> dict[str, Any]:
 
 
 def device_kind() -> str:
-    """As jax names it, which a process of torch must not ask: jax would take the memory."""
+    """The name that jax gives to the device. A process of torch must not ask jax, which would
+    reserve the memory."""
     if "torch" not in sys.modules:
         return jax.local_devices()[0].device_kind
     torch = sys.modules["torch"]

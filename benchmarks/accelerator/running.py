@@ -19,7 +19,7 @@ LEAST_SECONDS = 20.0  # With less time left no variant is begun.
 
 
 def run_variant(task: Task) -> dict[str, Any]:
-    """`task` in a process of its own, ended when its time is over."""
+    """Runs `task` in a process of its own, which is killed when its time is over."""
     if task.peer == "flash" and importlib.util.find_spec("flash_attn") is None:
         return {"skipped": "flash_attn is not installed"}
     if task.peer and importlib.util.find_spec("peft") is None:
@@ -51,7 +51,7 @@ def run_variant(task: Task) -> dict[str, Any]:
 
 
 def measured(flags: argparse.Namespace, variants: list[str]) -> dict[str, dict[str, Any]]:
-    """Every variant's figures, or why it has none."""
+    """The figures of every variant, or the reason why it has none."""
     end = time.monotonic() + 60 * flags.minutes
     found: dict[str, dict[str, Any]] = {}
     for variant in variants:

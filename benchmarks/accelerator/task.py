@@ -15,7 +15,7 @@ from saber_jax.train import flops
 from saber_jax.tree import flatten
 
 LORA = LoraConfig(rank=8, alpha=32.0, targets=("text/*",), dropout=0.05)
-NEW_TOKENS = {True: 8, False: 128}  # Of an answer, quick or not.
+NEW_TOKENS = {True: 8, False: 128}  # Tokens of an answer, by whether the run is quick.
 VARIANTS = (
     *("cadpo", "cadpo_sdpa", "sft", "sft_sdpa", "generate_8", "generate_8_sdpa"),
     *("cadpo_flash", "generate_32", "generate_32_sdpa", "sft_flash", "cadpo_compile"),
@@ -29,7 +29,7 @@ class Task:
 
     size: str
     variant: str
-    seconds: float  # That it may take.
+    seconds: float  # How long the process may take.
     quick: bool
 
     @property
@@ -79,7 +79,7 @@ def batch_of(task: Task, example: Example) -> Batch[np.ndarray]:
 
 
 def model_flops(task: Task, cfg: SaberConfig, batch: Batch) -> float:
-    """Of a step with adapters trained and everything else frozen."""
+    """Model FLOPs of a step that trains adapters and freezes everything else."""
     sizes = flops.parameter_sizes(flatten(saber.abstract(cfg)))
     counted = {name: float(value) for name, value in flops.counts(batch).items()}
     trainable = [name for name in sizes if name.startswith("lora/")]

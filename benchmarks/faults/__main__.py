@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def timed(fault: str, run: Callable[[], Outcomes]) -> Outcomes:
-    """What `run` counted, printed at once: all of them take a while."""
+    """Runs one kind of fault and prints its outcomes at once, because all kinds take a while."""
     began = time.perf_counter()
     counts = run()
     print(f"{fault}: {dict(counts)} in {time.perf_counter() - began:.0f} s", flush=True)

@@ -16,8 +16,8 @@ REPEATS = 3
 
 
 def overhead(folder: Path, megabytes: int) -> dict[str, float]:
-    """Medians: seconds of digests as a share of the rest of a save and of a restore of a state of
-    so many MB, in 16 arrays; and the GB of it that are digested in a second."""
+    """Saves and restores a state of `megabytes` in 16 arrays. Returns medians: the time that
+    digests take as a share of the rest of a save and of a restore, and digested GB per second."""
     everywhere = sharding.replicated(sharding.make_mesh(data=1, fsdp=-1, tensor=1))
     size = megabytes * 2**20 // 4 // 16
     arrays = {f"text/w{i}": jnp.sin(jnp.arange(size, dtype=jnp.float32) + i) for i in range(16)}

@@ -26,8 +26,8 @@ from saber_jax.train import checkpoint
 
 
 def checkpoints(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in any file of the newest step of the tiny network and its optimizer: the state of that
-    step comes back, or the one before, which is said."""
+    """Flips a bit in any file of the newest step of the tiny network and its optimizer. Restoring
+    has to return the state of that step, or that of the step before with a message."""
     intact, counts = folder / "intact", Outcomes()
     states = {step: training.state(records, step) for step in (1, 2)}
     writing = checkpoint.Checkpoints(intact, every=1)
@@ -39,7 +39,8 @@ def checkpoints(records: Path, folder: Path, count: int, rng: np.random.Generato
     sizes = np.array([p.stat().st_size for p in files])
     for number in range(count):
         run = shutil.copytree(intact, folder / "flipped")
-        # Weights are nearly all bytes; half of the flips are in any file, most of them small.
+        # Weights are nearly all bytes. Half of the flips therefore choose among files, most of
+        # which are small.
         heavy = sizes / sizes.sum() if number % 2 else None
         flip(run / files[rng.choice(len(files), p=heavy)].relative_to(intact), rng)
         reading = checkpoint.Checkpoints(run, every=1)
@@ -63,7 +64,7 @@ def checkpoints(records: Path, folder: Path, count: int, rng: np.random.Generato
 
 
 def stored_records(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in the records' own file: each record is what it was, or refused by name."""
+    """Flips a bit in the records. Each record has to read as before, or be refused by name."""
     copy = shutil.copytree(records, folder / "records")
     source = RecordSource(copy, "train")
     [path] = source.directory.glob("*-train.array_record-*")
@@ -96,7 +97,7 @@ def _read_all(folder: Path, want: list[list[bytes]]) -> str:
 
 
 def outlines(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in the outlines, which only save time: what they say stays what the records say."""
+    """Flips a bit in the outlines, a cache of the records from which they must not differ."""
     copy = shutil.copytree(records, folder / "records")
     path = outlines_file(RecordSource(copy, "train").directory, "train")
 
@@ -108,7 +109,7 @@ def outlines(records: Path, folder: Path, count: int, rng: np.random.Generator) 
 
 
 def exports(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in any file that hf.export wrote, read by hf.load."""
+    """Flips a bit in any file that hf.export wrote; hf.load reads it."""
     cfg, out = saber_config("tiny"), folder / "hf"
     params = _numbers(cfg, rng)
     with contextlib.redirect_stderr(io.StringIO()):  # Its progress bar.
@@ -123,7 +124,7 @@ def exports(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
 
 
 def adapters(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in any file that hf.export --peft wrote, read by hf.check."""
+    """Flips a bit in any file that hf.export --peft wrote; hf.check reads it."""
     bare, base, run, out = saber_config("tiny"), folder / "base", folder / "run", folder / "peft"
     cfg = dataclasses.replace(bare, lora=LoraConfig(rank=2, alpha=4.0, targets=("text/*",)))
     params = _numbers(cfg, rng)
@@ -145,7 +146,7 @@ def adapters(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
 
 
 def _numbers(cfg: SaberConfig, rng: np.random.Generator) -> dict:
-    """Parameters of a network, without compiling what initialises it."""
+    """Random parameters, drawn without compiling the initialisation."""
     return jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(x.dtype), saber.abstract(cfg))
 
 
@@ -162,7 +163,8 @@ def _in_any_file(
 
 
 def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in the reference cache: what is read back is right, the damaged file set aside."""
+    """Flips a bit in the reference cache. What is read has to be right, and the damaged file is
+    set aside."""
     from saber_jax.train.references import Cache, ReferenceInputs
 
     source = ReferenceInputs(weights="w", processor="p", tokens="t", media="m", dtype="float32")
@@ -188,7 +190,7 @@ def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
 
 
 def pairs(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in preference pairs or in their checksums."""
+    """Flips a bit in preference pairs or in their checksums."""
     folder.mkdir(exist_ok=True)
     path, words = folder / "pairs.jsonl", ("calm", "loud", "a red room", "平静")
     rows = [{"clip_id": f"c{i}", "chosen": words[i % 4], "rejected": "no"} for i in range(20)]
@@ -197,7 +199,7 @@ def pairs(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
 
 
 def tokenizer(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in a vocabulary or in its checksum."""
+    """Flips a bit in a vocabulary or in its checksum."""
     folder.mkdir(exist_ok=True)
     path = copy_tokenizer(load_tokenizer(records).path, folder)
 
@@ -219,7 +221,7 @@ def _in_either(
 
 
 def model_file(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """A bit in a work directory's model.json."""
+    """Flips a bit in a work directory's model.json."""
     folder.mkdir(exist_ok=True)
     checkpoint.write_model_file(folder, saber_config("tiny"))
 

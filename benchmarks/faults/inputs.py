@@ -24,13 +24,13 @@ from saber_jax.models.config import SaberConfig, saber_config
 from saber_jax.train import checkpoint
 
 TOKENS = [b"null", b"-1", b"1e400", b"{}", b"[]", b'""', b"NaN", b"\xff\xfe", b"\0", b"[" * 2000]
-"""What parsers trip over."""
+"""Bytes that are inserted because parsers often fail on them."""
 NONSENSE = (-1, -(2**40), float("nan"), float("inf"), -float("inf"))
 Edit = tuple[float, int, bytes]
 
 
 def edits() -> st.SearchStrategy[list[Edit]]:
-    """(place as a share of the file, bytes removed there, bytes put there), a few of them."""
+    """A few edits: (place as a share of the file, number of removed bytes, inserted bytes)."""
     put = st.one_of(st.sampled_from(TOKENS), st.binary(max_size=12))
     edit = st.tuples(st.floats(0, 1), st.one_of(st.integers(0, 12), st.just(1 << 30)), put)
     return st.lists(edit, min_size=1, max_size=5)
@@ -95,12 +95,12 @@ def _mutated(path: Path, read: Callable[[], Any], count: int, seed: int) -> Outc
     def read_once(changes: list[Edit]) -> None:
         path.write_bytes(edited(original, changes))
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # Pairs without checksums are said.
+            with contextlib.redirect_stderr(io.StringIO()):  # It warns of pairs without checksums.
                 read()
             counts["fine"] += 1
         except (ValueError, FileNotFoundError) as error:
             named = path.name in str(error) or str(path.parent) in str(error)
-            # What crashed a decoder cannot say which file it had; its caller does.
+            # A crashed decoder cannot name its file; its caller can.
             crashed = "the decoder crashed" in str(error) or "decoding took" in str(error)
             counts["named" if named or crashed else "unnamed"] += 1
         except Exception:
@@ -112,7 +112,7 @@ def _mutated(path: Path, read: Callable[[], Any], count: int, seed: int) -> Outc
 
 
 def absurd_settings() -> Outcomes:
-    """Every number of both configs at values that make no sense, one at a time."""
+    """Sets every number of both configs to senseless values, one at a time."""
     counts = Outcomes()
     for stage in (sft, cadpo):
         found = ranges.numbers(stage.get_config("tiny").to_dict())

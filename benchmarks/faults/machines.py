@@ -28,7 +28,7 @@ def side_by_side(
     count: int,
     rng: np.random.Generator,
 ) -> Outcomes:
-    """`work` in LANES threads, which share `count`."""
+    """Runs `work` in LANES threads, each with a part of `count`."""
     shares = [len(range(lane, count, LANES)) for lane in range(LANES)]
     folders = [folder / f"lane{lane}" for lane in range(LANES)]
     lanes = zip(folders, shares, rng.spawn(LANES), strict=True)
@@ -44,8 +44,8 @@ def kills(
     how: signal.Signals,
     wanted: Undisturbed,
 ) -> Outcomes:
-    """Runs that are sent `how` at random moments until it has hit `count` times. Each goes on when
-    it is started again, and in the end has the numbers of an undisturbed one."""
+    """Sends the signal `how` to runs at random moments until `count` signals have hit. A run has to
+    continue when it is started again, and to end with the numbers of an undisturbed one."""
     expected = -how if how == signal.SIGKILL else distributed.PREEMPTED
 
     def lane(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
@@ -74,7 +74,7 @@ def kills(
 
 @contextlib.contextmanager
 def small_disk(folder: Path, limit: str) -> Iterator[Path | None]:
-    """A file system with a limit of tmpfs; None where mounting is not allowed."""
+    """Mounts a small tmpfs and yields it; None where mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -122,7 +122,7 @@ def filled(
     if status == 0:
         same = training.final(records, root) == wanted.numbers
         return "fine" if same else "silent"
-    # The log may lie on the full disk as well; what reached it is judged.
+    # The log may be on the full disk as well; only what was written to it is judged.
     if disk is None and "too large" not in first.said:
         return "unnamed"
     if disk is not None and "No space left" not in first.said and first.said:
@@ -146,7 +146,7 @@ def hosts(records: Path, folder: Path, count: int, rng: np.random.Generator) -> 
 
 
 def together(records: Path, root: Path, count: int, limit: int | None = None) -> list[Run]:
-    """`count` processes of one run; the last can write no file of more than `limit` bytes."""
+    """`count` processes of one run. The last cannot write files of more than `limit` bytes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What a fault may come to, how it is counted, and how a bit is flipped."""
+"""The outcomes of a fault, how they are counted, and how a bit is flipped."""
 
 import collections
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Outcomes = collections.Counter[str]
 
 
 def flip(path: Path, rng: np.random.Generator) -> None:
-    """One bit of a file, where it holds something: ArrayRecord pads to 64 KiB with zeros."""
+    """Flips one bit among the nonzero bytes of a file: ArrayRecord pads to 64 KiB with zeros."""
     data = bytearray(path.read_bytes())
     used = np.flatnonzero(np.frombuffer(data, np.uint8))
     data[rng.choice(used)] ^= 1 << rng.integers(8)
@@ -20,7 +20,7 @@ def flip(path: Path, rng: np.random.Generator) -> None:
 
 
 def outcome(read: Callable[[], Any], want: Any, path: Path) -> str:
-    """What reading a changed file comes to. An error is named if it says which file."""
+    """The outcome of reading a changed file. An error counts as named if it names the file."""
     try:
         got = read()
     except (ValueError, FileNotFoundError) as error:
@@ -33,7 +33,7 @@ def outcome(read: Callable[[], Any], want: Any, path: Path) -> str:
 def flips(
     path: Path, count: int, rng: np.random.Generator, read: Callable[[], Any], want: Any
 ) -> Outcomes:
-    """`count` times: one bit of `path` flipped, read, and put back."""
+    """Flips a bit of `path`, reads the file and restores it, `count` times."""
     counts, before = Outcomes(), path.read_bytes()
     for _ in range(count):
         flip(path, rng)
@@ -43,7 +43,7 @@ def flips(
 
 
 def table(rows: dict[str, Outcomes]) -> str:
-    """Markdown."""
+    """The outcomes as a table in Markdown."""
     columns = ("fine", "named", *FAILURES, "skipped")
     head = f"| {'fault':<28} | " + " | ".join(f"{c:>7}" for c in columns) + " |"
     lines = [head, f"|{'-' * 30}|" + "|".join("-" * 8 + ":" for _ in columns) + "|"]

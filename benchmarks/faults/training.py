@@ -62,7 +62,7 @@ def write_records(folder: Path, count: int = 8) -> Path:
 
 
 def config(records: Path, root: Path, **changes: Any) -> ConfigDict:
-    """The tiny network for a few steps, each of them saved; the run is in root/sft."""
+    """The config of a short run of the tiny network that saves every step, in root/sft."""
     c = sft.get_config("tiny")
     c.root, c.data.path = str(root), str(records)
     c.steps, c.checkpoint_every, c.log_every = STEPS, 1, 1
@@ -74,7 +74,7 @@ def config(records: Path, root: Path, **changes: Any) -> ConfigDict:
 
 
 def serve(compiled: Path) -> None:
-    """Prepares the server that forks runs; what they compile is kept in `compiled`."""
+    """Starts the server that forks runs. Their compilation cache is the folder `compiled`."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     multiprocessing.set_forkserver_preload([__name__])
@@ -119,7 +119,7 @@ class Run:
             sys.exit(f"saber_jax.main: {error}")
 
     def ended(self, seconds: float) -> int | None:
-        """Its status, negative for a signal; None if it had to be killed for taking longer."""
+        """Waits for its status, negative for a signal; None if it took longer and was killed."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
@@ -138,14 +138,14 @@ class Run:
 
 @functools.cache
 def layout(records: Path) -> TrainState:
-    """Shapes and places of the state that such a run has."""
+    """Shapes and shardings of the state of such a run."""
     settings = config(records, Path("unused"))
     stage = stages.build(settings, sharding.make_mesh(**settings.mesh))
     return start.layout(stage, None)
 
 
 def state(records: Path, step: int) -> TrainState:
-    """Numbers of that layout that depend on their step."""
+    """A state of that layout whose numbers depend on `step`."""
 
     def made(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = np.random.default_rng(step).standard_normal(leaf.shape).astype(leaf.dtype)
@@ -161,7 +161,7 @@ def numbers(held: TrainState) -> bytes:
 
 
 def whole(root: Path) -> int:
-    """The newest whole step of a run, 0 for none."""
+    """The newest complete step of a run, 0 if there is none."""
     found = [s for s in saved.steps(root / "sft") if not saved.problem(s, checkpoint.ITEMS)]
     return int(found[-1].name) if found else 0
 
@@ -180,8 +180,8 @@ def final(records: Path, root: Path) -> bytes | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """What a run comes to when nothing happens to it, how long it takes, and what it leaves on
-    disk: bytes, and files and folders."""
+    """The result of a run without faults, its duration, and what it leaves on the disk: bytes, and
+    the number of files and folders."""
 
     numbers: bytes
     seconds: float
@@ -190,12 +190,12 @@ class Undisturbed:
 
     @property
     def patience(self) -> float:
-        """Seconds after which a run that something happened to counts as hanging."""
+        """Seconds after which a run with a fault counts as hanging."""
         return 60 + 4 * self.seconds
 
 
 def undisturbed(records: Path, root: Path) -> Undisturbed:
-    """Twice: the first run compiles. Raises RuntimeError with what a run said that failed."""
+    """Runs twice, because the first run compiles. Raises RuntimeError if a run fails."""
     began, wanted = 0.0, None
     for attempt in ("first", "second"):
         began = time.perf_counter()

@@ -37,7 +37,7 @@ def packed(
     response: int,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """masks.packed_text, for rows that end in two regions of `response` slots (0: there are none).
+    """masks.packed_text, for rows that end in two regions of `response` slots, none if it is 0.
 
     Slots of segment 0 come out as zeros.
     """

@@ -18,9 +18,10 @@ from jaxtyping import Array
 
 from saber_jax.models.masks import Mask
 
-# Positions of one program, and of one turn of its loop. Rows are padded to a multiple of OUTER.
+# Positions that a program owns, and positions that it visits at a time. Rows are padded to a
+# multiple of OUTER.
 OUTER, INNER = 128, 64
-MASKED = -1e30  # Finite: minus infinity minus itself would be NaN.
+MASKED = -1e30  # Finite, because minus infinity minus itself is NaN.
 
 Dot = Callable[..., Array]
 
@@ -37,8 +38,8 @@ def _store(ref, value, head_dim: int) -> None:
 
 
 def precision(dtype: DTypeLike, interpret: bool) -> Any:
-    """Of matrix products. Those of float32 are as exact as on a CPU, in three passes of the tensor
-    cores; the cores alone would round operands to 10 bits."""
+    """The precision of matrix products. Products of float32 take three passes of the tensor cores,
+    which is as exact as a CPU; a single pass would round operands to 10 bits."""
     if dtype != jnp.float32:
         return None
     exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -46,7 +47,7 @@ def precision(dtype: DTypeLike, interpret: bool) -> Any:
 
 
 def _own(outer: int):
-    """Where a program's positions begin, see `_Blocks.place` in triton.py."""
+    """The first position of this program, see `_Blocks.place` in triton.py."""
     return (outer - 1 - pl.program_id(1)) * OUTER
 
 
@@ -110,7 +111,7 @@ def backward_q(*refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, 
 
 
 def backward_kv(*refs: Any, mask: Mask, head_dim: int, outer: int, scale: float, dot: Dot) -> None:
-    """Scores are [keys, queries] here, so that no product transposes what registers hold."""
+    """Scores are [keys, queries] here, so that no product transposes an array in registers."""
     table, segments, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
     start = _own(outer)
     k, v = _load(k_ref, head_dim), _load(v_ref, head_dim)

@@ -89,21 +89,21 @@ class Best:
         return {"value": self.value, "step": self.step, "since": self.since}
 
     def recall(self, state: dict[str, Any]) -> None:
-        """Goes on from what a checkpoint says."""
+        """Continues from the state that a checkpoint holds."""
         self.value, self.step, self.since = state["value"], state["step"], state["since"]
 
 
 def keeping(
     workdir: Path, cfg: SaberConfig, tokenizer: Tokenizer, base: Path | None, **about: Any
 ) -> Callable[[TrainState, int], None]:
-    """What saves weights as WORKDIR/best, in the place of those before."""
+    """A function that saves weights to WORKDIR/best and removes those saved before."""
 
     def keep(state: TrainState, step: int) -> None:
         folder = workdir / FOLDER
         place = folder / "checkpoints" / str(step)
         first = jax.process_index() == 0
         if first:
-            shutil.rmtree(place, ignore_errors=True)  # What a killed run left half-written.
+            shutil.rmtree(place, ignore_errors=True)  # A killed run may have left a part.
         distributed.barrier("the best weights have room")
         more = dict(about)
         if base is not None:
