@@ -30,7 +30,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 LOOPBACK = "127.0.0.1"
 NAMES = [LOOPBACK, "localhost"]
-"""What a browser may call this server in its Host header."""
+"""The host names that a browser may send in its Host header."""
 MOST_EXAMPLES = 6
 SENSES = {
     (True, True): "sound and picture",
@@ -50,7 +50,7 @@ class Limits:
 
 
 class Stopped(Exception):
-    """Raised in an answer that is not needed any more."""
+    """Raised in a request whose answer is no longer needed."""
 
 
 class Describer:
@@ -81,7 +81,7 @@ class Describer:
         yield from self._stream(record, visitor)
 
     def stop(self, visitor: str = "") -> None:
-        """Ends the answer under way for this visitor: the model says no further token."""
+        """Ends the running answer of this visitor; no further token is generated."""
         if stopped := self._stops.get(visitor):
             stopped.set()
 
@@ -111,7 +111,7 @@ class Describer:
                 yield text.rstrip("\ufffd")
         except queue.Empty:
             raise TimeoutError(
-                f"No whole answer in {self._limits.answer_seconds:g} s; take a shorter clip, or "
+                f"No complete answer in {self._limits.answer_seconds:g} s; take a shorter clip, or "
                 "start the demo with a larger --answer_seconds."
             ) from None
         finally:
@@ -121,7 +121,7 @@ class Describer:
 
 
 def _handlers(describer: Describer) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What the page's buttons do: (ask, stop)."""
+    """The handlers of the page's buttons: (ask, stop)."""
     import gradio as gr
 
     def ask(

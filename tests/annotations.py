@@ -17,7 +17,7 @@ CONTAINERS = (tuple, list, dict, Sequence, Mapping)
 
 
 def check_arrays(function: Callable) -> Callable:
-    """`function`, which raises for an argument or result of another shape or dtype than it says."""
+    """`function`, made to raise for arrays of another shape or dtype than it is annotated with."""
     hints = {name: arrays_of(hint) for name, hint in function.__annotations__.items()}
     if all(hint is Any for hint in hints.values()):
         return function
@@ -26,7 +26,7 @@ def check_arrays(function: Callable) -> Callable:
 
 
 def arrays_of(hint: Any) -> Any:
-    """What `hint` says of arrays, inside tuples, containers and options too; Any if nothing."""
+    """The array annotations of `hint`, also those inside other types; Any if it has none."""
     if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
         return hint.dtype[Any, hint.dim_str]
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

@@ -22,7 +22,7 @@ browser = chromium.browser
 
 
 class _Model:
-    """Concludes contempt from sound and picture, else what is left suggests."""
+    """A model that concludes contempt from sound and picture, and else what is left suggests."""
 
     def __init__(self):
         self.records = []
@@ -191,7 +191,7 @@ def test_a_clip_is_dropped_described_and_asked_again_without_sound(browser, addr
 
 @chromium.needed
 def test_sections_fill_one_after_the_other_and_stop_ends_it(browser, address, model, clip):
-    """The model says its next 20 characters only when it may."""
+    """The model writes its next 20 characters only when the test allows it."""
     asks, steps = threading.Semaphore(0), threading.Semaphore(0)
     model.wait = lambda: (asks.release(), steps.acquire(timeout=30))
     finished, model.told = model.finished, ""

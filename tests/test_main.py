@@ -40,7 +40,7 @@ def records(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Every run here compiles the same step."""
+    """Shares compiled programs: every run here compiles the same step."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
@@ -72,7 +72,7 @@ def params_of(root, stage):
 
 
 def train_until_killed(config, monkeypatch):
-    """Until the metrics of step 2 are written."""
+    """Waits until the metrics of step 2 are written."""
     write = loop.MetricsWriter.write
 
     def dying(self, step, values):
@@ -132,7 +132,7 @@ def test_a_work_directory_of_another_config_is_refused_by_name(records, whole):
 
 
 def refused(config):
-    """What a run that cannot be says."""
+    """The error of a run that cannot start."""
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         main.train(config)
     return str(error.value)
@@ -278,7 +278,7 @@ def test_a_loss_option_that_the_pairs_cannot_serve_is_refused(records, whole, op
 
 @pytest.fixture(scope="module")
 def adapted(records, tmp_path_factory):
-    """Where a run with LoRA lies, and its last state."""
+    """The work directory of a LoRA run, and its last state."""
     root, states = tmp_path_factory.mktemp("adapted"), []
     run = loop.run
 

@@ -43,7 +43,7 @@ def records(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def torn(records, tmp_path_factory):
-    """The same, but the storage of record 5 lost its end after everybody had seen its size."""
+    """The same records, but record 5 is truncated in a file whose outlines still have its size."""
     out = tmp_path_factory.mktemp("torn")
     shutil.copytree(records, out, dirs_exist_ok=True)
     source = RecordSource(out, "train")
@@ -123,7 +123,7 @@ def metrics_of(root, stage):
 
 
 def assert_same_run(got, expected, stage):
-    """Same numbers but for the order of floating-point sums."""
+    """Compares numbers that may differ by the order of floating-point sums."""
     for ours, theirs in zip(metrics_of(got, stage), metrics_of(expected, stage), strict=True):
         # These count the signs of margins, which are all rounding at the first steps.
         for name in [name for name in theirs if "accuracies" in name]:

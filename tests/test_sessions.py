@@ -42,7 +42,7 @@ def start(records, root) -> subprocess.Popen:
 
 
 def described(root: Path) -> bool:
-    """It is about to compile its first step."""
+    """Whether the run is about to compile its first step."""
     return (root / "log").exists() and "sft:" in (root / "log").read_text()
 
 
@@ -52,7 +52,7 @@ def stepped(root: Path) -> bool:
 
 
 def saving(root: Path) -> bool:
-    """Orbax has begun a step and not ended it."""
+    """Whether Orbax has begun to write a step and has not finished."""
     return any((root / "sft/checkpoints").glob("*tmp*"))
 
 

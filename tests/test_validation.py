@@ -65,7 +65,7 @@ def test_a_killed_run_validates_as_an_uninterrupted_one(records, whole, tmp_path
 def test_a_run_that_stops_improving_ends_early_with_its_best_weights_also_after_a_restart(
     records, tmp_path, monkeypatch
 ):
-    """All measurements are alike, so the first one stays the best."""
+    """Makes all measurements equal, so that the first one stays the best."""
     monkeypatch.setattr(validate, "metrics", lambda *_: {"validate/nll": 1.0})
     config = validated(sft, records, tmp_path)
     config.validate.keep_best, config.validate.patience = "nll", 1

@@ -167,7 +167,7 @@ def _check_source(params, cfg: SaberConfig, source: HfCheckpoint) -> None:
 
 
 def _other_files(directory: Path, shards: set[str]) -> tuple[list[Path], list[str]]:
-    """What to copy of a directory, and the names of what not to."""
+    """The files of a directory to copy, and the names of those that are not copied."""
     weights = (".safetensors", ".bin", ".pth", ".h5", ".msgpack")
     kept, left_out = [], []
     for path in sorted(directory.iterdir()):
@@ -238,12 +238,12 @@ def _convert(params: dict[str, Any], entry: TensorEntry, dtype: str) -> np.ndarr
 
 def _counted(arrays: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
     for array in arrays:
-        bar.update()  # Before it is taken: after the last one nobody asks again.
+        bar.update()  # Before `yield`, because the generator is not resumed after the last one.
         yield array
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut where the next tensor would pass the limit."""
+    """The names in order, divided into files of at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -267,7 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=LAYOUTS,
         help="thinker (default): the thinker alone; omni: inside the whole model, for servers",
     )
-    parser.add_argument("--source", type=Path, help="HuggingFace directory to repeat in all else")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        help="HuggingFace directory whose config, other files and other tensors are copied",
+    )
     parser.add_argument("--peft", action="store_true", help="adapters alone")
     parser.add_argument(
         "--base",
@@ -294,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = open_checkpoint(args.source)
             left_out = export_like(params, cfg, args.out, source, overwrite=args.overwrite)
             if left_out:
-                print(f"left out, being folders or other weights: {', '.join(left_out)}")
+                names = ", ".join(left_out)
+                print(f"not copied, because they are folders or other weights: {names}")
         else:
             export(
                 params,

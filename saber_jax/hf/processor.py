@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 
 
 def write_processor(out: Path, cfg: SaberConfig, tokenizer: Tokenizer | None) -> None:
-    """Writes FILES but for VOICES, and without a tokenizer no tokenizer's."""
+    """Writes FILES except VOICES; those of the tokenizer only if there is one."""
     write_json(out / GENERATION, _generation(cfg))
     write_json(out / PREPROCESSOR, _preprocessor(cfg))
     write_text(out / TEMPLATE, CHAT_TEMPLATE)
@@ -80,7 +80,7 @@ def _generation(cfg: SaberConfig) -> dict[str, Any]:
 
 
 def _preprocessor(cfg: SaberConfig) -> dict[str, Any]:
-    """What saber_jax.data.media does, in the words of transformers' processors."""
+    """The settings of transformers' processors that do what saber_jax.data.media does."""
     samples = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE
     return {
         "processor_class": "Qwen2_5OmniProcessor",

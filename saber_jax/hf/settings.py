@@ -153,7 +153,7 @@ GENERIC = frozenset(_GENERIC_WORDS.split())
 
 
 def problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that a thinker's config says and this network does not do, named one by one."""
+    """Yields every setting of a thinker's config that this network does not support."""
     if config.get("quantization_config"):
         yield "quantization_config is set: weights are read as float32, float16 or bfloat16 only"
     for name in ("", *SECTIONS):
@@ -182,7 +182,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrong_type(key: str, value: Any) -> str | None:
-    """What a setting has to be, if it is something else."""
+    """What kind of value a setting needs, if it has another kind; else None."""
     if key == "fullatt_block_indexes":
         right = isinstance(value, list | tuple) and all(type(index) is int for index in value)
         return None if right else "a list of layers' numbers"

@@ -42,7 +42,7 @@ def test_a_scanned_layer_counts_as_often_as_it_runs(mesh):
 
 
 def test_a_loop_reads_of_stacked_arrays_what_it_takes_of_them(mesh):
-    """What a layer of 32 MiB hands on stays on the chip, and so does part of one of 64 MiB."""
+    """The output of a layer of 32 MiB stays on the chip, and so does a part of one of 64 MiB."""
     got = analyze(scanned, of(mesh, (4096, 4096)), of(mesh, (5, 4096, 4096)))
     assert got.hbm_bytes == pytest.approx(5 * 2 * 4096**2, rel=0.01)
 

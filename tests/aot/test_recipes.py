@@ -33,7 +33,7 @@ class Compiled:
     log: str
 
     def sent(self, op: str, *, in_layers: bool) -> float:
-        """GB that one device sends a step, and the gradients over DCN left out."""
+        """GB that one device sends per step, without the gradients sent over DCN."""
         return sum(
             entry["wire"]
             for entry in self.figures["collectives"]
@@ -41,7 +41,7 @@ class Compiled:
         )
 
     def gathered(self, pattern: str) -> float:
-        """What one gather of the weights that `pattern` matches sends, in bfloat16."""
+        """Bytes sent by one all-gather of the weights that match `pattern`, in bfloat16."""
         shards = sharding.shards(sharding.FSDP, self.stage.mesh)
         weights = self.stage.state.trainable | self.stage.state.frozen
         size = sum(2 * leaf.size for name, leaf in weights.items() if re.match(pattern, name))
@@ -54,7 +54,7 @@ class Compiled:
     ids=lambda param: "-".join(param),
 )
 def compiled(request, four_chips, tmp_path_factory):
-    """As the command leaves it; what the compiler says on the way is in `log`."""
+    """Runs the command; the output of the compiler is in `log`."""
     variant, name = request.param
     out = tmp_path_factory.mktemp("aot")
     command = [sys.executable, "-m", "saber_jax.aot", f"--config=configs/{name}.py:{variant}"]
@@ -98,7 +98,7 @@ def test_every_matrix_is_spread_over_all_devices_of_a_slice(compiled):
 
 
 def test_nothing_is_rematerialised_that_no_policy_names(compiled):
-    """Neither by the compiler for want of memory nor by the partitioner for want of a way."""
+    """Rematerialisation is added neither by the compiler to save memory nor by the partitioner."""
     names = [name for part in compiled.module.computations.values() for name in part]
     assert not [name for name in names if ".remat" in name]
     assert "rematerialization" not in compiled.log.lower()

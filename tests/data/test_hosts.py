@@ -22,7 +22,7 @@ EXAMPLES, BATCH_ROWS = 47, 5
 
 
 class Numbered:
-    """Examples without media that carry their own number as their kappa."""
+    """Examples without media; the kappa of each is its number."""
 
     def __init__(self, tokenizer):
         record = synthetic.record(0, frames=0, seconds=0.0, words=2)
@@ -139,7 +139,7 @@ def test_an_exception_in_a_worker_process_ends_the_run_with_the_record_named(sev
 
 
 class Killer(Source):
-    """Reading record 5 kills the process that reads it, as running out of memory does."""
+    """Kills the process that reads record 5, as the system does when memory runs out."""
 
     def __getitem__(self, index: int):
         if index == 5:

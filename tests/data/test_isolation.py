@@ -14,7 +14,7 @@ from saber_jax.data.frame_sampling import MediaError
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Gives its number, late if even, or kills the process that it runs in."""
+    """Returns its number, late if it is even, or kills the process that it runs in."""
 
     number: int
     crashes: bool = False

@@ -15,7 +15,7 @@ BUDGET = Budget(length=400, patches=288, chunks=2, targets=256, segments=4)
 
 @pytest.fixture(scope="module")
 def pair(tokenizer):
-    """Two responses that begin alike: the first section and a half."""
+    """Two responses with the same first one and a half sections."""
     chosen = "[video_desc] a calm room\n[facial_exp_desc] the person smiles slowly"
     rejected = "[video_desc] a calm room\n[facial_exp_desc] the red room"
     return encode_record(synthetic.record(1), tokenizer, responses=(chosen, rejected))

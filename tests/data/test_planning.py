@@ -16,7 +16,7 @@ BUDGET = Budget(length=400, patches=288, chunks=2, targets=256, segments=4)
 
 
 def random_sizes(n: int, seed: int) -> np.ndarray:
-    """Supervised examples: nothing in the regions of responses."""
+    """Sizes of supervised examples, whose response regions are empty."""
     rng = np.random.default_rng(seed)
     text = rng.integers(20, 200, n)
     none = 0 * text

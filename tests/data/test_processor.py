@@ -56,7 +56,7 @@ def encoded(tokenizer, frames, seconds, audio, audio_in_video=False):
 
 @pytest.fixture(scope="module", params=[*CASES, "picture"])
 def case(request, tokenizer, files, golden):
-    """An example of ours, and what the released preprocessing says."""
+    """Our example, and the output of the released preprocessing."""
     name = request.param
     if name == "picture":
         nothing = np.zeros(0, np.int16)

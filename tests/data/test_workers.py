@@ -12,7 +12,7 @@ COUNT = 40
 
 
 class Slow:
-    """Elements that take their time; they name the process that made them."""
+    """Elements that are slow to make; each is the id of the process that made it."""
 
     def __len__(self) -> int:
         return COUNT

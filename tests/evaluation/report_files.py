@@ -13,7 +13,7 @@ AGREEMENT = {"emotion": "sad", "face": "sad", "voice": "sad", "conflict_type": "
 
 
 def prediction(clip_id: str, labels: dict[str, str], said: str) -> dict[str, Any]:
-    """An answer that repeats the reference but for its conclusion."""
+    """An answer that differs from the reference in its conclusion alone."""
     texts = {field: f"{field} of {clip_id} </script><b>" for field in FIELDS}
     response = sed.target_text(texts | {"sentiment_analysis": f"So {said}."})
     return {
@@ -36,7 +36,7 @@ CADPO = _predictions("contempt", "contempt", "contempt", "contempt", "angry", "s
 
 
 def write_run(root: Path) -> None:
-    """Leaves a run's files below `root`, and an empty corpus/clips."""
+    """Writes a run's files below `root`, and an empty corpus/clips."""
     for stage, rows in (("sft", SED), ("cadpo", CADPO)):
         scores = root / "eval" / stage
         scores.mkdir(parents=True)

@@ -24,7 +24,7 @@ CLIPS = [
 
 
 def _record(number, face, voice, truth, kind):
-    """Faces and voices are single numbers in the pixels and the samples."""
+    """Records in which a face and a voice are a single number in the pixels and the samples."""
     return Record(
         clip_id=f"clip{number}",
         language="en",
@@ -38,7 +38,7 @@ def _record(number, face, voice, truth, kind):
 
 
 class _Model:
-    """Believes the voice; without one, the face. Counts the clips it was asked about."""
+    """A model that follows the voice, or the face without one; it counts its clips."""
 
     def __init__(self, stop_after=None):
         self.asked, self.stop_after = [], stop_after

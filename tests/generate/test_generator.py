@@ -72,7 +72,7 @@ def _generator(params, tokenizer):
 
 @pytest.fixture(scope="module")
 def greedy(params, tokenizer):
-    """Tokens found by running the whole sequence through the model again for every token."""
+    """Greedy tokens without a kv cache: the whole sequence is run again for every token."""
     examples = [encode_record(record, tokenizer, responses=()) for record in RECORDS]
     sizes = [size_of(example) for example in examples]
     budget = packing.Budget(

@@ -216,7 +216,7 @@ def _recorder(layers: dict[str, list[np.ndarray]], name: str):
 
 
 def generate(model, talks: list[Conversation]) -> np.ndarray:
-    """Greedy answers of NEW_TOKENS tokens each, whatever they are."""
+    """Greedy answers of NEW_TOKENS tokens each; end tokens do not end them."""
     given = inputs(talks, left=True)
     with torch.no_grad():
         out = model.generate(

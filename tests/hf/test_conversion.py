@@ -75,7 +75,7 @@ def workdir(omni):
 
 
 def files(directory):
-    """All but the digests that an export adds."""
+    """The files of an export without its digests."""
     kept = [path for path in directory.iterdir() if path.name != digests.FILE]
     return {path.name: path.read_bytes() for path in kept}
 
@@ -85,7 +85,7 @@ def test_the_full_layout_comes_back_byte_for_byte(omni, workdir, tmp_path, capsy
     (omni / "pytorch_model.bin").write_bytes(b"stale")
     arguments = ["--checkpoint", str(workdir), "--source", str(omni), "--out", str(tmp_path / "hf")]
     assert export.main(arguments) == 0
-    assert "left out, being folders or other weights: old, pytorch_model.bin" in (
+    assert "not copied, because they are folders or other weights: old, pytorch_model.bin" in (
         capsys.readouterr().out
     )
     (omni / "pytorch_model.bin").unlink()
@@ -225,7 +225,7 @@ def test_adapters_are_merged_a_layer_at_a_time(workdir, tmp_path):
 
 
 def adapters_on(base, tmp_path, cfg: SaberConfig):
-    """What a LoRA run on `base` leaves, with random adapters."""
+    """The work directory of a LoRA run on `base`, with random adapters."""
     run = tmp_path / "run"
     rng = np.random.default_rng(1)
     lora = jax.tree.map(

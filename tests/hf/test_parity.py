@@ -114,7 +114,7 @@ def rough():
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_of_single_conversations_is_within_what_the_docs_say(rough, answers, params, case):
-    """One number is not compared with its counterpart: which one is furthest off is chance."""
+    """Compares the norms of two errors, because the largest single difference is chance."""
     for talk, exact in zip(CASES[case], answers[case].logits, strict=True):
         (want,) = reference.ask(rough, [talk]).logits
         got = rough_logits(params, row(talk))[0, : len(talk.tokens)]
@@ -213,7 +213,7 @@ def test_every_vision_layer_equals_the_reference(answers, params):
 
 @jax.jit
 def vision_layers(params, batch):
-    """The tower with its layers unrolled, stopped after each."""
+    """The outputs of the tower after each of its layers, without the scan."""
     from saber_jax.models.positions import vision_rotary
     from saber_jax.models.vision import _attend, full_attention, normalize
 

@@ -27,7 +27,7 @@ TALK = conversation(1, Text(3), Image((1, 6, 8)), Audio(150), Text(5))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A HuggingFace directory and what load makes of it."""
+    """A HuggingFace directory, and the checkpoint that hf.load makes from it."""
     out = tmp_path_factory.mktemp("base") / "hf"
     weights = reference.weights(reference.thinker())
     params = names.from_disk(lambda entry: weights[entry.name], CONFIG)
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
 
 
 def adapters_on(base, run, *targets: str):
-    """What a run with LoRA leaves, its adapters random and large."""
+    """The work directory of a LoRA run, with large random adapters."""
     cfg = dataclasses.replace(CONFIG, lora=LoraConfig(rank=3, alpha=6.0, targets=targets))
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(

@@ -36,7 +36,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(python, tmp_path_factory):
-    """What transformers and the server say to every question."""
+    """The answers of transformers and of the server to every question."""
     place = tmp_path_factory.mktemp("served")
     texts = ["A woman smiles, but her voice trembles.", "声音里有悲伤。"] * 20
     tokenizer = train_sentencepiece(texts, place / "tokenizer.model", vocab_size=330, symbols=())

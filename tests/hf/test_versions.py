@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def said(folders, tmp_path_factory):
-    """What the two versions say about the two layouts."""
+    """The answers of both versions for both layouts."""
     place = tmp_path_factory.mktemp("exports")
     texts = ["A woman smiles, but her voice trembles.", "声音里有悲伤。"] * 20
     tokenizer = train_sentencepiece(texts, place / "tokenizer.model", vocab_size=330, symbols=())

@@ -45,11 +45,11 @@ sys.meta_path.insert(0, Declare())
 
 
 class NoVllmError(Exception):
-    """vLLM cannot be installed here."""
+    """Raised if vLLM cannot be installed here."""
 
 
 def make(directory: Path) -> Path:
-    """Its Python. Raises NoVllmError with the installer's last words."""
+    """The Python that has vLLM. Raises NoVllmError with the installer's last lines."""
     python = directory / "bin" / "python"
     if (directory / "complete").exists():
         return python

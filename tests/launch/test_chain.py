@@ -252,7 +252,7 @@ def test_what_was_deleted_is_made_again(tmp_path):
 
 
 def stamps(config: ConfigDict, *settings: str) -> dict[str, tuple]:
-    """What each step of a chain would do, by its name."""
+    """The inputs (`does`) of each step of a chain, by name."""
     links = chain.steps(config, "configs/cadpo.py:tiny", settings)
     return {s.name: (s.command, s.does, s.after, s.leaves) for s in links}
 

@@ -15,7 +15,7 @@ SHORT = ("--config.steps=4", "--config.checkpoint_every=2", "--config.data.batch
 
 
 def run(logs, config, root, *settings):
-    """What both hosts said, each with its own four devices."""
+    """The output of both hosts, each with its own four devices."""
     command = ["-m", "launch.chain", f"--config={config}", f"--config.root={root}", *SHORT]
     with running([*command, *settings], logs, count=2) as hosts:
         assert hosts.wait(PATIENCE) == [0, 0], hosts.text()

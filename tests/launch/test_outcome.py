@@ -11,7 +11,7 @@ def score(value: float) -> dict:
 
 
 def finished(tmp_path):
-    """The steps of a chain, with the files that the last words are about."""
+    """The steps of a chain, with the files that its final output describes."""
     config = cadpo.get_config("tiny")
     config.root = str(tmp_path)
     for model, right in (("sft", 0.5), ("cadpo", 0.75)):

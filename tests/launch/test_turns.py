@@ -80,7 +80,7 @@ def test_a_host_that_works_alone_has_its_own_chips_and_joins_nobody():
 
 
 def meeting(folders, patience):
-    """What each host misses; host i looks into the i-th folder."""
+    """The hosts that each host does not see; host i reads the i-th folder."""
     with ThreadPoolExecutor(len(folders)) as hosts:
         return list(
             hosts.map(

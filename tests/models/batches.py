@@ -94,7 +94,7 @@ class Conversation:
 
     @property
     def videos(self) -> list[Video | Image]:
-        """What `frames` shows."""
+        """The images and videos of `parts`, videos with sound included."""
         inner = (p.video if isinstance(p, AudioInVideo) else p for p in self.parts)
         return [p for p in inner if isinstance(p, Video | Image)]
 
@@ -175,7 +175,7 @@ def pack(
 
 
 def prompts(batch: Batch, ends: np.ndarray, lengths: np.ndarray) -> Prompts:
-    """What generation reads of a packed batch."""
+    """The parts of a packed batch that generation reads."""
     return Prompts(
         text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
     )

@@ -19,7 +19,7 @@ def random(shape, seed):
 
 
 def output_and_gradients(form, q, k, v, real):
-    """Of a loss in which only real slots count."""
+    """Gradients of a loss over the slots that are not padding."""
 
     def loss(q, k, v):
         out = jnp.where(real[..., None, None], form(q, k, v), 0.0)

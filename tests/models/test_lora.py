@@ -30,7 +30,7 @@ def adapted(*targets: str, rank: int = 3) -> SaberConfig:
 
 
 def drawn(cfg: SaberConfig) -> dict:
-    """Everything random, B included."""
+    """Random parameters, including B, which is zero in a fresh adapter."""
     noise = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: noise.normal(0, 0.15, leaf.shape).astype(np.float32), saber.abstract(cfg)

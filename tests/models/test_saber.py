@@ -38,7 +38,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch():
-    """A row with everything, and a row of nothing but padding."""
+    """A batch of a row with all media and a row of padding."""
     return pack([[TALK], []], **BUDGET)
 
 

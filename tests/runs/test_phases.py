@@ -11,7 +11,7 @@ from saber_jax.runs.phases import Attempt, PhaseClock, goodput
 
 @pytest.fixture
 def let_pass(monkeypatch):
-    """Seconds that pass when a test says so."""
+    """A fake clock: let_pass(seconds) advances it."""
     now = [1000.0]
     monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(phases.time, "time", lambda: now[0])

@@ -84,7 +84,7 @@ WIDE = dataclasses.replace(
 
 
 def full_batch(rows=2, length=256, patches=64, chunks=2, targets=128):
-    """No padding, and every mask open but for causality."""
+    """A batch without padding whose masks hide nothing except by causality."""
     batch = pack_rows(
         [[] for _ in range(rows)],
         Budget(length=length, patches=patches, chunks=chunks, targets=targets, segments=1),

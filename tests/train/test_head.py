@@ -68,7 +68,7 @@ def test_columns_beyond_the_vocabulary_take_no_part(form):
 
 @pytest.mark.parametrize("form", ["kept", "weighted"])
 def test_slopes_of_targets_that_are_all_but_certain_survive_bfloat16(form):
-    """1 - p of these would round to 0."""
+    """Logits whose 1 - p would round to 0 if it were computed from p."""
     inputs = drawn(jnp.bfloat16)
     (want, _), expected = exact(*inputs)
     sure = (expected > -(2.0**-9)) & (expected < -1e-5)

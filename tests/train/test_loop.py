@@ -21,7 +21,7 @@ STEPS = 6
 
 
 class Batches:
-    """Stands for GlobalBatches."""
+    """A stand-in for GlobalBatches."""
 
     def __init__(self, batches):
         self._rest = iter(batches)
@@ -34,7 +34,7 @@ class Batches:
 
 
 class Recorder:
-    """Stands for the metrics writer and for the meter."""
+    """A stand-in for the metrics writer and for the meter."""
 
     def __init__(self):
         self.lines = []

@@ -27,7 +27,7 @@ def state(step):
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory):
-    """Steps 2 and 4 of a run."""
+    """A run with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("intact")
     checkpoints = Checkpoints(folder, every=2)
     for step in (2, 4):
@@ -69,7 +69,7 @@ def files_of(step):
 
 
 def test_no_flipped_bit_changes_what_is_restored(workdir, intact, tmp_path):
-    """One in every file of the newest step: it is harmless, or the step before is used."""
+    """Flips a bit in each file of the newest step: it is harmless, or the step before is used."""
     found = files_of(workdir / "checkpoints/4")
     assert len(found) > 10
     aside = 0

@@ -12,7 +12,7 @@ FULL = OSError(28, "No space left on device")
 
 
 class Refusing:
-    """An event file on a full disk."""
+    """A writer of event files on a full disk."""
 
     def write_event(self, event):
         raise FULL
@@ -65,7 +65,7 @@ def test_metrics_lines_are_whole_or_absent(tmp_path, monkeypatch, capsys):
     append = writer._file.write
 
     class Filling:
-        """Takes half of a line, then nothing."""
+        """A file that accepts half of a line, and then nothing."""
 
         def __init__(self):
             self.left = 10

@@ -36,7 +36,7 @@ def answer(emotion):
 
 
 class Model:
-    """Says what the modality it is left with suggests; counts what it was asked."""
+    """A model that concludes what the remaining modality suggests; it counts its calls."""
 
     def __init__(self, stop_after=None):
         self.asked, self._stop_after = [], stop_after

@@ -87,7 +87,7 @@ def test_a_claim_is_read_from_the_clause_that_names_the_modality():
 
 
 def _grades(request):
-    """What a careful person behind the endpoint answers: that of ranked_answers.py."""
+    """The answer of a careful person in place of the endpoint, from ranked_answers.py."""
     prompt = request["messages"][0]["content"]
     if isinstance(prompt, list):
         prompt = prompt[-1]["text"]

@@ -182,7 +182,7 @@ def test_no_json_is_an_error(text):
 
 
 def asked(work, rows, settings, script):
-    """Outcomes of an endpoint stage's work, all endpoints answered by `script`."""
+    """Outcomes of a stage whose endpoints all answer with `script`."""
     import concurrent.futures
 
     with chat_server(script) as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -279,7 +279,7 @@ def test_labels_of_the_corpus_decide_without_asking_and_a_judge_is_asked_blindly
 
 
 def placed(rows: list[dict], settings: SplitSettings) -> list:
-    """What the split makes of every row."""
+    """The outcome of the split for every row."""
     place = split.plan([{key: row[key] for key in split.KEYS} for row in rows], settings)
     return [place(row) for row in rows]
 

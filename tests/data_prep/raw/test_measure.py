@@ -32,7 +32,7 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
-    """Large moving shapes, unlike for every seed."""
+    """Large moving shapes, different for every seed."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
     large = np.asarray(small.resize((SHAPE[1], SHAPE[0])))
@@ -40,7 +40,7 @@ def pictures(count: int, seed: int) -> np.ndarray:
 
 
 def sound(seconds: float, seed: int) -> np.ndarray:
-    """A tune, unlike for every seed."""
+    """A tune, different for every seed."""
     rng = np.random.default_rng(seed)
     pitch = np.repeat(rng.uniform(100, 3000, int(seconds * 8)), RATE // 8)
     return (8000 * np.sin(2 * np.pi * np.cumsum(pitch) / RATE)).astype(np.int16)

@@ -30,7 +30,7 @@ GOOD = sum(reason is None for reason in TROUBLES.values())
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    """Clips of the embedded corpus; half of them say what face and voice suggest."""
+    """Clips of the embedded corpus; half of them have labels for face and voice."""
     folder = tmp_path_factory.mktemp("drawn")
     sizes = Sizes(train=CLIPS - 4, preference=2, test=2)
     corpus.build(folder / "corpus", sizes=sizes, workers=2)
@@ -229,7 +229,7 @@ def test_again_brings_back_what_an_endpoint_in_trouble_lost(finished, drawn, tmp
 
 
 def decoded(finished, tmp_path: Path) -> None:
-    """The stages that decode, as another run left them."""
+    """Copies the finished stages that decode from another run."""
     for name in ("ingest", "segment", "measure", "filter"):
         shutil.copytree(finished[0] / "out" / name, tmp_path / "out" / name)
 

@@ -158,7 +158,7 @@ VALUES += ([user([None])], [user([{"type": []}])], [user({"a": 1})], [{"role": [
 
 
 def test_any_json_value_anywhere_is_a_row_or_a_refusal():
-    """The one bad row costs one row, whatever is wrong with it."""
+    """A bad row is left out alone, whatever is wrong with it."""
     tried = 0
     for kind, row in GOOD.items():
         keys = {*row, "system", "chosen", "rejected", "rejected_response", "rejected_messages"}

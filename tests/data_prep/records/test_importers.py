@@ -87,7 +87,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A silent-by-request video, and a sound in a file of its own."""
+    """A video whose sound is not asked for, and a separate file with sound."""
     folder = tmp_path_factory.mktemp("media")
     frames = media_files.gray_frames(24)
     media_files.write_clip(folder / "a.mkv", frames=frames, audio=media_files.tone(2.0))
@@ -187,7 +187,7 @@ def test_conversations_of_our_own_instructions_stage_round_trip(folder, tokenize
 
 
 def questions(count: int) -> list[dict]:
-    """Rows about one sound, each another record."""
+    """Rows with the same sound, each of which gives a record."""
     return [
         {
             "messages": [{**ASK, "content": f"<audio>Number {i}?"}, {**SAY, "content": f"{i}"}],
