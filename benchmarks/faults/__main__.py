@@ -49,7 +49,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        training.serve(folder / "compiled")
+        training.serve(folder / "compiled", optimise=not flags.quick)
         rows = {
             fault: timed(fault, run)
             for fault, run in faults(flags, folder).items()

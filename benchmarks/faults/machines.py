@@ -157,7 +157,7 @@ def together(records: Path, root: Path, count: int, limit: int | None = None) ->
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
             # Several processes compile anew every time.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": training.UNOPTIMISED,
         }
 
     changes = {"heartbeat_seconds": HEARTBEAT, "data.batch_rows": count}

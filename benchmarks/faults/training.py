@@ -32,6 +32,7 @@ from saber_jax.train.step import TrainState
 STEPS = 6
 PATIENCE = 300
 """Seconds within which the first run, which compiles, has to end."""
+UNOPTIMISED = "--xla_backend_optimization_level=0"
 WORDS = ("calm", "person", "speaks", "loudly", "in", "the", "quiet", "red", "room", "slowly")
 
 
@@ -73,8 +74,11 @@ def config(records: Path, root: Path, **changes: Any) -> ConfigDict:
     return c
 
 
-def serve(compiled: Path) -> None:
-    """Starts the server that forks runs. Their compilation cache is the folder `compiled`."""
+def serve(compiled: Path, *, optimise: bool = True) -> None:
+    """Starts the server that forks runs. Their compilation cache is the folder `compiled`. Without
+    `optimise` compiling takes less time, and a step more."""
+    if not optimise:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".strip()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     multiprocessing.set_forkserver_preload([__name__])
