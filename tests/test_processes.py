@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_prep.records import dataset
 from saber_jax.data.records import RecordSource, write_outlines
 from saber_jax.runs import distributed
-from saber_jax.train.references import Cache, ReferenceInputs
+from saber_jax.train.references import ReferenceCache, ReferenceInputs
 from saber_jax.tree import flatten
 from tests import synthetic
 from tests.finished_run import load
@@ -159,7 +159,7 @@ def test_microbatches_of_two_processes_equal_the_whole_batch(records, alone, tmp
 def test_processes_complete_a_reference_cache_and_keep_what_it_held(records, alone, tmp_path):
     def cache(root):
         manifest = json.loads((alone / "reference/whole/manifest.json").read_text())
-        return Cache(root / "reference", "whole", ReferenceInputs(**manifest))
+        return ReferenceCache(root / "reference", "whole", ReferenceInputs(**manifest))
 
     whole = cache(alone).values
     assert len(whole) == 16

@@ -165,11 +165,11 @@ def _in_any_file(
 def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
     """Flips a bit in the reference cache. What is read has to be right, and the damaged file is
     set aside."""
-    from saber_jax.train.references import Cache, ReferenceInputs
+    from saber_jax.train.references import ReferenceCache, ReferenceInputs
 
     source = ReferenceInputs(weights="w", processor="p", tokens="t", media="m", dtype="float32")
     want = {bytes([i] * 16): rng.standard_normal(50).astype("<f4") for i in range(20)}
-    Cache(folder / "intact", "whole", source).add(want)
+    ReferenceCache(folder / "intact", "whole", source).add(want)
     counts = Outcomes()
     for _ in range(count):
         copy = shutil.copytree(folder / "intact", folder / "flipped")
@@ -177,7 +177,7 @@ def reference(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
         flip(file, rng)
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                got = Cache(copy, "whole", source).values
+                got = ReferenceCache(copy, "whole", source).values
         except Exception:
             counts["unnamed"] += 1
         else:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from saber_jax.data import sed
 
-Modality = Literal["face", "voice", "words"]
+Channel = Literal["face", "voice", "words"]
 
 # Groups of emotions that annotators do not reliably distinguish; the names of the groups are ours.
 FAMILIES = {
@@ -57,7 +57,7 @@ _WORDS = {
     "grief": r"lost|bad|broken|broke|missed|hurt|hate|sorry|terrible|afraid|丢|太糟|坏了|"
     r"迟到|疼|打破|讨厌|对不起",
 }
-_TABLES: dict[Modality, dict[str, str]] = {"face": _FACE, "voice": _VOICE, "words": _WORDS}
+_TABLES: dict[Channel, dict[str, str]] = {"face": _FACE, "voice": _VOICE, "words": _WORDS}
 _CUES = {
     modality: {family: re.compile(cues, re.IGNORECASE) for family, cues in table.items()}
     for modality, table in _TABLES.items()
@@ -67,7 +67,7 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 
-_NAMES: dict[Modality, re.Pattern[str]] = {
+_NAMES: dict[Channel, re.Pattern[str]] = {
     "face": re.compile(r"fac(?:e|ial)|expression|表情|脸|面部|神情", re.IGNORECASE),
     "voice": re.compile(r"voice|vocal|tone|声音|语气|语调|嗓音", re.IGNORECASE),
     "words": re.compile(r"words|say|said|speech|话语|话|台词", re.IGNORECASE),
@@ -88,7 +88,7 @@ _AGREEMENT = re.compile(
 )
 
 
-def suggested(text: str, modality: Modality) -> str | None:
+def suggested(text: str, modality: Channel) -> str | None:
     """The family of emotions that most cues of this evidence belong to; None if there is a tie.
 
     A cue is not counted if one of the two words before it is a negation.
@@ -102,7 +102,7 @@ def suggested(text: str, modality: Modality) -> str | None:
     return leading[0] if most and len(leading) == 1 else None
 
 
-def claimed(reasoning: str, modality: Modality) -> str | None:
+def claimed(reasoning: str, modality: Channel) -> str | None:
     """The family of emotions that the reasoning says this modality shows; None if it says none."""
     for clause in _CLAUSE.split(reasoning):
         if clause and _NAMES[modality].search(clause):

@@ -28,14 +28,14 @@ import re
 from collections.abc import Mapping
 
 from data_prep.preferences import cues
-from data_prep.preferences.cues import Modality
+from data_prep.preferences.cues import Channel
 from data_prep.preferences.score import EVIDENCE, Scores
 from saber_jax.data import sed
 from saber_jax.data.records import Record
 
 VERSION = "offline-1"
 
-_SECTIONS: dict[Modality, tuple[str, ...]] = {
+_SECTIONS: dict[Channel, tuple[str, ...]] = {
     "face": ("facial_exp_desc", "body_lang_desc"),
     "voice": ("acoustic_feat",),
     "words": ("speech_content",),
@@ -54,9 +54,9 @@ def score(record: Record, answer: str) -> Scores:
 def consistency(sections: Mapping[str, str]) -> float | None:
     """Whether the reasoning follows from the sections before it; None if neither half applies."""
     reasoning = sections["sentiment_analysis"]
-    evidence: dict[Modality, str | None]
+    evidence: dict[Channel, str | None]
     evidence = {modality: _suggested(sections, modality) for modality in _SECTIONS}
-    claims: dict[Modality, str | None]
+    claims: dict[Channel, str | None]
     claims = {modality: cues.claimed(reasoning, modality) for modality in _SECTIONS}
     shown = {m: evidence[m] or claims[m] for m in ("face", "voice") if evidence[m] or claims[m]}
     if not shown and evidence["words"]:
@@ -79,7 +79,7 @@ def alignment(annotation: Mapping[str, str], sections: Mapping[str, str]) -> flo
     return sum(worths) / len(worths) if worths and any(annotation.values()) else None
 
 
-def _suggested(sections: Mapping[str, str], modality: Modality) -> str | None:
+def _suggested(sections: Mapping[str, str], modality: Channel) -> str | None:
     return cues.suggested(" ".join(sections[field] for field in _SECTIONS[modality]), modality)
 
 
@@ -97,7 +97,7 @@ def _follows(reasoning: str, shown: list[str | None], words: str | None) -> floa
 
 
 def _together(
-    reasoning: str, evidence: Mapping[Modality, str | None], claims: Mapping[Modality, str | None]
+    reasoning: str, evidence: Mapping[Channel, str | None], claims: Mapping[Channel, str | None]
 ) -> float | None:
     checks = [
         _match(claims[m], evidence[m]) if m != "words" else _same_sign(claims[m], evidence[m])

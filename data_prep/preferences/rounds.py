@@ -26,14 +26,14 @@ class Records(Protocol):
 
 Job = TypeVar("Job")
 
-Batch = tuple[int, list[Job]]
+JobBatch = tuple[int, list[Job]]
 """(index of the first job among all jobs, jobs of the batch)."""
 
 
 def work_through(
     settled: Sequence[Line],
     jobs: Sequence[Job],
-    ask: Callable[[Iterator[Batch[Job]]], Iterator[list[Line]]],
+    ask: Callable[[Iterator[JobBatch[Job]]], Iterator[list[Line]]],
     journal: Journal,
     *,
     batch_size: int,

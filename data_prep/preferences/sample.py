@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data_prep.preferences import summary
-from data_prep.preferences.rounds import Batch, Line, Records, work_through
+from data_prep.preferences.rounds import JobBatch, Line, Records, work_through
 from data_prep.preferences.score import Scorer, well_formed
 from saber_jax.data import sed, texts
 from saber_jax.data.conflicts import NO_CONFLICT
@@ -44,7 +44,7 @@ UNPARSABLE = {
 }
 """Why an answer takes no part in any pair."""
 
-Draw = Callable[[Iterator[tuple[int, list[Record]]]], Iterator[list[list[str]]]]
+DrawAnswers = Callable[[Iterator[tuple[int, list[Record]]]], Iterator[list[list[str]]]]
 """Maps batches of (index of the first record, records) to the answers to each record."""
 
 
@@ -59,7 +59,7 @@ def settled(record: Record, *, all_clips: bool) -> str | None:
 
 def mine(
     records: Records,
-    draw: Draw,
+    draw: DrawAnswers,
     scorer: Scorer,
     journal: Journal,
     *,
@@ -81,7 +81,7 @@ def mine(
         else:
             jobs.append(index)
 
-    def ask(batches: Iterator[Batch[int]]) -> Iterator[list[Line]]:
+    def ask(batches: Iterator[JobBatch[int]]) -> Iterator[list[Line]]:
         ahead: collections.deque[list[Record]] = collections.deque()
 
         def asked() -> Iterator[tuple[int, list[Record]]]:

@@ -11,11 +11,11 @@ from typing import Any
 from data_prep.preferences.score import EVIDENCE
 from saber_jax.data import sed
 
-Pair = Mapping[str, Any]
+PairLine = Mapping[str, Any]
 """A line of pairs.jsonl."""
 
 
-def of_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
+def of_pairs(pairs: Sequence[PairLine]) -> dict[str, Any]:
     """Counts and shares of all pairs, by type of conflict and by language."""
     return {
         "pairs": len(pairs),
@@ -27,18 +27,18 @@ def of_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def _counted(pairs: Sequence[Pair], key: str) -> dict[str, int]:
+def _counted(pairs: Sequence[PairLine], key: str) -> dict[str, int]:
     return dict(sorted(collections.Counter(pair[key] or "unlabelled" for pair in pairs).items()))
 
 
-def _grouped(pairs: Sequence[Pair], key: str) -> dict[str, Any]:
-    groups: dict[str, list[Pair]] = collections.defaultdict(list)
+def _grouped(pairs: Sequence[PairLine], key: str) -> dict[str, Any]:
+    groups: dict[str, list[PairLine]] = collections.defaultdict(list)
     for pair in pairs:
         groups[pair[key] or "unlabelled"].append(pair)
     return {name: {"pairs": len(of), **_about(of)} for name, of in sorted(groups.items())}
 
 
-def _about(pairs: Sequence[Pair]) -> dict[str, float | None]:
+def _about(pairs: Sequence[PairLine]) -> dict[str, float | None]:
     """Means over the pairs; None without pairs, or without labels.
 
     Lengths are in characters. A pair with equal lengths counts as half won by the longer answer.
@@ -52,7 +52,7 @@ def _about(pairs: Sequence[Pair]) -> dict[str, float | None]:
     }
 
 
-def _same_evidence(pair: Pair) -> bool:
+def _same_evidence(pair: PairLine) -> bool:
     one, other = (sed.parse_response(pair[side]) for side in ("chosen", "rejected"))
     return all(one[field].split() == other[field].split() for field in EVIDENCE)
 

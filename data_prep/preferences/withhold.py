@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from data_prep.preferences import summary
-from data_prep.preferences.rounds import Batch, Records, work_through
+from data_prep.preferences.rounds import JobBatch, Records, work_through
 from data_prep.preferences.score import well_formed
 from saber_jax.data import sed, texts
 from saber_jax.data.records import Record
@@ -116,7 +116,7 @@ def mine(
     """
     quick, jobs = _divided(records)
 
-    def ask(batches: Iterator[Batch[tuple[int, Modality]]]) -> Iterator[list[Decision]]:
+    def ask(batches: Iterator[JobBatch[tuple[int, Modality]]]) -> Iterator[list[Decision]]:
         ahead: collections.deque[list[tuple[Record, Modality]]] = collections.deque()
 
         def hidden() -> Iterator[list[Record]]:

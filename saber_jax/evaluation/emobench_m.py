@@ -22,7 +22,7 @@ from typing import Any, Literal
 from saber_jax.data import sed, texts
 
 Row = dict[str, Any]
-Kind = Literal["classification", "joint", "generation"]
+TaskKind = Literal["classification", "joint", "generation"]
 
 DIMENSIONS = {
     "FER": "foundational emotion recognition",
@@ -41,7 +41,7 @@ class Task:
 
     title: str
     dimension: str
-    kind: Kind = "classification"
+    kind: TaskKind = "classification"
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 

@@ -38,7 +38,7 @@ MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
 Need = tuple[int, int, int]
 """Text slots, patches and audio chunks of one prompt."""
 
-Plan = list[list[list[int]]]
+RowsByGroup = list[list[list[int]]]
 """Numbers of the prompts of each row of each group."""
 
 
@@ -150,7 +150,7 @@ class Packer:
             shape = PackedShape(length=min(lengths, key=cost), prompt=lengths[0])
             self._shape = self._shape.joined(shape)
 
-    def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[Plan, PackedShape]:
+    def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[RowsByGroup, PackedShape]:
         """Which prompts share each row of each group, after making room for them."""
         with self._lock:
             plan = self._groups_of(needs, self._shape.length)
@@ -166,7 +166,7 @@ class Packer:
             )
         return [rows + [[]] * (shape.rows - len(rows)) for rows in plan], shape
 
-    def _groups_of(self, needs: Sequence[Need], length: int) -> Plan:
+    def _groups_of(self, needs: Sequence[Need], length: int) -> RowsByGroup:
         firsts = range(0, self.batch_size, self._prompts)
         return [self._group(needs, first, length) for first in firsts]
 

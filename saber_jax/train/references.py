@@ -71,7 +71,7 @@ def processor_digest(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-class Cache:
+class ReferenceCache:
     """The log-probs of one view, by pair key. Only the first process reads and writes files, so
     that hosts with separate disks agree; `complete` sends the contents to the others."""
 
@@ -134,7 +134,7 @@ def _stored(path: Path) -> dict[bytes, Float[np.ndarray, " n"]]:
 class References:
     """Element i is float32 [views, targets] of pair i; NaN in views that were not requested."""
 
-    def __init__(self, caches: Sequence[Cache], keys: Sequence[bytes]):
+    def __init__(self, caches: Sequence[ReferenceCache], keys: Sequence[bytes]):
         self._values, self._keys = {cache.view: cache.values for cache in caches}, keys
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "V n"]:
@@ -146,7 +146,7 @@ class References:
 
 
 def complete(
-    cache: Cache,
+    cache: ReferenceCache,
     keys: Sequence[bytes],
     counts: Int[np.ndarray, "N"],
     plan: Callable[[list[int]], Rows],
@@ -187,7 +187,7 @@ def complete(
     return len(missing)
 
 
-def _share(cache: Cache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -> None:
+def _share(cache: ReferenceCache, keys: Sequence[bytes], counts: Int[np.ndarray, " N"]) -> None:
     """Sends the contents that the first process has read to all processes."""
     if jax.process_count() == 1:
         return
@@ -244,7 +244,7 @@ def with_references(
 
     caches = []
     for view in stage.reference_views:
-        cache = Cache(Path(config.reference), view, source)
+        cache = ReferenceCache(Path(config.reference), view, source)
         complete(
             cache,
             [keys[i] for i in usable],

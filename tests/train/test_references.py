@@ -12,7 +12,7 @@ from saber_jax.data.examples import encode_record
 from saber_jax.data.withhold import VIEWS
 from saber_jax.models.config import saber_config
 from saber_jax.train import checkpoint, references
-from saber_jax.train.references import Cache, ReferenceInputs, References, complete
+from saber_jax.train.references import ReferenceCache, ReferenceInputs, References, complete
 from tests import synthetic
 
 SOURCE = ReferenceInputs(weights="w", processor="p", tokens="t", media="m", dtype="float32")
@@ -49,24 +49,24 @@ class Model:
 
 
 def test_every_pair_gets_the_log_probs_of_its_own_targets(tmp_path):
-    cache = Cache(tmp_path, "whole", SOURCE)
+    cache = ReferenceCache(tmp_path, "whole", SOURCE)
     assert Model().fill(cache) == 5
-    for again in (cache, Cache(tmp_path, "whole", SOURCE)):
+    for again in (cache, ReferenceCache(tmp_path, "whole", SOURCE)):
         for i, key in enumerate(KEYS):
             np.testing.assert_array_equal(again.values[key], -(10.0 * i + np.arange(COUNTS[i])))
 
 
 def test_a_full_cache_asks_the_model_nothing_and_new_pairs_only_for_themselves(tmp_path):
-    Model().fill(Cache(tmp_path, "whole", SOURCE), KEYS[:3])
+    Model().fill(ReferenceCache(tmp_path, "whole", SOURCE), KEYS[:3])
     model = Model()
-    assert model.fill(Cache(tmp_path, "whole", SOURCE)) == 2
+    assert model.fill(ReferenceCache(tmp_path, "whole", SOURCE)) == 2
     assert model.asked == [3, 4]
-    assert Model(stop_after=0).fill(Cache(tmp_path, "whole", SOURCE)) == 0
+    assert Model(stop_after=0).fill(ReferenceCache(tmp_path, "whole", SOURCE)) == 0
 
 
 @pytest.mark.parametrize("where", [0.05, 0.4, 0.8])
 def test_a_damaged_file_is_named_kept_aside_and_computed_again(tmp_path, capsys, where):
-    whole = Cache(tmp_path, "whole", SOURCE)
+    whole = ReferenceCache(tmp_path, "whole", SOURCE)
     Model().fill(whole)
     [file] = sorted((tmp_path / "whole").glob("*.array_record"))
     data = bytearray(file.read_bytes())
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_named_kept_aside_and_computed_again(tmp_path, capsys,
     data[used[int(len(used) * where)]] ^= 4
     file.write_bytes(data)
     capsys.readouterr()
-    again = Cache(tmp_path, "whole", SOURCE)
+    again = ReferenceCache(tmp_path, "whole", SOURCE)
     if again.values:  # The bit is in no record.
         assert not capsys.readouterr().err
     else:
@@ -87,26 +87,26 @@ def test_a_damaged_file_is_named_kept_aside_and_computed_again(tmp_path, capsys,
 def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(references, "FLUSH_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
-        Model(stop_after=1).fill(Cache(tmp_path, "whole", SOURCE))
+        Model(stop_after=1).fill(ReferenceCache(tmp_path, "whole", SOURCE))
     model = Model()
-    model.fill(Cache(tmp_path, "whole", SOURCE))
+    model.fill(ReferenceCache(tmp_path, "whole", SOURCE))
     assert model.asked == [4]
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ReferenceInputs)])
 def test_a_cache_of_anything_else_is_refused_by_name(tmp_path, name):
-    Cache(tmp_path, "whole", SOURCE)
+    ReferenceCache(tmp_path, "whole", SOURCE)
     with pytest.raises(ValueError, match=rf"{name}: {getattr(SOURCE, name)} there, other here"):
-        Cache(tmp_path, "whole", dataclasses.replace(SOURCE, **{name: "other"}))
+        ReferenceCache(tmp_path, "whole", dataclasses.replace(SOURCE, **{name: "other"}))
 
 
 def test_log_probs_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(FloatingPointError, match="1 pairs are not finite"):
-        Cache(tmp_path, "whole", SOURCE).add({KEYS[0]: np.array([np.nan], np.float32)})
+        ReferenceCache(tmp_path, "whole", SOURCE).add({KEYS[0]: np.array([np.nan], np.float32)})
 
 
 def test_views_that_nobody_asked_for_are_nan(tmp_path):
-    caches = [Cache(tmp_path, view, SOURCE) for view in ("whole", "video")]
+    caches = [ReferenceCache(tmp_path, view, SOURCE) for view in ("whole", "video")]
     for cache in caches:
         Model().fill(cache)
     got = References(caches, KEYS)[2]
