@@ -41,10 +41,16 @@ case "${1:-}" in
     # shellcheck disable=SC2016
     setsid bash -c '
       launch/tpu_run.sh "$@" & run=$!
-      trap "kill -TERM $run" TERM
+      trap "told=1; kill -TERM $run" TERM
+      # A signal ends `wait` with 143, which is not the status of the run, although it may be over.
+      # Once its status was given, `wait` says 127.
+      status=127 told=
       while :; do
-        wait $run && status=0 || status=$?
-        kill -0 $run 2>/dev/null || break
+        wait $run && given=0 || given=$?
+        if [[ $given == 127 ]]; then break; fi
+        status=$given
+        if [[ -z $told ]]; then break; fi
+        told=
       done
       echo $status > runs/job/status.new && mv runs/job/status.new runs/job/status
     ' job "$@" > $job/log 2>&1 < /dev/null &
