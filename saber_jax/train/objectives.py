@@ -41,11 +41,11 @@ class Compute:
     """How a forward pass is computed, independent of the loss.
 
     A step accumulates the gradients of `microbatches` equal parts of the batch. The vocabulary
-    projection takes `head_chunk` targets at a time, and with `head_keep` their derivatives are kept
-    for the backward pass, see head.py. `frame_patches` is an upper bound of the patches of a frame
-    pair, which allows local attention in the vision tower. `response` is that of the budget. With
-    a `mesh`, rows and weights are sharded explicitly, see models/shards.py; without one, XLA
-    partitions everything.
+    projection takes at most `head_chunk` targets at a time, and with `head_keep` their derivatives
+    are kept for the backward pass, see head.py. `frame_patches` is an upper bound of the patches of
+    a frame pair, which allows local attention in the vision tower. `response` is that of the
+    budget. With a `mesh`, rows and weights are sharded explicitly, see models/shards.py; without
+    one, XLA partitions everything.
     """
 
     dtype: str
@@ -57,6 +57,11 @@ class Compute:
     response: int = 0
     microbatches: int = 1
     mesh: Mesh | None = None
+
+    def chunk_of(self, targets: int) -> int:
+        """The largest size, of at most `head_chunk`, of which a whole number makes `targets`."""
+        sizes = range(min(self.head_chunk, targets), 0, -1)
+        return next(size for size in sizes if targets % size == 0)
 
 
 # From a batch to the log-probs of its targets, in order of computation: hidden states of every
@@ -119,7 +124,7 @@ def _log_probs(
             _projection(params, cfg, compute),
             targets.tokens,
             vocab=cfg.text.vocab,
-            chunk=compute.head_chunk,
+            chunk=compute.chunk_of(targets.tokens.shape[1]),
             keep=compute.head_keep,
         )
         return jnp.where(targets.weights > 0, values, 0.0)
@@ -136,7 +141,7 @@ def _weighted_nll(
             targets.tokens,
             targets.weights,
             vocab=cfg.text.vocab,
-            chunk=compute.head_chunk,
+            chunk=compute.chunk_of(targets.tokens.shape[1]),
         )
         return total, jnp.where(targets.weights > 0, values, 0.0)
 
@@ -152,7 +157,7 @@ def _log_probs_and_entropies(
             _projection(params, cfg, compute),
             targets.tokens,
             vocab=cfg.text.vocab,
-            chunk=compute.head_chunk,
+            chunk=compute.chunk_of(targets.tokens.shape[1]),
         )
         return jnp.where(targets.weights[..., None] > 0, values, 0.0)
 
@@ -161,9 +166,6 @@ def _target_states(
     params: dict, rows: Batch, cfg: SaberConfig, compute: Compute
 ) -> Float[Array, "B T D"]:
     """The hidden state that predicts each target."""
-    targets, chunk = rows.targets.tokens.shape[1], compute.head_chunk
-    if targets % chunk:
-        raise ValueError(f"config.data.targets={targets} must be a multiple of head_chunk={chunk}.")
     hidden = saber.hidden(
         params,
         rows,
