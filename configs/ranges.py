@@ -41,6 +41,8 @@ RANGES = {
     "data.frame_patches": COUNT,
     "data.withhold": SHARE,
     "data.tasks.*": NOT_NEGATIVE,
+    "data.first_tasks.*": NOT_NEGATIVE,
+    "data.first_epochs": NOT_NEGATIVE,
     "data.wordings": Range(1, 4),
     "data.threads": COUNT,
     "data.workers": NOT_NEGATIVE,

@@ -132,7 +132,14 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     sources = Sources.open(parts)
     tokenizer = load_beside(parts[0].path)
     if pairs is None:
-        mixture = Mixture(d.tasks.to_dict(), wordings=d.wordings, seed=config.seed)
+        mixture = Mixture(
+            d.tasks.to_dict(),
+            first_weights=d.first_tasks.to_dict(),
+            first_epochs=d.first_epochs,
+            wordings=d.wordings,
+            alone=d.alone,
+            seed=config.seed,
+        )
         examples = encoded.Examples(sources, tokenizer, requests=mixture.requests)
     else:
         mixture, examples = None, encoded.Examples(sources, tokenizer, pairs)

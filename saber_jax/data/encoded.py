@@ -64,6 +64,7 @@ class Examples:
 
     def encode(self, index: int, hidden: Modality | None) -> Example:
         """Encodes an example, with the modality `hidden` withheld if given; its size is the same.
+        The only modality that a request shows is not withheld.
 
         Raises BadRecordError if the record cannot be used, and RuntimeError if the code fails for
         another reason; both name the record.
@@ -76,7 +77,8 @@ class Examples:
             record = self.source[position]
             if self._frame_pairs is not None and len(record.frames) > 2 * self._frame_pairs[index]:
                 record = thinned(record, int(self._frame_pairs[index]))
-            record = record if hidden is None else withhold(record, hidden)
+            if hidden is not None and self.requests[asked].only is None:
+                record = withhold(record, hidden)
             if self._pairs is None:
                 return encode_record(record, self._tokenizer, request=self.requests[asked])
             pair = self._pairs[index]

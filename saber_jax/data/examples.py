@@ -100,6 +100,7 @@ def measure_record(
     responses: tuple[str, ...] | None = None,
 ) -> tuple[Size, Int[np.ndarray, " n"]]:
     """`size_of` the encoded record, and its target tokens, without reading pixels and samples."""
+    record = request.shown(record)
     mel_frames = media.mel_frames(len(record.audio))
     pictures = _pictures(record)
     encoded = _responses(record, tokenizer, request, responses)
@@ -140,6 +141,7 @@ def encode_record(
     `responses` defaults to the record's own target; `()` gives a prompt without a response. `kappa`
     defaults to the record's label. `ignored` and `reference` are for pairs.
     """
+    record = request.shown(record)
     pictures, layout = _pictures(record), None
     patches = np.zeros((0, media.PATCH_FEATURES), np.uint8)
     if pictures:

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS, Record
+from saber_jax.data.withhold import Modality
 
 TASKS: dict[str, tuple[str, ...]] = {
     "sed": FIELDS,
@@ -25,6 +26,12 @@ TASKS: dict[str, tuple[str, ...]] = {
     **{field: (field,) for field in FIELDS},
 }
 """Task name -> the sections of its target, in SED order."""
+
+SHOWN: dict[str, Modality] = {
+    **dict.fromkeys(("visual", *TASKS["visual"]), "video"),
+    **dict.fromkeys(("acoustic", *TASKS["acoustic"]), "audio"),
+}
+"""Task name -> the modality that holds its answer, for tasks that one modality answers."""
 
 WORDINGS = 4
 """Number of wordings of every task in each language."""
@@ -147,10 +154,15 @@ _REQUESTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A task and the wording of its instruction, from 0 to WORDINGS - 1."""
+    """A task and the wording of its instruction, from 0 to WORDINGS - 1.
+
+    With `alone`, a task that one modality answers comes without the other one, which makes its
+    example shorter and leaves the network nothing else to look at.
+    """
 
     task: str = "sed"
     wording: int = 0
+    alone: bool = False
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -165,6 +177,19 @@ class Request:
     def sections(self) -> tuple[str, ...]:
         """The FIELDS of the target, in SED order."""
         return TASKS[self.task]
+
+    @property
+    def only(self) -> Modality | None:
+        """The one modality that is shown; None for both."""
+        return SHOWN.get(self.task) if self.alone else None
+
+    def shown(self, record: Record) -> Record:
+        """The record, without the modality that this request does not show."""
+        if self.only == "video":
+            return dataclasses.replace(record, audio=record.audio[:0])
+        if self.only == "audio":
+            return dataclasses.replace(record, frames=record.frames[:0])
+        return record
 
     def instruction(self, language: str) -> str:
         """The user's instruction in "en" or "zh"."""
@@ -184,33 +209,49 @@ def conversation(record: Record, task: str, wording: int = 0) -> tuple[str, str]
 class Mixture:
     """Draws a request for every example of every epoch: a pure function of (seed, epoch, example).
 
-    `weights` maps tasks to relative frequencies. The first `wordings` wordings of a task are drawn
-    with equal probability. Raises ValueError for unknown tasks and invalid weights.
+    `weights` maps tasks to relative frequencies. In the first `first_epochs` epochs `first_weights`
+    apply: a curriculum. The first `wordings` wordings of a task are drawn with equal probability;
+    `alone` is `Request.alone` of all. Raises ValueError for unknown tasks and invalid weights.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, wordings: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        first_weights: Mapping[str, float] | None = None,
+        first_epochs: int = 0,
+        wordings: int = 1,
+        alone: bool = False,
+        seed: int = 0,
+    ):
         if not 1 <= wordings <= WORDINGS:
             raise ValueError(f"wordings must be 1 to {WORDINGS}, got {wordings}.")
-        if any(weight < 0 for weight in weights.values()) or not sum(weights.values()):
-            raise ValueError(
-                f"Task weights must be positive numbers, got {dict(weights)}. Try {{'sed': 1.0}}."
-            )
-        drawn = {task: weight for task, weight in weights.items() if weight}
+        first_weights = first_weights if first_epochs and first_weights else weights
+        phases = (first_weights, weights)
+        for phase in phases:
+            if any(weight < 0 for weight in phase.values()) or not sum(phase.values()):
+                raise ValueError(
+                    f"Task weights must be positive numbers, got {dict(phase)}. Try {{'sed': 1.0}}."
+                )
+        drawn = {task for phase in phases for task, weight in phase.items() if weight}
         # Sorted, so that the order of tasks in a config does not matter.
         self.requests = tuple(
-            Request(task=task, wording=wording)
+            Request(task=task, wording=wording, alone=alone)
             for task in sorted(drawn)
             for wording in range(wordings)
         )
-        shares = np.array([drawn[request.task] for request in self.requests])
-        self._bounds = np.cumsum(shares / shares.sum())
+        shares = np.array([[p.get(r.task, 0.0) for r in self.requests] for p in phases])
+        self._bounds = np.cumsum(shares / shares.sum(1, keepdims=True), axis=1)
+        self._first_epochs = first_epochs
         self._seed = seed
 
     def draw(self, epoch: int, examples: int) -> Int[np.ndarray, " N"]:
         """Index into `requests` for each of `examples` examples."""
         rng = np.random.default_rng([self._seed, epoch, _STREAM])
-        drawn = np.searchsorted(self._bounds, rng.random(examples), side="right")
-        return np.minimum(drawn, len(self.requests) - 1)
+        bounds = self._bounds[int(epoch >= self._first_epochs)]
+        drawn = np.searchsorted(bounds, rng.random(examples), side="right")
+        # Rounding may leave the last bound below 1; tasks without weight are never drawn.
+        return np.minimum(drawn, np.searchsorted(bounds, bounds[-1]))
 
 
 # Makes the draws independent of the shuffle, which is also seeded with (seed, epoch).

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saber_jax.data import sed
-from saber_jax.data.examples import Response, measure_record
+from saber_jax.data.examples import Response, encode_record, measure_record, size_of
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tasks import TASKS, WORDINGS, Mixture, Request, conversation
 from tests import synthetic
@@ -79,3 +79,44 @@ def test_tasks_are_drawn_by_weight_anew_every_epoch_and_the_same_every_time():
 def test_impossible_mixtures_are_refused(weights, wordings, message):
     with pytest.raises(ValueError, match=message):
         Mixture(weights, wordings=wordings)
+
+
+def test_a_curriculum_draws_other_tasks_in_its_first_epochs():
+    mixture = Mixture(
+        {"sed": 3.0, "speech_content": 1.0},
+        first_weights={"facial_exp_desc": 1.0, "sed": 0.0},
+        first_epochs=2,
+    )
+
+    def drawn(epoch: int) -> set[str]:
+        return {mixture.requests[k].task for k in mixture.draw(epoch, 500)}
+
+    assert drawn(0) == drawn(1) == {"facial_exp_desc"}
+    assert drawn(2) == drawn(9) == {"sed", "speech_content"}
+
+
+def test_a_curriculum_without_a_task_is_refused():
+    with pytest.raises(ValueError, match="positive"):
+        Mixture({"sed": 1.0}, first_weights={"sed": 0.0}, first_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("task", "pictures", "sound"),
+    [
+        ("facial_exp_desc", True, False),
+        ("visual", True, False),
+        ("speech_content", False, True),
+        ("acoustic", False, True),
+        ("sentiment_analysis", True, True),
+        ("sed", True, True),
+    ],
+)
+def test_a_task_alone_shows_the_modality_that_holds_its_answer(tokenizer, task, pictures, sound):
+    record = synthetic.record(0)
+    alone, whole = (Request(task=task, alone=alone) for alone in (True, False))
+    example = encode_record(record, tokenizer, request=alone)
+    assert (len(example.patches) > 0, len(example.mel) > 0) == (pictures, sound)
+    assert size_of(example) == measure_record(record, tokenizer, request=alone)[0]
+    both = encode_record(record, tokenizer, request=whole)
+    assert len(both.patches) and len(both.mel)
+    assert (size_of(example).text < size_of(both).text) == (not (pictures and sound))
