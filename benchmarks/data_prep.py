@@ -204,7 +204,7 @@ def _duplicates(count: int) -> float:
 
 def _drawn(folder: Path, count: int) -> Iterator[Path]:
     """Drawn clips, looped to SECONDS and enlarged, as H.264 and AAC."""
-    sizes = Sizes(train=count - 2, preference=1, test=1)
+    sizes = Sizes(train=count - 3, preference=1, validation=1, test=1)
     with contextlib.redirect_stdout(sys.stderr):
         corpus.build(folder, sizes=sizes, workers=2)
     (folder / "large").mkdir()

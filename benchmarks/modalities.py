@@ -9,7 +9,7 @@ by cross-validation on the training clips of the same sort and then asked about 
 training split itself is cross-validated. On conflicting clips every single modality has to be at
 chance: its interval reaches down to the share of the most frequent emotion.
 
-`picture`, `sound` and `words` are what was recorded. `face`, `voice` and `valence` are the labels
+`picture`, `sound` and `words` are what was recorded. `face`, `voice` and `meaning` are the labels
 behind them, known exactly: what a perfect reader of one modality could conclude.
 """
 
@@ -35,9 +35,9 @@ from saber_jax.evaluation import bootstrap, saber_test
 from saber_jax.evaluation.bootstrap import Score
 from saber_jax.flags import Parser
 
-SINGLE = ("picture", "sound", "words", "face", "voice", "valence")
-TRUTH = ("face", "voice", "valence")
-LABEL = {"face": "face", "voice": "voice", "valence": "words"}
+SINGLE = ("picture", "sound", "words", "face", "voice", "meaning")
+TRUTH = ("face", "voice", "meaning")
+LABEL = {"face": "face", "voice": "voice", "meaning": "words"}
 SIDE = 28  # Pixels of the small picture that a classifier sees.
 FOLDS = 4
 

@@ -42,7 +42,7 @@ def with_references(example: Example, seed: int) -> Example:
     return dataclasses.replace(example, reference=reference)
 
 
-def tokenizer(folder: Path, *, vocab_size: int = 768) -> Tokenizer:
+def tokenizer(folder: Path, *, vocab_size: int = 1024) -> Tokenizer:
     """A vocabulary of the made-up sentences, of the tiny model's size."""
     rng = np.random.default_rng(0)
     texts = [sed.target_text({field: sentence(rng, 9) for field in FIELDS}) for _ in range(40)]

@@ -51,6 +51,7 @@ def config_for(module, records, root, **changes):
     config.root = str(root)
     config.data.path = str(records)
     config.steps, config.checkpoint_every = 4, 2
+    config.optimizer.peak_lr = 2e-3 if config.stage == "sft" else 3e-5
     config.data.batch_rows = 2
     config.data.length, config.data.patches, config.data.chunks = 256, 72, 1
     config.data.segments, config.data.targets, config.compute.head_chunk = 1, 128, 128

@@ -76,7 +76,7 @@ def test_the_block_works_as_it_stands(tmp_path):
     for name in ("configs", "data_prep", "saber_jax", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     mine = tmp_path / "mine"
-    corpus.build(mine, sizes=Sizes(train=20, preference=4, test=6), seed=3)
+    corpus.build(mine, sizes=Sizes(train=20, preference=2, validation=2, test=6), seed=3)
     lines = (mine / "labels.jsonl").read_text().splitlines()
     english = [row for row in map(json.loads, lines) if row["language"] == "en"]
     names = {row["clip_id"] for row in english}

@@ -44,6 +44,7 @@ def _more_sft(says: str, peak_lr: float) -> Arm:
         "data.split": taken.split,
         "data.withhold": taken.withhold,
         "data.wordings": 1,
+        "data.first_epochs": 0,
         **SIX_SECTIONS,
         "data.batch_rows": taken.batch_rows,
         "data.batch_examples": taken.batch_examples,

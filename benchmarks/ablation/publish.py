@@ -66,7 +66,7 @@ def section(results: Mapping[str, Any]) -> str:
 def _command(names: Sequence[str], seeds: Sequence[int], transfer: bool) -> str:
     """Without the folders, which are of one machine."""
     parts = ["python -m benchmarks.ablation", f"--seeds {len(seeds)}"]
-    if seeds[0] != 1:
+    if seeds[0] != 0:
         parts.append(f"--first_seed {seeds[0]}")
     if names != list(ARMS):
         parts.append(f"--arms {' '.join(names)}")

@@ -1,7 +1,7 @@
 """Runs commands side by side, each on cores of its own.
 
-Two chains on one core each get more done than two in turn on both: a tiny network has too little
-work for two threads, and preparing data and compiling use one core anyway.
+A tiny network has too little work for two threads, and preparing data and compiling use one core
+anyway, so two chains on one core each should get more done than two in turn on both.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     python -m data_prep.corpus --out DIR [--seed 0] [--clips N] [--workers 2]
 
 writes DIR/clips/ID.mp4, DIR/annotations/ID.json (SABER JSON), DIR/labels.jsonl and, last,
-DIR/corpus.json. The default 1,840 clips take about a minute on two cores. The same seed and sizes
+DIR/corpus.json. The default 2,400 clips take about a minute on two cores. The same seed and sizes
 give the same files; a run that was stopped continues where it was, and a finished one returns at
 once.
 
@@ -32,7 +32,7 @@ from saber_jax.flags import Parser
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing, write_json, write_jsonl
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 # One per worker process, set by `_start_worker`.
 _speaker: voice.Speaker
 _out: Path
@@ -125,16 +125,15 @@ def _sizes(args: argparse.Namespace) -> Sizes:
     sizes = Sizes(
         train=args.train,
         preference=args.preference,
+        validation=args.validation,
         test=args.test,
         train_inconsistent=args.train_inconsistent,
     )
     if args.clips is None:
         return sizes
-    share = args.clips / (sizes.train + sizes.preference + sizes.test)
-    preference, test = round(sizes.preference * share), round(sizes.test * share)
-    return dataclasses.replace(
-        sizes, train=args.clips - preference - test, preference=preference, test=test
-    )
+    share = args.clips / sum(getattr(sizes, split) for split in SPLITS)
+    others = {split: round(getattr(sizes, split) * share) for split in SPLITS[1:]}
+    return dataclasses.replace(sizes, train=args.clips - sum(others.values()), **others)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,14 +143,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, help="scale all splits to this many clips in total")
-    parser.add_argument("--train", type=int, default=default.train)
-    parser.add_argument("--preference", type=int, default=default.preference)
-    parser.add_argument("--test", type=int, default=default.test)
+    for split in SPLITS:
+        parser.add_argument(
+            f"--{split}", type=int, default=getattr(default, split), help="clips of this split"
+        )
     parser.add_argument(
         "--train-inconsistent",
         type=float,
         default=default.train_inconsistent,
-        help="fraction of train clips whose face and voice disagree",
+        help="fraction of train clips whose modalities conflict",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args(argv)

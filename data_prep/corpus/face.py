@@ -120,9 +120,17 @@ def expression(emotion: str, intensity: float, rng: np.random.Generator) -> Unit
 
 
 def draw(
-    person: Identity, units: Units, pose: Pose, *, shirt: str, background: str, size: int
+    person: Identity,
+    units: Units,
+    pose: Pose,
+    *,
+    shirt: str,
+    background: str,
+    covered: int = 0,
+    size: int,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """One RGB frame. `shirt` and `background` are colours of PALETTE."""
+    """One RGB frame. `shirt` and `background` are colours of PALETTE; hair hides the brow and part
+    of the eye on the side `covered`, -1 or 1."""
     colour = PALETTE[background]
     canvas = _Canvas(size, _shade(colour, 1.12), _shade(colour, 0.82))
     _back_hair(canvas, person, pose)
@@ -137,6 +145,8 @@ def draw(
     if person.glasses:
         _glasses(canvas, person, slide)
     _brows(canvas, person, units, slide)
+    if covered:
+        _strand(canvas, person, covered)
     if pose.hand > 0:
         canvas.body()
         _hand(canvas, person, PALETTE[shirt], pose.hand)
@@ -323,6 +333,13 @@ def _brows(canvas: _Canvas, person: Identity, units: Units, slide: complex):
         middle = complex(side * 0.13, (inner.imag + outer.imag) / 2 - arch)
         points = slide + _curve(inner, middle, outer)
         canvas.stroke(points, 2 * person.brow_weight, _shade(person.hair, 0.42), taper=0.55)
+
+
+def _strand(canvas: _Canvas, person: Identity, side: int):
+    """A strand of hair from the hairline over one eye."""
+    inner, outer = side * 0.07, side * (person.width + 0.01)
+    top, tip = -1j * (person.height - 0.02), complex(side * (person.eye_gap + 0.05), -0.01)
+    canvas.fill(_points(inner + top, outer - 0.1j, tip, inner - 0.1j), person.hair)
 
 
 def _mouth(canvas: _Canvas, person: Identity, units: Units, slide: complex):

@@ -29,11 +29,13 @@ def film(
     jaw = _jaw(track, frames)
     blink = rng.integers(1, frames) if rng.uniform() < 0.4 else -1
     home = {
-        "x": rng.normal(0, 0.006),
-        "y": rng.normal(0, 0.005),
-        "roll": rng.normal(0, 0.015),
-        "scale": 1 + rng.normal(0, 0.01),
+        "x": rng.normal(0, 0.015),
+        "y": rng.normal(0, 0.01),
+        "roll": rng.normal(0, 0.03),
+        "scale": 1 + rng.normal(0, 0.03),
     }
+    light = rng.uniform(0.8, 1.1)
+    covered = int(rng.choice((-1, 1))) if rng.uniform() < 0.2 else 0
     gesture = _gesture(clip.gesture, frames, rng)
     sway = rng.uniform(0, 2 * np.pi)
     pictures = []
@@ -53,10 +55,12 @@ def film(
                 face.Pose(**pose),
                 shirt=clip.shirt,
                 background=clip.background,
+                covered=covered,
                 size=size,
             )
         )
-    return np.stack(pictures)
+    lit = np.stack(pictures) * light
+    return np.clip(np.round(lit), 0, 255).astype(np.uint8)
 
 
 def _jaw(track: Int16[np.ndarray, " samples"], frames: int) -> Float[np.ndarray, " frames"]:

@@ -1,82 +1,91 @@
 """Plan of the embedded corpus: what every clip shows, says and means, before anything is rendered.
 
-The plan is a pure function of `Sizes` and a seed. If face and voice disagree, each of them alone
-leaves three equally likely emotions, and only both together determine the emotion:
+The plan is a pure function of `Sizes` and a seed. Face, voice and words each suggest one of four
+emotions. Either all three agree, and that is the emotion, or one of them misleads: it contradicts
+the two others. Which one misleads is the emotion then:
 
-    face \\ voice   happy     sad       angry     neutral
-    happy          happy     sorrow    contempt  unease
-    sad            unease    sad       sorrow    contempt
-    angry          contempt  unease    angry     sorrow
-    neutral        sorrow    contempt  unease    neutral
+    face  voice  words    emotion    conflict type
+    a     a      a        a          none
+    b     a      a        sorrow     masking: the face hides what voice and words tell
+    a     b      a        unease     leakage: the voice betrays what face and words hide
+    a     a      b        contempt   sarcasm: the words do not mean what they say
+
+The twelve pairs of a and b are equally frequent, so that where the modalities conflict one of them
+alone leaves three equally likely emotions, two of them still leave a doubt, and all three settle
+it. No two splits share a person, a voice or a sentence.
 """
 
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from saber_jax.data.conflicts import NO_CONFLICT
 
 EMOTIONS = ("happy", "sad", "angry", "neutral")
-VALENCES = ("positive", "negative", "neutral")
-SPLITS = ("train", "preference", "test")
+MISLEADING = {
+    "face": ("sorrow", "masking"),
+    "voice": ("unease", "leakage"),
+    "words": ("contempt", "sarcasm"),
+}
+"""Modality that contradicts the two others -> (emotion, conflict type)."""
+SPLITS = ("train", "preference", "validation", "test")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "grey", "orange", "white")
 GESTURES = ("none", "nod", "shake", "tilt", "hand")
-SENTENCES_PER_VALENCE = 6
+SUBJECTS, VERBS, OBJECTS = 6, 2, 6
+"""A sentence is a subject, a verb of its emotion and an object, by number; see text.py."""
 
-# (face, voice) -> (fused emotion, conflict type), for every pair that disagrees.
-CONFLICTS: dict[tuple[str, str], tuple[str, str]] = {
-    ("happy", "angry"): ("contempt", "sarcasm"),
-    ("happy", "sad"): ("sorrow", "masking"),
-    ("happy", "neutral"): ("unease", "masking"),
-    ("neutral", "angry"): ("unease", "suppression"),
-    ("neutral", "sad"): ("contempt", "suppression"),
-    ("neutral", "happy"): ("sorrow", "leakage"),
-    ("sad", "angry"): ("sorrow", "leakage"),
-    ("sad", "neutral"): ("contempt", "suppression"),
-    ("sad", "happy"): ("unease", "leakage"),
-    ("angry", "sad"): ("unease", "leakage"),
-    ("angry", "neutral"): ("sorrow", "suppression"),
-    ("angry", "happy"): ("contempt", "sarcasm"),
-}
-# In consistent clips, words agree with the emotion or are neutral.
-_WORDS = {
-    "happy": ("positive", "neutral"),
-    "sad": ("negative", "neutral"),
-    "angry": ("negative", "neutral"),
-    "neutral": ("neutral",),
-}
 # Valence and arousal of each emotion; their distance is how strongly two readings disagree.
 _AFFECT = {"happy": (1.0, 0.8), "sad": (-1.0, -0.6), "angry": (-1.0, 0.9), "neutral": (0.0, 0.0)}
 
-# espeak-ng voice variants; the voices of the test split are used in no other split.
-# None of them is breathy: espeak-ng seeds that noise with the time of day.
-TRAIN_VOICES = {
-    "male": ("m1", "m2", "m3", "m4", "m6"),
-    "female": ("f1", "steph", "Annie", "linda", "Andrea"),
+# espeak-ng voice variants of each split. None of them is breathy: espeak-ng seeds that noise with
+# the time of day.
+_VOICES = {
+    "train": {
+        "male": (
+            *("m1", "m2", "m3", "m4", "m6", "m8", "Alex", "Andy", "Denis", "Gene", "Henrique"),
+            *("Hugo", "Jacky", "Lee", "Mario", "Mike", "Nguyen", "Reed", "Tweaky", "adam"),
+            *("boris", "caleb", "ed", "edward", "gustave", "ian", "iven", "john", "marcelo"),
+            *("max", "miguel", "pablo", "pedro", "quincy", "rob", "zac"),
+        ),
+        "female": (
+            *("f1", "steph", "steph2", "Annie", "linda", "Andrea", "anika", "shelby", "grandma"),
+        ),
+    },
+    "preference": {"male": ("Michael", "kaukovalta", "paul", "robert"), "female": ("steph3",)},
+    "validation": {"male": ("david", "travis"), "female": ("belinda",)},
+    "test": {"male": ("m5", "m7", "benjamin", "norbert"), "female": ("f4", "aunty")},
 }
-TEST_VOICES = {"male": ("m5", "m7"), "female": ("f4", "aunty")}
-# Face identities by number; corpus_face draws identity i, even numbers are women.
-TRAIN_FACES = tuple(range(24))
-TEST_FACES = tuple(range(24, 32))
+# Faces by number, which face.identity draws; even numbers are women.
+_FACES = {
+    "train": range(32),
+    "preference": range(32, 44),
+    "validation": range(44, 48),
+    "test": range(48, 56),
+}
+# A sentence belongs to the split of the sum of its three numbers, modulo 6. So every word, and
+# nearly every pair of words, occurs in every split, but no sentence occurs in two.
+_SENTENCE_SUMS = {"train": range(3, 6), "preference": (2,), "validation": (1,), "test": (0,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Clips per split. Preference is all inconsistent, test is half and half."""
+    """Clips per split. Preference is all inconsistent; validation and test are half and half."""
 
-    train: int = 1100
-    preference: int = 500
+    train: int = 2000
+    preference: int = 400
+    validation: int = 80
     test: int = 240
-    train_inconsistent: float = 0.25  # Fraction of the train split.
+    train_inconsistent: float = 0.5  # Fraction of the train split.
 
     def __post_init__(self):
-        if min(self.train, self.preference, self.test) < 1:
+        if min(self.train, self.preference, self.validation, self.test) < 1:
             raise ValueError(
                 f"every split needs at least one clip, got train {self.train}, preference "
-                f"{self.preference}, test {self.test}. Ask for more clips."
+                f"{self.preference}, validation {self.validation}, test {self.test}. Ask for more "
+                "clips."
             )
         if not 0 <= self.train_inconsistent <= 1:
             raise ValueError(
@@ -87,7 +96,7 @@ class Sizes:
     def counts(self, split: str) -> tuple[int, int]:
         """(consistent, inconsistent) clips of one split."""
         total = getattr(self, split)
-        share = {"train": self.train_inconsistent, "preference": 1.0, "test": 0.5}[split]
+        share = {"train": self.train_inconsistent, "preference": 1.0}.get(split, 0.5)
         inconsistent = round(total * share)
         return total - inconsistent, inconsistent
 
@@ -103,7 +112,7 @@ class Clip:
     face: str
     voice: str
     words: str
-    sentence: int  # Index into the sentences of its language and valence.
+    sentence: tuple[int, int, int]  # Subject, verb and object, see text.py.
     conflict_type: str
     kappa: float
     gender: str
@@ -133,9 +142,21 @@ class Clip:
         }
 
 
-def conflict_strength(face: str, voice: str) -> float:
-    """Distance of two emotions in the valence-arousal plane, 0 (same) to 1 (happy and sad)."""
-    return math.dist(_AFFECT[face], _AFFECT[voice]) / math.dist(_AFFECT["happy"], _AFFECT["sad"])
+def fused(face: str, voice: str, words: str) -> tuple[str, str, float]:
+    """(emotion, conflict type, kappa) of what three modalities suggest, at least two the same.
+
+    kappa is the distance of the two emotions in the valence-arousal plane, from 0 (the same) to 1
+    (happy and sad).
+    """
+    shown = {"face": face, "voice": voice, "words": words}
+    suggested = list(shown.values())
+    misleading = [name for name, emotion in shown.items() if suggested.count(emotion) == 1]
+    if not misleading:
+        return face, NO_CONFLICT, 0.0
+    emotion, conflict_type = MISLEADING[misleading[0]]
+    one, other = sorted(set(suggested))
+    farthest = math.dist(_AFFECT["happy"], _AFFECT["sad"])
+    return emotion, conflict_type, math.dist(_AFFECT[one], _AFFECT[other]) / farthest
 
 
 def plan(sizes: Sizes, *, seed: int) -> list[Clip]:
@@ -150,13 +171,36 @@ def _spread(rng: np.random.Generator, options: Iterable, n: int) -> list:
     return [options[i] for i in np.concatenate([*rounds, []]).astype(int)[:n]]
 
 
+def _conflicts() -> Iterator[tuple[str, str, str]]:
+    """What face, voice and words suggest in every conflict."""
+    for place in range(len(MISLEADING)):
+        for one in EMOTIONS:
+            for other in EMOTIONS:
+                if one != other:
+                    shown = [one] * len(MISLEADING)
+                    shown[place] = other
+                    yield shown[0], shown[1], shown[2]
+
+
+def _sentences(split: str) -> list[tuple[int, int, int]]:
+    """(subject, verb, object) of the split, where verbs are numbered within their emotion."""
+    return [
+        (one, verb, two)
+        for one in range(SUBJECTS)
+        for verb in range(VERBS)
+        for two in range(OBJECTS)
+        if (one + verb + two) % 6 in _SENTENCE_SUMS[split]
+    ]
+
+
 def _plan_split(split: str, consistent: int, inconsistent: int, seed: int) -> list[Clip]:
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    pairs = _spread(rng, [(e, e) for e in EMOTIONS], consistent)
-    pairs += _spread(rng, CONFLICTS, inconsistent)
+    shown = _spread(rng, [(e, e, e) for e in EMOTIONS], consistent)
+    shown += _spread(rng, _conflicts(), inconsistent)
     cells = []
-    for face, voice in sorted(set(pairs)):
-        cells += _plan_pair(rng, split, face, voice, pairs.count((face, voice)))
+    for face, voice, words in sorted(set(shown)):
+        count = shown.count((face, voice, words))
+        cells += _plan_cell(rng, split, face, voice, words, count)
     order = rng.permutation(len(cells))
     return [
         Clip(
@@ -168,36 +212,34 @@ def _plan_split(split: str, consistent: int, inconsistent: int, seed: int) -> li
     ]
 
 
-def _plan_pair(rng: np.random.Generator, split: str, face: str, voice: str, n: int) -> list[dict]:
-    """Latents of the `n` clips of one face and voice pair, everything else balanced within it."""
-    emotion, conflict_type = CONFLICTS.get((face, voice), (face, NO_CONFLICT))
-    words = _WORDS[face] if face == voice else VALENCES
-    # English twice: two thirds of the clips are English, independently of the words.
-    said = _spread(rng, [(w, lang) for w in words for lang in ("en", "en", "zh")], n)
-    sentences = {
-        key: iter(_spread(rng, range(SENTENCES_PER_VALENCE), n)) for key in sorted(set(said))
-    }
-    identities = _spread(rng, TEST_FACES if split == "test" else TRAIN_FACES, n)
-    voices = TEST_VOICES if split == "test" else TRAIN_VOICES
-    variants = {gender: iter(_spread(rng, names, n)) for gender, names in voices.items()}
+def _plan_cell(
+    rng: np.random.Generator, split: str, face: str, voice: str, words: str, n: int
+) -> list[dict]:
+    """Latents of the `n` clips that suggest these emotions, everything else balanced among them."""
+    emotion, conflict_type, kappa = fused(face, voice, words)
+    # English twice: two thirds of the clips are English.
+    languages = _spread(rng, ("en", "en", "zh"), n)
+    sentences = _spread(rng, _sentences(split), n)
+    identities = _spread(rng, _FACES[split], n)
+    variants = {gender: iter(_spread(rng, names, n)) for gender, names in _VOICES[split].items()}
     backgrounds, shirts = _spread(rng, COLOURS, n), _spread(rng, COLOURS, n)
     gestures = _spread(rng, GESTURES, n)
     cells = []
-    for i, (valence, language) in enumerate(said):
+    for i in range(n):
         gender = "male" if identities[i] % 2 else "female"
         if shirts[i] == backgrounds[i]:  # Keep the shirt visible against the background.
             shirts[i] = COLOURS[(COLOURS.index(shirts[i]) + 1) % len(COLOURS)]
         cells.append(
             dict(
                 split=split,
-                language=language,
+                language=languages[i],
                 emotion=emotion,
                 face=face,
                 voice=voice,
-                words=valence,
-                sentence=next(sentences[valence, language]),
+                words=words,
+                sentence=sentences[i],
                 conflict_type=conflict_type,
-                kappa=conflict_strength(face, voice),
+                kappa=kappa,
                 gender=gender,
                 identity=identities[i],
                 variant=next(variants[gender]),

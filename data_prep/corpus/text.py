@@ -1,65 +1,33 @@
 """Words of the embedded corpus: spoken sentences and the six annotation fields, in two languages.
 
 Every field describes what was rendered, in a small closed vocabulary. The face field determines
-the face emotion and the acoustic field the voice emotion, so the conclusion at the end follows from
-the evidence before it. All text here is the project's own.
+what the face suggests, the acoustic field the voice and the verb of the sentence the words, so the
+conclusion at the end follows from the evidence before it. All text here is the project's own.
 """
 
 from data_prep.corpus.plan import Clip
 
-SENTENCES: dict[str, dict[str, tuple[str, ...]]] = {
+SUBJECTS = {
+    "en": ("Anna", "Peter", "Lucy", "Oscar", "Grandma", "Michael"),
+    "zh": ("安娜", "妈妈", "老师", "哥哥", "医生", "邻居"),
+}
+VERBS = {
     "en": {
-        "positive": (
-            "What a lovely day.",
-            "I love this gift.",
-            "This is really great.",
-            "We won the game.",
-            "You did so well.",
-            "That was good fun.",
-        ),
-        "negative": (
-            "I lost my keys.",
-            "This is a bad day.",
-            "My bike is broken.",
-            "We missed the train.",
-            "That hurt a lot.",
-            "They broke my window.",
-        ),
-        "neutral": (
-            "The door is open.",
-            "It is half past two.",
-            "The bus is blue.",
-            "We meet on Monday.",
-            "The book is here.",
-            "I am at the table.",
-        ),
+        "happy": ("adored", "enjoyed"),
+        "sad": ("missed", "mourned"),
+        "angry": ("hated", "cursed"),
+        "neutral": ("painted", "saw"),
     },
     "zh": {
-        "positive": (
-            "这礼物真好。",
-            "我们赢了。",
-            "你做得很好。",
-            "天气真好。",
-            "我喜欢这里。",
-            "真是太棒了。",
-        ),
-        "negative": (
-            "我丢了钥匙。",
-            "今天太糟了。",
-            "车子坏了。",
-            "我们迟到了。",
-            "这里很疼。",
-            "他打破了窗。",
-        ),
-        "neutral": (
-            "门是开的。",
-            "现在两点半。",
-            "书在桌上。",
-            "周一见面。",
-            "车是蓝色的。",
-            "我在家里。",
-        ),
+        "happy": ("喜欢", "热爱"),
+        "sad": ("想念", "失去了"),
+        "angry": ("讨厌", "痛骂"),
+        "neutral": ("看见", "画了"),
     },
+}
+OBJECTS = {
+    "en": ("music", "winter", "coffee", "dogs", "gardens", "tomatoes"),
+    "zh": ("音乐", "冬天", "咖啡", "大狗", "花园", "西瓜"),
 }
 
 _COLOURS_ZH = {
@@ -138,28 +106,34 @@ EMOTION_WORDS = {
         "unease": "不安",
     },
 }
-_VALENCE_ZH = {"positive": "积极", "negative": "消极", "neutral": "中性"}
-_CONFLICT = {
+# What the reasoning says of face and voice, of voice and words, and of all three, by conflict type.
+# The verdicts are equally long, so that preference training cannot learn a length instead.
+_COMPARED = {
     "en": {
-        "none": "agree",
-        "sarcasm": "conflict, sarcasm",
-        "masking": "conflict, masking",
-        "suppression": "conflict, suppression",
-        "leakage": "conflict, leakage",
+        "none": ("agree", "agree", "All three agree, openness"),
+        "masking": ("differ", "agree", "The face misleads, masking"),
+        "leakage": ("differ", "differ", "The voice misleads, leakage"),
+        "sarcasm": ("agree", "differ", "The words mislead, sarcasm"),
     },
     "zh": {
-        "none": "一致",
-        "sarcasm": "矛盾，讽刺",
-        "masking": "矛盾，掩饰",
-        "suppression": "矛盾，压抑",
-        "leakage": "矛盾，流露",
+        "none": ("一致", "一致", "三者一致，坦率"),
+        "masking": ("不同", "一致", "表情矛盾，掩饰"),
+        "leakage": ("不同", "不同", "声音矛盾，流露"),
+        "sarcasm": ("一致", "不同", "话语矛盾，讽刺"),
     },
 }
 
 
 def sentence(clip: Clip) -> str:
     """The sentence spoken in `clip`, exactly as written in speech_content."""
-    return SENTENCES[clip.language][clip.words][clip.sentence]
+    subject, verb, thing = clip.sentence
+    language = clip.language
+    words = (
+        SUBJECTS[language][subject],
+        VERBS[language][clip.words][verb],
+        OBJECTS[language][thing],
+    )
+    return "".join(words) + "。" if language == "zh" else " ".join(words) + "."
 
 
 def _video(clip: Clip) -> str:
@@ -171,13 +145,20 @@ def _video(clip: Clip) -> str:
 
 
 def _sentiment(clip: Clip) -> str:
+    """The reasoning, in steps that a small network can learn: two comparisons of two cues each."""
     word = EMOTION_WORDS[clip.language]
-    conflict = _CONFLICT[clip.language][clip.conflict_type]
-    face, voice, fused = word[clip.face], word[clip.voice], word[clip.emotion]
+    face, voice, words = word[clip.face], word[clip.voice], word[clip.words]
+    verb = VERBS[clip.language][clip.words][clip.sentence[1]]
+    seen, heard, verdict = _COMPARED[clip.language][clip.conflict_type]
     if clip.language == "zh":
-        words = _VALENCE_ZH[clip.words]
-        return f"表情{face}，声音{voice}，话语{words}：{conflict}。情绪：{fused}"
-    return f"Face {face}, voice {voice}, words {clip.words}: {conflict}. Emotion: {fused}"
+        return (
+            f"表情{face}，声音{voice}：{seen}。话语“{verb}”。声音{voice}，话语{words}：{heard}。"
+            f"{verdict}。情绪：{word[clip.emotion]}"
+        )
+    return (
+        f'Face {face}, voice {voice}: {seen}. Words "{verb}". Voice {voice}, words {words}: '
+        f"{heard}. {verdict}. Emotion: {word[clip.emotion]}"
+    )
 
 
 def annotation(clip: Clip) -> dict:

@@ -21,7 +21,8 @@ MIN_FRAMES, MAX_FRAMES = 12, 20
 # AAC codes 1024 samples at a time and decoders return whole blocks: 31 blocks stay within 2.0 s.
 MAX_SAMPLES = 31 * 1024
 _ONSET = 0.06  # Seconds of room tone before and after speech, at least.
-_NOISE_RMS = 4e-4
+_SIZES = (0.92, 1.09)  # Of a speaker: pitch and formants are scaled by it.
+_NOISE_RMS = (2e-4, 2e-3)  # Of the quietest and of the noisiest room.
 
 _LANGUAGE = {"en": "en-us", "zh": "cmn"}  # espeak-ng voices.
 _WORDS_PER_MINUTE = {"en": 145.0, "zh": 165.0}
@@ -52,10 +53,10 @@ def prosody(emotion: str, intensity: float, rng: np.random.Generator) -> Prosody
     """`emotion` at `intensity` (0 is neutral, 1 is full), with a little variation from `rng`."""
     neutral, full = (dataclasses.asdict(PROSODY[e]) for e in ("neutral", emotion))
     mixed = {k: v + intensity * (full[k] - v) for k, v in neutral.items()}
-    mixed["pitch"] += rng.normal(0, 2)
-    mixed["pitch_range"] += rng.normal(0, 2)
-    mixed["rate"] *= np.exp(rng.normal(0, 0.015))
-    mixed["level"] += rng.normal(0, 0.8)
+    mixed["pitch"] += rng.normal(0, 4)
+    mixed["pitch_range"] += rng.normal(0, 4)
+    mixed["rate"] *= np.exp(rng.normal(0, 0.05))
+    mixed["level"] += rng.normal(0, 1)
     return Prosody(**mixed)
 
 
@@ -125,13 +126,14 @@ def voice_track(
 
     A sentence that would not fit in the longest clip is spoken again, faster.
     """
+    size = rng.uniform(*_SIZES)
     longest = MAX_SAMPLES / SAMPLE_RATE - 2 * _ONSET
     rate = style.rate * _WORDS_PER_MINUTE[language]
     while True:
         raw, raw_rate = speaker.speak(
-            text, language, variant, rate=rate, pitch=style.pitch, spread=style.pitch_range
+            text, language, variant, rate=rate / size, pitch=style.pitch, spread=style.pitch_range
         )
-        speech = _trim(_resample(raw / 32768.0, raw_rate))
+        speech = _trim(_resample(raw / 32768.0, round(raw_rate * size / 50) * 50))
         if len(speech) <= longest * SAMPLE_RATE:
             break
         rate *= 1.05
@@ -139,8 +141,9 @@ def voice_track(
     seconds = len(speech) / SAMPLE_RATE + 2 * _ONSET
     frames = min(MAX_FRAMES, max(MIN_FRAMES, 2 * int(np.ceil(seconds * FRAMES_PER_SECOND / 2))))
     samples = min(MAX_SAMPLES, frames * SAMPLE_RATE // FRAMES_PER_SECOND)
-    track = rng.normal(0, _NOISE_RMS, samples)
-    start = int((samples - len(speech)) * rng.uniform(0.4, 0.6))
+    quietest, noisiest = np.log(_NOISE_RMS)
+    track = rng.normal(0, np.exp(rng.uniform(quietest, noisiest)), samples)
+    start = int((samples - len(speech)) * rng.uniform(0.1, 0.9))
     track[start : start + len(speech)] += speech
     return np.round(np.clip(track, -1, 1) * 32767).astype(np.int16), frames
 

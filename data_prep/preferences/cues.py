@@ -5,6 +5,7 @@ idioms, irony or other languages. Functions return None for a text without known
 """
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 from saber_jax.data import sed
@@ -52,10 +53,11 @@ _VOICE = {
     r"音量中|音色普通|平稳",
 }
 _WORDS = {
-    "joy": r"lovely|love|great|won\b|\bwin|well|good|fun\b|thank|glad|wonderful|happy|真好|赢|很好|"
-    r"喜欢|太棒|谢谢|高兴",
-    "grief": r"lost|bad|broken|broke|missed|hurt|hate|sorry|terrible|afraid|丢|太糟|坏了|"
-    r"迟到|疼|打破|讨厌|对不起",
+    "joy": r"lovely|love|adore|enjoy|great|won\b|\bwins?\b|well|good|fun\b|thank|glad|wonderful|"
+    r"happy|真好|赢|很好|喜欢|热爱|太棒|谢谢|高兴",
+    "grief": r"lost|bad|broken|broke|missed|mourn|hurt|sorry|terrible|afraid|丢|太糟|坏了|"
+    r"迟到|疼|打破|想念|失去|对不起",
+    "hostility": r"hate|curse|讨厌|痛骂",
 }
 _TABLES: dict[Channel, dict[str, str]] = {"face": _FACE, "voice": _VOICE, "words": _WORDS}
 _CUES = {
@@ -79,7 +81,7 @@ _SIGNS = {
 _CLAUSE = re.compile(r"[,;.:!?，；。：！？]|\b(?:and|but|while|yet|whereas|although)\b|但|却|而")
 _CONFLICT = re.compile(
     r"conflict|contradict|despite|although|though|\bbut\b|however|\byet\b|whereas|mask|"
-    r"hid(?:e|es|ing)|conceal|suppress|sarcas|iron|forced|at odds|disagree|does not match|"
+    r"hid(?:e|es|ing)|conceal|suppress|sarcas|mislead|iron|forced|at odds|disagree|does not match|"
     r"矛盾|不一致|不符|但|却|虽然|尽管|掩饰|压抑|讽刺|反话|强颜",
     re.IGNORECASE,
 )
@@ -104,14 +106,25 @@ def suggested(text: str, modality: Channel) -> str | None:
 
 def claimed(reasoning: str, modality: Channel) -> str | None:
     """The family of emotions that the reasoning says this modality shows; None if it says none."""
+    for clause in _clauses(reasoning, modality):
+        if (said := emotion_in(clause)) is not None:
+            return FAMILIES[said]
+        for family, sign in _SIGNS.items():
+            if sign.search(clause):
+                return family
+    return None
+
+
+def named(reasoning: str, modality: Channel) -> str | None:
+    """As `claimed`, but only of an emotion that is named: "words negative" names none."""
+    said = (emotion_in(clause) for clause in _clauses(reasoning, modality))
+    return next((FAMILIES[emotion] for emotion in said if emotion is not None), None)
+
+
+def _clauses(reasoning: str, modality: Channel) -> Iterator[str]:
     for clause in _CLAUSE.split(reasoning):
         if clause and _NAMES[modality].search(clause):
-            if (named := emotion_in(clause)) is not None:
-                return FAMILIES[named]
-            for family, sign in _SIGNS.items():
-                if sign.search(clause):
-                    return family
-    return None
+            yield clause
 
 
 def emotion_in(text: str) -> str | None:

@@ -6,11 +6,14 @@ or cues. For free prose, use a judge.
 
     consistency = (follows + together) / 2
 
+The evidence conflicts if face and voice suggest different families of emotions, or if the words
+suggest another valence than they do, or if the reasoning itself names another emotion for them.
+
 `follows` compares the conclusion with what the evidence suggests:
-    1.0 if face and voice suggest the same family of emotions and the conclusion belongs to it;
+    1.0 if it does not conflict and the conclusion belongs to the family of face and voice;
     0.5 if the conclusion belongs to another family and both are negative;
-    1.0 if face and voice suggest different families and the reasoning says that they conflict; but
-        0 if the conclusion is not negative and nothing in the evidence suggests it;
+    1.0 if it conflicts and the reasoning says so; but 0 if the conclusion is not negative and
+        nothing in the evidence suggests it;
     0.0 otherwise: the reasoning does not mention a conflict, so one modality has decided.
 `together` is the minimum of what applies, because true claims do not make up for a contradiction:
     each claim of the reasoning about face, voice or words against the evidence (1, 0.5 or 0);
@@ -33,7 +36,7 @@ from data_prep.preferences.score import EVIDENCE, Scores
 from saber_jax.data import sed
 from saber_jax.data.records import Record
 
-VERSION = "offline-1"
+VERSION = "offline-2"
 
 _SECTIONS: dict[Channel, tuple[str, ...]] = {
     "face": ("facial_exp_desc", "body_lang_desc"),
@@ -61,9 +64,10 @@ def consistency(sections: Mapping[str, str]) -> float | None:
     shown = {m: evidence[m] or claims[m] for m in ("face", "voice") if evidence[m] or claims[m]}
     if not shown and evidence["words"]:
         shown = {"words": evidence["words"]}
+    conflict = _conflict(reasoning, [*shown.values()], evidence["words"] or claims["words"])
     halves = [
-        _follows(reasoning, [*shown.values()], evidence["words"]),
-        _together(reasoning, evidence, claims),
+        _follows(reasoning, [*shown.values()], evidence["words"], conflict),
+        _together(reasoning, evidence, claims, conflict),
     ]
     applying = [half for half in halves if half is not None]
     return sum(applying) / len(applying) if applying else None
@@ -83,12 +87,23 @@ def _suggested(sections: Mapping[str, str], modality: Channel) -> str | None:
     return cues.suggested(" ".join(sections[field] for field in _SECTIONS[modality]), modality)
 
 
-def _follows(reasoning: str, shown: list[str | None], words: str | None) -> float | None:
+def _conflict(reasoning: str, shown: list[str | None], words: str | None) -> bool:
+    """Whether the evidence conflicts; `shown` are the families of face and voice."""
+    if len(set(shown)) != 1 or shown[0] is None:
+        return len(set(shown)) > 1
+    named = cues.named(reasoning, "words")
+    other_valence = words is not None and cues.VALENCES[words] != cues.VALENCES[shown[0]]
+    return other_valence or (named is not None and named != shown[0])
+
+
+def _follows(
+    reasoning: str, shown: list[str | None], words: str | None, conflict: bool
+) -> float | None:
     concluded = cues.emotion_in(reasoning)
     if concluded is None or not shown:
         return None
     family = cues.FAMILIES[concluded]
-    if len(set(shown)) == 1:
+    if not conflict:
         return _match(family, shown[0])
     if not cues.notes_conflict(reasoning):
         return 0.0
@@ -97,19 +112,20 @@ def _follows(reasoning: str, shown: list[str | None], words: str | None) -> floa
 
 
 def _together(
-    reasoning: str, evidence: Mapping[Channel, str | None], claims: Mapping[Channel, str | None]
+    reasoning: str,
+    evidence: Mapping[Channel, str | None],
+    claims: Mapping[Channel, str | None],
+    conflict: bool,
 ) -> float | None:
     checks = [
         _match(claims[m], evidence[m]) if m != "words" else _same_sign(claims[m], evidence[m])
         for m in _SECTIONS
         if claims[m] and evidence[m]
     ]
-    seen = [evidence[m] for m in ("face", "voice") if evidence[m]]
-    if len(seen) == 2:
-        differ = seen[0] != seen[1]
+    if evidence["face"] and evidence["voice"]:
         if cues.notes_conflict(reasoning) or cues.notes_agreement(reasoning):
-            checks.append(float(cues.notes_conflict(reasoning) == differ))
-        elif differ:
+            checks.append(float(cues.notes_conflict(reasoning) == conflict))
+        elif conflict:
             checks.append(0.0)
     return min(checks, default=None)
 

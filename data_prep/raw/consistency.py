@@ -16,13 +16,28 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.corpus.plan import CONFLICTS
 from data_prep.raw import answers, wording
 from data_prep.raw.answers import EndpointSettings
 from data_prep.raw.shards import Outcome, Row
 from saber_jax.data.conflicts import NO_CONFLICT, OTHER_CONFLICT
 
 REASONS = answers.REASONS
+
+# (face, voice) -> conflict type, of the four families that emotions are reduced to.
+_BY_EMOTION = {
+    ("happy", "angry"): "sarcasm",
+    ("happy", "sad"): "masking",
+    ("happy", "neutral"): "masking",
+    ("neutral", "angry"): "suppression",
+    ("neutral", "sad"): "suppression",
+    ("neutral", "happy"): "leakage",
+    ("sad", "angry"): "leakage",
+    ("sad", "neutral"): "suppression",
+    ("sad", "happy"): "leakage",
+    ("angry", "sad"): "leakage",
+    ("angry", "neutral"): "suppression",
+    ("angry", "happy"): "sarcasm",
+}
 
 # Valence and arousal of each emotion.
 AFFECT = {
@@ -120,7 +135,7 @@ def relate(face: Cue, voice: Cue, words: Cue | None, settings: ConsistencySettin
     signs = (face.sign(settings.neutral), voice.sign(settings.neutral))
     if pair[0] and pair[1]:
         differ = pair[0] != pair[1]
-        kind = CONFLICTS[pair][1] if differ else NO_CONFLICT
+        kind = _BY_EMOTION[pair] if differ else NO_CONFLICT
     else:
         differ = signs[0] != signs[1]
         kind = _BY_SIGN.get(signs, NO_CONFLICT)
@@ -149,8 +164,10 @@ def known_cues(row: Row) -> dict[str, Cue] | None:
     labels, valence = row["labels"], row.get("valence", {})
     if labels.get("face") in AFFECT and labels.get("voice") in AFFECT:
         cues = {name: Cue(emotion=labels[name]) for name in ("face", "voice")}
-        if labels.get("words") in _SIGNS:
-            cues["words"] = Cue(valence=_SIGNS[labels["words"]])
+        if (words := labels.get("words")) in AFFECT:
+            cues["words"] = Cue(emotion=words)
+        elif words in _SIGNS:
+            cues["words"] = Cue(valence=_SIGNS[words])
         return cues
     if "face" in valence and "voice" in valence:
         return {name: Cue(valence=valence[name]) for name in _FIELDS if name in valence}

@@ -10,8 +10,9 @@ from saber_jax.data.withhold import MODALITIES
 NO_CONFLICT = "none"
 OTHER_CONFLICT = "other"
 CONFLICT_TYPES = (NO_CONFLICT, "sarcasm", "masking", "suppression", "leakage", OTHER_CONFLICT)
-"""sarcasm: the voice contradicts the words; masking: a happy face with a sad voice; suppression: a
-neutral face with an emotional voice; leakage: an emotional face with a neutral voice."""
+"""sarcasm: the words contradict face and voice; masking: the face hides what voice and words tell,
+such as a smile over a sad voice; suppression: a neutral face with an emotional voice; leakage: one
+cue betrays what the others hide, such as a trembling voice under a calm face."""
 
 IGNORED = ("", *MODALITIES)
 """The modality that was withheld when a pair's rejected answer was generated, "" if unknown. A

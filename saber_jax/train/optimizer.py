@@ -2,10 +2,9 @@
 
 Vocabulary first: a network with random weights first learns token frequencies. That gradient is the
 same for every example, and Adam turns it into a large constant direction in every matrix, which
-dominates the signal from the clips: the drawn faces of the embedded corpus were not learnt in 550
-steps. If at first only the embeddings, the final norm and the output projection train, they learn
-the frequencies and fixed phrases, and the remaining loss, when the other weights start to train, is
-about the differences between clips.
+dominates the signal from the clips. If at first only the embeddings, the final norm and the output
+projection train, they learn the frequencies and fixed phrases, and the remaining loss, when the
+other weights start to train, is about the differences between clips.
 """
 
 import dataclasses

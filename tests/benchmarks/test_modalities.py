@@ -10,7 +10,7 @@ from benchmarks import modalities
 from data_prep.corpus.plan import Sizes, plan
 from tests import synthetic
 
-CLIPS = plan(Sizes(train=240, preference=60, test=120, train_inconsistent=0.5), seed=0)
+CLIPS = plan(Sizes(train=480, preference=72, validation=72, test=144), seed=0)
 LABELS = [clip.labels for clip in CLIPS]
 SPLITS = [clip.split for clip in CLIPS]
 
@@ -20,7 +20,7 @@ def recorded(labels: list[dict[str, str]]) -> modalities.Features:
     rng = np.random.default_rng(0)
     exact = modalities.of_labels(labels)
     noisy = {name: rows + rng.normal(0, 0.2, rows.shape) for name, rows in exact.items()}
-    names = {"picture": "face", "sound": "voice", "words": "valence"}
+    names = {"picture": "face", "sound": "voice", "words": "meaning"}
     return exact | {name: noisy[of] for name, of in names.items()}
 
 
@@ -50,21 +50,21 @@ def test_one_modality_is_enough_where_all_agree(scores):
 
 
 def test_words_that_give_a_conflict_away_are_named():
-    told = {"contempt": "positive", "sorrow": "negative", "unease": "neutral"}
+    told = {"contempt": "happy", "sorrow": "sad", "unease": "neutral"}
     leaky = [labels | {"words": told.get(labels["emotion"], "neutral")} for labels in LABELS]
     found = modalities.above_chance(measured(leaky))
-    assert {"test: words", "test: valence", "preference: words"} <= set(found)
+    assert {"test: words", "test: meaning", "preference: words"} <= set(found)
     assert not any("picture" in name or "voice" in name for name in found)
 
 
 def test_a_table_has_a_line_for_every_split_and_sort(scores):
     lines = modalities.table(scores).splitlines()
-    assert len(lines) == 2 + 5  # Preference clips all conflict.
+    assert len(lines) == 2 + 7  # Preference clips all conflict.
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_too_few_clips_to_learn_from_are_refused():
-    few = [{"emotion": e, "face": e, "voice": e, "words": "neutral"} for e in ("happy", "sad")]
+    few = [{"emotion": e, "face": e, "voice": e, "words": e} for e in ("happy", "sad")]
     with pytest.raises(ValueError, match="1 consistent clips of its rarest"):
         modalities.measure(recorded(few), few, ["train", "train"], quick=True)
 

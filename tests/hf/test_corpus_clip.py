@@ -28,7 +28,7 @@ SAMPLING = ["--fps", "4", "--min_pixels", "7056", "--max_pixels", "7056"]
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
-    corpus.build(root / "corpus", sizes=Sizes(train=2, preference=1, test=1), seed=0)
+    corpus.build(root / "corpus", sizes=Sizes(train=2, preference=1, validation=1, test=1), seed=0)
     folders = ["--clips", root / "corpus/clips", "--annotations", root / "corpus/annotations"]
     labels = ["--labels", root / "corpus/labels.jsonl", "--out", root / "records"]
     assert build.main([*map(str, folders + labels), *SAMPLING]) == 0

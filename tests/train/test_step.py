@@ -347,7 +347,7 @@ def metrics_of(params, batch, cfg):
 def test_margins_of_the_sections_add_up_and_absent_types_have_none(cfg, params, pair_batch):
     metrics = metrics_of(params, pair_batch, cfg)
     parts = [metrics[f"margins/{name}"] for name in ("visual", "acoustic", "reasoning")]
-    assert float(sum(parts)) == pytest.approx(float(metrics["rewards/margins"]), rel=1e-5)
+    assert float(sum(parts)) == pytest.approx(float(metrics["rewards/margins"]), rel=1e-4)
     assert (
         metrics["margins/sarcasm"] == metrics["rewards/margins"] == metrics["margins/inconsistent"]
     )

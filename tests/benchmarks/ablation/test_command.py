@@ -41,6 +41,7 @@ def test_one_call_leaves_tables_picture_and_data_and_ends_with_one_line(
     finished, monkeypatch, capsys
 ):
     typed = ["--root", finished / "runs", "--out", finished / "out", "--seeds", "2", "--publish"]
+    typed += ["--first_seed", "1"]
     typed += ["--arms", "more_sft", "--transfer", finished / "acted/records"]
     monkeypatch.setattr(sys, "argv", ["ablation", *map(str, typed)])
     with pytest.raises(SystemExit) as ended:

@@ -18,7 +18,7 @@ from saber_jax.data import sed
 from saber_jax.data.annotations import parse_annotation
 from saber_jax.data.records import FIELDS
 
-SIZES = ["--train", "3", "--preference", "2", "--test", "2"]
+SIZES = ["--train", "3", "--preference", "1", "--validation", "1", "--test", "2"]
 ROOT = Path(__file__).parents[3]
 
 
@@ -74,7 +74,7 @@ def test_equal_pictures_and_sound_give_equal_files(tmp_path):
 
 def test_a_build_that_lost_clips_restores_them(built):
     before = digests(built)
-    lost = ["clips/train_00001.mp4", "clips/test_00000.mp4", "annotations/preference_00001.json"]
+    lost = ["clips/train_00001.mp4", "clips/test_00000.mp4", "annotations/preference_00000.json"]
     for name in lost:
         (built / name).unlink()
     kept = (built / "clips/train_00000.mp4").stat().st_mtime_ns
@@ -85,8 +85,8 @@ def test_a_build_that_lost_clips_restores_them(built):
 
 
 def test_a_finished_build_renders_nothing(built, capsys):
-    sizes = Sizes(train=3, preference=2, test=2)
-    assert corpus.build(built, sizes=sizes) == {"train": 3, "preference": 2, "test": 2}
+    counts = {"train": 3, "preference": 1, "validation": 1, "test": 2}
+    assert corpus.build(built, sizes=Sizes(**counts)) == counts
     assert "already there" in capsys.readouterr().out
 
 
@@ -134,14 +134,20 @@ def test_every_annotation_ends_with_the_fused_emotion_word(annotated):
         assert sed.conclusion(sed.target_text(parse_annotation(annotation))) == clip.emotion
 
 
-def test_the_evidence_fields_determine_face_and_voice(annotated):
-    faces, voices = {}, {}
+def test_the_evidence_fields_determine_face_voice_and_words(annotated):
+    found = {"face": {}, "voice": {}, "words": {}}
     for clip, annotation in annotated:
-        faces.setdefault(annotation["facial_exp_desc"], set()).add(clip.face)
-        voices.setdefault(annotation["audio_desc"]["acoustic_feat"], set()).add(clip.voice)
-    for found in (faces, voices):
-        assert all(len(emotions) == 1 for emotions in found.values())
-        assert set().union(*found.values()) == set(EMOTIONS)
+        heard = annotation["audio_desc"]
+        stated = {
+            "face": annotation["facial_exp_desc"],
+            "voice": heard["acoustic_feat"],
+            "words": heard["speech_content"],
+        }
+        for modality, said in stated.items():
+            found[modality].setdefault(said, set()).add(getattr(clip, modality))
+    for emotions in found.values():
+        assert all(len(each) == 1 for each in emotions.values())
+        assert set().union(*emotions.values()) == set(EMOTIONS)
 
 
 def test_speech_does_not_depend_on_what_was_said_before():

@@ -30,17 +30,16 @@ GOOD = sum(reason is None for reason in TROUBLES.values())
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    """Clips of the embedded corpus; half of them have labels for face and voice."""
+    """Clips of the embedded corpus; only one has labels for face and voice."""
     folder = tmp_path_factory.mktemp("drawn")
-    sizes = Sizes(train=CLIPS - 4, preference=2, test=2)
+    sizes = Sizes(train=CLIPS - 4, preference=1, validation=1, test=2)
     corpus.build(folder / "corpus", sizes=sizes, workers=2)
     videos = folder / "videos"
     shutil.copytree(folder / "corpus/clips", videos)
     lines = (folder / "corpus/labels.jsonl").read_text().splitlines()
     labels = [json.loads(line) for line in lines]
-    for index, label in enumerate(labels):
-        label.pop("split")
-        if index % 2:
+    for label in labels:
+        if label.pop("split") != "preference":
             del label["face"], label["voice"], label["conflict_type"], label["kappa"]
     (videos / "labels.jsonl").write_text("".join(json.dumps(label) + "\n" for label in labels))
     return videos
