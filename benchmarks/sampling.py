@@ -26,6 +26,7 @@ from saber_jax.generate.generator import Generator
 SAMPLES = 10
 GOALS = {"separate": 3.0, "transformers": 4.0}
 SECONDS = 16.0  # Such a clip makes a prompt of about 1,500 tokens.
+QUICK_SECONDS = 5.0
 
 Answers = list[list[list[int]]]
 """Tokens of each answer to each clip."""
@@ -76,10 +77,12 @@ def agreement(answers: Answers, expected: Answers) -> float:
     return round(float(np.mean(same)), 4)
 
 
-def compare(*, clips: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+def compare(
+    *, clips: int, new_tokens: int, repeats: int, clip_seconds: float = SECONDS
+) -> dict[str, Any]:
     """Answers per second of all three, measured in turns, so that other load affects all alike."""
     rng = np.random.default_rng(0)
-    records = [generate.clip(rng, number, SECONDS) for number in range(clips)]
+    records = [generate.clip(rng, number, clip_seconds) for number in range(clips)]
     params = generate.weights()
 
     def generator(prompts: int) -> Generator:
@@ -119,10 +122,12 @@ def compare(*, clips: int, new_tokens: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one clip, short answers, one round")
+    parser.add_argument(
+        "--quick", action="store_true", help="a short clip, short answers, one round"
+    )
     quick = parser.parse_args().quick
     if quick:
-        found = compare(clips=1, new_tokens=16, repeats=1)
+        found = compare(clips=1, new_tokens=16, repeats=1, clip_seconds=QUICK_SECONDS)
     else:
         found = compare(clips=1, new_tokens=200, repeats=2)
     result.finish(
