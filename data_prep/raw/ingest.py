@@ -1,15 +1,16 @@
 """Stage `ingest`: lists the clips of a folder of videos or of a published corpus.
 
-A folder may hold `labels.jsonl`, one object a line: {"clip_id": file name without its ending,
-"speaker", "language", "split", "video", "transcript", and any of saber_jax.data.records.LABELS}. A
-corpus is read by the layout it is published in, see data_prep.raw.corpora.
+A folder may hold `labels.jsonl`, one object a line: {"clip_id": path below the folder or file name,
+without the suffix, "speaker", "language", "split", "video", "transcript", and any of
+saber_jax.data.records.LABELS}. A corpus is read by the layout it is published in, see
+data_prep.raw.corpora.
 
 Rows of one source video are in the same shard, so that clips cut from it stay together.
 """
 
+import collections
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 from data_prep.raw import corpora, corpora_rows, storage
 from data_prep.raw.shards import Dropped, Outcome, Row, Stage
 from data_prep.records import clips
-from saber_jax.data import texts
 from saber_jax.data.records import LABELS, LANGUAGES
 
 REASONS = {
@@ -105,10 +105,11 @@ def shard_of(row: Row, shards: int) -> int:
 
 
 def _folder(root: Path) -> Iterator[Row]:
-    labels = _read_labels(root / "labels.jsonl")
-    for path in clips.find_videos(root, "videos"):
+    paths = clips.find_videos(root, "videos")
+    labels = _labels_by_clip(paths, root)
+    for path in paths:
         relative = path.relative_to(root).with_suffix("")
-        known = labels.get(path.stem, {})
+        known = labels.get(path, {})
         yield corpora_rows.row(
             path,
             clip_id=re.sub(r"[^\w.-]+", "_", str(relative)),
@@ -122,27 +123,37 @@ def _folder(root: Path) -> Iterator[Row]:
         )
 
 
-_ALLOWED = {"clip_id", "split", "language", "video", "transcript", *LABELS}
+def _labels_by_clip(paths: list[Path], root: Path) -> dict[Path, dict[str, str]]:
+    """The line of labels.jsonl about each file, by its path below `root` or by its name alone.
 
-
-def _read_labels(path: Path) -> dict[str, dict[str, str]]:
-    if not path.exists():
+    Prints the labels that no file has. Raises ValueError for a wrong line, and for a name that
+    several files in different folders have.
+    """
+    listing = root / "labels.jsonl"
+    if not listing.exists():
         return {}
-    labels = {}
-    for number, line in texts.lines(path.read_text(encoding="utf-8")):
-        try:
-            given = json.loads(line)
-            labels[given["clip_id"]] = {key: str(value) for key, value in given.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+    labels = clips.read_labels(listing, also=("video", "transcript"))
+    by_name: dict[str, Path] = {}
+    for path in paths:  # Of two files with one name the first is kept, see `ingest`.
+        by_name.setdefault(clips.name_of(path, root), path)
+    by_stem: dict[str, list[str]] = collections.defaultdict(list)
+    for name in by_name:
+        by_stem[name.rpartition("/")[2]].append(name)
+    found: dict[Path, dict[str, str]] = {}
+    unused: list[str] = []
+    for key, label in labels.items():
+        names = [key] if key in by_name else by_stem[key]
+        if len(names) > 1:
             raise ValueError(
-                f'{path}, line {number} must be an object with a "clip_id": {error!r}.'
-            ) from error
-        if unknown := sorted(set(given) - _ALLOWED):
-            raise ValueError(
-                f"{path}, line {number} has unknown keys {', '.join(unknown)}; allowed are "
-                f"{', '.join(sorted(_ALLOWED))}."
+                f"{listing} has a label of {key!r}, which fits {names[0]} and {names[1]}. Write "
+                "the path below the folder, without the suffix, as its clip_id."
             )
-    return labels
+        unused += [] if names else [key]
+        found |= {by_name[name]: label for name in names}
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        print(f"{listing} has labels without a video: {', '.join(unused[:5])}{more}.")
+    return found
 
 
 def _made(source: Source, row: Row) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def conversation(row: Row) -> dict[str, Any]:
         "clip_id": row["clip_id"],
         "task": request.task,
         "split": row["split"],
+        "language": row["language"],
     }
 
 

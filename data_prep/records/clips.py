@@ -18,6 +18,7 @@ import numpy as np
 
 from data_prep.records import containers
 from saber_jax.data import annotations, decode, records, texts
+from saber_jax.runs.files import parse_json
 
 REASONS = {
     **decode.REASONS,
@@ -157,12 +158,16 @@ def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> ClipInputs
     )
 
 
-def read_labels(path: Path) -> dict[str, dict[str, str]]:
-    """labels.jsonl as {clip_id: line}. ValueError names the line that is wrong."""
+def read_labels(path: Path, also: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """labels.jsonl as {clip_id: line}; `also` are more keys that it may have.
+
+    Raises ValueError, which names the file and the line that is wrong.
+    """
     labels: dict[str, dict[str, str]] = {}
-    for number, line in texts.lines(path.read_text(encoding="utf-8-sig")):
+    known = {"clip_id", "split", "language", *records.LABELS, *also}
+    for number, line in texts.lines(texts.read(path)):
         try:
-            row = _label(line)
+            row = _label(line, known)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} {error}.") from error
         if row["clip_id"] in labels:
@@ -171,16 +176,17 @@ def read_labels(path: Path) -> dict[str, dict[str, str]]:
     return labels
 
 
-def _label(line: str) -> dict[str, str]:
+def _label(line: str, known: set[str]) -> dict[str, str]:
     """Parses one line. The text of a ValueError continues "labels.jsonl, line 3 ..."."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("clip_id"), str):
         raise ValueError('must be an object with a "clip_id"')
-    if unknown := sorted(set(row) - {"clip_id", "split", "language", *records.LABELS}):
-        raise ValueError(f"has unknown keys {', '.join(unknown)}")
+    if unknown := sorted(set(row) - known):
+        allowed = ", ".join(sorted(known))
+        raise ValueError(f"has unknown keys {', '.join(unknown)}; allowed are {allowed}")
     row = {key: value for key, value in row.items() if value is not None}
     if type(row.get("kappa")) in (int, float):
         row["kappa"] = str(row["kappa"])
@@ -255,8 +261,8 @@ def _read_annotation(name: str, files: Mapping[str, Path]) -> dict[str, str]:
         raise _RefusedError("no_annotation", detail)
     try:
         text = files[name].read_text(encoding="utf-8-sig")
-        return annotations.parse_annotation(json.loads(text))
-    except (ValueError, RecursionError) as error:  # Not text, not JSON, or not the layout.
+        return annotations.parse_annotation(parse_json(text))
+    except ValueError as error:  # Not text, not JSON, or not the layout.
         raise _RefusedError("bad_annotation", f"{name}.json: {error}") from error
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from saber_jax.data import texts
+from saber_jax.data.records import LANGUAGES
+from saber_jax.runs.files import parse_json
 
 TAGS = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
 KINDS = {"image": "images", "video": "videos", "audio": "audios"}
@@ -36,12 +38,16 @@ class RowError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A conversation and its answer, in a form that does not depend on the source format."""
+    """A conversation and its answer, in a form that does not depend on the source format.
+
+    `language` is None if the row does not name it.
+    """
 
     messages: Turns
     answer: str
     rejected: str | None
     media: dict[str, list[str]]
+    language: str | None = None
 
     @property
     def clip_id(self) -> str:
@@ -106,6 +112,24 @@ def from_llama_factory(row: dict[str, Any]) -> Row:
         turns.append({"role": "assistant", "content": chosen})
     prompt, answer = _split(turns)
     return _row(prompt, answer, rejected, media)
+
+
+def parse_row(row: Any, layout: str, split: str) -> Row | str:
+    """The row of a JSON value in the format `layout`; for a row of another split, its name.
+
+    Raises RowError.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"it is not a JSON object but {_short(row)}")
+    for key in ("split", "language"):
+        if not isinstance(row.get(key), str | None):
+            raise RowError(f"{key} must be text, got {_short(row[key])}")
+    if (given := row.get("split") or split) != split:
+        return given
+    language = row.get("language") or None
+    if language not in (None, *LANGUAGES):
+        raise RowError(f"language must be one of {', '.join(LANGUAGES)}, got {_short(language)}")
+    return dataclasses.replace(FORMATS[layout](row), language=language)
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], Row]] = {
@@ -251,29 +275,40 @@ def _row(prompt: Turns, answer: str, rejected: Any, media: dict[str, list[str]])
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of a JSON list or of JSON lines; for an invalid line, its error.
+    """(number from 1, value) of a JSON list or of JSON lines; for an invalid value, its error.
 
-    One value is in memory at a time; for a list, the text of the file too.
+    One value is in memory at a time; for a list, the text of the file too. Raises ValueError naming
+    the file if it begins like a list and is none.
     """
     with path.open("rb") as file:
         first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         file.seek(0)
         if first == b"[":
-            text = file.read().decode("utf-8-sig")
-            yield from enumerate(_list_items(text[text.index("[") :]), start=1)
+            try:
+                text = file.read().decode("utf-8-sig")
+                yield from enumerate(_list_items(text[text.index("[") :]), start=1)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path} begins like a JSON list but is none: {error}. Repair it, or write one "
+                    "JSON object per line, of which an invalid one is left out alone."
+                ) from error
             return
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
+                yield number, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
                 yield number, error
 
 
 def _list_items(text: str) -> Iterator[Any]:
-    """The items of json.loads(text), one after another. Raises JSONDecodeError as it does."""
-    decoder, space, place = json.JSONDecoder(), re.compile(r"\s*"), 1
+    """The items of json.loads(text), one after another; for an invalid item, its error.
+
+    Raises JSONDecodeError as json.loads does if the list itself is invalid.
+    """
+    # Only finds where an item ends. Numbers too long for Python are left to parse_json.
+    decoder, space, place = json.JSONDecoder(parse_int=str), re.compile(r"\s*"), 1
 
     def skipped(start: int) -> int:
         found = space.match(text, start)
@@ -281,10 +316,17 @@ def _list_items(text: str) -> Iterator[Any]:
 
     place = skipped(place)
     while not text.startswith("]", place):
-        value, place = decoder.raw_decode(text, place)
-        yield value
+        start, (_, place) = place, decoder.raw_decode(text, place)
+        try:
+            yield parse_json(text[start:place])
+        except ValueError as error:
+            yield error
         place = skipped(place)
         if text.startswith(",", place):
             place = skipped(place + 1)
+            if text.startswith("]", place):
+                raise json.JSONDecodeError("Expecting a value after ','", text, place)
         elif not text.startswith("]", place):
             raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+    if (end := skipped(place + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data after the list", text, end)

@@ -34,7 +34,7 @@ from typing import IO
 import numpy as np
 
 from data_prep.records import clips, dataset
-from data_prep.records.conversations import FORMATS, Row, RowError, read_rows
+from data_prep.records.conversations import FORMATS, Row, RowError, parse_row, read_rows
 from saber_jax.data import decode, isolation, media, records, tokenizer
 from saber_jax.flags import Parser
 from saber_jax.runs import checksums
@@ -63,7 +63,7 @@ def to_record(row: Row, folder: Path, sampling: decode.FrameSampling) -> records
     said = " ".join(turn["content"] for turn in row.messages) + row.answer
     return records.Record(
         clip_id=row.clip_id,
-        language=clips.detect_language({"answer": said}),
+        language=row.language or clips.detect_language({"answer": said}),
         frames=frames,
         seconds_per_grid=seconds,
         audio=audio,
@@ -123,14 +123,14 @@ class _Import:
         for number, value in read_rows(self._flags.input):
             self.rows += 1
             try:
-                if not isinstance(value, dict):
-                    raise RowError(f"not a JSON object: {value}")
-                if (split := value.get("split") or self._flags.split) != self._flags.split:
-                    self.of_other_splits[str(split)] += 1
-                    continue
-                row = FORMATS[self._flags.format](value)
+                if isinstance(value, Exception):
+                    raise RowError(f"it is not JSON: {value}") from value
+                row = parse_row(value, self._flags.format, self._flags.split)
             except RowError as error:
                 self.refused.append((number, error))
+                continue
+            if isinstance(row, str):
+                self.of_other_splits[row] += 1
                 continue
             new, sampling = row.clip_id not in met, self._flags.sampling
             met.add(row.clip_id)

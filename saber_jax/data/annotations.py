@@ -38,7 +38,8 @@ def parse_annotation(obj: Any) -> dict[str, str]:
     if near:
         faults.append(f'it lacks {", ".join(map(json.dumps, near))}; add "" where nothing fits')
     if faults:
-        raise AnnotationError("; ".join(faults) + ".")
+        text = "; ".join(faults)
+        raise AnnotationError(text if text.endswith("?") else f"{text}.")
     for field in FIELDS:
         if not isinstance(values[field], str):
             kind = type(values[field]).__name__
@@ -75,5 +76,7 @@ def _flattened(obj: Any) -> dict[str, Any]:
 
 
 def _unknown(name: str, missing: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, missing or FIELDS, n=1, cutoff=0.0)
+    if not missing:
+        return f'unknown key "{name}"; leave it out'
+    near = difflib.get_close_matches(name, missing, n=1, cutoff=0.0)
     return f'unknown key "{name}"; did you mean "{near[0]}"?'

@@ -17,8 +17,11 @@ from saber_jax.data.frame_sampling import (
     check_shape,
 )
 
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Suffixes of the files that `decode_image` reads."""
+PICTURES = (
+    *(".apng", ".avif", ".bmp", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
+)
+"""Suffixes of the files that are read by `decode_image`, not as videos."""
 
 
 def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1 H W 3"]:

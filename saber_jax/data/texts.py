@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-SPECIAL = re.compile(r"<\|\w+\|>")
-"""Special tokens; in a text they would be read as media or as the end of a turn."""
+SPECIAL = re.compile(r"<\|\w+\|>|<tts_\w+>|</?tool_call>")
+"""Special tokens of the released vocabulary, which reads them in a text as media, as the end of a
+turn, or as commands."""
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 
@@ -17,6 +19,15 @@ def fault(text: str) -> str | None:
         code = f"\\u{ord(half[0]):04x}"
         return f"holds {code}, half of a character; write the whole one, or leave it out"
     return None
+
+
+def read(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises ValueError naming a
+    file in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:

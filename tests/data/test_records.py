@@ -46,6 +46,7 @@ def renamed(old: str, new: str) -> dict:
 @pytest.mark.parametrize(
     ("annotation", "words"),
     [
+        (GOOD | {"note": "x"}, "note leave"),
         (
             renamed("facial_exp_desc", "facial_expression_desc"),
             "facial_expression_desc facial_exp_desc",

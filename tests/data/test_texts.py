@@ -15,6 +15,8 @@ def test_json_lines_end_at_newlines_only():
         ("<|VIDEO|>", "<|VIDEO|>"),
         ("half \ud83d", "\\ud83d"),
         ("\udc00", "\\udc00"),
+        ("<tts_pad>", "<tts_pad>"),
+        ("</tool_call>", "</tool_call>"),
     ],
 )
 def test_what_cannot_be_stored_or_means_something_else_is_named(text, named):
@@ -24,3 +26,12 @@ def test_what_cannot_be_stored_or_means_something_else_is_named(text, named):
 @pytest.mark.parametrize("text", ["", "a < b | c > d", "\U0001f600", "<|", "u\u2028v"])
 def test_other_texts_are_fine(text):
     assert texts.fault(text) is None
+
+
+def test_a_text_in_another_encoding_is_named_as_that(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes("\ufeffcalm 平静".encode())
+    assert texts.read(path) == "calm 平静"
+    path.write_text("calm", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"labels\.jsonl is not UTF-8 text"):
+        texts.read(path)

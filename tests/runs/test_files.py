@@ -56,3 +56,14 @@ def test_json_comes_back_as_it_was_written(tmp_path):
     assert files.read_json(tmp_path / "a.json") == {"text": "长", "n": [1, None]}
     files.write_jsonl(tmp_path / "a.jsonl", [{"text": "长"}, {}])
     assert files.read_jsonl(tmp_path / "a.jsonl") == [{"text": "长"}, {}]
+
+
+def test_a_key_that_json_has_twice_is_refused_and_not_halved(tmp_path):
+    assert files.parse_json(b'{"a": [{"b": 1}, {"b": 2}]}') == {"a": [{"b": 1}, {"b": 2}]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"a": 1}\n{"a": {"b": 1, "b": 2}}\n')
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2 is not JSON \(it has 'b' twice\)"):
+        files.read_jsonl(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="too many lists"):
+        files.read_json(path)

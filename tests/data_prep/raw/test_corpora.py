@@ -303,5 +303,18 @@ def test_a_wrong_label_names_its_line(tmp_path):
         list(Source(folder=str(tmp_path)).rows())
 
 
+def test_a_label_is_of_the_clip_at_its_path_and_never_of_another_of_the_same_name(tmp_path, capsys):
+    touch(tmp_path, "001.mp4", "B/001.mp4")
+    labels = [{"clip_id": "001", "emotion": "sad"}, {"clip_id": "x"}]
+    write(tmp_path, "labels.jsonl", *map(json.dumps, labels))
+    found = {row["clip_id"]: row["labels"] for row in Source(folder=str(tmp_path)).rows()}
+    assert found == {"001": {"emotion": "sad"}, "B_001": {}}
+    assert "labels without a video: x." in capsys.readouterr().out
+    touch(tmp_path, "A/002.mp4", "B/002.mp4")
+    write(tmp_path, "labels.jsonl", json.dumps({"clip_id": "002"}))
+    with pytest.raises(ValueError, match=r"'002', which fits A/002 and B/002"):
+        list(Source(folder=str(tmp_path)).rows())
+
+
 def test_an_answer_can_conclude_every_emotion_that_a_corpus_labels():
     assert set(corpora_rows.EMOTIONS.values()) <= set(sed.EMOTIONS)

@@ -195,6 +195,8 @@ def test_a_folder_without_clips_says_what_it_holds(folders):
         ('{"clip_id": "a", "words": "\\ud83d"}', "half of a character"),
         ('{"clip_id": "a", "words": "<|im_end|>"}', "<|im_end|>"),
         ('{"clip_id": "b"}', "second of b"),
+        ('{"clip_id": "a", "face": "sad", "face": "happy"}', "'face' twice"),
+        ('{"clip_id": "a", "mood": "sad"}', "allowed are"),
     ],
 )
 def test_a_label_of_the_wrong_kind_is_named_by_its_line(tmp_path, line, why):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from data_prep.records.conversations import FORMATS, RowError, read_rows
+from data_prep.records.conversations import FORMATS, RowError, parse_row, read_rows
 
 
 def user(content, **more):
@@ -183,3 +183,39 @@ def test_a_broken_line_is_its_own_error(tmp_path):
     assert [number for number, _ in found] == [1, 2, 3, 4, 5]
     assert found[0][1] == found[4][1] == {"a": "b\u2028c"}
     assert all(isinstance(value, Exception) for _, value in found[1:4])
+
+
+def test_one_invalid_item_of_a_list_costs_one_row(tmp_path):
+    path = tmp_path / "rows.json"
+    long = "1" * 5000  # More digits than Python converts.
+    path.write_text('[{"a": 1}, {"a": 1, "a": 2}, {"a": ' + long + '}, {"a": "]"}]\n')
+    found = [value for _, value in read_rows(path)]
+    assert found[0] == {"a": 1} and found[3] == {"a": "]"}
+    assert "'a' twice" in str(found[1]) and "digits" in str(found[2])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'[{"a": 1},]', b'[{"a": 1}]\n[{"a": 2}]', b"[" * 9999, "[平静]".encode("gbk"), b'[{"a": 1}'],
+)
+def test_a_list_that_is_none_is_named_and_nothing_after_it_is_lost(tmp_path, content):
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.json begins like a JSON list but is none"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"split": 5}, "split must be"), ({"language": []}, "language"), ({"language": "fr"}, "'fr'")],
+)
+def test_a_split_or_language_of_the_wrong_kind_is_refused(more, why):
+    with pytest.raises(RowError, match=why):
+        parse_row(GOOD["trl"] | more, "trl", "train")
+
+
+def test_a_row_says_its_split_and_language():
+    row = GOOD["trl"] | {"split": "test", "language": "zh"}
+    assert parse_row(row, "trl", "train") == "test"
+    found = parse_row(row, "trl", "test")
+    assert not isinstance(found, str) and found.language == "zh"
