@@ -100,8 +100,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.workers = 0 if tiny else 4
     c.data.threads = 1 if tiny else 4
 
-    # Mesh axes; -1 takes the remaining devices.
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # Mesh axes; -1 takes the remaining devices. `sequence` devices share each row.
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if tiny else "bfloat16"

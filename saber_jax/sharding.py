@@ -1,25 +1,33 @@
 """Axis names, one rules table, the mesh, and the shardings that follow from them.
 
-The strategy lives in the mesh's shape, not in the rules: (data=8, fsdp=1, tensor=1) is plain data
-parallelism and (data=1, fsdp=8, tensor=1) is ZeRO-3, both under the one table below.
+The strategy lives in the mesh's shape, not in the rules: (data=8, fsdp=1) is plain data parallelism
+and (data=1, fsdp=8) is ZeRO-3, both under the tables below. With sequence=4, four devices share the
+slots of a row, see models/sequence.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from saber_jax.batch import NetworkInputs
 
 Device: TypeAlias = Any
 """jax.Device, which type checkers do not accept as a type."""
 
 # FSDP has one mesh axis per axis of the torus that the chips form. A gradient scattered along one
 # ring at a time is a reduce-scatter; along all of them at once it is a full all-reduce.
-FSDP = ("fsdp_z", "fsdp_y", "fsdp_x")
-BATCH_AXES = ("data", *FSDP)
-MESH_AXES = (*BATCH_AXES, "tensor")
+_TORUS = ("fsdp_z", "fsdp_y", "fsdp_x")
+# The devices that share a row lie next to each other on the innermost ring. They share the weights
+# too, so the memory of a device does not depend on how many of them there are.
+SEQUENCE = "sequence"
+FSDP = (*_TORUS, SEQUENCE)
+BATCH_AXES = ("data", *_TORUS)
+MESH_AXES = (*BATCH_AXES, SEQUENCE, "tensor")
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 # Logical axis of a parameter -> mesh axis. A missing axis is an error and does not mean replicated.
@@ -41,32 +49,44 @@ AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
+# Dimension of a batch's array (batch.py) -> mesh axis. Dimensions that are not named stay whole.
+BATCH_RULES = dict.fromkeys(("slots", "patches", "chunks", "targets"), SEQUENCE)
+
 
 def make_mesh(
-    *, data: int, fsdp: int, tensor: int, devices: Sequence[Device] | None = None
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    sequence: int = 1,
+    devices: Sequence[Device] | None = None,
 ) -> Mesh:
     """A mesh over `devices`, by default all; one size may be -1 and takes the remaining devices.
 
-    `fsdp` is mapped to the axes of the TPU's torus. All axes are Auto: explicit collectives are
-    inside `jax.shard_map`, and XLA partitions the rest.
+    `fsdp` is mapped to the axes of the TPU's torus, of which `sequence` takes a part of the
+    innermost. All axes are Auto: explicit collectives are inside `jax.shard_map`, and XLA
+    partitions the rest.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, count = [data, fsdp, tensor], len(devices)
-    if sizes.count(-1) > 1:
-        names = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-        raise ValueError(f"At most one mesh axis can be -1, got {names}.")
-    if -1 in sizes:
-        known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = count // known if count % known == 0 else 0
-    if math.prod(sizes) != count:
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    given, count = ", ".join(f"{name}={size}" for name, size in sizes.items()), len(devices)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"At most one mesh axis can be -1, got {given}.")
+    if open_axes:
+        known = -math.prod(sizes.values())
+        sizes[open_axes[0]] = count // known if count % known == 0 else 0
+    if math.prod(sizes.values()) != count:
         raise ValueError(
-            f"config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not fill "
-            f"{count} devices. Make the product {count}, or set one axis to -1."
+            f"config.mesh is {given}, which does not fill {count} devices. Make the product "
+            f"{count}, or set one axis to -1."
         )
-    data, fsdp, tensor = sizes
     ordered = sorted(devices, key=_place)
-    shape = (data, *_along_torus(fsdp, _torus(ordered), tensor), tensor)
-    return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    inner = sizes["sequence"] * sizes["tensor"]
+    rings = _along_torus(sizes["fsdp"], _torus(ordered), inner)
+    shape = (sizes["data"], *rings, sizes["sequence"], sizes["tensor"])
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=types)
 
 
 def check_topology(topology: str, devices: Sequence[Device] | None = None) -> None:
@@ -123,15 +143,17 @@ def _torus(devices: Sequence[Device]) -> tuple[int, int, int]:
     return int(z), int(y), int(x) * cores
 
 
-def _along_torus(fsdp: int, torus: tuple[int, int, int], tensor: int) -> tuple[int, int, int]:
+def _along_torus(fsdp: int, torus: tuple[int, int, int], inner: int) -> tuple[int, int, int]:
     """(z, y, x) with product `fsdp`: each axis takes what it can of one axis of the torus.
+
+    Axes inside of it, of this many devices, come first along x.
 
     >>> _along_torus(256, (1, 16, 16), 1), _along_torus(8, (1, 16, 16), 1)
     ((1, 16, 16), (1, 1, 8))
     """
     z, y, x = torus
     parts = []
-    for extent in (x // math.gcd(x, tensor), y, z):
+    for extent in (x // math.gcd(x, inner), y, z):
         parts.append(math.gcd(fsdp, extent))
         fsdp //= parts[-1]
     parts[-1] *= fsdp
@@ -171,6 +193,39 @@ def parameter_shardings(axes: dict, abstract: dict, mesh: Mesh) -> dict:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over both data-parallel axes."""
     return NamedSharding(mesh, BATCH_SPEC)
+
+
+def batch_specs(batch: NetworkInputs) -> Any:
+    """The tree of `batch`, with a PartitionSpec per array: rows as in `batch_sharding`, and the
+    other dimensions by BATCH_RULES."""
+
+    def spec(field: dataclasses.Field, part: Any) -> Any:
+        if part is None:
+            return None
+        if dataclasses.is_dataclass(part):
+            return specs(part)
+        axes = [BATCH_RULES.get(dim) for dim in field.metadata.get("dims", ())]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return PartitionSpec(BATCH_AXES, *axes)
+
+    def specs(part: Any) -> Any:
+        fields = dataclasses.fields(part)
+        return dataclasses.replace(
+            part, **{field.name: spec(field, getattr(part, field.name)) for field in fields}
+        )
+
+    return specs(batch)
+
+
+def batch_shardings(batch: NetworkInputs, mesh: Mesh | AbstractMesh) -> Any:
+    """The tree of `batch`, with a NamedSharding per array."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
+
+
+def sequence_axis(mesh: Mesh | None) -> str | None:
+    """The axis along which devices share rows; None if every device has whole rows."""
+    return SEQUENCE if mesh is not None and mesh.shape[SEQUENCE] > 1 else None
 
 
 def cache_sharding(kv_heads: int, mesh: Mesh) -> NamedSharding:

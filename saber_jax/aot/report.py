@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from saber_jax import sharding
 from saber_jax.aot import cost, hlo, memory, programs
 from saber_jax.aot.chips import GIB, Slices
 from saber_jax.models.remat import BY_MEMORY
@@ -189,7 +190,8 @@ def suggestions(config: ConfigDict, stage: Stage, name: str = "train") -> list[s
     if name in programs.GENERATION:
         prompts = config.generation.batch_size
         return [f"--config.generation.batch_size={max(1, prompts // 4)}", larger]
-    rows = config.data.batch_rows // stage.mesh.size // compute.microbatches
+    shares = sharding.shards(sharding.BATCH_AXES, stage.mesh)
+    rows = config.data.batch_rows // shares // compute.microbatches
     if rows > 1:
         parts = 2 * compute.microbatches
         tries.append(f"--config.compute.microbatches={parts} ({rows} rows a device at a time now)")

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
+from saber_jax import sharding
 from saber_jax.batch import Batch
 from saber_jax.data import sizing
 from saber_jax.data.encoded import Examples
@@ -290,7 +291,8 @@ class GlobalBatches:
         place: NamedSharding,
         rows: int,
     ):
-        """Batches have `rows` rows, sharded by `place`; `batches` is this process's `stream`."""
+        """Batches have `rows` rows, which `place` spreads over the mesh; `batches` is this
+        process's `stream`."""
         self._stream = batches
         self._quarantine, self._place, self._rows = quarantine, place, rows
         self._local = local_rows(rows, place)
@@ -306,7 +308,8 @@ class GlobalBatches:
             raise BadRecordError(about.left_out[0].detail)
         self._left_out += about.left_out
         self._position = about.position
-        return to_global(batch, self._place, self._rows, self._local)
+        places = sharding.batch_shardings(batch, self._place.mesh)
+        return to_global(batch, places, self._rows, self._local)
 
     def agree(self) -> None:
         """Exchanges between all processes the examples that were left out, and lists them.
@@ -333,17 +336,20 @@ class GlobalBatches:
 
 
 def to_global(
-    batch: Batch[np.ndarray], place: NamedSharding, rows: int, local: list[int]
+    batch: Batch[np.ndarray], places: Any, rows: int, local: list[int]
 ) -> Batch[jax.Array]:
-    """Converts the `local` rows of this process to global arrays of `rows` rows over the mesh."""
+    """Converts the `local` rows of this process to global arrays of `rows` rows over the mesh.
+
+    `places` is the tree of `batch`, with a NamedSharding per array.
+    """
     position = {row: i for i, row in enumerate(local)}
 
-    def distribute(value: np.ndarray) -> jax.Array:
+    def distribute(value: np.ndarray, place: NamedSharding) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, "a NamedSharding names the part of every device"
             start, stop, _ = index[0].indices(rows)
-            return value[position[start] : position[stop - 1] + 1]
+            return value[(slice(position[start], position[stop - 1] + 1), *index[1:])]
 
         return jax.make_array_from_callback((rows, *value.shape[1:]), place, part)
 
-    return cast("Batch[jax.Array]", jax.tree.map(distribute, batch))
+    return cast("Batch[jax.Array]", jax.tree.map(distribute, batch, places))

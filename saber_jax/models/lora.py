@@ -165,15 +165,27 @@ def keyed(batch: Rows, cfg: LoraConfig | None, seed: int, step: Int[Array, ""]) 
 
     Rows without keys (evaluation, the reference, generation) have no dropout. Keys are part of
     their rows, so the mask depends on the seed, the step and the row's index in the batch, but not
-    on the mesh or on microbatches. All forward passes of a row in a step use the same key: a clip
-    and the same clip with a withheld modality then differ only in their inputs, and both answers of
-    a pair have the same mask on their common prefix.
+    on microbatches, and on the mesh only through its sequence axis (`keys_here`). All forward
+    passes of a row in a step use the same key: a clip and the same clip with a withheld modality
+    then differ only in their inputs, and both answers of a pair have the same mask on their common
+    prefix.
     """
     if cfg is None or not cfg.dropout:
         return batch
     # Threefry, because rbg under vmap would generate all rows from the first key.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return dataclasses.replace(batch, dropout_keys=jax.random.split(key, len(batch.text.tokens)))
+
+
+def keys_here(rows: Key[Array, " B"] | None, axis: str | None) -> Key[Array, " B"] | None:
+    """The rows' keys for the slots of one device, where those along the mesh `axis` share a row.
+
+    Without keys of their own, all of them would have the mask of the first slots.
+    """
+    if rows is None or axis is None:
+        return rows
+    place = jax.lax.axis_index(axis)
+    return jax.vmap(lambda row: jax.random.fold_in(row, place))(rows)
 
 
 def keys_of(

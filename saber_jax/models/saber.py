@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from saber_jax import sharding
 from saber_jax.batch import NetworkInputs, Prompts
-from saber_jax.models import lora
+from saber_jax.models import lora, sequence
 from saber_jax.models.audio import AudioTower
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
@@ -145,17 +145,20 @@ def hidden(
 ) -> Float[Array, "B L D"]:
     """Hidden states after the final norm, in `dtype`.
 
-    With `mesh`, this is the part of one device inside `jax.shard_map` over it: its rows, and its
-    shards of the parameters. `max_frame_patches` is the most patches that any
+    With `mesh`, this is the part of one device inside `jax.shard_map` over it: its rows, or along
+    the sequence axis its share of their slots (L), and its shards of the parameters.
+    `max_frame_patches` is the most patches that any
     one frame of the batch has; given it, the vision tower's attention costs time linear in the
     patch budget instead of quadratic. Other kernels than XLA's need `response`, the length of each
     of the two response regions of a row.
     """
-    model = _bind(params, cfg, dtype, mesh, batch.dropout_keys)
-    x = _embed(model, batch, dtype, remat, max_frame_patches, kernel)
+    axis, text = sharding.sequence_axis(mesh), batch.text
+    model = _bind(params, cfg, dtype, mesh, lora.keys_here(batch.dropout_keys, axis))
+    x = _embed(model, batch, dtype, remat, max_frame_patches, kernel, axis)
     with jax.named_scope("text"):
-        visible = packed_text(batch.text.segments, batch.text.branch, response=response)
-        return model.text(x, batch.text.positions, visible, remat=remat, kernel=kernel)
+        segments, branch = (sequence.gather(x, axis) for x in (text.segments, text.branch))
+        visible = packed_text(segments, branch, response=response)
+        return model.text(x, text.positions, visible, remat=remat, kernel=kernel, axis=axis)
 
 
 def head(
@@ -357,6 +360,7 @@ def _embed(
     remat: Remat,
     max_frame_patches: int | None,
     kernel: Kernel = "xla",
+    axis: sequence.Axis = None,
 ) -> Float[Array, "B L D"]:
     """One vector per slot: the token's embedding, or the media output that it stands for."""
     with jax.named_scope("embed"):
@@ -364,18 +368,22 @@ def _embed(
     media = []
     if batch.vision.patches.shape[1]:
         with jax.named_scope("vision"):
-            media.append(
-                model.vision(
-                    batch.vision.patches,
-                    batch.vision.hw,
-                    batch.vision.window,
-                    batch.vision.frame,
-                    dtype=dtype,
-                    remat=remat,
-                    max_frame_patches=max_frame_patches,
-                    kernel=kernel,
-                )
+            vision, unit, edge = batch.vision, model.vision.cfg.merge**2, 0
+            if axis is not None:
+                assert max_frame_patches is not None, "the frames at the edges need a bound"
+                edge = -(-max_frame_patches // unit) * unit
+                vision = jax.tree.map(lambda x: sequence.with_neighbours(x, edge, axis), vision)
+            units = model.vision(
+                vision.patches,
+                vision.hw,
+                vision.window,
+                vision.frame,
+                dtype=dtype,
+                remat=remat,
+                max_frame_patches=max_frame_patches,
+                kernel=kernel,
             )
+            media.append(units[:, edge // unit : units.shape[1] - edge // unit])
     if batch.audio.mel.shape[1]:
         with jax.named_scope("audio"):
             media.append(
@@ -385,7 +393,7 @@ def _embed(
         return words
     with jax.named_scope("merge"):
         index = batch.text.media_index[:, :, None]
-        rows = jnp.concatenate(media, axis=1)
+        rows = jnp.concatenate([sequence.gather(outputs, axis) for outputs in media], axis=1)
         return jnp.where(
             index >= 0, jnp.take_along_axis(rows, jnp.maximum(index, 0), axis=1), words
         )

@@ -8,6 +8,8 @@ ring, with half the traffic.
 Axis letters: V vocabulary   W vocabulary, padded   D width   B rows of one device   L length.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,11 +19,14 @@ from jaxtyping import Array, Float, Int
 from saber_jax import sharding
 from saber_jax.models.parameters import logical_axes
 
-SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, mesh axes), or nothing.
+SHARDS = "shards"  # Metadata of a parameter: (dimension from the end, rings), or nothing.
 # The compiler uses a reduce-scatter for a gradient as wide as the vocabulary only if its width is a
 # multiple of this. For others it uses an all-reduce, which has twice the traffic.
 RING_LANES = 512
 LONG_RING = 16  # A whole side of a v5e or v6e pod.
+
+Ring: TypeAlias = tuple[str, ...]
+"""The mesh axes that lie on one ring of the torus, outermost first."""
 
 
 def mark(module: nnx.Module, mesh: Mesh) -> None:
@@ -33,16 +38,25 @@ def mark(module: nnx.Module, mesh: Mesh) -> None:
 
 def shards_of(
     names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | None
-) -> tuple[tuple[int, tuple[str, ...]], ...]:
+) -> tuple[tuple[int, tuple[Ring, ...]], ...]:
     """The value of SHARDS for a parameter of this whole shape, with these logical axis names."""
     if mesh is None:
         return ()
     spec = sharding.parameter_spec(names, shape, mesh)
     return tuple(
-        (dimension - len(shape), tuple(axis for axis in axes if mesh.shape[axis] > 1))
+        (dimension - len(shape), _rings(mesh))
         for dimension, axes in enumerate(spec)
         if axes == sharding.FSDP and sharding.shards(axes, mesh) > 1
     )
+
+
+def _rings(mesh: Mesh) -> tuple[Ring, ...]:
+    """The rings of FSDP, outermost first. The sequence axis and the FSDP axis before it lie on the
+    same ring, and one collective over both is faster than two over parts of it."""
+    *outer, beside = sharding.FSDP[:-1]
+    rings = (*((axis,) for axis in outer), (beside, sharding.SEQUENCE))
+    used = (tuple(axis for axis in ring if mesh.shape[axis] > 1) for ring in rings)
+    return tuple(ring for ring in used if ring)
 
 
 def all_gather_weight(weight: nnx.Param) -> Array:
@@ -60,19 +74,19 @@ def all_gather_table(weight: nnx.Param) -> Float[Array, "D W"]:
     return _gathered(jnp.pad(value, [(0, 0), (0, padding)]), kept)
 
 
-def _gathered(value: Array, kept: tuple[tuple[int, tuple[str, ...]], ...]) -> Array:
+def _gathered(value: Array, kept: tuple[tuple[int, tuple[Ring, ...]], ...]) -> Array:
     """The value, gathered along one ring after the other, the innermost first.
 
     On rings shorter than LONG_RING it is gathered along the leading axis: XLA turns the transpose
     into a reduce-scatter there and into an all-reduce otherwise. On long rings it is the other way
     around for an axis that was moved to the front.
     """
-    for dimension, axes in kept:
-        short = all(jax.lax.axis_size(axis) < LONG_RING for axis in axes)
+    for dimension, rings in kept:
+        short = all(jax.lax.axis_size(ring) < LONG_RING for ring in rings)
         at = 0 if short else value.ndim + dimension
         value = jnp.moveaxis(value, dimension, at)
-        for axis in reversed(axes):
-            value = jax.lax.all_gather(value, axis, axis=at, tiled=True)
+        for ring in reversed(rings):
+            value = jax.lax.all_gather(value, ring, axis=at, tiled=True)
         value = jnp.moveaxis(value, at, dimension)
     return value
 
@@ -88,7 +102,7 @@ def lookup(table: nnx.Param, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     if not kept:
         return value[ids]
     ((dimension, (ring, *inner)),) = kept
-    for axis in reversed(inner):
-        value = jax.lax.all_gather(value, axis, axis=value.ndim + dimension, tiled=True)
+    for axes in reversed(inner):
+        value = jax.lax.all_gather(value, axes, axis=value.ndim + dimension, tiled=True)
     everybodys = jax.lax.all_gather(ids, ring, axis=0, tiled=True)
     return jax.lax.all_to_all(value[everybodys], ring, split_axis=0, concat_axis=2, tiled=True)

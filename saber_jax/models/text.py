@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from saber_jax.models.attention import attend, attend_cached
+from saber_jax.models.attention import attend_cached
 from saber_jax.models.config import TextConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
@@ -37,6 +37,7 @@ from saber_jax.models.parameters import (
 )
 from saber_jax.models.positions import Rotary, rotate, text_rotary
 from saber_jax.models.remat import GATE, MLP_INPUT, UP, Remat
+from saber_jax.models.sequence import Axis, attend_row
 
 
 class LayerCache(TypedDict):
@@ -116,11 +117,12 @@ class Block(nnx.Module):
         rotary: Rotary,
         *,
         kernel: Kernel = "xla",
+        axis: Axis = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
-        """The layer's output, and its keys and values for a cache."""
+        """The layer's output, and its keys and values for a cache; `axis` as in `TextTower`."""
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm, self.eps), rotary)
-            x = x + self.attn.out(attend(q, k, v, visible, kernel))
+            x = x + self.attn.out(attend_row(q, k, v, visible, kernel, axis))
         x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
@@ -171,12 +173,17 @@ class TextTower(nnx.Module):
         *,
         remat: Remat = "none",
         kernel: Kernel = "xla",
+        axis: Axis = None,
     ) -> Float[Array, "B L D"]:
-        """Hidden states after the final norm."""
+        """Hidden states after the final norm.
+
+        With a mesh `axis`, L are the slots of one device and `visible` is that of whole rows, see
+        sequence.py.
+        """
         rotary = self._rotary(positions, x.dtype)
 
         def layer(x, block):
-            return block(x, visible, rotary, kernel=kernel)[0], None
+            return block(x, visible, rotary, kernel=kernel, axis=axis)[0], None
 
         with jax.named_scope("blocks"):
             x, _ = scan_layers(layer, x, self.blocks, remat=remat)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from saber_jax import sharding
@@ -21,7 +21,7 @@ from saber_jax.batch import Batch, Branch
 from saber_jax.data.conflicts import CONFLICT_TYPES
 from saber_jax.data.records import FIELDS
 from saber_jax.data.withhold import GREY, MODALITIES, SILENT_MEL, VIEWS, Modality, View
-from saber_jax.models import saber
+from saber_jax.models import saber, sequence
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.remat import Remat
@@ -66,7 +66,10 @@ class Compute:
 
 # From a batch to the log-probs of its targets, in order of computation: hidden states of every
 # slot, those that predict targets, the vocabulary projection, log-probs. `_log_probs` and similar
-# functions are written for the rows of one device; `_on_each_device` maps them over the mesh.
+# functions are written for the rows of one device, or for its share of them along the mesh's
+# sequence axis; `_on_each_device` maps them over the mesh.
+OF_TARGETS = PartitionSpec(sharding.BATCH_AXES, sharding.BATCH_RULES["targets"])
+OF_DEVICES = PartitionSpec((*sharding.BATCH_AXES, sharding.SEQUENCE))
 
 
 def target_log_probs(
@@ -83,7 +86,9 @@ def target_nll(
     if compute.head_keep:
         values = target_log_probs(params, batch, cfg, compute)
         return -(values * batch.targets.weights).sum(), values
-    totals, values = _on_each_device(_weighted_nll, params, batch, cfg, compute)
+    totals, values = _on_each_device(
+        _weighted_nll, params, batch, cfg, compute, out_specs=(OF_DEVICES, OF_TARGETS)
+    )
     return totals.sum(), values
 
 
@@ -96,20 +101,25 @@ def target_entropies(
 
 
 def _on_each_device(
-    function: Callable, params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+    function: Callable,
+    params: dict,
+    batch: Batch,
+    cfg: SaberConfig,
+    compute: Compute,
+    out_specs: Any = OF_TARGETS,
 ) -> Any:
     """`function(params, rows, cfg, compute)` for all rows.
 
-    With a mesh, every device runs it on its rows and its shards of the parameters (shard_map), and
-    the results are concatenated along the first axis.
+    With a mesh, every device runs it on its part of the batch and its shards of the parameters
+    (shard_map), and `out_specs` say how the results are put together.
     """
     if compute.mesh is None:
         return function(params, batch, cfg, compute)
     return jax.shard_map(
         functools.partial(function, cfg=cfg, compute=compute),
         mesh=compute.mesh,
-        in_specs=(saber.specs(params, cfg, compute.mesh), sharding.BATCH_SPEC),
-        out_specs=sharding.BATCH_SPEC,
+        in_specs=(saber.specs(params, cfg, compute.mesh), sharding.batch_specs(batch)),
+        out_specs=out_specs,
         check_vma=False,
     )(params, batch)
 
@@ -177,7 +187,7 @@ def _target_states(
         response=compute.response,
         mesh=compute.mesh,
     )
-    return jnp.take_along_axis(hidden, rows.targets.source[..., None], axis=1, mode="clip")
+    return sequence.at_sources(hidden, rows.targets.source, sharding.sequence_axis(compute.mesh))
 
 
 def _projection(params: dict, cfg: SaberConfig, compute: Compute) -> Float[Array, "D W"]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from saber_jax.batch import Batch, empty
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.data.withhold import View
-from saber_jax.models import saber
+from saber_jax.models import saber, sequence
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.models.kernels import BY_PLATFORM, Kernel, of_platform
 from saber_jax.train import optimizer as optimizer_lib
@@ -232,6 +232,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Stage:
     Where config.steps is None, as the data decide, learning rates are those of a run of one step.
     """
     cfg = network(config)
+    sequence.check(mesh.shape, cfg.text, config.data)
     optimizer = optimizer_lib.OptimizerConfig(**config.optimizer)
     roles = flatten(saber.roles(cfg))
     tx = optimizer_lib.make_optimizer(optimizer, config.steps or 1, roles)
@@ -344,12 +345,13 @@ def _rows(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def _abstract_batch(row: Budget, rows: int, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
-    place = sharding.batch_sharding(mesh)
+    one = empty(1, row)
 
-    def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    def abstract(array: np.ndarray, place: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=place)
 
-    return cast("Batch[jax.ShapeDtypeStruct]", jax.tree.map(abstract, empty(1, row)))
+    places = sharding.batch_shardings(one, mesh)
+    return cast("Batch[jax.ShapeDtypeStruct]", jax.tree.map(abstract, one, places))
 
 
 def _placed(tree, shardings):

@@ -48,7 +48,7 @@ def global_rows(mesh: jax.sharding.Mesh) -> tuple[list[int], list[int]]:
     place = sharding.batch_sharding(mesh)
     local = loader.local_rows(8, place)
     batch = {"x": np.array(local, np.int32)[:, None]}
-    whole = loader.to_global(batch, place, 8, local)["x"]
+    whole = loader.to_global(batch, {"x": place}, 8, local)["x"]
     everywhere = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(whole)
     return local, np.asarray(everywhere)[:, 0].tolist()
 

@@ -35,7 +35,8 @@ from tests import synthetic
 COMPUTE = Compute(dtype="float32", remat="none", head_chunk=64, frame_patches=36)
 PAIRS = Budget(length=512, response=96, patches=144, chunks=2, targets=256, segments=2)
 SHARED = dataclasses.replace(COMPUTE, response=PAIRS.response)
-SINGLE = Budget(length=320, patches=72, chunks=1, targets=128, segments=1)
+# Half of the patches are a frame and a part of the next.
+SINGLE = Budget(length=320, patches=80, chunks=2, targets=128, segments=1)
 HEAD = "[video_desc] calm person speaks"
 RESPONSES = (
     (f"{HEAD} loudly in the red room", f"{HEAD} slowly"),
@@ -161,7 +162,7 @@ def test_what_both_responses_begin_with_stands_once(tokenizer):
 
 # With moments and decay, and yet linear in the gradients, so that rounding stays what it is.
 TX = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
-STEP_PAIRS = Budget(length=256, response=64, patches=72, chunks=1, targets=128, segments=1)
+STEP_PAIRS = dataclasses.replace(SINGLE, length=256, response=64)
 TRAINED = {"sft": ("*",), "cadpo": ("text/*",)}
 TOWERS = ("vision/merger/*", "audio/w_out", "audio/b_out")
 
@@ -204,7 +205,12 @@ def stepped(cfg, params, tokenizer):
 
 @pytest.mark.parametrize(
     ("stage", "axis", "microbatches"),
-    [("sft", "fsdp", 2), ("sft", "tensor", 1), ("cadpo", None, 2)],
+    [
+        ("sft", "fsdp", 2),
+        ("sft", "sequence", 1),
+        ("sft", "tensor", 1),
+        ("cadpo", "sequence", 2),
+    ],
 )
 def test_meshes_and_microbatches_change_nothing(
     cfg, params, tokenizer, stepped, stage, axis, microbatches
@@ -220,8 +226,10 @@ def test_meshes_and_microbatches_change_nothing(
         step=jax.device_put(state.step, sharding.replicated(mesh)),
         opt_state=jax.device_put(state.opt_state, opt),
     )
-    step = step_of(stage, cfg, microbatches=microbatches, mesh=mesh if axis == "fsdp" else None)
-    batch = jax.device_put(rows_of(stage, tokenizer), sharding.batch_sharding(mesh))
+    by_hand = mesh if axis in ("fsdp", "sequence") else None
+    step = step_of(stage, cfg, microbatches=microbatches, mesh=by_hand)
+    rows = rows_of(stage, tokenizer)
+    batch = jax.device_put(rows, sharding.batch_shardings(rows, mesh))
     got, metrics = jax.jit(step)(placed, batch)
     expected, expected_metrics = stepped[stage]
     for name, value in expected_metrics.items():
@@ -232,7 +240,7 @@ def test_meshes_and_microbatches_change_nothing(
         np.testing.assert_allclose(
             got.trainable[name], leaf, rtol=1e-6, atol=1e-5 * moved, err_msg=name
         )
-        if axis == "fsdp":
+        if by_hand is not None:
             assert got.trainable[name].sharding.is_equivalent_to(places[name], leaf.ndim), name
 
 
