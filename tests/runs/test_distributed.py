@@ -21,7 +21,7 @@ from tests.processes import running
 
 def mesh_of(rows: list[list[list[int]]]) -> jax.sharding.Mesh:
     """Devices by (data, fsdp, tensor); `rows` holds their positions in jax.devices()."""
-    devices = np.array(jax.devices())[np.array(rows)][:, None, None]
+    devices = np.array(jax.devices())[np.array(rows)][:, None, None, :, None]
     auto = (jax.sharding.AxisType.Auto,) * devices.ndim
     return jax.sharding.Mesh(devices, sharding.MESH_AXES, axis_types=auto)
 
