@@ -3,7 +3,7 @@
     python -m data_prep.corpus --out DIR [--seed 0] [--clips N] [--workers 2]
 
 writes DIR/clips/ID.mp4, DIR/annotations/ID.json (SABER JSON), DIR/labels.jsonl and, last,
-DIR/corpus.json. The default 2,400 clips take about a minute on two cores. The same seed and sizes
+DIR/corpus.json. The default 2,920 clips take a minute or two on two cores. The same seed and sizes
 give the same files; a run that was stopped continues where it was, and a finished one returns at
 once.
 
@@ -32,7 +32,7 @@ from saber_jax.flags import Parser
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing, write_json, write_jsonl
 
-VERSION = "2.0.0"
+VERSION = "2.1.0"
 # One per worker process, set by `_start_worker`.
 _speaker: voice.Speaker
 _out: Path

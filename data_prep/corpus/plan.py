@@ -60,7 +60,7 @@ _VOICES = {
 }
 # Faces by number, which face.identity draws; even numbers are women.
 _FACES = {
-    "train": range(32),
+    "train": (*range(32), *range(56, 224)),
     "preference": range(32, 44),
     "validation": range(44, 48),
     "test": range(48, 56),
@@ -72,13 +72,14 @@ _SENTENCE_SUMS = {"train": range(3, 6), "preference": (2,), "validation": (1,), 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Clips per split. Preference is all inconsistent; validation and test are half and half."""
+    """Clips per split. Validation and test are half consistent and half inconsistent."""
 
     train: int = 2000
-    preference: int = 400
+    preference: int = 600
     validation: int = 80
     test: int = 240
     train_inconsistent: float = 0.5  # Fraction of the train split.
+    preference_inconsistent: float = 2 / 3
 
     def __post_init__(self):
         if min(self.train, self.preference, self.validation, self.test) < 1:
@@ -96,7 +97,7 @@ class Sizes:
     def counts(self, split: str) -> tuple[int, int]:
         """(consistent, inconsistent) clips of one split."""
         total = getattr(self, split)
-        share = {"train": self.train_inconsistent, "preference": 1.0}.get(split, 0.5)
+        share = getattr(self, f"{split}_inconsistent", 0.5)
         inconsistent = round(total * share)
         return total - inconsistent, inconsistent
 

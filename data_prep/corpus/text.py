@@ -107,19 +107,21 @@ EMOTION_WORDS = {
     },
 }
 # What the reasoning says of face and voice, of voice and words, and of all three, by conflict type.
-# The verdicts are equally long, so that preference training cannot learn a length instead.
+# The two comparisons have words of their own: with the same ones, a small network repeats its first
+# result instead of comparing again. The verdicts are equally long, so that preference training
+# cannot learn a length instead.
 _COMPARED = {
     "en": {
-        "none": ("agree", "agree", "All three agree, openness"),
-        "masking": ("differ", "agree", "The face misleads, masking"),
-        "leakage": ("differ", "differ", "The voice misleads, leakage"),
-        "sarcasm": ("agree", "differ", "The words mislead, sarcasm"),
+        "none": ("match", "agree", "All three agree, openness"),
+        "masking": ("clash", "agree", "The face misleads, masking"),
+        "leakage": ("clash", "differ", "The voice misleads, leakage"),
+        "sarcasm": ("match", "differ", "The words mislead, sarcasm"),
     },
     "zh": {
-        "none": ("一致", "一致", "三者一致，坦率"),
-        "masking": ("不同", "一致", "表情矛盾，掩饰"),
-        "leakage": ("不同", "不同", "声音矛盾，流露"),
-        "sarcasm": ("一致", "不同", "话语矛盾，讽刺"),
+        "none": ("吻合", "一致", "三者一致，坦率"),
+        "masking": ("冲突", "一致", "表情矛盾，掩饰"),
+        "leakage": ("冲突", "不同", "声音矛盾，流露"),
+        "sarcasm": ("吻合", "不同", "话语矛盾，讽刺"),
     },
 }
 

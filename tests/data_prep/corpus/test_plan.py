@@ -31,7 +31,7 @@ def shown(clip: Clip) -> tuple[str, str, str]:
 
 
 def test_default_sizes_are_the_promised_ones(clips):
-    sizes = {"train": 2000, "preference": 400, "validation": 80, "test": 240}
+    sizes = {"train": 2000, "preference": 600, "validation": 80, "test": 240}
     assert Counter(clip.split for clip in clips) == sizes
     conflicts = Counter(clip.split for clip in inconsistent(clips))
     assert conflicts == {"train": 1000, "preference": 400, "validation": 40, "test": 120}
@@ -94,8 +94,10 @@ def test_faces_voices_and_languages_are_balanced(clips, split):
         assert max(counts) - min(counts) <= 8
     english = sum(clip.language == "en" for clip in chosen) / len(chosen)
     assert 0.63 < english < 0.70
-    people = Counter(clip.identity for clip in chosen).values()
-    assert max(people) < 2 * min(people)
+    people = Counter(clip.identity for clip in chosen)
+    if split != "train":  # There 200 people are drawn for ten clips each.
+        assert max(people.values()) < 2 * min(people.values())
+    assert len(people) == {"train": 200, "preference": 12, "validation": 4, "test": 8}[split]
 
 
 @pytest.mark.parametrize("trait", ["identity", "variant", "sentence"])
