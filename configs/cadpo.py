@@ -4,8 +4,8 @@
     launch/tpu_run.sh configs/cadpo.py:7b-v5e-256   on 256 TPU v5e, from the result of stage 1
 
 `tiny` takes 80 steps in a minute. It adds two terms to the paper's form, loss.sft and loss.anchor.
-All of its pairs are of clips in conflict, and at higher learning rates it learns to conclude a
-conflict wherever it is asked (docs/ablation.md).
+A third of its clips agree, because pairs of conflicting clips alone teach to conclude a conflict
+wherever it is asked (docs/ablation.md).
 
 Training starts from the result of configs/sft.py with the same variant, and pairs are mined with
 that model. launch/tpu_run.sh makes what is missing.
@@ -61,7 +61,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
 
     c.compute.head_chunk = 256
     # The paper's 1e-5 is the learning rate of adapters: 1e-6 times optimizer.adapter_factor.
-    c.optimizer.peak_lr = 3e-6 if tiny else 1e-6
+    c.optimizer.peak_lr = 1e-5 if tiny else 1e-6
     c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
@@ -77,6 +77,8 @@ def mining(tiny: bool) -> ConfigDict:
     """
     c = ConfigDict()
     c.method = "withhold" if tiny else "sample"
+    # Whether clips whose modalities agree give pairs too. The paper mines conflicting clips alone.
+    c.all_clips = tiny
     # Clips answered at a time. With `sample` each has a cache for all of its answers; withholding
     # asks for one answer a clip and takes generation.batch_size.
     c.batch_size = 12 if tiny else 4

@@ -246,11 +246,12 @@ def _mining(config: ConfigDict) -> tuple[str, ...]:
             "an OpenAI-compatible endpoint, and config.mining.judge_model. Set both, or "
             "--config.mining.scorer=offline."
         )
+    every = ("--all_clips",) if m.all_clips else ()
     if m.method == "withhold":
-        return ("--method", m.method, *_generation(config))
+        return ("--method", m.method, *every, *_generation(config))
     judge = ("--judge", m.judge, "--judge_model", m.judge_model) if m.scorer == "judge" else ()
     return (
-        *("--method", m.method, "--batch_size", str(m.batch_size)),
+        *("--method", m.method, *every, "--batch_size", str(m.batch_size)),
         *("--max_new_tokens", str(config.generation.max_new_tokens), "--seed", str(config.seed)),
         *("--samples", str(m.samples), "--temperature", str(m.temperature)),
         *("--margin", str(m.margin), "--pairs_per_clip", str(m.pairs_per_clip)),

@@ -62,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             lines = withhold.mine(
-                records, model.respond, journal, batch_size=flags.batch_size, share=flags.share
+                records,
+                model.respond,
+                journal,
+                batch_size=flags.batch_size,
+                all_clips=flags.all_clips,
+                share=flags.share,
             )
     except (ValueError, FileNotFoundError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,6 +97,7 @@ def _inputs(flags: argparse.Namespace) -> dict[str, Any]:
         "limit": flags.limit,
         "batch_size": flags.batch_size,
         "max_new_tokens": flags.max_new_tokens,
+        "all_clips": flags.all_clips,
     }
     if flags.method == "withhold":
         return inputs
@@ -100,7 +106,6 @@ def _inputs(flags: argparse.Namespace) -> dict[str, Any]:
         "temperature": flags.temperature,
         "top_p": flags.top_p,
         "seed": flags.seed,
-        "all_clips": flags.all_clips,
         "scorer": SCORERS[flags.scorer],
     }
     if flags.scorer == "judge":
@@ -205,6 +210,9 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--batch_size", type=int, default=64, help="clips answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument(
+        "--all_clips", action="store_true", help="ask about clips without a conflict too"
+    )
     parser.add_argument("--limit", type=int, help="only the first records of the split")
     parser.add_argument("--share", metavar="I/N", help="answer only this part")
     drawn = parser.add_argument_group("--method sample")
@@ -214,7 +222,6 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     drawn.add_argument("--seed", type=int, default=0)
     drawn.add_argument("--margin", type=float, default=0.1, help="minimum difference of scores")
     drawn.add_argument("--pairs_per_clip", type=int, default=1)
-    drawn.add_argument("--all_clips", action="store_true", help="also those without a conflict")
     drawn.add_argument("--scorer", choices=SCORERS, default="offline")
     key = f"; the key is read from {KEY_VARIABLE}"
     drawn.add_argument("--judge", metavar="URL", help=f"an OpenAI-compatible endpoint{key}")

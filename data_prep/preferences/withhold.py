@@ -5,11 +5,19 @@ withheld, if it is well formed but concludes what the remaining modality alone s
 answer shows the error of letting one modality dominate, as the model itself makes it. This method
 is ours; the paper's is in sample.py.
 
+All of these clips are in conflict. A model trained on nothing else learns to conclude a conflict
+wherever it is asked. With `all_clips` there are pairs of the opposite kind too. Of a clip whose
+remaining modality suggests the right conclusion, the other modality is replaced by that of a
+conflicting clip in the same language with another conclusion. The answer is rejected if it is
+wrong: as a rule it then describes a conflict that is not in the clip. The clip is a conflicting one
+because the voice and the words of such a sound may disagree too.
+
 The kappa of a pair (how strongly the modalities disagree) is the record's label. Without a label it
 is 1 if the model's conclusions from the picture alone and from the sound alone differ, else 0.
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +26,7 @@ from data_prep.preferences.rounds import JobBatch, Records, work_through
 from data_prep.preferences.score import well_formed
 from saber_jax.data import sed, texts
 from saber_jax.data.records import Record
-from saber_jax.data.withhold import MODALITIES, Modality, has_modality, withhold
+from saber_jax.data.withhold import MODALITIES, Modality, has_modality, replace, withhold
 from saber_jax.runs import shares
 from saber_jax.runs.journal import Journal
 
@@ -29,11 +37,14 @@ NAME = "decisions.jsonl"
 SEEN: dict[Modality, str] = {"audio": "face", "video": "voice"}
 
 KEPT = "kept"
+KEPT_INVENTED = "kept_invented"
 KEPT_WITHOUT_LABELS = "kept_without_labels"
 REASONS = {
     KEPT: "concludes what the remaining modality suggests, and the record does not",
+    KEPT_INVENTED: "follows another clip's sound or picture, which is not in the clip",
     KEPT_WITHOUT_LABELS: "concludes something else; no label says what the modality suggests",
     "no_conflict": "the remaining modality suggests the right conclusion; nothing was generated",
+    "no_other_clip": "the same, and no conflicting clip could stand in; nothing was generated",
     "nothing_to_withhold": "the record lacks that modality; nothing was generated",
     "no_target": "the record itself names no emotion; nothing was generated",
     "unparsable": "one of the six sections is missing, or the answer contains a special token",
@@ -71,25 +82,33 @@ def judge(record: Record, withheld: Modality, answer: str) -> str:
     """The decision about an answer given without one modality: a key of REASONS."""
     if texts.fault(answer) or not well_formed(answer):
         return "unparsable"
-    concluded = sed.conclusion(answer)
+    concluded, right = sed.conclusion(answer), _conclusion(record)
     if concluded is None:
         return "no_conclusion"
-    if concluded == _conclusion(record):
+    if concluded == right:
         return "same_conclusion"
     suggested = record.labels.get(SEEN[withheld])
     if suggested is None:
         return KEPT_WITHOUT_LABELS
+    if suggested == right:
+        return KEPT_INVENTED
     return KEPT if concluded == suggested else "other_conclusion"
 
 
-def decision(record: Record, withheld: Modality, why: str, answer: str | None) -> Decision:
-    """One line of decisions.jsonl; kappa and conflict_type are null where no label gives them."""
-    kept = why in (KEPT, KEPT_WITHOUT_LABELS)
+def decision(
+    record: Record, withheld: Modality, why: str, answer: str | None, other: str | None = None
+) -> Decision:
+    """One line of decisions.jsonl; kappa and conflict_type are null where no label gives them.
+
+    `other` is the id of the clip whose modality took the place of the withheld one.
+    """
+    kept = why in (KEPT, KEPT_INVENTED, KEPT_WITHOUT_LABELS)
     kappa = record.labels.get("kappa")
     return {
         "clip_id": record.clip_id,
         "language": record.language,
         "withheld": withheld,
+        "replaced_by": other,
         "why": why,
         "conclusion": _conclusion(record),
         "rejected_conclusion": None if answer is None else sed.conclusion(answer),
@@ -101,12 +120,22 @@ def decision(record: Record, withheld: Modality, why: str, answer: str | None) -
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Indices of the record and, if its modality is to be replaced, of the record that gives it."""
+
+    record: int
+    withheld: Modality
+    other: int | None
+
+
 def mine(
     records: Records,
     respond: Callable[[Iterator[list[Record]]], Iterator[list[str]]],
     journal: Journal,
     *,
     batch_size: int,
+    all_clips: bool = False,
     share: shares.Share | None = None,
 ) -> list[Decision]:
     """Decides about every record and modality; see rounds.work_through.
@@ -114,22 +143,30 @@ def mine(
     First come the decisions that need no answer, then the others. `respond` answers a batch at a
     time.
     """
-    quick, jobs = _divided(records)
+    quick, jobs = _divided(records, all_clips)
 
-    def ask(batches: Iterator[JobBatch[tuple[int, Modality]]]) -> Iterator[list[Decision]]:
-        ahead: collections.deque[list[tuple[Record, Modality]]] = collections.deque()
+    def ask(batches: Iterator[JobBatch[Job]]) -> Iterator[list[Decision]]:
+        ahead: collections.deque[list[tuple[Job, Record, Record | None]]] = collections.deque()
 
         def hidden() -> Iterator[list[Record]]:
             for _, part in batches:
-                asked: list[tuple[Record, Modality]]
-                asked = [(records[index], modality) for index, modality in part]
+                asked = [
+                    (job, records[job.record], None if job.other is None else records[job.other])
+                    for job in part
+                ]
                 ahead.append(asked)
-                yield [withhold(record, modality) for record, modality in asked]
+                yield [_shown(record, job.withheld, other) for job, record, other in asked]
 
         for answers in respond(hidden()):
             yield [
-                decision(record, modality, judge(record, modality, answer), answer)
-                for (record, modality), answer in zip(ahead.popleft(), answers, strict=True)
+                decision(
+                    record,
+                    job.withheld,
+                    judge(record, job.withheld, answer),
+                    answer,
+                    None if other is None else other.clip_id,
+                )
+                for (job, record, other), answer in zip(ahead.popleft(), answers, strict=True)
             ]
 
     return work_through(
@@ -137,18 +174,42 @@ def mine(
     )
 
 
-def _divided(records: Records) -> tuple[list[Decision], list[tuple[int, Modality]]]:
-    """The decisions that need no answer, and the jobs: (index of a record, withheld modality)."""
+def _shown(record: Record, withheld: Modality, other: Record | None) -> Record:
+    return withhold(record, withheld) if other is None else replace(record, other, withheld)
+
+
+def _divided(records: Records, all_clips: bool) -> tuple[list[Decision], list[Job]]:
+    """The decisions that need no answer, and the jobs."""
+    outlines = [records.outline(index) for index in range(len(records))]
     quick: list[Decision] = []
-    jobs: list[tuple[int, Modality]] = []
-    for index in range(len(records)):
-        record = records.outline(index)
+    jobs: list[Job] = []
+    for index, record in enumerate(outlines):
         for withheld in MODALITIES:
-            if why := settled(record, withheld):
+            why, other = settled(record, withheld), None
+            if why == "no_conflict" and all_clips:
+                other = _other(outlines, index, withheld)
+                why = "no_other_clip" if other is None else None
+            if why:
                 quick.append(decision(record, withheld, why, None))
             else:
-                jobs.append((index, withheld))
+                jobs.append(Job(index, withheld, other))
     return quick, jobs
+
+
+def _other(outlines: Sequence[Record], index: int, withheld: Modality) -> int | None:
+    """The next record, in a circle, that is in conflict, in the same language and concludes
+    something else; None if there is none."""
+    record = outlines[index]
+    for step in range(1, len(outlines)):
+        place = (index + step) % len(outlines)
+        other = outlines[place]
+        if (
+            other.language == record.language
+            and settled(other, withheld) is None
+            and _conclusion(other) != _conclusion(record)
+        ):
+            return place
+    return None
 
 
 def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:

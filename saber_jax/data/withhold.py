@@ -40,6 +40,13 @@ def withhold(record: records.Record, modality: Modality) -> records.Record:
     )
 
 
+def replace(record: records.Record, other: records.Record, modality: Modality) -> records.Record:
+    """Returns `record` with the audio, or the frames and their times, of another clip."""
+    if modality == "audio":
+        return dataclasses.replace(record, audio=other.audio)
+    return dataclasses.replace(record, frames=other.frames, seconds_per_grid=other.seconds_per_grid)
+
+
 def has_modality(record: records.Record, modality: Modality) -> bool:
     """Whether there is anything to withhold."""
     return bool((record.audio if modality == "audio" else record.frames).size)

@@ -163,7 +163,10 @@ def mined(*settings: tuple[str, object], variant: str = "tiny") -> list[str]:
 def test_pairs_are_mined_by_the_method_of_the_config():
     assert mined()[mined().index("--method") + 1] == "withhold"
     assert mining._flags(mined()[3:]).batch_size == cadpo.get_config("tiny").generation.batch_size
+    assert mining._flags(mined()[3:]).all_clips
+    assert mining._flags(mined(("method", "sample"))[3:]).all_clips
     flags = mining._flags(mined(variant="7b")[3:])
+    assert not flags.all_clips
     assert (flags.method, flags.samples, flags.temperature) == ("sample", 10, 0.8)
     judged = mined(
         ("method", "sample"), ("scorer", "judge"), ("judge", "URL"), ("judge_model", "J")

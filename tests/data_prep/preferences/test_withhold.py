@@ -4,8 +4,11 @@ from data_prep.preferences import withhold
 from saber_jax.data import sed
 from saber_jax.runs.files import read_jsonl
 from saber_jax.runs.journal import Journal
-from tests.data_prep.preferences.clips import RECORDS, Model, answer
+from tests.data_prep.preferences.clips import RECORDS, Model, Records, answer
 from tests.data_prep.preferences.clips import record as clip
+
+AGREEING = {"emotion": "sad", "face": "sad", "voice": "sad"}
+ANGRY = {"emotion": "angry", "face": "angry", "voice": "angry"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,13 @@ def test_answers_that_could_not_become_a_pair_are_never_asked_for(record, why):
     assert withhold.settled(record, "audio") == why
 
 
+def test_of_agreeing_clips_an_answer_that_concludes_something_else_is_kept():
+    agreeing = clip(labels=AGREEING)
+    for withheld in ("audio", "video"):
+        assert withhold.judge(agreeing, withheld, answer("contempt")) == "kept_invented"
+        assert withhold.judge(agreeing, withheld, answer("sad")) == "same_conclusion"
+
+
 def _mine(folder, model):
     journal = Journal(folder, "decisions.jsonl", {})
     return withhold.mine(RECORDS, model, journal, batch_size=3)
@@ -64,6 +74,37 @@ def test_mining_asks_twice_per_conflict_and_says_what_became_of_everything(tmp_p
     assert (last["clip_id"], last["withheld"], last["kappa"]) == ("odd", "video", 0.7)
     assert last["chosen"] == sed.target_text(RECORDS[-1].annotation)
     assert last["rejected"] == answer("angry")
+
+
+def test_agreeing_clips_are_shown_with_the_sound_or_picture_of_a_conflicting_one(tmp_path):
+    records = Records([clip("sad", labels=AGREEING, samples=160), clip("angry", labels=ANGRY)])
+    records += [clip("sarcasm", samples=320, frames=4)]
+    shown = []
+
+    def model(parts):
+        for part in parts:
+            shown.extend((len(record.audio), len(record.frames)) for record in part)
+            yield [answer("unease") for _ in part]
+
+    journal = Journal(tmp_path, "decisions.jsonl", {})
+    decisions = withhold.mine(records, model, journal, batch_size=4, all_clips=True)
+    assert shown == [(320, 2), (160, 4), (320, 2), (160, 4), (320, 4), (320, 4)]
+    invented = [d for d in decisions if d["why"] == "kept_invented"]
+    assert [(d["clip_id"], d["withheld"], d["replaced_by"]) for d in invented] == [
+        ("sad", "audio", "sarcasm"),
+        ("sad", "video", "sarcasm"),
+        ("angry", "audio", "sarcasm"),
+        ("angry", "video", "sarcasm"),
+    ]
+    assert invented[0]["chosen"] == sed.target_text(records[0].annotation)
+    assert invented[0]["rejected"] == answer("unease")
+
+
+def test_without_a_conflicting_clip_nothing_is_asked_and_the_summary_says_so(tmp_path):
+    records = Records([clip("sad", labels=AGREEING), clip("angry", labels=ANGRY)])
+    journal = Journal(tmp_path, "decisions.jsonl", {})
+    decisions = withhold.mine(records, Model(), journal, batch_size=3, all_clips=True)
+    assert withhold.summarise(decisions)["decisions"] == {"no_other_clip": 4}
 
 
 def test_kappa_is_the_label_or_whether_the_two_unimodal_conclusions_differ():
