@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from data_prep.raw import storage, wording
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage, run
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage, run
 from saber_jax import endpoint
 from saber_jax.endpoint import Endpoint, EndpointError, Message
 
@@ -200,8 +200,8 @@ def each_row(
 
 
 def run_with(
-    stage: Stage,
-    source: Stage,
+    stage: ShardedStage,
+    source: ShardedStage,
     work: Callable[[list[Row], Clients, concurrent.futures.Executor], Iterator[Outcome]],
     endpoints: Mapping[str, EndpointSettings],
 ) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def run_with(
                 _add_usage(stage, name, client)
 
 
-def _add_usage(stage: Stage, name: str, client: Endpoint) -> None:
+def _add_usage(stage: ShardedStage, name: str, client: Endpoint) -> None:
     used = client.usage
     if not (used.asked or used.failed or used.cached):
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.raw import answers, attach, storage, wording
 from data_prep.raw.answers import EndpointSettings
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 
 REASONS = {
     **answers.REASONS,
@@ -150,7 +150,7 @@ def _made(
 MOST_SHOWN = 200
 
 
-def report(stage: Stage) -> None:
+def report(stage: ShardedStage) -> None:
     """Writes disagreements.txt: the lowest scores first, with annotation and caption."""
     checked = [
         (min(check[field] for field in FIELDS), row, check)

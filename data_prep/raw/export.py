@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.raw import storage
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 from saber_jax.data.records import LABELS
 from saber_jax.runs.files import replacing
 
@@ -35,7 +35,7 @@ def work(rows: list[Row], folder: str) -> Iterator[Outcome]:
         yield row
 
 
-def write(stage: Stage, folder: str) -> None:
+def write(stage: ShardedStage, folder: str) -> None:
     """labels.jsonl and provenance.jsonl of all kept rows."""
     storage.write_lines(f"{folder}/labels.jsonl", map(_labels, stage.rows()))
     storage.write_lines(f"{folder}/provenance.jsonl", map(_provenance, stage.rows()))

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data_prep.raw import storage
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 from saber_jax.data import isolation
 from saber_jax.data.frame_sampling import MediaError
 from saber_jax.data.timeline import opened, playable
@@ -124,7 +124,7 @@ def _hashes(measures: dict[str, Any]) -> tuple[list[int], int]:
     return [int(h, 16) for h in measures["hashes"]], int(measures["sound_hash"], 16)
 
 
-def run(stage: Stage, source: Stage, limits: FilterSettings) -> dict[str, Any]:
+def run(stage: ShardedStage, source: ShardedStage, limits: FilterSettings) -> dict[str, Any]:
     """Runs the stage, shard after shard so that the first of duplicates is kept; the summary."""
     stage.claim(source.fingerprint())
     todo = set(stage.missing())
@@ -156,7 +156,7 @@ def _decide(row: Row, limits: FilterSettings, known: Duplicates) -> Outcome:
 COLUMNS, TILE, CAPTION, MOST = 6, 160, 30, 24
 
 
-def contact_sheets(stage: Stage) -> None:
+def contact_sheets(stage: ShardedStage) -> None:
     """One PNG per reason that occurred, and one of kept clips; at most 24 clips each."""
     chosen: dict[str, list[tuple[Row, str]]] = {}
     for shard in range(stage.shards):

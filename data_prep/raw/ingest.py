@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.raw import corpora, corpora_rows, storage
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 from data_prep.records import clips
 from saber_jax.data.records import LABELS, LANGUAGES
 
@@ -69,7 +69,7 @@ class Source:
             raise FileNotFoundError(f"{root} does not hold {what}.")
 
 
-def ingest(stage: Stage, sources: Iterable[Source]) -> dict[str, Any]:
+def ingest(stage: ShardedStage, sources: Iterable[Source]) -> dict[str, Any]:
     """Runs the stage, which reads no media. Returns the summary."""
     stage.claim("")
     if not stage.missing():

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep.raw import storage
-from data_prep.raw.shards import Outcome, Row, Stage
+from data_prep.raw.shards import Outcome, Row, ShardedStage
 from saber_jax.data import annotations, sed
 from saber_jax.data.tasks import Mixture, Request
 
@@ -73,7 +73,7 @@ def conversation(row: Row) -> dict[str, Any]:
     }
 
 
-def write(stage: Stage) -> None:
+def write(stage: ShardedStage) -> None:
     """conversations.jsonl of all kept rows."""
     storage.write_lines(
         stage.file("conversations.jsonl"), (conversation(row) for row in stage.rows())

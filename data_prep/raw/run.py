@@ -36,7 +36,7 @@ from data_prep.raw import (
 )
 from data_prep.raw import settings as settings_lib
 from data_prep.raw.settings import STAGES, Settings
-from data_prep.raw.shards import Stage, Workers
+from data_prep.raw.shards import ShardedStage, Workers
 from saber_jax.endpoint import EndpointError
 from saber_jax.flags import Parser
 
@@ -58,13 +58,13 @@ _REASONS = {
 }
 
 
-def stage_of(settings: Settings, name: str) -> Stage:
+def stage_of(settings: Settings, name: str) -> ShardedStage:
     """A stage's folder and the inputs of its result."""
     part: Any = getattr(settings, name, None)
     decides: dict[str, Any] = {"sources": [vars(source) for source in settings.sources]}
     if name != "ingest":
         decides = part.of_result() if hasattr(part, "of_result") else dict(vars(part))
-    return Stage(
+    return ShardedStage(
         name=name,
         out=settings.out,
         shards=settings.shards,
@@ -86,27 +86,27 @@ def run_stage(settings: Settings, name: str) -> dict[str, Any]:
     return _RUN[name](settings, stage, source)
 
 
-def _segment(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _segment(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     clips = storage.join(settings.out, "clips")
     work = functools.partial(segment.work, settings=settings.segment, clips=clips)
     return shards.run(stage, source, work, _workers(settings))
 
 
-def _measure(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _measure(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     work = functools.partial(measure.work, settings=settings.measure)
     return shards.run(stage, source, work, _workers(settings))
 
 
-def _filter(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _filter(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     return filters.run(stage, source, settings.filter)
 
 
-def _annotate(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _annotate(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     work = functools.partial(annotate.work, settings=settings.annotate)
     return answers.run_with(stage, source, work, {"annotate": settings.annotate.endpoint})
 
 
-def _transcripts(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _transcripts(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     part = settings.transcripts
     if part.recogniser == "endpoint":
         work = functools.partial(transcripts.asked, settings=part)
@@ -118,7 +118,7 @@ def _transcripts(settings: Settings, stage: Stage, source: Stage) -> dict[str, A
     return done
 
 
-def _captions(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _captions(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     part = settings.captions
     work = functools.partial(captions.work, settings=part)
     endpoints = {"caption": part.caption, "judge": part.judge}
@@ -127,7 +127,7 @@ def _captions(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]
     return done
 
 
-def _consistency(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _consistency(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     part = settings.consistency
     work = functools.partial(consistency.work, settings=part)
     if part.judge.url:
@@ -143,7 +143,7 @@ def _consistency(settings: Settings, stage: Stage, source: Stage) -> dict[str, A
         return shards.run(stage, source, lambda rows: work(rows, {}, pool))
 
 
-def _split(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _split(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     plan = functools.partial(split.plan, settings=settings.split)
     done = shards.run_whole(stage, source, split.KEYS, plan)
     counts = split.summary(stage.rows())
@@ -154,14 +154,14 @@ def _split(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
     return done
 
 
-def _instructions(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _instructions(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     plan = functools.partial(instructions.plan, settings=settings.instructions)
     done = shards.run_whole(stage, source, instructions.KEYS, plan)
     instructions.write(stage)
     return done
 
 
-def _export(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
+def _export(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
     if not storage.is_local(settings.out):
         raise ValueError("export writes to a local disk; copy the stage before it there first.")
     folder = storage.join(settings.out, "saber")
@@ -172,7 +172,7 @@ def _export(settings: Settings, stage: Stage, source: Stage) -> dict[str, Any]:
     return done
 
 
-_RUN: dict[str, Callable[[Settings, Stage, Stage], dict[str, Any]]] = {
+_RUN: dict[str, Callable[[Settings, ShardedStage, ShardedStage], dict[str, Any]]] = {
     "segment": _segment,
     "measure": _measure,
     "filter": _filter,

@@ -59,7 +59,7 @@ class SegmentSettings:
 
 def work(rows: list[Row], settings: SegmentSettings, clips: str) -> Iterator[Outcome]:
     """The stage; new clips go to the folder `clips`. Raises OSError if one cannot be written."""
-    worker = isolation.beside(seconds=SECONDS, memory=MEMORY)
+    worker = isolation.thread_worker(seconds=SECONDS, memory=MEMORY)
     for row in rows:
         try:
             yield from _segment(row, settings, clips, worker)

@@ -71,7 +71,7 @@ class Workers:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class ShardedStage:
     """One folder of shards. `reasons` maps each reason for dropping to a description.
 
     With `splits_rows` a row may become several; otherwise every row comes out exactly once.
@@ -187,8 +187,8 @@ class Stage:
 
 
 def run(
-    stage: Stage,
-    source: Stage,
+    stage: ShardedStage,
+    source: ShardedStage,
     work: ShardWork,
     workers: Workers = Workers(),
     *,
@@ -211,8 +211,8 @@ def run(
 
 
 def run_whole(
-    stage: Stage,
-    source: Stage,
+    stage: ShardedStage,
+    source: ShardedStage,
     keys: Sequence[str],
     plan: Callable[[list[Row]], Callable[[Row], Outcome]],
 ) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def run_whole(
 class ShardJob:
     """Makes one shard. Picklable, so that it can be sent to Beam's workers."""
 
-    stage: Stage
-    source: Stage
+    stage: ShardedStage
+    source: ShardedStage
     work: ShardWork
 
     def __call__(self, shard: int) -> int:
@@ -287,7 +287,7 @@ def pipeline(job: ShardJob, todo: Sequence[int], workers: Workers) -> Any:
     return made
 
 
-def _watch(stage: Stage, todo: int, finished: threading.Event) -> None:
+def _watch(stage: ShardedStage, todo: int, finished: threading.Event) -> None:
     """A progress bar that counts the files that the workers write."""
     with tqdm(total=todo, desc=stage.name, unit="shard", file=sys.stderr) as bar:
         while not finished.wait(1.0):

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_prep.raw import answers, attach, recogniser, storage, wording
 from data_prep.raw.answers import EndpointSettings
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 from saber_jax.data import decode, isolation
 
 REASONS = {
@@ -185,7 +185,7 @@ def sound(file: str) -> np.ndarray:
 MOST_SHOWN = 200
 
 
-def report(stage: Stage) -> None:
+def report(stage: ShardedStage) -> None:
     """Writes disagreements.txt: aligned transcripts, the worst first, then unchecked clips."""
     checked, skipped = [], []
     for row, check in stage.checked("transcript"):

@@ -233,7 +233,7 @@ def _finished(out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
 _PARTS = ("settings", "inputs")
 
 
-def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.Job]) -> None:
+def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.DecodeJob]) -> None:
     """Raises ValueError, before the long work, if there is no text to train a vocabulary on."""
     if arguments.tokenizer != "train":
         tokenizer.load_tokenizer(arguments.tokenizer)
@@ -245,8 +245,8 @@ def _require_training_text(arguments: argparse.Namespace, jobs: Sequence[clips.J
 
 
 def _decode(
-    jobs: Sequence[clips.Job], workers: int, beam: Sequence[str]
-) -> tuple[list[clips.Job], list[clips.Refusal]]:
+    jobs: Sequence[clips.DecodeJob], workers: int, beam: Sequence[str]
+) -> tuple[list[clips.DecodeJob], list[clips.Refusal]]:
     """Decodes clips that are not staged yet; returns the usable jobs and the refused clips."""
     todo = [job for job in jobs if not job.staged.exists()]
     if len(todo) < len(jobs):
@@ -262,14 +262,14 @@ def _decode(
 def _write(
     ready: Path,
     arguments: argparse.Namespace,
-    jobs: Sequence[clips.Job],
+    jobs: Sequence[clips.DecodeJob],
     refusals: Iterable[clips.Refusal],
 ) -> dict[str, Any]:
     from data_prep.records import dataset  # Slow to import, and decoding does not need it.
 
     vocabulary = _vocabulary(ready, arguments, jobs)
     write_jsonl(ready / "refused.jsonl", map(dataclasses.asdict, refusals))
-    by_split: dict[str, list[clips.Job]] = {}
+    by_split: dict[str, list[clips.DecodeJob]] = {}
     for job in jobs:
         by_split.setdefault(job.split, []).append(job)
     splits = dataset.write(ready, by_split, clips.load_staged, beam=arguments.beam_pipeline_options)
@@ -287,7 +287,7 @@ def _write(
 
 
 def _vocabulary(
-    ready: Path, arguments: argparse.Namespace, jobs: Sequence[clips.Job]
+    ready: Path, arguments: argparse.Namespace, jobs: Sequence[clips.DecodeJob]
 ) -> tokenizer.Tokenizer:
     if arguments.tokenizer != "train":
         return tokenizer.load_tokenizer(tokenizer.copy(arguments.tokenizer, ready))

@@ -43,7 +43,7 @@ class Refusal:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class DecodeJob:
     """One clip to decode. Everything except its media has been checked.
 
     `file` is its path below the clips' folder; the decoded media are written to `staged`.
@@ -213,9 +213,9 @@ def _is_share(text: str) -> bool:
 
 def plan(
     inputs: ClipInputs, *, split: str, staging: Path, sampling: decode.FrameSampling
-) -> tuple[list[Job], list[Refusal]]:
+) -> tuple[list[DecodeJob], list[Refusal]]:
     """Matches clips with annotations and labels; refuses clips without a match before decoding."""
-    jobs: list[Job] = []
+    jobs: list[DecodeJob] = []
     refusals: list[Refusal] = []
     seen: dict[str, Path] = {}
     for path, name in inputs.clips.items():
@@ -231,7 +231,7 @@ def plan(
             refusals.append(Refusal(file=file, reason=error.reason, detail=error.detail))
             continue
         known = inputs.labels.get(name, {})
-        job = Job(
+        job = DecodeJob(
             clip_id=name,
             file=file,
             split=known.get("split", split),
@@ -282,7 +282,7 @@ def _staging_key(name: str, path: Path, sampling: decode.FrameSampling) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
-def decode_job(job: Job) -> Refusal | None:
+def decode_job(job: DecodeJob) -> Refusal | None:
     """Decodes one clip into `job.staged` (media features only), or says why not."""
     try:
         clip = decode.decode_clip(job.path, job.sampling)
@@ -301,7 +301,7 @@ def decode_job(job: Job) -> Refusal | None:
     return None
 
 
-def load_staged(job: Job) -> records.Record:
+def load_staged(job: DecodeJob) -> records.Record:
     """The record of a decoded job."""
     with np.load(job.staged, allow_pickle=False) as staged:
         frames, audio = staged["frames"], staged["audio"]

@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.records.clips import Job, Refusal, decode_job
+from data_prep.records.clips import DecodeJob, Refusal, decode_job
 from saber_jax.data import isolation
 from saber_jax.data.frame_sampling import MediaError
 
 
 def run_jobs(
-    jobs: Iterable[Job], workers: int, work: Callable[[Job], Refusal | None] = decode_job
-) -> Iterator[tuple[Job, Refusal | None]]:
+    jobs: Iterable[DecodeJob],
+    workers: int,
+    work: Callable[[DecodeJob], Refusal | None] = decode_job,
+) -> Iterator[tuple[DecodeJob, Refusal | None]]:
     """Does the jobs in `workers` processes; yields each, in order, with its refusal, if any.
 
     With 0 workers nothing protects this process, which does all of them itself. Raises OSError when
@@ -27,13 +29,15 @@ def run_jobs(
         yield job, _refusal(job, result) if isinstance(result, MediaError) else result
 
 
-def _refusal(job: Job, error: MediaError) -> Refusal:
+def _refusal(job: DecodeJob, error: MediaError) -> Refusal:
     return Refusal(file=job.file, reason=error.reason, detail=error.detail)
 
 
 def run_beam(
-    jobs: Sequence[Job], options: Sequence[str], work: Callable[[Job], Refusal | None] = decode_job
-) -> Iterator[tuple[Job, Refusal | None]]:
+    jobs: Sequence[DecodeJob],
+    options: Sequence[str],
+    work: Callable[[DecodeJob], Refusal | None] = decode_job,
+) -> Iterator[tuple[DecodeJob, Refusal | None]]:
     """As `run_jobs`, by the workers of Apache Beam under its own `options`.
 
     They must reach the clips and the staging directory under the paths that they have here.
@@ -48,12 +52,12 @@ def run_beam(
         yield job, Refusal(**json.loads(_note(job).read_bytes())) if _note(job).exists() else None
 
 
-def _note(job: Job) -> Path:
+def _note(job: DecodeJob) -> Path:
     """What a Beam worker leaves in place of `staged` when it refuses a clip."""
     return job.staged.with_suffix(".refused")
 
 
-def _run_guarded(work: Callable[[Job], Refusal | None], job: Job) -> None:
+def _run_guarded(work: Callable[[DecodeJob], Refusal | None], job: DecodeJob) -> None:
     """Does a job in a process beside Beam's worker, which survives if the decoder crashes."""
     try:
         refusal = isolation.call(work, job)

@@ -1,8 +1,8 @@
 """Decoding in a process of its own, so that a bad file costs itself and nothing else.
 
-    clip = isolation.call(decode.decode_clip, path, sampling)      one call
-    isolation.beside(seconds=3600).call(cut, path)                 one call, with other limits
-    for task, result in isolation.ahead(tasks, workers): ...       many, in order
+    clip = isolation.call(decode.decode_clip, path, sampling)   one call
+    isolation.thread_worker(seconds=3600).call(cut, path)       one call, with other limits
+    for task, result in isolation.ahead(tasks, workers): ...    many, in order
 
 FFmpeg and Pillow are native code that reads files from anywhere: a file may crash them, keep them
 busy for ever, or make them ask for all memory. A worker is a fresh interpreter that is kept for the
@@ -114,25 +114,25 @@ def _end(process: subprocess.Popen, pipe: Connection) -> None:
     pipe.close()
 
 
-class _Beside(threading.local):
+class _ThreadWorkers(threading.local):
     def __init__(self):
         self.workers: dict[tuple[float, int], Worker] = {}
 
 
-_beside = _Beside()
+_thread = _ThreadWorkers()
 
 
-def beside(*, seconds: float = SECONDS, memory: int = MEMORY) -> Worker:
+def thread_worker(*, seconds: float = SECONDS, memory: int = MEMORY) -> Worker:
     """The worker of this thread that has these limits. It is kept for the thread's next call."""
     limits = (seconds, memory)
-    if limits not in _beside.workers:
-        _beside.workers[limits] = Worker(seconds=seconds, memory=memory)
-    return _beside.workers[limits]
+    if limits not in _thread.workers:
+        _thread.workers[limits] = Worker(seconds=seconds, memory=memory)
+    return _thread.workers[limits]
 
 
 def call(function: Callable[..., T], *args: Any) -> T:
     """`function(*args)` in the worker of this thread. Raises as `Worker.call` does."""
-    return beside().call(function, *args)
+    return thread_worker().call(function, *args)
 
 
 def ahead(tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Any]]:

@@ -22,7 +22,7 @@ from data_prep.corpus.plan import EMOTIONS, fused
 from data_prep.raw import attach, captions, consistency, recogniser, split, transcripts
 from data_prep.raw.answers import EndpointSettings, NoJsonError, extract_json
 from data_prep.raw.consistency import ConsistencySettings, Cue, relate
-from data_prep.raw.shards import Dropped, Stage
+from data_prep.raw.shards import Dropped, ShardedStage
 from data_prep.raw.split import SplitSettings
 from data_prep.raw.transcripts import TranscriptSettings, compare, verdict, words
 from saber_jax.data.conflicts import CONFLICT_TYPES
@@ -145,9 +145,9 @@ def test_without_a_recogniser_for_its_language_a_clip_passes_and_says_so(tmp_pat
     assert "a  not checked: language fr has no offline recogniser" in text
 
 
-def checked_stage(out) -> Stage:
+def checked_stage(out) -> ShardedStage:
     reasons = transcripts.REASONS
-    return Stage(name="transcripts", out=str(out), shards=1, settings={}, reasons=reasons)
+    return ShardedStage(name="transcripts", out=str(out), shards=1, settings={}, reasons=reasons)
 
 
 def test_disagreements_are_listed_worst_first_and_aligned(tmp_path):

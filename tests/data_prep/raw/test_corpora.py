@@ -9,7 +9,7 @@ pytest.importorskip("fsspec")
 
 from data_prep.raw import corpora, corpora_rows, ingest
 from data_prep.raw.ingest import Source
-from data_prep.raw.shards import Stage
+from data_prep.raw.shards import ShardedStage
 from saber_jax.data import sed
 
 
@@ -243,8 +243,8 @@ def test_multidialog_lines_find_their_videos_actors_and_splits_by_name(tmp_path)
     assert found["multidialog-t_0b1_1"]["file"].endswith("t_0b1/t_0b1_1.mp4")  # Not there.
 
 
-def stage(out: Path) -> Stage:
-    return Stage(name="ingest", out=str(out), shards=3, settings={}, reasons=ingest.REASONS)
+def stage(out: Path) -> ShardedStage:
+    return ShardedStage(name="ingest", out=str(out), shards=3, settings={}, reasons=ingest.REASONS)
 
 
 def test_a_file_that_a_table_lists_and_the_folder_lacks_is_counted(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from data_prep.raw import filters, measure, segment, storage
 from data_prep.raw.filters import Duplicates, FilterSettings, verdicts
 from data_prep.raw.measure import MeasureSettings, longest_track
-from data_prep.raw.shards import Dropped, Stage
+from data_prep.raw.shards import Dropped, ShardedStage
 from saber_jax.data.frame_sampling import MediaError
 from tests.media_files import RATE, tone, write_clip
 
@@ -174,8 +174,8 @@ def test_copies_are_found_and_likenesses_are_not(tmp_path):
     }
 
 
-def stage(name: str, out) -> Stage:
-    return Stage(name=name, out=str(out), shards=2, settings={}, reasons=filters.REASONS)
+def stage(name: str, out) -> ShardedStage:
+    return ShardedStage(name=name, out=str(out), shards=2, settings={}, reasons=filters.REASONS)
 
 
 def test_of_duplicates_the_first_is_kept_also_after_an_interruption(tmp_path):

@@ -13,18 +13,18 @@ import pytest
 pytest.importorskip("fsspec")
 
 from data_prep.raw import measure, shards, storage
-from data_prep.raw.shards import Dropped, Outcome, Row, Stage, Workers
+from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage, Workers
 from tests import media_files
 
 SHARDS = 4
 
 
-def make_stage(name: str, out, **settings) -> Stage:
+def make_stage(name: str, out, **settings) -> ShardedStage:
     reasons = {"odd": "the number is odd"}
-    return Stage(name=name, out=str(out), shards=SHARDS, settings=settings, reasons=reasons)
+    return ShardedStage(name=name, out=str(out), shards=SHARDS, settings=settings, reasons=reasons)
 
 
-def make_source(out, count: int = 20) -> Stage:
+def make_source(out, count: int = 20) -> ShardedStage:
     source = make_stage("source", out)
     source.claim("")
     for shard in range(SHARDS):
@@ -186,7 +186,7 @@ def test_what_a_cluster_is_sent_runs_in_a_process_that_has_seen_nothing_of_it(tm
     for shard, file in enumerate([film, tmp_path / "lost.mp4"]):
         row = {"clip_id": file.stem, "file": str(file), "provenance": []}
         source.write(shard, [row], [row])
-    stage = Stage(
+    stage = ShardedStage(
         name="measure", out=str(tmp_path), shards=SHARDS, settings={}, reasons=measure.REASONS
     )
     stage.claim(source.fingerprint())

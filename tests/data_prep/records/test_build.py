@@ -303,7 +303,7 @@ def test_a_build_that_ends_while_writing_goes_on_with_what_was_decoded(corpus, m
     for name in ("one.mkv", "two.mkv", "three.mkv"):
         corpus.add(name)
 
-    def fail_at_two(job: clips.Job) -> records.Record:
+    def fail_at_two(job: clips.DecodeJob) -> records.Record:
         if job.clip_id == "two":
             raise OSError("no space left")
         return clips.load_staged(job)
@@ -335,7 +335,7 @@ def test_beam_builds_what_is_built_without_it(corpus):
     assert not Path(f"{out}.partial").exists()
 
 
-def lost(job: clips.Job) -> records.Record:
+def lost(job: clips.DecodeJob) -> records.Record:
     raise RuntimeError(f"the disk under {job.clip_id} is gone")
 
 
@@ -356,7 +356,7 @@ def test_two_builds_of_one_output_do_not_mix(corpus, capsys):
     assert "Another build" in capsys.readouterr().err
 
 
-def crash_on_bad(job: clips.Job) -> clips.Refusal | None:
+def crash_on_bad(job: clips.DecodeJob) -> clips.Refusal | None:
     if Path(job.clip_id).name == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
     return None
@@ -378,8 +378,8 @@ def test_a_beam_worker_survives_a_file_that_crashes_the_decoder(tmp_path):
     assert found["good"] is None
 
 
-def job(name: str) -> clips.Job:
-    return clips.Job(
+def job(name: str) -> clips.DecodeJob:
+    return clips.DecodeJob(
         clip_id=name,
         file=f"{name}.mp4",
         split="train",
