@@ -125,6 +125,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.b2 = 0.98 if tiny else 0.95
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0
+    # Of Adam's first moment. "bfloat16" saves 2 of the 12 bytes that a trained parameter takes.
+    c.optimizer.mu_dtype = "float32"
 
     # Approximate number of held-out examples, in whole clips; 0 for no validation. Validation runs
     # before the first step, every `every` steps, and after the last.

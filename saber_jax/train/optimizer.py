@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from saber_jax import sharding
 from saber_jax.models.parameters import Kind, Role
 
+MU_DTYPES = ("float32", "bfloat16")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -26,7 +28,8 @@ class OptimizerConfig:
     For the first `vocabulary_steps` steps only the vocabulary parameters (by their role) train, at
     `peak_lr`. The warm-up of all others starts after that. Adapters have `adapter_factor` times the
     learning rate of the others; 10 is the value of https://thinkingmachines.ai/blog/lora and of the
-    measurements in docs/huggingface.md.
+    measurements in docs/huggingface.md. Adam's first moment is kept in `mu_dtype`; an update is
+    computed in float32 before its moment is rounded.
     """
 
     peak_lr: float
@@ -38,6 +41,14 @@ class OptimizerConfig:
     b2: float
     weight_decay: float
     clip_norm: float
+    mu_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.mu_dtype not in MU_DTYPES:
+            raise ValueError(
+                "config.optimizer.mu_dtype, the dtype of Adam's first moment, must be one of "
+                f"{', '.join(MU_DTYPES)}; got {self.mu_dtype!r}."
+            )
 
 
 Roles = Mapping[str, Role]
@@ -95,7 +106,7 @@ def make_optimizer(
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=config.mu_dtype),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         _learning_rates(schedules(config, steps), roles),
     )

@@ -45,6 +45,28 @@ def trained(config: OptimizerConfig, steps: int) -> dict[str, jax.Array]:
     return params
 
 
+def test_a_first_moment_in_bfloat16_is_rounded_after_the_update_and_the_second_stays_float32():
+    grads = {"vision/w_patch": jax.random.normal(jax.random.key(0), (16, 16))}
+    params, now = jax.tree.map(jnp.zeros_like, grads), {}
+    config = dataclasses.replace(CONFIG, vocabulary_steps=0, warmup_steps=0)
+    for dtype in ("float32", "bfloat16"):
+        tx = make_optimizer(dataclasses.replace(config, mu_dtype=dtype), 10, ROLES)
+        first, state = tx.update(grads, tx.init(params), params)
+        now[dtype] = first, tx.update(grads, state, params)[0]
+        mu, nu = (optax.tree_utils.tree_get(state, name)["vision/w_patch"] for name in ("mu", "nu"))
+        assert (mu.dtype, nu.dtype) == (dtype, "float32")
+    (first, second), (rounded_first, rounded_second) = now.values()
+    jax.tree.map(np.testing.assert_array_equal, first, rounded_first)
+    [exact], [rounded] = jax.tree.leaves(second), jax.tree.leaves(rounded_second)
+    np.testing.assert_allclose(rounded, exact, rtol=2**-8)
+    assert not np.array_equal(rounded, exact)
+
+
+def test_another_dtype_of_the_first_moment_is_refused():
+    with pytest.raises(ValueError, match=r"mu_dtype.* one of float32, bfloat16; got 'int8'"):
+        dataclasses.replace(CONFIG, mu_dtype="int8")
+
+
 def changed(params: dict[str, jax.Array]) -> set[str]:
     return {name for name, leaf in params.items() if not np.array_equal(leaf, PARAMS[name])}
 
