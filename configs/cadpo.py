@@ -13,7 +13,7 @@ that model. launch/tpu_run.sh makes what is missing.
 
 from ml_collections import ConfigDict
 
-from configs import pods, sft
+from configs import long_clips, pods, sft
 
 
 def get_config(variant: str = "7b") -> ConfigDict:
@@ -65,6 +65,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.optimizer.vocabulary_steps = 0
     c.optimizer.warmup_steps = 10
     c.checkpoint_every = 50
+    long_clips.fit(c)
     pods.fit(c)
     return c
 

@@ -6,17 +6,18 @@
 `tiny` trains from random weights on two CPU cores, 1250 steps: first on transcripts and faces
 alone, then on whole answers. docs/ablation.md says what it reaches, and why it is made as it is.
 
-`3b` and `7b` are model sizes; configs/pods.py has recipes for certain pods, such as `7b-v5e-256`
-and `7b-lora-v5e-16`. They start from HuggingFace weights: set config.init.checkpoint to the output
-of `python -m saber_jax.hf.load`, and config.data.path to that of `python -m data_prep.build`.
+`3b` and `7b` are model sizes, `7b-long` has rows for clips of minutes (configs/long_clips.py), and
+configs/pods.py has recipes for certain pods, such as `7b-v5e-256` and `7b-lora-v5e-16`. They start
+from HuggingFace weights: set config.init.checkpoint to the output of
+`python -m saber_jax.hf.load`, and config.data.path to that of `python -m data_prep.build`.
 """
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import pods
+from configs import long_clips, pods
 from saber_jax.data.records import FIELDS
 
-VARIANTS = ("tiny", "3b", "7b", *pods.RECIPES, *pods.GPU_RECIPES)
+VARIANTS = ("tiny", "3b", "7b", "7b-long", *pods.RECIPES, *pods.GPU_RECIPES)
 
 
 def tasks(**weights: float) -> dict[str, float]:
@@ -34,7 +35,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.model = variant.split("-")[0]
     c.topology = ""  # The TPUs that a recipe is made for.
     # The folder of all outputs of a chain; the other paths are below it.
-    c.root = "runs/" + (f"{c.model}-lora" if "-lora-" in variant else c.model)
+    parts = variant.split("-")
+    c.root = "runs/" + "-".join([c.model, *(part for part in ("long", "lora") if part in parts)])
     root = c.get_ref("root")
     c.workdir = root + "/sft"
     c.seed = 0
@@ -163,5 +165,6 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.generation = ConfigDict(
         {"batch_size": 60 if tiny else 12, "max_new_tokens": 128 if tiny else 1024}
     )
+    long_clips.fit(c)
     pods.fit(c)
     return c

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from saber_jax import sharding
-from saber_jax.models import sequence
+from saber_jax.models import lora, sequence
 from saber_jax.models.attention import attend
 from saber_jax.models.config import saber_config
 from saber_jax.models.masks import packed_text
@@ -56,6 +56,16 @@ def test_every_target_gets_the_state_of_its_source():
     hidden, source = jnp.arange(12.0).reshape(1, 6, 2), jnp.array([[5, 0, 2, 2, 4, 3]])
     states = functools.partial(sequence.at_sources, axis=sharding.SEQUENCE)
     np.testing.assert_array_equal(shared(states, hidden, source)[0], hidden[0, source[0]])
+
+
+def test_shares_of_a_row_have_dropout_masks_of_their_own():
+    x, rows = jnp.ones((2, 8, 32)), jax.random.split(jax.random.key(0), 2)
+
+    def drop(share):
+        return lora.dropped(share, lora.keys_here(rows, sharding.SEQUENCE), 0.5)
+
+    first, second = np.split(np.asarray(shared(drop, x)), 2, axis=1)
+    assert (first != second).any() and {0.0, 2.0} == set(np.unique([first, second]))
 
 
 def test_what_devices_cannot_share_evenly_is_refused():
