@@ -13,16 +13,16 @@ SUBJECTS = {
 }
 VERBS = {
     "en": {
-        "happy": ("adored", "enjoyed"),
+        "happy": ("celebrated", "enjoyed"),
         "sad": ("missed", "mourned"),
-        "angry": ("hated", "cursed"),
-        "neutral": ("painted", "saw"),
+        "angry": ("despised", "cursed"),
+        "neutral": ("photographed", "saw"),
     },
     "zh": {
-        "happy": ("喜欢", "热爱"),
+        "happy": ("喜欢", "庆祝"),
         "sad": ("想念", "失去了"),
         "angry": ("讨厌", "痛骂"),
-        "neutral": ("看见", "画了"),
+        "neutral": ("看见", "拍摄"),
     },
 }
 OBJECTS = {
@@ -147,14 +147,18 @@ def _video(clip: Clip) -> str:
 
 
 def _sentiment(clip: Clip) -> str:
-    """The reasoning, in steps that a small network can learn: two comparisons of two cues each."""
+    """The reasoning, in steps that a small network can learn: two comparisons of two cues each.
+
+    In Chinese a colon stands between a cue and its emotion. Without one, the vocabulary has pieces
+    such as the four characters of "voice happy", which differ for each cue.
+    """
     word = EMOTION_WORDS[clip.language]
     face, voice, words = word[clip.face], word[clip.voice], word[clip.words]
     verb = VERBS[clip.language][clip.words][clip.sentence[1]]
     seen, heard, verdict = _COMPARED[clip.language][clip.conflict_type]
     if clip.language == "zh":
         return (
-            f"表情{face}，声音{voice}：{seen}。话语“{verb}”。声音{voice}，话语{words}：{heard}。"
+            f"表情：{face}，声音：{voice}，{seen}。话语“{verb}”。声音：{voice}，话语：{words}，{heard}。"
             f"{verdict}。情绪：{word[clip.emotion]}"
         )
     return (

@@ -53,11 +53,11 @@ _VOICE = {
     r"音量中|音色普通|平稳",
 }
 _WORDS = {
-    "joy": r"lovely|love|adore|enjoy|great|won\b|\bwins?\b|well|good|fun\b|thank|glad|wonderful|"
-    r"happy|真好|赢|很好|喜欢|热爱|太棒|谢谢|高兴",
+    "joy": r"lovely|love|adore|enjoy|celebrat|great|won\b|\bwins?\b|well|good|fun\b|thank|glad|"
+    r"wonderful|happy|真好|赢|很好|喜欢|热爱|庆祝|太棒|谢谢|高兴",
     "grief": r"lost|bad|broken|broke|missed|mourn|hurt|sorry|terrible|afraid|丢|太糟|坏了|"
     r"迟到|疼|打破|想念|失去|对不起",
-    "hostility": r"hate|curse|讨厌|痛骂",
+    "hostility": r"hate|curse|despise|讨厌|痛骂",
 }
 _TABLES: dict[Channel, dict[str, str]] = {"face": _FACE, "voice": _VOICE, "words": _WORDS}
 _CUES = {
