@@ -74,6 +74,8 @@ _NAMES: dict[Channel, re.Pattern[str]] = {
     "voice": re.compile(r"voice|vocal|tone|声音|语气|语调|嗓音", re.IGNORECASE),
     "words": re.compile(r"words|say|said|speech|话语|话|台词", re.IGNORECASE),
 }
+# "Voice: sad" is one clause; elsewhere a colon ends one.
+_HEADED = re.compile(rf"({'|'.join(name.pattern for name in _NAMES.values())})\s*[:：]", re.I)
 _SIGNS = {
     "joy": re.compile(r"positive|积极", re.IGNORECASE),
     "grief": re.compile(r"negative|消极", re.IGNORECASE),
@@ -122,7 +124,7 @@ def named(reasoning: str, modality: Channel) -> str | None:
 
 
 def _clauses(reasoning: str, modality: Channel) -> Iterator[str]:
-    for clause in _CLAUSE.split(reasoning):
+    for clause in _CLAUSE.split(_HEADED.sub(r"\1 ", reasoning)):
         if clause and _NAMES[modality].search(clause):
             yield clause
 

@@ -6,12 +6,15 @@ import re
 import numpy as np
 import pytest
 
+from data_prep.corpus import text
+from data_prep.corpus.plan import Sizes, plan
 from data_prep.preferences import cues, offline
 from data_prep.preferences.judge import JudgeScorer
 from data_prep.preferences.score import EVIDENCE, Scores, well_formed
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS, Record
 from saber_jax.endpoint import Endpoint, EndpointError
+from tests.data_prep.preferences.clips import record
 from tests.data_prep.preferences.ranked_answers import CLIPS, Clip
 from tests.loopback import Answer, chat_server
 
@@ -76,6 +79,29 @@ def test_both_scores_stay_between_0_and_1_for_every_answer_to_every_clip():
 )
 def test_cues_are_counted_unless_they_are_denied(text, modality, family):
     assert cues.suggested(text, modality) == family
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "claims"),
+    [
+        ("Face: happy; voice: angry; words: sad.", ["joy", "hostility", "grief"]),
+        ("表情：开心，声音：愤怒，冲突。话语：悲伤", ["joy", "hostility", "grief"]),
+        ("Face and voice agree: she is angry.", [None, None, None]),
+    ],
+)
+def test_a_colon_after_the_name_of_a_modality_does_not_end_its_claim(reasoning, claims):
+    assert [cues.claimed(reasoning, m) for m in ("face", "voice", "words")] == claims
+
+
+def test_the_target_of_every_kind_of_clip_of_the_corpus_has_full_marks():
+    kinds = {(c.language, c.face, c.voice, c.words): c for c in plan(Sizes(), seed=0)}
+    assert len(kinds) == 80
+    for clip in kinds.values():
+        given = text.annotation(clip)
+        annotation = {field: given.get(field) or given["audio_desc"][field] for field in FIELDS}
+        described = dataclasses.replace(record(), language=clip.language, annotation=annotation)
+        scores = offline.score(described, sed.target_text(annotation))
+        assert (scores.consistency, scores.alignment) == (1.0, 1.0), annotation
 
 
 def test_a_claim_is_read_from_the_clause_that_names_the_modality():
