@@ -1,20 +1,35 @@
-# Mounts buckets as folders; sourced by tpu_run.sh. They are mounted below SABER_BUCKETS, by default
-# ~/buckets: the same path on every host, and outside of this checkout, which may be cleaned.
+# Buckets as folders; sourced by tpu_run.sh. A bucket's folder is below SABER_BUCKETS, by default
+# ~/buckets: the same path on every host, and outside of this checkout, which may be cleaned. A run
+# reads and writes the bucket itself (saber_jax/runs/buckets.py); with SABER_FUSE=1 the bucket is also
+# mounted on its folder with gcsfuse, for other programs.
 # shellcheck shell=bash
 
-# Prints its argument with every gs://BUCKET replaced by the folder that BUCKET is mounted on.
+# Prints its argument with every gs://BUCKET replaced by the folder of BUCKET.
 with_buckets() {
   local argument=$1 bucket folder
   while [[ $argument =~ gs://([a-z0-9][-_.a-z0-9]*) ]]; do
     bucket=${BASH_REMATCH[1]} folder=${SABER_BUCKETS:-$HOME/buckets}/${BASH_REMATCH[1]}
-    mount_bucket "$bucket" "$folder" || return 1
+    if [[ -n ${SABER_FUSE:-} ]]; then
+      mount_bucket "$bucket" "$folder" || return 1
+    else
+      stand_in "$folder"
+    fi
     argument=${argument/gs:\/\/$bucket/$folder}
   done
   printf '%s\n' "$argument"
 }
 
-# Prints the buckets in its arguments, one per line: FOLDER=gs://BUCKET. The run bypasses the mount
-# where that is safer (saber_jax/runs/buckets.py).
+# An empty file in the place of a bucket's folder, if nothing is mounted: a program that does not know
+# buckets then fails, instead of leaving files on the disk of one host.
+stand_in() {
+  local folder=$1
+  if mountpoint -q "$folder"; then return; fi
+  mkdir -p "$(dirname "$folder")"
+  rmdir "$folder" 2>/dev/null || true
+  if [[ ! -e $folder ]]; then : > "$folder"; fi
+}
+
+# Prints the buckets in its arguments, one per line: FOLDER=gs://BUCKET.
 bucket_mounts() {
   local bucket
   { grep -oE 'gs://[a-z0-9][-_.a-z0-9]*' <<<"$*" || true; } | sort -u | while read -r bucket; do
@@ -46,6 +61,7 @@ mount_bucket() {
          "the path of a disk that all hosts share." >&2
     return 1
   fi
+  if [[ -f $folder && ! -s $folder ]]; then rm "$folder"; fi
   mkdir -p "$folder"
   echo "mounting gs://$bucket on $folder" >&2
   gcsfuse --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 \

@@ -12,7 +12,6 @@ its stamp (turns.py).
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -32,7 +31,7 @@ from launch.steps import Step, steps, until, with_own_workdir
 from saber_jax.data.records import splits_of
 from saber_jax.runs import distributed, manifest
 from saber_jax.runs.distributed import PREEMPTED
-from saber_jax.runs.files import read_json, write_json
+from saber_jax.runs.files import exists, read_json, write_json
 from saber_jax.runs.identity import MAY_CHANGE, identity
 
 TERMINATED = 128 + signal.SIGTERM
@@ -55,7 +54,7 @@ def run(chain: list[Step], root: Path, place: tuple[int, int] = (0, 1)) -> None:
         stamp = manifest.digest(done)
         stamps[step.name] = stamp
         title = f"[{number}/{len(chain)}] {step.name}"
-        if _stamp_read(root, step.name, stamp) and Path(step.leaves).exists():
+        if _stamp_read(root, step.name, stamp) and _is_there(step.leaves):
             print(f"{title}: done, see {step.leaves}", flush=True)
             continue
         clock = time.perf_counter()
@@ -111,7 +110,12 @@ def _sign(root: Path, host: int) -> Path:
 
 def _stamped(root: Path, name: str, stamp: str) -> bool:
     path = root / "done" / f"{name}.json"
-    return path.exists() and json.loads(path.read_text())["stamp"] == stamp
+    return exists(path) and read_json(path)["stamp"] == stamp
+
+
+def _is_there(path: str) -> bool:
+    """Whether a file or folder exists, asked again while the disk fails."""
+    return turns.insist(lambda: exists(path))
 
 
 def _stamp_read(root: Path, name: str, stamp: str) -> bool:
@@ -194,7 +198,7 @@ def refuse_without_accelerator_or_data(config: ConfigDict) -> None:
             "CPU. Run it on a pod (README, `On a pod`); here there is "
             f"launch/tpu_run.sh configs/{config.stage}.py:tiny"
         )
-    if not Path(config.data.path).exists():
+    if not exists(config.data.path):
         sys.exit(
             f"launch/tpu_run.sh: no records at {config.data.path}. Build them with python -m "
             f"data_prep.build --clips DIR --annotations DIR --out {config.data.path}"
@@ -236,10 +240,10 @@ def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
     """Checks before anything runs that the work directory has no run with other settings."""
     config, _ = with_own_workdir(config, settings)
     taken = Path(config.workdir) / "config.json"
-    if not taken.exists():
+    if not exists(taken):
         return
     # An unfinished run may go on with some other settings; saber_jax.main logs the change.
-    may = () if taken.with_name("summary.json").exists() else MAY_CHANGE
+    may = () if exists(taken.with_name("summary.json")) else MAY_CHANGE
     carried = "; stage 1, the pairs and their evaluation are used again" * ("pairs" in config.data)
     try:
         manifest.check(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from saber_jax.runs.files import read_json, write_json
+from saber_jax.runs.files import exists, read_json, write_json
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def counted(root: Path, step: str, chips: int) -> Iterator[None]:
 
 def entries(root: Path) -> list[dict]:
     path = root / "hours.json"
-    return read_json(path) if path.exists() else []
+    return read_json(path) if exists(path) else []
 
 
 def text(root: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.steps import Step
-from saber_jax.runs.files import read_json, read_jsonl
+from saber_jax.runs.files import exists, listed, read_json, read_jsonl
 
 # What a step evaluates, by its name after "evaluate_"; any other is a stage 2.
 MODELS = {"base": "base model", "sft": "SED"}
@@ -32,7 +32,7 @@ def scored(chain: Sequence[Step]) -> dict[str, dict[str, Any]]:
     found = {}
     for step in chain:
         kind, _, model = step.name.partition("_")
-        if kind == "evaluate" and Path(step.leaves).exists():
+        if kind == "evaluate" and exists(step.leaves):
             found[MODELS.get(model, "CA-DPO")] = read_json(step.leaves)
     return found
 
@@ -83,10 +83,10 @@ def _clip(chain: Sequence[Step]) -> str:
     """A clip that was answered and lies here, or the word CLIP."""
     corpora = [Path(step.leaves) / "clips" for step in chain if step.name == "corpus"]
     answers = [Path(step.leaves).with_name("predictions.jsonl") for step in chain]
-    answers = [path for path in answers if path.exists()]
+    answers = [path for path in answers if exists(path)]
     if corpora and answers:
         name = read_jsonl(answers[-1])[0]["clip_id"]
-        if found := sorted(corpora[0].glob(f"{name}.*")):
+        if found := listed(corpora[0], f"{name}.*"):
             return str(found[0])
     return "CLIP.mp4"
 

@@ -5,7 +5,7 @@
 #   launch/tpu_run.sh configs/sft.py:7b --config.data.path=DIR   stage 1 on your records
 #
 # On this machine, be it a TPU VM, a GPU or a CPU: as above. Hosts of one TPU pod find each other.
-# A bucket in a setting, --config.root=gs://BUCKET/PATH, is mounted with gcsfuse (launch/buckets.sh).
+# A setting may name a bucket, --config.root=gs://BUCKET/PATH (launch/buckets.sh).
 #
 # From a laptop, on all workers of a TPU VM or of a queued resource (launch/remote.py):
 #   TPU_NAME=my-pod ZONE=us-west4-a PROJECT=my-project launch/tpu_run.sh configs/cadpo.py:7b

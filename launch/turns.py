@@ -5,9 +5,9 @@ meet there, so that a disk that is not shared is noticed before any work is done
 regularly changes a file there as a heartbeat. A host that waits for the result of another one gives
 up if that file says that the other one failed, or if it stops changing.
 
-The disk may be a mounted bucket or NFS, where any read or write can fail: gcsfuse returns ESTALE to
-a reader whose file is being replaced. A failed read is treated as no change, and a failed write is
-retried. Clocks of different hosts are never compared.
+The disk may be a bucket or NFS, where any read or write can fail: NFS returns ESTALE to a reader
+whose file is being replaced. A failed read is treated as no change, and a failed write is retried.
+Clocks of different hosts are never compared.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from saber_jax.runs.files import write_text
+from saber_jax.runs.files import make_folder, read_text, write_text
 
 Value = TypeVar("Value")
 
@@ -72,7 +72,7 @@ def meet(
     `patience` seconds.
     """
     deadline = time.monotonic() + patience
-    _insist(lambda: folder.mkdir(parents=True, exist_ok=True), deadline, every)
+    _insist(lambda: make_folder(folder), deadline, every)
     call = folder / "meeting"
 
     def write(path: Path, text: str) -> None:
@@ -122,7 +122,7 @@ def beacon(path: Path) -> Iterator[None]:
                 return
 
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     last_word = "failed"
@@ -210,7 +210,7 @@ def _read(path: Path) -> str | None:
     """What `_write` wrote; "" without a file; None if it cannot be read at the moment, or only in
     part, which happens on disks without atomic replacement."""
     try:
-        text = path.read_text()
+        text = read_text(path)
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError):

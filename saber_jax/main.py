@@ -27,7 +27,7 @@ from saber_jax.data.quarantine import LeftOut
 from saber_jax.inputs import RunInputs, open_inputs
 from saber_jax.runs import distributed, lock, manifest
 from saber_jax.runs.console import log
-from saber_jax.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from saber_jax.runs.files import exists, read_json, read_jsonl, write_json, write_jsonl
 from saber_jax.runs.identity import MAY_CHANGE, identity
 from saber_jax.runs.phases import Attempt, goodput
 from saber_jax.runs.watchdog import Watchdog
@@ -113,10 +113,10 @@ def check_claim(workdir: Path, config: ConfigDict) -> list[str]:
     Raises ValueError if the work directory belongs to another config.
     """
     path = workdir / "config.json"
-    if not path.exists():
+    if not exists(path):
         return []
     there, here = identity(read_json(path)), identity(config)
-    may = () if (workdir / "summary.json").exists() else MAY_CHANGE
+    may = () if exists(workdir / "summary.json") else MAY_CHANGE
     manifest.check(
         {name: value for name, value in there.items() if name not in may},
         {name: value for name, value in here.items() if name not in may},
@@ -130,17 +130,17 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes config.json, which reserves the work directory for this config."""
     path, changed = workdir / "config.json", check_claim(workdir, config)
     distributed.barrier("all have read the config before")
-    if jax.process_index() == 0 and (changed or not path.exists()):
+    if jax.process_index() == 0 and (changed or not exists(path)):
         if changed:
             steps = saved.steps(workdir)
             step = int(steps[-1].name) if steps else 0
             log(f"settings changed at step {step}: {'; '.join(changed)}")
             history = workdir / "changes.jsonl"
-            before = read_jsonl(history) if history.exists() else []
+            before = read_jsonl(history) if exists(history) else []
             write_jsonl(history, [*before, {"step": step, "changed": changed}])
         write_json(path, json.loads(config.to_json()))
     distributed.barrier("claim")
-    if not path.exists():
+    if not exists(path):
         raise ValueError(
             f"{workdir} of the first host is not here: host {jax.process_index()} sees no "
             f"{path.name} in it. Put config.root on a file system that all hosts share "

@@ -23,6 +23,7 @@ from saber_jax import sharding
 from saber_jax.inputs import open_inputs
 from saber_jax.runs import distributed
 from saber_jax.runs.console import log
+from saber_jax.runs.files import make_folder
 from saber_jax.runs.phases import PhaseClock
 from saber_jax.train import stage as stages
 from saber_jax.train import start
@@ -39,7 +40,7 @@ def run(config: ConfigDict) -> None:
         )
     pairs = stage.read_pairs(config)
     start.check(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     inputs = open_inputs(config, workdir, pairs)
     base = start.base_checkpoint(config, stage, workdir)
     start.describe(config, stage, base, inputs)

@@ -16,6 +16,7 @@ from saber_jax.data.sources import Sources
 from saber_jax.data.tasks import Request
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.withhold import Modality, withhold
+from saber_jax.runs.files import read_bytes
 
 
 class References(Protocol):
@@ -114,7 +115,7 @@ class Examples:
     def fingerprint(self) -> str:
         """Changes if the inputs of examples change: records, vocabulary, requests or pairs."""
         digest = hashlib.sha256(repr((self.source.fingerprint, self.requests)).encode())
-        digest.update(self._tokenizer.path.read_bytes())
+        digest.update(read_bytes(self._tokenizer.path))
         for pair in self._pairs or ():
             digest.update(pair.key)
         return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any
 from saber_jax.data import texts
 from saber_jax.data.withhold import MODALITIES
 from saber_jax.runs import checksums
-from saber_jax.runs.files import numbered_jsonl, write_jsonl
+from saber_jax.runs.files import exists, numbered_jsonl, write_jsonl
 
 REQUIRED = ("clip_id", "chosen", "rejected")
 
@@ -43,8 +43,9 @@ def read_pairs(path: str | Path) -> list[Pair]:
     on stderr if the file has no checksums.
     """
     path = Path(path)
-    path = path / "pairs.jsonl" if path.is_dir() else path
-    if not path.exists():
+    inside = path / "pairs.jsonl"
+    path = inside if exists(inside) or path.is_dir() else path
+    if not exists(path):
         raise FileNotFoundError(
             f"No preference pairs at {path}. Mine them with python -m data_prep.preferences."
         )

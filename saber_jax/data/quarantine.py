@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from saber_jax.runs.files import read_jsonl, write_jsonl
+from saber_jax.runs.files import exists, make_folder, read_jsonl, write_jsonl
 
 REASONS = {
     "bad_record": "the stored record cannot be used",
@@ -54,7 +54,7 @@ class Quarantine:
 
     def recall(self, indices: Iterable[int]) -> None:
         """Leaves out the examples `indices` that were left out before the run was resumed."""
-        known = read_jsonl(self._path) if self._path.exists() else []
+        known = read_jsonl(self._path) if exists(self._path) else []
         entries = {row["index"]: LeftOut(**row) for row in known}
         for index in indices:
             lost = LeftOut(index=index, clip_id="", file="", reason="bad_record", detail="")
@@ -70,8 +70,8 @@ class Quarantine:
         before = len(self._entries)
         for entry in entries:
             self._entries.setdefault(entry.index, entry)
-        if self._writes and (len(self._entries) > before or not self._path.exists()):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._writes and (len(self._entries) > before or not exists(self._path)):
+            make_folder(self._path.parent)
             rows = [dataclasses.asdict(self._entries[index]) for index in self.indices]
             write_jsonl(self._path, rows)
         if len(self._entries) > self._limit * self._total:

@@ -23,7 +23,7 @@ from absl import logging
 from jaxtyping import Int16, UInt8
 
 from saber_jax.data import bucket_records
-from saber_jax.runs import buckets
+from saber_jax.runs import buckets, files
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
 
@@ -174,12 +174,10 @@ class RecordSource:
         Computed from the names, sizes and stored checksums of the files; for records without
         checksums, from the first and last MiB of every file.
         """
-        summed = (self.directory / CHECKSUMS).exists()
-        sizes = [
-            (file.name, file.stat().st_size)
-            for file in sorted(self.directory.glob(f"*-{self.split}.array_record*"))
-        ]
-        patterns = (CHECKSUMS,) if summed else (f"*-{self.split}.array_record*",)
+        summed = files.exists(self.directory / CHECKSUMS)
+        shards = f"*-{self.split}.array_record*"
+        sizes = [(file.name, size) for file, size in files.sizes(self.directory, shards).items()]
+        patterns = (CHECKSUMS,) if summed else (shards,)
         content = fingerprint(self.directory, "dataset_info.json", *patterns)
         return hashlib.sha256(repr((self.split, sizes, content)).encode()).hexdigest()[:16]
 
@@ -232,12 +230,12 @@ class RecordSource:
     @functools.cached_property
     def _outlines(self):
         file = outlines_file(self.directory, self.split)
-        if not file.exists():
+        if not files.exists(file):
             return None
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         try:
-            outlines = ArrayRecordDataSource(str(file))
+            outlines = ArrayRecordDataSource(str(buckets.native(file)))
             if len(outlines) != len(self):
                 raise ValueError(f"it has {len(outlines)} outlines of {len(self)} records")
         except Exception as error:  # Native code raises RuntimeError for damage of any kind.
@@ -271,7 +269,7 @@ class RecordSource:
         # Imported late: loader processes that only need sizes should start in milliseconds.
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.directory)
+        builder = tfds.builder_from_directory(buckets.native(self.directory))
         # The decorator of this method hides its arguments from the type checker.
         source = builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
         if buckets.mounted(self.directory):
@@ -337,8 +335,8 @@ def _outline(source: RecordSource, index: int) -> bytes:
 
 
 def _dataset_directory(path: Path) -> Path:
-    found = [path] if (path / "dataset_info.json").exists() else []
-    found += sorted(file.parent for file in path.glob("*/*/dataset_info.json"))
+    found = [path] if files.exists(path / "dataset_info.json") else []
+    found += sorted(file.parent for file in files.sizes(path, "*/*/dataset_info.json"))
     if not found:
         raise FileNotFoundError(
             f"No records in {path}. Build them with: python -m data_prep.build --out {path} ..."
@@ -354,7 +352,7 @@ def splits_of(path: str | Path) -> dict[str, int]:
 
 def _splits(directory: Path) -> dict[str, list[int]]:
     """Records of each shard of each split."""
-    info = json.loads((directory / "dataset_info.json").read_text())
+    info = files.read_json(directory / "dataset_info.json")
     return {
         split["name"]: [int(length) for length in split["shardLengths"]] for split in info["splits"]
     }

@@ -17,7 +17,7 @@ from saber_jax.data.packing import Budget
 from saber_jax.data.planning import SIZE_NAMES, fits
 from saber_jax.data.quarantine import LeftOut
 from saber_jax.data.records import BadRecordError
-from saber_jax.runs.files import replacing
+from saber_jax.runs.files import exists, opened, replacing
 
 BAD = -1
 """The value of all sizes of an example whose record cannot be used."""
@@ -69,11 +69,11 @@ def save(path: Path, measurements: Measurements, fingerprint: str) -> None:
 
 def load(path: Path, fingerprint: str) -> Measurements | None:
     """The stored measurements, or None if there are none, or damaged or other examples' ones."""
-    if not path.exists():
+    if not exists(path):
         return None
     fields = [field.name for field in dataclasses.fields(Measurements)]
     try:
-        with np.load(path) as stored:
+        with opened(path) as file, np.load(file) as stored:
             if str(stored["fingerprint"]) == fingerprint:
                 return Measurements(**{name: stored[name] for name in fields})
         logging.info("%s is of other records or pairs; they are measured again.", path)

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from saber_jax.runs import checksums
+from saber_jax.runs import checksums, files
 
 SPECIALS = (
     "<|endoftext|>",
@@ -63,15 +62,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     a pointer of Git LFS in its place. Damage is certain to be found if the file has checksums.
     """
     path = Path(path)
-    if path.is_dir():
-        candidates = [path / name for name in ("tokenizer.model", "tokenizer.json")]
-        found = [file for file in candidates if file.is_file()]
-        if not found:
-            raise FileNotFoundError(f"No tokenizer.model or tokenizer.json in {path}.")
+    candidates = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+    if found := [file for file in candidates if files.exists(file)]:
         path = found[0]
-    if not path.is_file():
+    elif path.is_dir():
+        raise FileNotFoundError(f"No tokenizer.model or tokenizer.json in {path}.")
+    if not files.exists(path):
         raise FileNotFoundError(f"No tokenizer file {path}.")
-    with path.open("rb") as file:
+    with files.opened(path) as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
             raise ValueError(
                 f"{path} is a pointer of Git LFS in the place of the file. Fetch the file: `git "
@@ -91,7 +89,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_beside(records: str | Path) -> Tokenizer:
     """The vocabulary in a folder of records. Says on stderr if it has no checksums."""
     tokenizer = load_tokenizer(records)
-    if not checksums.beside(tokenizer.path).exists():
+    if not files.exists(checksums.beside(tokenizer.path)):
         print(checksums.unchecked(tokenizer.path), file=sys.stderr)
     return tokenizer
 
@@ -100,7 +98,7 @@ def copy(source: str | Path, folder: Path) -> Path:
     """Copies a vocabulary to `folder`/tokenizer.model or .json, with checksums."""
     target = folder / f"tokenizer{Path(source).suffix}"
     with checksums.written(target):
-        shutil.copyfile(source, target)
+        files.write_bytes(target, files.read_bytes(source))
     return target
 
 
@@ -109,7 +107,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=files.read_bytes(self.path))
         first_byte = self._model.piece_to_id("<0x00>")
         if not self._model.is_byte(first_byte):
             raise ValueError("it was trained without byte_fallback; some texts would be lost.")
@@ -156,7 +154,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._model = tokenizers.Tokenizer.from_file(str(self.path))
+        self._model = tokenizers.Tokenizer.from_buffer(files.read_bytes(self.path))
         # One more than the largest id, because the ids may have gaps.
         self._size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 

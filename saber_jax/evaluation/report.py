@@ -28,7 +28,7 @@ from saber_jax.evaluation import (
     saber_test,
 )
 from saber_jax.flags import Parser
-from saber_jax.runs.files import read_json, read_jsonl, write_text
+from saber_jax.runs.files import exists, make_folder, read_json, read_jsonl, write_text
 from saber_jax.tree import flatten
 
 STAGES = {"base": "Base", "sft": "SED", "cadpo": "CA-DPO"}
@@ -156,7 +156,7 @@ def _run(workdir: Path) -> dict[str, Any]:
     if not metrics:
         raise ValueError(f"{workdir}/metrics.jsonl is empty: that run has not taken a step.")
     path = workdir / "config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json(path) if exists(path) else {}
     settings = flatten(config, ".")
     names = ("stage", "variant", "model", "seed")
     stage, variant, model, seed = (settings.get(name) for name in names)
@@ -230,9 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(flags.out.parent)
     write_text(flags.out, page)
-    print(f"report in {flags.out} ({flags.out.stat().st_size / 1e6:.1f} MB)")
+    print(f"report in {flags.out} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 
 
@@ -241,7 +241,7 @@ def _inputs(flags: argparse.Namespace) -> Inputs:
 
     def place(named: Path | None, usual: str) -> Path | None:
         usually = flags.workdir and flags.workdir / usual
-        return named or (usually if usually and usually.exists() else None)
+        return named or (usually if usually and exists(usually) else None)
 
     runs = {stage: place(getattr(flags, stage), stage) for stage in TRAINED}
     scores = {stage: place(getattr(flags, f"{stage}_scores"), f"eval/{stage}") for stage in STAGES}

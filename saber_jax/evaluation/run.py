@@ -24,7 +24,7 @@ from saber_jax.evaluation.predict import BenchmarkClips, Row, SpelledOut, predic
 from saber_jax.flags import Parser
 from saber_jax.generate.generator import Generator, load_generator, model_fingerprint
 from saber_jax.runs import shares
-from saber_jax.runs.files import read_jsonl, write_json, write_jsonl
+from saber_jax.runs.files import exists, read_jsonl, write_json, write_jsonl
 from saber_jax.runs.journal import Journal
 from saber_jax.train import checkpoint
 
@@ -40,7 +40,7 @@ class LazyGenerator:
         """The rows of `folder`/predictions.jsonl, made where they are missing."""
         batch_size = self._flags.batch_size
         journal = Journal(folder, "predictions.jsonl", inputs)
-        if journal.path.exists() and len(rows := read_jsonl(journal.path)) == len(clips.records):
+        if exists(journal.path) and len(rows := read_jsonl(journal.path)) == len(clips.records):
             return rows
         rows = shares.joined(folder, journal.path.name, len(clips.records), batch_size)
         if rows is not None:

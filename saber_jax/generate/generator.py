@@ -25,7 +25,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.runs.manifest import fingerprint
-from saber_jax.train import checkpoint
+from saber_jax.train import checkpoint, saved
 
 STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the device is never asked.
 
@@ -245,8 +245,8 @@ def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int)
 
 def model_fingerprint(workdir: str | Path) -> str:
     """A hash of the weights, vocabulary and config of a run's newest checkpoint."""
-    steps = sorted(int(p.name) for p in Path(workdir).glob("checkpoints/*") if p.name.isdigit())
-    newest = f"checkpoints/{steps[-1] if steps else 0}/params/**/*"
+    steps = saved.steps(workdir)
+    newest = f"checkpoints/{steps[-1].name if steps else 0}/params/**/*"
     checkpoint.read_model_file(workdir)  # Raises a clear error if this is not a checkpoint.
     return fingerprint(workdir, checkpoint.MODEL_FILE, "tokenizer.*", newest)
 

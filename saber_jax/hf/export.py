@@ -43,7 +43,7 @@ from saber_jax.hf.names import TensorEntry, entries, on_disk
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import manifest
-from saber_jax.runs.files import replacing_folder, write_json
+from saber_jax.runs.files import exists, listed, replacing_folder, write_json
 from saber_jax.train import stream
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -190,8 +190,8 @@ def _replacing(out: Path, expected: set[str], overwrite: bool) -> Iterator[Path]
     A mistyped --out must not cost anybody a directory: `out` may be replaced if `overwrite` says
     so, and if it holds `expected` and safetensors alone.
     """
-    if out.exists():
-        names = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
+    if exists(out):
+        names = [out.name] if out.is_file() else [path.name for path in listed(out)]
         foreign = [n for n in names if n not in expected and not n.endswith(".safetensors")]
         if foreign:
             raise FileExistsError(

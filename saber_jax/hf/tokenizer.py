@@ -1,7 +1,6 @@
 """A vocabulary as the files that transformers reads."""
 
 import json
-import shutil
 from pathlib import Path
 
 import sentencepiece
@@ -11,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from saber_jax.data.tokenizer import SPACE, SPECIALS, SentencePieceTokenizer, Tokenizer
 from saber_jax.hf.settings import TOKENS
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs.files import read_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -50,9 +50,9 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Writes FILES; a SentencePiece model is converted to tokenizer.json and copied as well."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         convert(tokenizer.path).save(str(out / "tokenizer.json"))
-        shutil.copyfile(tokenizer.path, out / "tokenizer.model")
+        (out / "tokenizer.model").write_bytes(read_bytes(tokenizer.path))
     else:
-        shutil.copyfile(tokenizer.path, out / "tokenizer.json")
+        (out / "tokenizer.json").write_bytes(read_bytes(tokenizer.path))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
@@ -69,7 +69,7 @@ def convert(path: Path) -> tokenizers.Tokenizer:
 
     Raises ValueError for a SentencePiece model of another kind than the ones trained here.
     """
-    source = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    source = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
     pieces = [source.id_to_piece(token) for token in range(source.vocab_size())]
     first_byte = source.piece_to_id("<0x00>")
     symbols = pieces[1:first_byte]

@@ -1,14 +1,18 @@
-"""Mounted buckets, and access to them that bypasses the mount.
+"""Buckets, which have a folder each, and what a path below such a folder is in the bucket.
 
-This project reads and writes folders; launch/tpu_run.sh mounts buckets that settings name
-(launch/buckets.sh). In a mounted bucket, renaming a folder moves one object after another and can
-be interrupted. So libraries that support buckets are given the bucket's URL:
+Settings, manifests and messages name folders. launch/tpu_run.sh gives every bucket that a setting
+names a folder (launch/buckets.sh), and lists them in SABER_MOUNTS, one per line:
+/home/me/buckets/runs=gs://runs
+
+The bucket may be mounted there, but a run does not use the mount: in a mounted bucket, renaming a
+folder moves one object after another and can be interrupted, and reading a file that is being
+replaced fails. Small files are read and written by runs/files.py. Libraries that support buckets
+are given the bucket's URL:
 
     native("/home/me/buckets/runs/7b/sft/checkpoints")  ->  gs://runs/7b/sft/checkpoints
 
 Orbax then writes arrays directly to the bucket and commits a step with a last object,
-commit_success.txt, instead of a rename. SABER_MOUNTS lists the mounts, one per line:
-/home/me/buckets/runs=gs://runs
+commit_success.txt, instead of a rename.
 """
 
 import os
@@ -25,7 +29,10 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def native(path: str | os.PathLike) -> epath.Path:
-    """gs://BUCKET/... for a path below a mounted bucket; any other path, absolute, as it is."""
+    """gs://BUCKET/... for a path below a bucket's folder; any other path, absolute, and any URL as
+    it is."""
+    if os.fspath(path).startswith("gs://"):
+        return epath.Path(path)
     absolute = Path(path).absolute()
     for folder, bucket in _mounts():
         if absolute.is_relative_to(folder):
@@ -34,7 +41,7 @@ def native(path: str | os.PathLike) -> epath.Path:
 
 
 def mounted(path: str | os.PathLike) -> bool:
-    """Whether `path` lies in a mounted bucket."""
+    """Whether `path` lies in a bucket."""
     return any(Path(path).absolute().is_relative_to(folder) for folder, _ in _mounts())
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from saber_jax.runs.files import replacing
+from saber_jax.runs.files import opened, read_bytes, remove, write_bytes
 
 SUFFIX = ".crc32"
 
@@ -27,17 +27,16 @@ def written(path: str | os.PathLike) -> Iterator[None]:
 
     In between there are none, so that a process that is killed leaves no false ones.
     """
-    beside(path).unlink(missing_ok=True)
+    remove(beside(path), missing_ok=True)
     yield
-    with replacing(beside(path)) as partial:
-        partial.write_bytes(b"".join(_sums(Path(path))))
+    write_bytes(beside(path), b"".join(_sums(Path(path))))
 
 
 def check(path: str | os.PathLike) -> bool:
     """False if `path` has no checksums. Raises ValueError, naming the line, if they differ."""
     path, stored = Path(path), beside(path)
     try:
-        wanted = stored.read_bytes().splitlines(keepends=True)
+        wanted = read_bytes(stored).splitlines(keepends=True)
     except FileNotFoundError:
         return False
     for number, (want, found) in enumerate(itertools.zip_longest(wanted, _sums(path)), start=1):
@@ -64,6 +63,6 @@ def _has_lines(path: Path) -> bool:
 
 
 def _sums(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         for part in file if _has_lines(path) else [file.read()]:
             yield f"{zlib.crc32(part):08x}\n".encode()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saber_jax.runs import manifest
-from saber_jax.runs.files import json_line
+from saber_jax.runs.files import append, exists, json_line, read_bytes, truncate
 
 
 class Journal:
@@ -24,7 +24,7 @@ class Journal:
         self.folder = Path(folder)
         self.path = self.folder / name
         described = self.folder / "manifest.json"
-        if self.path.exists() and not described.exists():
+        if exists(self.path) and not exists(described):
             raise ValueError(
                 f"{self.path} has no manifest.json next to it, so its inputs are not known. Move "
                 "it away or choose another --out."
@@ -42,23 +42,20 @@ class Journal:
         Batches therefore have the same items as in an uninterrupted run, and results are equal. An
         incomplete last line is dropped.
         """
-        if not self.path.exists():
+        if not exists(self.path):
             return []
-        raw = self.path.read_bytes()
+        raw = read_bytes(self.path)
         lines = raw.splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n")]
         keep = max((b for b in boundaries if b <= len(whole)), default=0)
         size = sum(map(len, whole[:keep]))
         if size < len(raw):
-            os.truncate(self.path, size)
+            truncate(self.path, size)
         return [json.loads(line) for line in whole[:keep]]
 
     def append(self, items: Sequence[dict[str, Any]]) -> None:
         """Writes one batch and flushes it to the disk."""
-        with self.path.open("ab") as f:
-            f.write("".join(map(json_line, items)).encode())
-            f.flush()
-            os.fsync(f.fileno())
+        append(self.path, "".join(map(json_line, items)).encode())
 
 
 def batches(total: int, size: int, *, first: int = 0) -> list[tuple[int, int]]:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from saber_jax.runs import buckets, files
+
 LOCK_FILE = "lock"
 BEAT_SECONDS = 5
 STALE_SECONDS = 20
@@ -39,15 +41,11 @@ def held(
     """
     folder = Path(folder)
     path, ours, ended = folder / LOCK_FILE, _ourselves(), threading.Event()
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    made = not files.exists(folder)
+    files.make_folder(folder)
     while not _create(path, ours):
         _wait_until_stale(path, folder, stale)
-        # Two may see the same stale lock; only one of them can move it.
-        with contextlib.suppress(FileNotFoundError):
-            gone = path.with_name(f"{LOCK_FILE}.{os.getpid()}.stale")
-            os.replace(path, gone)
-            gone.unlink()
+        _remove_stale(path)
     keeper = threading.Thread(
         target=_keep, args=(path, ours, beat, ended), name="lock", daemon=True
     )
@@ -58,7 +56,7 @@ def held(
         ended.set()
         keeper.join()
         if _same(_read(path), ours):
-            path.unlink(missing_ok=True)
+            files.remove(path, missing_ok=True)
         with contextlib.suppress(OSError):  # It holds something, as it should.
             if made:
                 folder.rmdir()
@@ -74,7 +72,7 @@ def _wait_until_stale(path: Path, folder: Path, stale: float) -> None:
         until = time.monotonic() + stale
         while time.monotonic() < until:
             time.sleep(min(0.5, stale / 10))
-            if not path.exists():
+            if not files.exists(path):
                 return
             if _read(path) != found:
                 raise BusyError(_busy(folder, _read(path) or found or {}))
@@ -92,16 +90,22 @@ def _busy(folder: Path, holder: dict[str, Any]) -> str:
 
 def _create(path: Path, ours: dict[str, Any]) -> bool:
     try:
-        file = path.open("x", encoding="utf-8")
+        files.create(path, _line(ours, 0))
     except FileExistsError:
         return False
-    try:
-        with file:
-            file.write(_line(ours, 0))
-    except OSError:  # An empty lock would make the next run wait until it counts as stale.
-        path.unlink(missing_ok=True)
-        raise
     return True
+
+
+def _remove_stale(path: Path) -> None:
+    # Several runs may find the same stale lock. On a disk, only one of them can move it. In a
+    # bucket, one may remove the new lock of another, which then ends: see `_keep`.
+    with contextlib.suppress(FileNotFoundError):
+        if buckets.mounted(path):
+            files.remove(path)
+        else:
+            gone = path.with_name(f"{LOCK_FILE}.{os.getpid()}.stale")
+            os.replace(path, gone)
+            gone.unlink()
 
 
 def _keep(path: Path, ours: dict[str, Any], beat: float, ended: threading.Event) -> None:
@@ -119,6 +123,9 @@ def _keep(path: Path, ours: dict[str, Any], beat: float, ended: threading.Event)
                     flush=True,
                 )
                 os._exit(1)
+            if buckets.mounted(path):
+                files.write_text(path, _line(ours, count))
+                continue
             with path.open("r+", encoding="utf-8") as file:
                 file.write(_line(ours, count))  # As long as before, so it needs no new space.
 
@@ -130,7 +137,7 @@ def _line(ours: dict[str, Any], count: int) -> str:
 def _read(path: Path) -> dict[str, Any] | None:
     """None for a lock that is being written, or that a kill cut short, or that is not there."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(files.read_text(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"host", "pid", "since"} <= found.keys() else None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saber_jax.runs.files import read_json, write_json
+from saber_jax.runs.files import exists, make_folder, read_edges, read_json, sizes, write_json
 from saber_jax.tree import flatten
 
 EDGE_BYTES = 1 << 20
@@ -46,10 +46,10 @@ def claim(path: str | os.PathLike, inputs: Mapping[str, Any], *, what: str, reme
     damaged.
     """
     path = Path(path)
-    if path.exists():
+    if exists(path):
         check(read_json(path), inputs, what=what, remedy=remedy)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, inputs)
 
 
@@ -65,15 +65,13 @@ def fingerprint(folder: str | os.PathLike, *patterns: str) -> str:
     Raises FileNotFoundError when nothing matches.
     """
     folder = Path(folder)
-    files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
-    if not files:
+    found: dict[Path, int] = {}
+    for pattern in patterns:
+        found |= sizes(folder, pattern)
+    if not found:
         raise FileNotFoundError(f"{folder} holds no {' or '.join(patterns)}. Check the path.")
     digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
+    for path, size in sorted(found.items()):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as f:
-            digest.update(f.read(EDGE_BYTES))
-            f.seek(max(EDGE_BYTES, size - EDGE_BYTES))
-            digest.update(f.read())
+        digest.update(read_edges(path, size, EDGE_BYTES))
     return digest.hexdigest()[:16]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from saber_jax.runs.console import DropCounter
-from saber_jax.runs.files import read_json, write_json
+from saber_jax.runs.files import listed, make_folder, read_json, write_json
 
 PHASES: tuple[str, ...] = ("start", "input", "compile", "step", "validate", "save", "finish")
 """Phases of a run, in the order of a step."""
@@ -108,7 +108,7 @@ class Attempt:
         seconds = {name: round(value, 2) for name, value in self._own_seconds().items()}
         record = self._about | {"until": time.time(), "last": last, "seconds": seconds}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             write_json(self._path, record)
         except OSError as error:
             self._dropped.add(1, str(error))
@@ -138,5 +138,5 @@ def goodput(workdir: Path) -> dict[str, Any]:
 
 
 def _records(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("*.json") if path.stem.isdigit()]
+    found = [path for path in listed(folder, "*.json") if path.stem.isdigit()]
     return sorted(found, key=lambda path: int(path.stem))

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saber_jax.runs.files import read_jsonl
+from saber_jax.runs.files import exists, listed, read_jsonl
 from saber_jax.runs.journal import batches
 
 
@@ -47,7 +47,7 @@ def joined(out: Path, name: str, total: int, batch_size: int) -> list[dict[str, 
 
     Raises ValueError naming those not finished.
     """
-    counts = {int(p.name.split("-of-")[1]) for p in (out / "shares").glob("*-of-*")}
+    counts = {int(p.name.split("-of-")[1]) for p in listed(out / "shares", "*-of-*")}
     unfinished = []
     for count in sorted(counts):
         rows: dict[int, dict[str, Any]] = {}
@@ -55,7 +55,7 @@ def joined(out: Path, name: str, total: int, batch_size: int) -> list[dict[str, 
         for number in range(1, count + 1):
             share = Share(number, count)
             indices, path = share.indices(total, batch_size), share.folder(out) / name
-            found = read_jsonl(path) if path.exists() else []
+            found = read_jsonl(path) if exists(path) else []
             if len(found) < len(indices):
                 lacking.append(f"{number}/{count} ({len(found)} of {len(indices)} answers)")
             rows |= dict(zip(indices, found, strict=False))

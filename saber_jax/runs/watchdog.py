@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from saber_jax.runs import private
+from saber_jax.runs import files, private
 from saber_jax.runs.phases import PHASES, PhaseClock
 
 STALLED = 70
@@ -203,10 +203,11 @@ class Watchdog:
     def _write_stacks(self) -> None:
         path = self._folder / f"host_{self._host}.txt"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-            print(path.read_text(), file=sys.stderr)
+            files.make_folder(self._folder)
+            with files.replacing(path) as partial:
+                with partial.open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                print(partial.read_text(), file=sys.stderr)
         except OSError as error:  # The disk may be what hangs or fails.
             print(f"watchdog: {path} cannot be written: {error}", file=sys.stderr)
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)

@@ -7,7 +7,6 @@ uninterrupted one does.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import distributed
+from saber_jax.runs import distributed, files
 from saber_jax.runs.console import log
 from saber_jax.train import checkpoint, saved
 from saber_jax.train.step import TrainState
@@ -103,7 +102,7 @@ def keeping(
         place = folder / "checkpoints" / str(step)
         first = jax.process_index() == 0
         if first:
-            shutil.rmtree(place, ignore_errors=True)  # A killed run may have left a part.
+            files.remove_folder(place, ignore_errors=True)  # A killed run may have left a part.
         distributed.barrier("the best weights have room")
         more = dict(about)
         if base is not None:
@@ -114,6 +113,6 @@ def keeping(
         checkpoint.save_params(folder, params, cfg, step=step, **more)
         for older in saved.steps(folder) if first else ():
             if older.name != place.name:
-                shutil.rmtree(older)
+                files.remove_folder(older)
 
     return keep

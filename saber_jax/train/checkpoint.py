@@ -31,7 +31,7 @@ from saber_jax.data.tokenizer import Tokenizer
 from saber_jax.data.tokenizer import copy as copy_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import buckets, checksums, console, distributed, manifest
+from saber_jax.runs import buckets, checksums, console, distributed, files, manifest
 from saber_jax.runs.files import read_json, write_json
 from saber_jax.train import saved
 from saber_jax.train.step import TrainState
@@ -211,10 +211,11 @@ def write_model_files(
 ) -> None:
     """Writes model.json and the tokenizer. `about` is added to model.json."""
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     target = workdir / f"tokenizer{tokenizer.path.suffix}"
-    same = target.exists() and target.read_bytes() == tokenizer.path.read_bytes()
-    if not same or not checksums.beside(target).exists():
+    held = files.read_bytes(target) if files.exists(target) else None
+    same = held == files.read_bytes(tokenizer.path)
+    if not same or not files.exists(checksums.beside(target)):
         copy_tokenizer(tokenizer.path, workdir)
     write_model_file(workdir, cfg, **about)
 
@@ -233,7 +234,7 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
     changed or damaged.
     """
     path = Path(workdir) / MODEL_FILE
-    if not path.exists():
+    if not files.exists(path):
         raise FileNotFoundError(
             f"{workdir} is not a checkpoint: it has no {MODEL_FILE}. Give the --workdir of a "
             "training run, or what `python -m saber_jax.hf.load` wrote."
@@ -367,4 +368,4 @@ def find_base(workdir: str | Path, described: dict[str, str]) -> Path:
 def _identity(step: Path) -> str:
     """A hash that differs between any two saves but not between copies of a checkpoint."""
     # The manifest contains random names of data files.
-    return hashlib.sha256((step / "params" / "manifest.ocdbt").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(files.read_bytes(step / "params" / "manifest.ocdbt")).hexdigest()[:16]

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saber_jax.runs import buckets
-from saber_jax.runs.console import DropCounter
-from saber_jax.runs.files import json_line, write_text
+from saber_jax.runs import buckets, files
+from saber_jax.runs.console import DropCounter, warn
+from saber_jax.runs.files import json_line
 
 MOST_SAMPLED = 1 << 16
 """Maximum number of entries of a parameter in its histogram."""
@@ -27,7 +29,8 @@ class MetricsWriter:
     """Writes metrics from process 0. Resuming at `start` first removes later lines, so that an
     interrupted run leaves the same file as an uninterrupted one.
 
-    What cannot be written to a full or failing disk is dropped and counted, and reported once.
+    What cannot be written to a full or failing disk is dropped and counted, and reported once. In a
+    bucket, metrics.jsonl is stored at every checkpoint; until then its lines are on local disk.
     """
 
     def __init__(self, workdir: str | Path, *, start: int, wandb: str = ""):
@@ -36,16 +39,19 @@ class MetricsWriter:
         if not self._active:
             return
         path = self._path = Path(workdir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._local, self._unstored = path, 0
+        if buckets.mounted(path):
+            self._local = Path(tempfile.mkdtemp(prefix="saber_metrics_")) / path.name
+        files.make_folder(path.parent)
         self._dropped = DropCounter(f"lines of {path}")
-        if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
+        if files.exists(path):
+            text = files.read_bytes(path).decode(errors="replace")
             kept = [line for line in text.splitlines() if _step(line) < start]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-        self._wandb = _wandb_run(wandb, path.parent) if wandb else None
+            files.write_text(self._local, "".join(f"{line}\n" for line in kept))
+        self._wandb = _wandb_run(wandb, path.parent, self._local.parent) if wandb else None
         # Unbuffered, because Python's buffer would keep data that a full disk refused and fail
         # again on every write.
-        self._file = path.open("ab", buffering=0)
+        self._file = self._local.open("ab", buffering=0)
         # Imported here: it imports torch where that is installed, which takes seconds.
         from saber_jax.train.tensorboard import TensorBoardWriter
 
@@ -62,14 +68,21 @@ class MetricsWriter:
             self._wandb.log(values, step=step)
 
     def sync(self) -> None:
-        """Flushes metrics.jsonl to its disk. A file on a mounted bucket is closed and reopened,
-        because a mount stores a file when it is closed."""
-        if self._active:
+        """Flushes metrics.jsonl to its disk, or stores it in its bucket."""
+        if not self._active:
+            return
+        if self._local == self._path:
             with self._dropping():
                 os.fsync(self._file.fileno())
-                if buckets.mounted(self._path):
-                    self._file.close()
-                    self._file = self._path.open("ab", buffering=0)
+            return
+        try:
+            self._store()
+        except OSError as error:
+            warn(f"{self._path} is stored at the next checkpoint only: {error}")
+
+    def _store(self) -> None:
+        files.write_bytes(self._path, self._local.read_bytes())
+        self._unstored = 0
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes text to TensorBoard, indented because TensorBoard renders Markdown."""
@@ -95,10 +108,19 @@ class MetricsWriter:
         if self._active:
             with self._dropping():
                 self._file.close()
+            if self._local != self._path:
+                self._leave_local_disk()
             self._tensorboard.close()
             self._dropped.close()
             if self._wandb:
                 self._wandb.finish()
+
+    def _leave_local_disk(self) -> None:
+        try:
+            self._store()
+        except OSError as error:
+            self._dropped.add(self._unstored, str(error))
+        shutil.rmtree(self._local.parent, ignore_errors=True)
 
     def _append(self, line: bytes) -> None:
         """Appends a whole line or nothing."""
@@ -109,6 +131,7 @@ class MetricsWriter:
         except OSError:
             os.ftruncate(self._file.fileno(), before)
             raise
+        self._unstored += 1
 
     @contextlib.contextmanager
     def _dropping(self) -> Iterator[None]:
@@ -142,8 +165,8 @@ def _strided(params: dict[str, jax.Array], everywhere: Any) -> dict[str, jax.Arr
     return sampled
 
 
-def _wandb_run(project: str, workdir: Path) -> Any:
-    """The W&B run of this work directory, resumed if it exists."""
+def _wandb_run(project: str, workdir: Path, local: Path) -> Any:
+    """The W&B run of this work directory, resumed if it exists; it keeps its files in `local`."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -157,9 +180,9 @@ def _wandb_run(project: str, workdir: Path) -> Any:
         project=project,
         id=identity,
         name=workdir.as_posix(),
-        dir=str(workdir),
+        dir=str(local),
         resume="allow",
-        config=json.loads(config.read_text()) if config.exists() else None,
+        config=files.read_json(config) if files.exists(config) else None,
     )
 
 

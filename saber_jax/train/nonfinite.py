@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from saber_jax.data.quarantine import LeftOut
 from saber_jax.runs.console import log, warn
-from saber_jax.runs.files import read_jsonl, write_jsonl
+from saber_jax.runs.files import exists, read_jsonl, write_jsonl
 
 POLICIES = ("stop", "skip", "rollback")
 MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
@@ -126,7 +126,7 @@ def left_out(workdir: Path) -> list[LeftOut]:
 
 def _lines(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / FILE
-    return read_jsonl(path) if path.exists() else []
+    return read_jsonl(path) if exists(path) else []
 
 
 def _names(entries: list[LeftOut]) -> str:

@@ -6,10 +6,14 @@ WORKDIR/profile/memory.prof                        live buffers by allocation si
 
 import contextlib
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from saber_jax.runs import buckets, objects
 
 
 class Profile:
@@ -17,7 +21,7 @@ class Profile:
 
     def __init__(self, window: str, workdir: str | Path, *, steps: int):
         """`window` is "first:last", or "" for no trace. Raises ValueError for anything else."""
-        self._folder = Path(workdir) / "profile"
+        self._folder = self._local = Path(workdir) / "profile"
         self._first = self._last = -1
         if not window:
             return
@@ -29,6 +33,8 @@ class Profile:
             )
         if jax.process_index() == 0:
             self._first, self._last = int(match[1]), int(match[2])
+            if buckets.mounted(self._folder):  # The profiler cannot write to a bucket.
+                self._local = Path(tempfile.mkdtemp(prefix="saber_profile_"))
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """Context for the dispatch of a step; starts the trace at the first traced step."""
@@ -36,7 +42,7 @@ class Profile:
             options = jax.profiler.ProfileOptions()
             # Python calls would hide the steps; annotations are still traced.
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            jax.profiler.start_trace(self._local, profiler_options=options)
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, result: Any) -> None:
@@ -45,5 +51,8 @@ class Profile:
             return
         jax.block_until_ready(result)
         jax.profiler.stop_trace()
-        jax.profiler.save_device_memory_profile(self._folder / "memory.prof")
+        jax.profiler.save_device_memory_profile(self._local / "memory.prof")
+        if self._local != self._folder:
+            objects.upload_folder(self._folder, self._local)
+            shutil.rmtree(self._local)
         print(f"traced steps {self._first} to {step}: launch/profile.sh {self._folder.parent}")

@@ -31,9 +31,9 @@ from saber_jax.data.steps import Rows
 from saber_jax.data.withhold import VIEWS, View
 from saber_jax.inputs import RunInputs
 from saber_jax.models import saber
-from saber_jax.runs import manifest
+from saber_jax.runs import buckets, manifest
 from saber_jax.runs.console import warn
-from saber_jax.runs.files import replacing
+from saber_jax.runs.files import listed, move, replacing
 from saber_jax.runs.manifest import fingerprint
 from saber_jax.runs.phases import PhaseClock
 from saber_jax.train.stage import Stage
@@ -93,7 +93,7 @@ class ReferenceCache:
             try:
                 self.values |= _stored(path)
             except (RuntimeError, ValueError) as error:  # Of ArrayRecord's checksums, and of NumPy.
-                aside = path.rename(path.with_name(f"{path.name}.damaged"))
+                aside = move(path, path.with_name(f"{path.name}.damaged"))
                 reason = str(error).splitlines()[0][:200] if str(error) else "unreadable"
                 warn(f"{path} is damaged: {reason}. It is kept as {aside.name} and computed again.")
 
@@ -118,12 +118,12 @@ class ReferenceCache:
             writer.close()
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.array_record"))
+        return listed(self.folder, "*.array_record")
 
 
 def _stored(path: Path) -> dict[bytes, Float[np.ndarray, " n"]]:
     """The log-probs of one file. A damaged file may raise exceptions of several types."""
-    reader = ArrayRecordReader(str(path))
+    reader = ArrayRecordReader(str(buckets.native(path)))
     try:
         records = reader.read_all()
     finally:

@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from saber_jax.runs import buckets, console
+from saber_jax.runs import buckets, console, files
 from saber_jax.train import digests
 
 DIGESTS = "digests"
@@ -47,13 +47,13 @@ class DamagedError(ValueError):
 
 def steps(workdir: str | Path) -> list[Path]:
     """Step folders, oldest first, including incomplete ones."""
-    found = [p for p in (Path(workdir) / "checkpoints").glob("*") if p.name.isdigit()]
+    found = [p for p in files.listed(Path(workdir) / "checkpoints") if p.name.isdigit()]
     return sorted((p.absolute() for p in found), key=lambda p: int(p.name))
 
 
 def problem(step: Path, items: tuple[str, ...] = ("params", DIGESTS)) -> str | None:
     """Why `step` is incomplete; None if it is complete."""
-    missing = [item for item in items if not (step / item / MARKS[item]).is_file()]
+    missing = [item for item in items if not files.exists(step / item / MARKS[item])]
     # In a bucket, a step is not committed by a rename.
     if buckets.mounted(step):
         parts = [step / item for item in items]
@@ -63,7 +63,7 @@ def problem(step: Path, items: tuple[str, ...] = ("params", DIGESTS)) -> str | N
 
 def _open(item: Path) -> bool:
     """Whether an item in a bucket is not committed."""
-    return item.is_dir() and not (item / buckets.COMMITTED).is_file()
+    return files.exists(item) and not files.exists(item / buckets.COMMITTED)
 
 
 def newest(workdir: str | Path) -> Path:
@@ -93,10 +93,10 @@ def advice(step: Path) -> str:
 def set_aside(step: Path) -> Path:
     """Renames a damaged step so that it is kept but not used. Returns its new path."""
     place, count = step.with_name(f"{step.name}.damaged"), 1
-    while place.exists():
+    while files.exists(place):
         count += 1
         place = step.with_name(f"{step.name}.damaged-{count}")
-    return step.rename(place)
+    return files.move(step, place)
 
 
 def described(arrays: Mapping[str, Array]) -> dict[str, list]:
@@ -118,7 +118,7 @@ def checksum(meta: Any) -> int:
 def read_json(step: Path, item: str) -> dict[str, Any]:
     """Reads a JSON item that Orbax stored. Raises DamagedError if it is not valid JSON."""
     try:
-        value = json.loads((step / item / "metadata").read_bytes())
+        value = json.loads(files.read_bytes(step / item / "metadata"))
     except FileNotFoundError:
         raise DamagedError(f"{step} is damaged: {item} missing.") from None
     except ValueError as error:  # Neither JSON nor text.

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from saber_jax.inputs import RunInputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import manifest
+from saber_jax.runs import files, manifest
 from saber_jax.runs.console import log
 from saber_jax.train import best, checkpoint, saved
 from saber_jax.train.stage import Stage
@@ -61,7 +61,7 @@ def base_checkpoint(config: ConfigDict, stage: Stage, workdir: Path) -> Path | N
     if config.init.checkpoint:
         return Path(config.init.checkpoint)
     base, bare = workdir / "base", _bare(stage.cfg)
-    if not (base / checkpoint.MODEL_FILE).exists():
+    if not files.exists(base / checkpoint.MODEL_FILE):
         shardings = saber.without_lora(stage.param_shardings)
         init = jax.jit(functools.partial(saber.init, bare), out_shardings=shardings)
         checkpoint.save_params(base, init(_key(config)), bare)

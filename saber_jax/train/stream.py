@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
+from saber_jax.runs import buckets
 from saber_jax.train import checkpoint, digests, page_cache, saved
 from saber_jax.tree import flatten, merge
 
@@ -310,7 +311,8 @@ def open_model(workdir: str | Path) -> tuple[dict[str, Any], SaberConfig]:
 
 def open_leaves(step: Path) -> dict[str, StoredParameter]:
     """The parameters that one step holds, by flattened name."""
-    item = step / "params"
+    item = buckets.native(step / "params")
+    place = str(item) if buckets.mounted(step) else f"file://{item}"
     with saved.readable(step), ocp.StandardCheckpointer() as checkpointer:
         names = flatten(checkpointer.metadata(item).item_metadata.tree)
     # Nothing is read twice; and every reading at once takes a chunk's memory, new from the system.
@@ -322,12 +324,12 @@ def open_leaves(step: Path) -> dict[str, StoredParameter]:
             "data_copy_concurrency": few,
         }
     )
-    pages = page_cache.PageDropper(item)
+    pages = page_cache.PageDropper(step / "params")
 
     def opened(name: str) -> StoredParameter:
         kvstore = {
             "driver": "ocdbt",
-            "base": f"file://{item}/",
+            "base": f"{place}/",
             "path": name.replace("/", ".") + "/",
         }
         spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}

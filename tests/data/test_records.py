@@ -1,13 +1,13 @@
 import json
 import pickle
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from saber_jax.data import annotations, records
-from saber_jax.runs import buckets
+from saber_jax.runs import buckets, objects
+from tests.bucket import bucket
 
 GOOD = {
     "audio_desc": {"speech_content": "Hi.", "acoustic_feat": "calm"},
@@ -173,8 +173,8 @@ def test_a_missing_dataset_or_split_is_one_clear_error(written, tmp_path):
         records.RecordSource(written.path, "tset")
 
 
-def test_records_of_a_mounted_bucket_are_asked_of_the_bucket(written, monkeypatch):
-    mount = Path(written.path).absolute()
+def test_records_of_a_bucket_are_asked_of_the_bucket(written, tmp_path, monkeypatch):
+    place = tmp_path / "buckets/runs"  # Nothing is mounted here.
     opened_parts = []
 
     class Source:
@@ -193,12 +193,22 @@ def test_records_of_a_mounted_bucket_are_asked_of_the_bucket(written, monkeypatc
         opened_parts.append(given)
         return written.examples
 
-    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", lambda _: builder)
+    def builder_from_directory(folder):
+        assert str(folder) == "gs://runs/r/saber/1.0.0"
+        return builder
+
+    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", builder_from_directory)
     monkeypatch.setattr(records.bucket_records, "open_split", open_split)
-    monkeypatch.setenv(buckets.MOUNTS, f"{mount}=gs://b/r")
-    source = records.RecordSource(written.path, "train")
-    assert source[1].clip_id == "y"
-    assert opened_parts == [(parts, source.fingerprint)]
+    here = opened(written).fingerprint
+    with bucket("runs") as made:
+        for variable, value in made.environ.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setenv(buckets.MOUNTS, f"{place}=gs://runs")
+        objects.upload_folder(place / "r/saber/1.0.0", written.directory)
+        source = records.RecordSource(place / "r", "train")
+        assert source[1].clip_id == "y"
+        assert source.fingerprint == here
+    assert opened_parts == [(parts, here)]
 
 
 @pytest.mark.parametrize("place", [*range(0, 100, 5), 65_535, 65_536, 65_560, 65_600, -1, -600])

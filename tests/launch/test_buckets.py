@@ -1,4 +1,4 @@
-"""Settings that name buckets: mounted once, and handed on as folders."""
+"""Settings that name buckets: handed on as folders, and mounted if asked to."""
 
 import pytest
 
@@ -17,9 +17,9 @@ def host(tmp_path):
     return made
 
 
-def launch(host, *settings):
+def launch(host, *settings, fuse="1"):
     where = {"SABER_PYTHON": host.python, "SABER_BUCKETS": str(host.folder / "my buckets")}
-    return host.run(*RUN, *settings, HOME=str(host.folder), **where)
+    return host.run(*RUN, *settings, HOME=str(host.folder), SABER_FUSE=fuse, **where)
 
 
 def test_every_bucket_is_mounted_once_and_its_settings_become_paths(host):
@@ -65,6 +65,23 @@ def test_a_run_learns_what_is_mounted_where_and_compiles_into_its_bucket(host):
     assert f"SABER_MOUNTS: {mounts!r}" in done.stdout
     assert "JAX_COMPILATION_CACHE_DIR: 'gs://runs-7b/first/compilation_cache'" in done.stdout
     assert "SABER_MOUNTS: ''" in launch(host, "--config.root=/disk/7b").stdout
+
+
+def test_by_default_nothing_is_mounted_and_a_file_takes_the_folder_s_place(host):
+    (host.folder / "bin" / "gcsfuse").unlink()
+    place = host.folder / "my buckets/runs"
+    place.mkdir(parents=True)  # Where an earlier run had mounted it.
+    for _ in range(2):
+        done = launch(host, "--config.root=gs://runs/7b", fuse="")
+        assert done.returncode == 0, done.stderr
+        assert place.read_bytes() == b""
+    assert host.calls("project_python", "-m", "launch.chain")[0][-1] == f"--config.root={place}/7b"
+
+
+def test_a_bucket_is_mounted_in_the_place_of_that_file(host):
+    launch(host, "--config.root=gs://runs/7b", fuse="")
+    assert launch(host, "--config.root=gs://runs/7b").returncode == 0
+    assert (host.folder / "my buckets/runs").is_dir()
 
 
 def test_without_buckets_nothing_is_mounted(host):

@@ -59,6 +59,7 @@ def test_only_paths_below_a_mount_are_the_bucket_s_own(tmp_path, monkeypatch):
     monkeypatch.setenv(buckets.MOUNTS, f"{tmp_path}/my b=gs://b\n/runs=gs://other\n")
     assert str(buckets.native(tmp_path / "my b/7b/x")) == "gs://b/7b/x"
     assert str(buckets.native("/runs")) == "gs://other"
+    assert str(buckets.native("gs://third/7b")) == "gs://third/7b"
     assert str(buckets.native("/runs2/x")) == "/runs2/x" and not buckets.mounted("/runs2/x")
     assert buckets.mounted(tmp_path / "my b/7b")
     monkeypatch.delenv(buckets.MOUNTS)

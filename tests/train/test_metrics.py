@@ -12,9 +12,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from saber_jax import sharding
 from saber_jax.data import examples
+from saber_jax.runs import files
 from saber_jax.train import metrics, samples
 from saber_jax.train.metrics import MetricsWriter
 from tests import synthetic
+from tests.bucket import bucket
 
 
 def _events(workdir):
@@ -103,13 +105,23 @@ def test_weights_and_biases_without_the_package_says_what_to_do(tmp_path, monkey
         MetricsWriter(tmp_path, start=0, wandb="saber")
 
 
-def test_in_a_mounted_bucket_the_file_is_closed_at_every_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setenv("SABER_MOUNTS", f"{tmp_path}=gs://runs")
-    writer = metrics.MetricsWriter(tmp_path / "sft", start=0)
-    writer.write(0, {"loss": 1.0})
-    before = writer._file
-    writer.sync()
-    assert before.closed
-    writer.write(1, {"loss": 2.0})
-    writer.close()
-    assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 2
+def test_metrics_reach_a_bucket_at_every_checkpoint_and_go_on_after_a_kill(tmp_path, monkeypatch):
+    with bucket("runs") as made:
+        for variable, value in made.environ.items():
+            monkeypatch.setenv(variable, value)
+        place = tmp_path / "buckets/runs"  # Nothing is mounted here.
+        monkeypatch.setenv("SABER_MOUNTS", f"{place}=gs://runs")
+        killed = metrics.MetricsWriter(place / "sft", start=0)
+        for step in range(3):
+            killed.write(step, {"loss": 1.0})
+        killed.sync()
+        killed.write(3, {"loss": 1.0})
+        assert [row["step"] for row in files.read_jsonl(place / "sft/metrics.jsonl")] == [0, 1, 2]
+        writer = metrics.MetricsWriter(place / "sft", start=2)
+        writer.write(2, {"loss": 2.0})
+        writer.close()
+        found = files.read_jsonl(place / "sft/metrics.jsonl")
+        assert [(row["step"], row["loss"]) for row in found] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+        assert files.listed(place / "sft/tensorboard", "events*")
+        killed.close()  # Ends its thread.
+    assert not place.exists()
