@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from ml_collections import ConfigDict
 
 from configs import ranges
 from saber_jax import sharding
+from saber_jax.aot.xla_flags import FLAGS
+from saber_jax.batch import Batch
 from saber_jax.data.quarantine import LeftOut
 from saber_jax.inputs import RunInputs, open_inputs
-from saber_jax.runs import distributed, lock, manifest
+from saber_jax.runs import buckets, distributed, executables, lock, manifest
 from saber_jax.runs.console import log
 from saber_jax.runs.files import exists, read_json, read_jsonl, write_json, write_jsonl
 from saber_jax.runs.identity import MAY_CHANGE, identity
@@ -39,8 +42,10 @@ from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Meter, StepSchedule
 from saber_jax.train.references import with_references
 from saber_jax.train.stage import Stage
-from saber_jax.train.step import TrainState
+from saber_jax.train.step import Metrics, TrainState
 from saber_jax.train.validate import Validation
+
+EXECUTABLES = "executables"
 
 
 def main(argv: list[str]) -> None:
@@ -182,7 +187,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: RunInputs, watchdog: Wat
         try:
             state = loop.run(
                 state,
-                stage.train_step(skip=config.on_nonfinite == "skip"),
+                step_of(config, stage),
                 steps=config.steps,
                 checkpoints=checkpoints,
                 meta=meta,
@@ -211,6 +216,18 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: RunInputs, watchdog: Wat
     finish(workdir, summary)
     log(f"{config.stage}: {last} steps, checkpoint in {workdir}")
     return True
+
+
+def step_of(
+    config: ConfigDict, stage: Stage
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted train step, or the one that `saber_jax.aot --save` left in ROOT/executables."""
+    step = stage.train_step(skip=config.on_nonfinite == "skip")
+    folder = buckets.native(Path(config.root) / EXECUTABLES)
+    if not folder.exists():
+        return step
+    lowered = step.lower(stage.state, stage.batch)
+    return executables.load(lowered, folder, FLAGS, stage.mesh.devices.flatten().tolist()) or step
 
 
 def first_state(

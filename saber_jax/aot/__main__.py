@@ -3,9 +3,11 @@
     python -m saber_jax.aot --config=configs/cadpo.py:7b-v5e-256 [--program=decode] [--json=F]
     python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --hlo=DIR
     python -m saber_jax.aot --compare configs/sft.py:7b-v5e-256 configs/cadpo.py:7b-v5e-256
+    python -m saber_jax.aot --config=configs/sft.py:7b-v5e-256 --save=gs://BUCKET/7b/executables
 
 The default of --topology is that of the config's recipe (configs/pods.py). Any setting can be
-changed as `--config.key=value`. Exits with 1 if the program does not fit.
+changed as `--config.key=value`. Exits with 1 if the program does not fit. A run loads the train
+step from ROOT/executables, where --save put it, if it has the same settings and versions.
 """
 
 import json
@@ -27,12 +29,14 @@ from saber_jax import sharding
 from saber_jax.aot import chips, programs, report
 from saber_jax.aot.xla_flags import FLAGS
 from saber_jax.models.config import saber_config
+from saber_jax.runs import buckets, executables
 from saber_jax.train import stage as stages
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE")
 PROGRAM = flags.DEFINE_enum("program", "train", programs.NAMES, "which of the config's programs")
 JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
 HLO = flags.DEFINE_string("hlo", None, "also write the compiled module's text to this directory")
+SAVE = flags.DEFINE_string("save", None, "also write the executable to this folder or gs:// URL")
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +44,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
     config = CONFIG.value
     try:
+        if SAVE.value:
+            _check_can_be_loaded(config)
         slices = chips.parse_topology(TOPOLOGY.value or config.topology)
         stage = _stage(config, slices)
         lowered = programs.lower(PROGRAM.value, config, stage)
@@ -61,6 +67,19 @@ def main(argv: list[str]) -> None:
     if HLO.value:
         Path(HLO.value).mkdir(parents=True, exist_ok=True)
         (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text() or "")
+    if SAVE.value:
+        print(f"saved {executables.save(lowered, compiled, buckets.native(SAVE.value), FLAGS)}")
+
+
+def _check_can_be_loaded(config: ConfigDict) -> None:
+    """Raises ValueError for a program that no run would load."""
+    if PROGRAM.value != "train":
+        raise ValueError("--save is for the train step, which is all that a run loads.")
+    if config.steps is None:
+        raise ValueError(
+            "--save needs --config.steps=N: without it the data decide how many steps a run has, "
+            "and the learning rates of all steps are part of the program. Give the run the same N."
+        )
 
 
 def _stage(config: ConfigDict, slices: chips.Slices) -> stages.Stage:
@@ -79,8 +98,8 @@ def compare(arguments: list[str]) -> None:
     names, rest = arguments[at + 1 : at + 3], arguments[:at] + arguments[at + 3 :]
     if len(names) < 2 or any(name.startswith("-") for name in names):
         sys.exit("saber_jax.aot: --compare takes two configs, like configs/sft.py:7b-v5e-256")
-    if any(argument.startswith(("--json", "--hlo")) for argument in rest):
-        sys.exit("saber_jax.aot: --compare prints; write --json and --hlo of one config at a time")
+    if any(argument.startswith(("--json", "--hlo", "--save")) for argument in rest):
+        sys.exit("saber_jax.aot: --compare prints; --json, --hlo and --save are for one config")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(names):

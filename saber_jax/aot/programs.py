@@ -22,7 +22,8 @@ NAMES = ("train", "reference", *GENERATION)
 def lower(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
     """Raises ValueError for a program that the config does not run."""
     if name == "train":
-        return stage.train_step().lower(stage.state, stage.batch)
+        step = stage.train_step(skip=config.on_nonfinite == "skip")
+        return step.lower(stage.state, stage.batch)
     if name == "reference":
         return stage.reference_step("whole").lower(stage.state.params, stage.batch)
     if name in GENERATION:

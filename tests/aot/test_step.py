@@ -4,11 +4,13 @@ import re
 
 import jax
 import pytest
+from etils import epath
 
 from configs import cadpo, sft
 from saber_jax import sharding
 from saber_jax.aot import chips, cost, hlo, programs, report
 from saber_jax.aot.xla_flags import FLAGS
+from saber_jax.runs import executables
 from saber_jax.train import stage as stages
 
 
@@ -60,6 +62,15 @@ def test_layers_gather_weights_and_scatter_gradients_and_nothing_else(step):
     # Heads of 32, a quarter of the lanes, are worth no reduce-scatter to the compiler.
     summed = sum(t.wire for k, t in in_layers.items() if k.op == "all-reduce")
     assert summed <= 2 * attention * 3 / 4 * 1.01
+
+
+def test_a_run_s_own_lowering_finds_the_saved_executable(step, tmp_path):
+    config, stage, compiled, _ = step
+    executables.save(programs.lower("train", config, stage), compiled, epath.Path(tmp_path), FLAGS)
+    (saved,) = tmp_path.iterdir()
+    again = stages.build(config, stage.mesh)
+    ours = again.train_step().lower(again.state, again.batch)  # As saber_jax.main has it.
+    assert saved.name.startswith(executables.key(ours, FLAGS)) and saved.stat().st_size > 10_000
 
 
 def test_the_compiler_had_to_rematerialise_nothing(step):
