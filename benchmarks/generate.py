@@ -51,6 +51,8 @@ from saber_jax.models.config import (
 from saber_jax.models.vision import normalize
 
 GOAL, REFILL_GOAL = 2.0, 1.5
+# With 32 tokens after prompts of 500, most of the work is reading prompts.
+QUICK_GOAL = 1.5
 BATCHES = 2
 
 CONFIG = SaberConfig(
@@ -305,12 +307,13 @@ def main() -> None:
             repeats=1 if quick else 3,
         )
         print(f"batch {batch}: {found[batch]}", flush=True)
+    goal = QUICK_GOAL if quick else GOAL
     result.finish(
         "generate",
         value=found[8]["ratio"],
         unit="x transformers' tokens a second, batches of 8",
-        goal=GOAL,
-        reached=found[8]["ratio"] >= GOAL,
+        goal=goal,
+        reached=found[8]["ratio"] >= goal and refilled["tokens_equal"],
         quick=quick,
         device=result.device(),
         batch_1=found[1],

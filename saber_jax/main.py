@@ -34,7 +34,7 @@ from saber_jax.runs.files import exists, read_json, read_jsonl, write_json, writ
 from saber_jax.runs.identity import MAY_CHANGE, identity
 from saber_jax.runs.phases import Attempt, goodput
 from saber_jax.runs.watchdog import Watchdog
-from saber_jax.train import best, checkpoint, loop, nonfinite, samples, saved, start
+from saber_jax.train import best, checkpoint, copies, loop, nonfinite, samples, saved, start
 from saber_jax.train import stage as stages
 from saber_jax.train.metrics import MetricsWriter
 from saber_jax.train.optimizer import OptimizerConfig
@@ -204,6 +204,8 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: RunInputs, watchdog: Wat
             checkpoints.close()
             observers.writer.close()
     last = int(state.step)
+    if base is None and stage.compute.dtype == "bfloat16":  # Adapters are small.
+        copies.write(workdir, state.params, stage.cfg)
     summary = {
         "stage": config.stage,
         "steps": last,

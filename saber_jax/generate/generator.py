@@ -25,7 +25,8 @@ from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.runs.manifest import fingerprint
-from saber_jax.train import checkpoint, saved
+from saber_jax.train import checkpoint, copies, saved
+from saber_jax.tree import flatten
 
 STREAM_TOKENS = 8  # Tokens between two calls of `on_text`; without it the device is never asked.
 
@@ -226,20 +227,25 @@ def _numbered(batches: Iterable[Sequence[Record]]) -> Iterator[tuple[int, Sequen
 
 
 def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int) -> Generator:
-    """A Generator for a run's work directory, on all devices, in bfloat16 (on CPUs in float32)."""
-    cpu = jax.default_backend() == "cpu"
+    """A Generator for a run's work directory, on all devices, in bfloat16 (on CPUs in float32).
+
+    In bfloat16 it reads the copy that a finished run leaves, if there is one (train/copies.py).
+    """
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    source = (copies.find(workdir) if dtype == jnp.bfloat16 else None) or workdir
     cfg = SaberConfig.from_dict(checkpoint.read_model_file(workdir)["model"])
     shardings = None
     if jax.device_count() > 1:
         shardings = saber.shardings(cfg, sharding.generation_mesh(cfg.text.kv_heads))
-    params = checkpoint.load_params(workdir, cfg, shardings)
+    dtypes = dict.fromkeys(flatten(saber.abstract(cfg)), dtype)
+    params = checkpoint.load_params(source, cfg, shardings, dtypes)
     return Generator(
         params,
         cfg,
         load_tokenizer(workdir),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        dtype=jnp.float32 if cpu else jnp.bfloat16,
+        dtype=dtype,
     )
 
 
