@@ -37,6 +37,15 @@ bucket_mounts() {
   done
 }
 
+# Prints a path as gs://BUCKET/PATH if SABER_MOUNTS names the folder of its bucket, as it does on GKE.
+native() {
+  local path=$1 line
+  while IFS= read -r line; do
+    if [[ -n $line && "$path/" == "${line%=gs://*}/"* ]]; then path=${line##*=}${path#"${line%=gs://*}"}; fi
+  done <<<"${SABER_MOUNTS:-}"
+  printf '%s\n' "$path"
+}
+
 # Installs gcsfuse on a TPU VM. Prints no errors: the caller checks whether gcsfuse exists.
 install_gcsfuse() {
   local key=/usr/share/keyrings/cloud.google.asc

@@ -52,7 +52,7 @@ export SABER_MOUNTS
 cache=$PWD/runs/compilation_cache
 for argument in "$@"; do
   if [[ $argument == --config.root=gs://* ]] || { [[ $argument == --config.root=* ]] && has_tpu; }
-  then cache=${argument#*=}/compilation_cache; fi
+  then cache=$(native "${argument#*=}")/compilation_cache; fi
 done
 for argument in "$@"; do
   argument=$(with_buckets "$argument")

@@ -67,6 +67,18 @@ def test_a_run_learns_what_is_mounted_where_and_compiles_into_its_bucket(host):
     assert "SABER_MOUNTS: ''" in launch(host, "--config.root=/disk/7b").stdout
 
 
+def test_on_gke_programs_are_compiled_into_the_bucket_that_the_volume_shows(host, monkeypatch):
+    host.python = str(host.add("project_python", SHOW))
+    device = host.folder / "sys/bus/pci/devices/0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x1ae0")
+    (device / "device").write_text("0x0063")
+    monkeypatch.setenv("SABER_MOUNTS", "/runs=gs://runs-7b")
+    for root, place in {"/runs/7b": "gs://runs-7b/7b", "/runs2/7b": "/runs2/7b"}.items():
+        done = launch(host, f"--config.root={root}")
+        assert f"JAX_COMPILATION_CACHE_DIR: '{place}/compilation_cache'" in done.stdout, done.stderr
+
+
 def test_by_default_nothing_is_mounted_and_a_file_takes_the_folder_s_place(host):
     (host.folder / "bin" / "gcsfuse").unlink()
     place = host.folder / "my buckets/runs"
