@@ -141,9 +141,10 @@ def _check_file(argv: list[str]) -> None:
 
 def _check_buckets(argv: list[str]) -> None:
     # It would be used as a local path: a folder called "gs:".
-    if found := [argument for argument in argv if "gs://" in argument]:
+    settings = [argument for argument in argv if argument.startswith("--config")]
+    if found := [setting for setting in settings if "gs://" in setting]:
         raise ValueError(
-            f"{found[0]}: a bucket is read and written as a folder. launch/tpu_run.sh mounts it; "
-            "for other commands mount it with gcsfuse and give that path (docs/performance.md, "
-            "`Disks`)."
+            f"{found[0]}: settings name a bucket by its folder. launch/tpu_run.sh gives it one. "
+            "For other commands set SABER_MOUNTS=FOLDER=gs://BUCKET and give a path below FOLDER "
+            "(docs/performance.md, `Buckets`)."
         )

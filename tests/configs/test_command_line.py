@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from configs import command_line
+
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 from absl import app
@@ -96,3 +98,9 @@ def test_sigterm_while_a_command_still_imports_asks_to_try_again():
         "signal.raise_signal(signal.SIGTERM)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 75
+
+
+def test_a_bucket_in_a_setting_is_refused_and_in_other_flags_not():
+    with pytest.raises(ValueError, match="set SABER_MOUNTS=FOLDER=gs://BUCKET"):
+        command_line._check_buckets(["main", "--config.root=gs://runs/7b"])
+    command_line._check_buckets(["main", "--save=gs://runs/7b/executables"])
