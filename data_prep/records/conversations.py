@@ -1,8 +1,8 @@
-"""Other trainers' rows in one form: a conversation up to its answer, checked.
+"""Converts rows of other trainers' data sets to one form: a conversation and its answer.
 
 Each function of FORMATS takes one JSON object and raises RowError if it cannot become a record.
-What a row holds is used or refused: a key or a part of a message that is not understood is never
-skipped.
+The content of a row is used or refused: no key and no part of a message is skipped because it is
+not understood.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 Turns = list[dict[str, str]]
 Media = dict[str, list[str]]
 
-# Keys that say what was shown, asked or answered under names that are not read here: passing them
-# over would teach another task than the row holds. Keys for people (id, source, ...) may stand.
+# Parts of keys that name media, questions or answers. If a row has such a key that is not read
+# here, it is refused: without it, training would be on another task than the row describes. Any
+# other key (id, source, ...) is ignored.
 _MEANT = re.compile(
     r"image|video|audio|media|messages|conversation|prompt|chosen|rejected|response|query|history|"
     r"system|instruction|input|output|answer|question|tool|object|bbox|label|kto|loss|content",
