@@ -45,7 +45,7 @@ def check(mesh: Mapping[str, int], text: TextConfig, row: Mapping[str, int]) -> 
         return
     wrong = []
     if mesh["tensor"] > 1:
-        wrong.append(f"config.mesh.tensor={mesh['tensor']}, which has to be 1 with it")
+        wrong.append(f"config.mesh.tensor={mesh['tensor']}, which has to be 1 then")
     if text.heads % devices or math.gcd(text.kv_heads, devices) != min(text.kv_heads, devices):
         fitting = [n for n in range(2, text.heads + 1) if not text.heads % n]
         fitting = [n for n in fitting if not text.kv_heads % n or not n % text.kv_heads]
