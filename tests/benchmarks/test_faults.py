@@ -1,12 +1,14 @@
 """The benchmark of faults in a short form: none is silent, unnamed, endless or loses work."""
 
 import signal
+import threading
 
 import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis")
 
+from benchmarks.faults import __main__ as command
 from benchmarks.faults import cost, flips, inputs, machines, outcomes, training
 
 # Orbax drops tasks whose exceptions nobody fetched.
@@ -77,3 +79,17 @@ def test_a_silent_change_would_be_counted(tmp_path):
     path = tmp_path / "file"
     assert outcomes.outcome(lambda: "other", "this", path) == "silent"
     assert outcomes.outcome(lambda: int("x"), "this", path) == "unnamed"
+
+
+def test_a_quick_benchmark_makes_every_kind_once_and_waits_for_none_of_them_alone():
+    met = threading.Barrier(3, timeout=60)
+
+    def together():
+        met.wait()
+        return outcomes.Outcomes(named=1)
+
+    kinds = {"several hosts": together, "bits": together, "SIGTERM": together}
+    kinds["SIGKILL"] = lambda: outcomes.Outcomes(fine=1)
+    rows = command.all_kinds(kinds, quick=True)
+    assert list(rows) == list(kinds)
+    assert [counts.total() for counts in rows.values()] == [1, 1, 1, 1]
