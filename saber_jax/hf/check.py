@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     count, wrong = problems(directory)
     if wrong:
         listing = "\n  ".join(wrong)
-        print(f"{directory} is damaged, {len(wrong)} problems:\n  {listing}", file=sys.stderr)
+        print(
+            f"{directory} is damaged, {len(wrong)} problems:\n  {listing}\n"
+            "Export it again, or copy it again from where it came from.",
+            file=sys.stderr,
+        )
         return 1
     print(f"{directory}: all {count} tensors are what was exported.")
     return 0

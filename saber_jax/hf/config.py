@@ -35,12 +35,14 @@ def from_hf(config: Mapping[str, Any]) -> SaberConfig:
     if not isinstance(kind, str | None) or kind not in (None, *MODEL_TYPES):
         raise ValueError(
             f"config.json is of a model of another kind: model_type must be one of "
-            f"{', '.join(MODEL_TYPES)}, got {kind!r}"
+            f"{', '.join(MODEL_TYPES)}, got {kind!r}; give a Qwen2.5-Omni or its thinker"
         )
     whole, config = config, thinker(config)
-    shapes = [name for name in SECTIONS if not isinstance(config.get(name) or {}, Mapping)]
-    if shapes:
-        raise ValueError(f"config.json must hold JSON objects under {', '.join(shapes)}")
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json must hold an object as thinker_config, got {config!r}")
+    for name in SECTIONS:
+        if not isinstance(section := config.get(name) or {}, Mapping):
+            raise ValueError(f"config.json must hold an object as {name}, got {section!r}")
     wrong = list(problems(config))
     if whole is not config and whole.get("quantization_config"):
         wrong.append("quantization_config is set: weights are read as float only")
@@ -58,7 +60,10 @@ def from_hf(config: Mapping[str, Any]) -> SaberConfig:
         if type(value) is not int or value < 0 or (type(vocab) is int and value >= vocab)
     ]
     if wrong:
-        raise ValueError("config.json is not one of a Qwen2.5-Omni thinker: " + "; ".join(wrong))
+        raise ValueError(
+            f"config.json is not one of a Qwen2.5-Omni thinker: {'; '.join(wrong)}. Only sizes may "
+            "differ from the released models, because the network computes nothing else"
+        )
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     picked = {name: _pick(config[name], table) for name, table in TABLES.items()}
     vision = picked["vision_config"]
@@ -134,12 +139,12 @@ def _tokens(config: Mapping[str, Any]) -> TokenIds:
 def to_hf(cfg: SaberConfig, *, dtype: str, layout: str = "thinker") -> dict[str, Any]:
     """A config.json that transformers 4.57 and 5.23 both read alike.
 
-    "omni" is the config of the whole model, with speech switched off: what vLLM and ms-swift look
-    for. Raises ValueError for another layout.
+    The layout "omni" is the config of the whole model with speech switched off, which vLLM and
+    ms-swift expect. Raises ValueError for an unknown layout.
 
-    Rotary settings stand in the older place, which version 5 also reads, while version 4 would
-    ignore the newer one; and tied embeddings are denied on both levels, as each version asks
-    another.
+    Rotary settings are in the older place, which version 5 also reads; version 4 would ignore the
+    newer one. Both levels say that the embedding is not tied to the head, because version 4 asks
+    one of them and version 5 the other.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
@@ -188,16 +193,23 @@ def _thinker_to_hf(cfg: SaberConfig, *, dtype: str) -> dict[str, Any]:
     }
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+def tied_by(config: Mapping[str, Any]) -> list[bool]:
+    """Whether transformers 4 and transformers 5 take the embedding as the head."""
+    part = thinker(config)
+    text = part.get("text_config") or {}
+    return [bool(level.get("tie_word_embeddings")) for level in (text, part)]
+
+
+def portable(config: Mapping[str, Any], *, tied: bool | None = None) -> dict[str, Any]:
     """A config.json of either generation of transformers as both read it alike; see `to_hf`.
 
-    What transformers 5 wrote loses nothing and gains the older place of the rotary settings, and
-    whether the head is tied is said on both levels.
+    What transformers 5 wrote loses nothing and gains the older place of the rotary settings. Both
+    levels say whether the head is `tied`; None is what the config says on any level.
     """
     result = _older_rotary(config)
     part = result.get("thinker_config", result)
     text = part["text_config"]
-    tied = bool(part.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    tied = any(tied_by(config)) if tied is None else tied
     part["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
     return result
 

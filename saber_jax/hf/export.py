@@ -116,7 +116,7 @@ def export_like(
         for path in kept:
             shutil.copyfile(path, partial / path.name)
             if path.name == CONFIG:
-                _make_portable(partial / path.name)
+                _make_portable(partial / path.name, tied=_is_tied(source))
         for held in shards.values():
             held.sort(key=lambda pair: pair[1].offset)
         known = entries(cfg)
@@ -133,9 +133,9 @@ def export_like(
     return left_out
 
 
-def _make_portable(path: Path) -> None:
+def _make_portable(path: Path, *, tied: bool) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    if (changed := portable(config)) != config:
+    if (changed := portable(config, tied=tied)) != config:
         write_json(path, changed)
 
 
@@ -157,13 +157,17 @@ def _check_source(params, cfg: SaberConfig, source: HfCheckpoint) -> None:
         what=f"{source.directory} is another model than the checkpoint",
         remedy="Give the directory that the checkpoint was loaded from, or leave --source out.",
     )
-    if source.tensors["lm_head.weight"] is source.tensors["model.embed_tokens.weight"]:
+    if _is_tied(source):
         head, embed = params["text"]["lm_head"][...], params["text"]["embed"][...]
         if not np.array_equal(np.asarray(head).T, np.asarray(embed)):
             raise ValueError(
                 f"{source.directory} has one matrix for embedding and lm_head, but in the "
                 "checkpoint they differ. Leave --source out."
             )
+
+
+def _is_tied(source: HfCheckpoint) -> bool:
+    return source.tensors["lm_head.weight"] is source.tensors["model.embed_tokens.weight"]
 
 
 def _other_files(directory: Path, shards: set[str]) -> tuple[list[Path], list[str]]:

@@ -9,7 +9,6 @@ time. On a pod, start it on every host: each reads and writes its share.
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,17 +21,19 @@ from absl import logging
 from saber_jax.data.tokenizer import load_tokenizer
 from saber_jax.flags import Parser
 from saber_jax.hf import tensors
-from saber_jax.hf.config import from_hf, thinker
+from saber_jax.hf.config import from_hf, tied_by
 from saber_jax.hf.names import TensorEntry, entries, from_disk
+from saber_jax.hf.processor import differences
 from saber_jax.hf.tokenizer import check_tokenizer
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import distributed
-from saber_jax.runs.files import replacing_folder
+from saber_jax.runs.files import parse_json, replacing_folder
 from saber_jax.train import checkpoint, stream
 
 PREFIX = "thinker."
 OTHER_MODELS = ("talker.", "token2wav.")
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 # Tables that older versions of transformers saved, and that follow from the config.
 DERIVED = (".inv_freq", "positional_embedding.positional_embedding")
@@ -53,7 +54,7 @@ class HfCheckpoint:
 
 
 def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
-    """Reads config and headers, without reading tensors.
+    """Reads configs and headers; tensors only where the head could be one of two.
 
     Raises FileNotFoundError if there is no config.json, saying what is there instead, and otherwise
     one ValueError that lists everything wrong at once: missing, unexpected, mis-shaped and
@@ -72,10 +73,13 @@ def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
         raise ValueError(_report(directory, problems))
     expected = entries(cfg)
     named = _strip(found)
-    if "lm_head.weight" not in named and "model.embed_tokens.weight" in named and _tied(config):
-        named["lm_head.weight"] = named["model.embed_tokens.weight"]
+    if HEAD not in named and EMBED in named and any(tied_by(config)):
+        named[HEAD] = named[EMBED]
     # With a file unread, every tensor in it would be listed as missing too.
     problems += _compare(expected, named, complete=not problems)
+    if not problems and all(tied_by(config)):
+        problems += _two_heads(named)
+    problems += differences(directory, cfg)
     if problems:
         raise ValueError(_report(directory, problems))
     return HfCheckpoint(directory=directory, cfg=cfg, everything=found, tensors=named)
@@ -132,11 +136,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if tensors.is_pointer(path):
         raise ValueError(f"{path} {tensors.POINTER}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. Download it again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+        kind = type(config).__name__
+        raise ValueError(f"{path} must hold a JSON object, got {kind}. Download it again.")
     return config
 
 
@@ -178,10 +183,18 @@ def _strip(found: Mapping[str, tensors.Tensor]) -> dict[str, Any]:
     }
 
 
-def _tied(config: Mapping[str, Any]) -> bool:
-    part = thinker(config)
-    text = part.get("text_config") or {}
-    return bool(part.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+def _two_heads(named: Mapping[str, tensors.Tensor]) -> list[str]:
+    """A problem if a head is stored that transformers would replace by the embedding."""
+    head, embed = named[HEAD], named[EMBED]
+    try:
+        if head is embed or np.array_equal(head.read(), embed.read()):
+            return []
+    except ValueError as error:
+        return [str(error)]
+    return [
+        f"config.json ties the head to the embedding, but {HEAD} differs from {EMBED}: set "
+        "tie_word_embeddings to false if the head was trained, else delete it from the file"
+    ]
 
 
 def _compare(
@@ -206,7 +219,10 @@ def _compare(
 def _report(directory: Path, problems: list[str]) -> str:
     listing = "\n  ".join(problems)
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return f"{directory} cannot be loaded, {count}:\n  {listing}"
+    return (
+        f"{directory} cannot be loaded, {count}:\n  {listing}\n"
+        "If a file is damaged or was not copied, download or copy the directory again."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

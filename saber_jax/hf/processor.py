@@ -7,6 +7,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from saber_jax.data import media
 from saber_jax.data.chat import DEFAULT_SYSTEM
 from saber_jax.data.tokenizer import Tokenizer
@@ -14,13 +17,23 @@ from saber_jax.hf.tokenizer import FILES as TOKENIZER_FILES
 from saber_jax.hf.tokenizer import write_tokenizer
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.vision import PIXEL_MEAN, PIXEL_STD
-from saber_jax.runs.files import write_json, write_text
+from saber_jax.runs.files import read_json, write_json, write_text
 
 GENERATION = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 TEMPLATE = "chat_template.jinja"
 VOICES = "spk_dict.pt"
+SETTINGS = (PREPROCESSOR, "video_preprocessor_config.json", "processor_config.json")
+"""Files in which versions of transformers keep the settings of their processors."""
+PARTS = ("feature_extractor", "image_processor", "video_processor")
+"""Objects in processor_config.json."""
 FILES = (*TOKENIZER_FILES, GENERATION, PREPROCESSOR, TEMPLATE, VOICES)
+
+# Settings that data/media.py and the towers fix. The mean and standard deviation are of pixels.
+_FIXED = (
+    *("feature_size", "sampling_rate", "hop_length", "n_fft", "dither"),
+    *("image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"),
+)
 
 # saber_jax.data.chat.render in the language of transformers' templates. A part of a message is
 # known by its type or by the key that holds it, because servers pass on both kinds.
@@ -53,6 +66,40 @@ def write_processor(out: Path, cfg: SaberConfig, tokenizer: Tokenizer | None) ->
     write_text(out / TEMPLATE, CHAT_TEMPLATE)
     if tokenizer is not None:
         write_tokenizer(tokenizer, out)
+
+
+def differences(directory: Path, cfg: SaberConfig) -> list[str]:
+    """Settings of a checkpoint's processors by which it sees or hears otherwise than we do.
+
+    Sizes to which pictures are resized are left out: they are settings of our records.
+    """
+    fixed = {key: _preprocessor(cfg)[key] for key in _FIXED}
+    fixed |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    fixed |= {"rescale_factor": 1 / 255, "resample": Image.Resampling.BICUBIC}
+    wrong = []
+    for name in SETTINGS:
+        if not (directory / name).is_file():
+            continue
+        try:
+            content = read_json(directory / name)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        content = content if isinstance(content, dict) else {}
+        parts = {f"{part}.": content.get(part) for part in PARTS}
+        for where, section in {"": content, **parts}.items():
+            for key, want in fixed.items() if isinstance(section, dict) else ():
+                got = section.get(key)
+                if got is not None and not _equal(got, want):
+                    wrong.append(f"{name}: {where}{key} must be {want}, got {got!r}")
+    return wrong
+
+
+def _equal(got: Any, want: Any) -> bool:
+    try:
+        return np.shape(got) == np.shape(want) and np.allclose(got, want, atol=1e-6)
+    except (TypeError, ValueError):
+        return False
 
 
 def write_no_voices(out: Path) -> None:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from saber_jax.hf import digests
+from saber_jax.runs.files import parse_json
 from saber_jax.train import page_cache
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -90,7 +91,12 @@ def _find(directory: Path, single: str) -> tuple[dict[str, Tensor], list[str]]:
             f"{pickles} are pickles, which can run any code when read; convert them with "
             "save_pretrained(..., safe_serialization=True) where you trust them"
         ]
-    return {}, [f"no {single} or {INDEX} in {directory}"]
+    absent = f"no {single} or {INDEX} in {directory}"
+    if (directory / ADAPTERS).is_file():
+        return {}, [f"{absent}: {ADAPTERS} holds adapters of peft, which need their model"]
+    if others := sorted(p.name for p in directory.glob("*.safetensors")):
+        return {}, [f"{absent}, and what {', '.join(others[:3])} hold is not known without it"]
+    return {}, [absent]
 
 
 def is_pointer(path: Path) -> bool:
@@ -103,18 +109,29 @@ def _from_index(index: Path) -> tuple[dict[str, Tensor], list[str]]:
     if is_pointer(index):
         return {}, [f"{index.name} {POINTER}"]
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{index.name} is not an index: {error!r}"]
     found: dict[str, Tensor] = {}
-    problems, unread = [], set()
+    problems, unread, twice = [], set(), []
     for file in files:
         tensors, wrong = _shard(index.parent, str(file))
         problems += wrong
         if wrong:
             unread.add(file)
+        twice += [f"{n} in {found[n].path.name} and {file}" for n in tensors.keys() & found.keys()]
         found |= tensors
+    if twice:
+        problems.append(
+            f"files have tensors in common ({len(twice)}, such as {min(twice)}), so it is not "
+            "clear which are meant. Delete the older files and their index"
+        )
+    if SINGLE not in files and (index.parent / SINGLE).exists():
+        problems.append(
+            f"it holds two models: {SINGLE}, which transformers reads, and the files of "
+            f"{index.name}. Delete the one that is not meant"
+        )
     # What an unreadable shard should have held is one problem, not hundreds.
     absent = [n for n, f in places.items() if f not in unread and n not in found]
     problems += [f"{name} is not in {places[name]}, where the index puts it" for name in absent]
@@ -143,10 +160,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if length > LONGEST_HEADER:
             return {}, [f"{path.name} has a damaged header: it claims to have {length} bytes"]
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = parse_json(file.read(length))
             header.pop("__metadata__", None)
             tensors = {name: _tensor(path, 8 + length, info) for name, info in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {}, [f"{path.name} has a damaged header: {error!r}"]
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
@@ -156,13 +173,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if end != size:
         return {}, [f"{path.name} is truncated or damaged: {end} bytes, got {size}"]
     return tensors, []
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(content := dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {max(names, key=names.count)} twice")
-    return content
 
 
 def _tensor(path: Path, start: int, info: dict) -> Tensor:

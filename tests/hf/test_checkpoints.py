@@ -142,6 +142,51 @@ def test_a_tied_head_is_the_embedding(copy):
     np.testing.assert_array_equal(text["lm_head"], text["embed"].T)
 
 
+def test_a_head_that_transformers_would_replace_by_the_embedding_is_refused(copy):
+    def tie(config):
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+
+    edit(copy / "config.json", tie)
+    assert "ties the head to the embedding, but lm_head.weight differs" in refusal(copy)
+    rewrite(copy, lambda w: w.update({load.HEAD: w[load.EMBED]}))
+    load.open_checkpoint(copy)
+
+
+def test_a_head_of_its_own_stays_one_in_a_copy_whatever_one_version_says(params, copy, tmp_path):
+    """transformers 4 and 5 ask different levels of the config; the file has the last word."""
+    edit(copy / "config.json", lambda c: c["text_config"].update(tie_word_embeddings=True))
+    export.export_like(params, CONFIG, tmp_path / "out", load.open_checkpoint(copy))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3}, "image_mean must be [0.48"),
+        ("preprocessor_config.json", {"hop_length": "160"}, "hop_length must be 160, got '160'"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize must be True"),
+        (
+            "processor_config.json",
+            {"feature_extractor": {"feature_size": 80}},
+            "processor_config.json: feature_extractor.feature_size must be 128, got 80",
+        ),
+        ("video_preprocessor_config.json", [], None),
+        (
+            "preprocessor_config.json",
+            {"max_pixels": 7, "rescale_factor": 0.00392156862745098},
+            None,
+        ),
+    ],
+)
+def test_a_processor_that_sees_or_hears_otherwise_is_refused_by_name(copy, file, content, named):
+    (copy / file).write_text(json.dumps(content))
+    if named is None:
+        load.open_checkpoint(copy)
+    else:
+        assert named in refusal(copy)
+
+
 def rewrite(directory, change):
     path = directory / "model.safetensors"
     weights = load_file(path)
@@ -216,6 +261,27 @@ def test_an_index_that_is_none_and_one_that_lies_are_refused(copy):
     places = {name: "model.safetensors" for name in [*names, "model.extra"]}
     index.write_text(json.dumps({"weight_map": places}))
     assert "model.extra is not in model.safetensors, where the index puts it" in refusal(copy)
+
+
+def test_two_models_in_one_directory_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    first, second = copy / "first.safetensors", copy / "second.safetensors"
+    save_file(weights, first)
+    save_file({"model.norm.weight": weights["model.norm.weight"]}, second)
+    places = {name: first.name for name in weights} | {"model.norm.weight": second.name}
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    message = refusal(copy)
+    assert "it holds two models: model.safetensors" in message
+    assert "model.norm.weight in first.safetensors and second.safetensors" in message
+    (copy / "model.safetensors").unlink()
+    index.unlink()
+    assert "first.safetensors, second.safetensors hold is not known" in refusal(copy)
+
+
+def test_an_adapter_beside_a_config_is_not_a_model(copy):
+    (copy / "model.safetensors").rename(copy / "adapter_model.safetensors")
+    assert "adapter_model.safetensors holds adapters of peft" in refusal(copy)
 
 
 def test_pickles_are_refused(copy):
