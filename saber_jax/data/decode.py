@@ -67,6 +67,9 @@ __all__ = [
     "release_sampling",
 ]
 
+Sampling = FrameSampling
+"""Its former name, for scripts outside of this project."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DecodedClip:
