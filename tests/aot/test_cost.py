@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saber_jax import sharding
 from saber_jax.aot import cost, hlo
 
-MESH_SHAPE = {"data": 1, "fsdp_z": 1, "fsdp_y": 2, "fsdp_x": 2, "tensor": 1}
+MESH_SHAPE = {"data": 1, "fsdp_z": 1, "fsdp_y": 2, "fsdp_x": 2, "sequence": 1, "tensor": 1}
 
 
 @pytest.fixture(scope="module")

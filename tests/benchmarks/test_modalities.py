@@ -59,7 +59,7 @@ def test_words_that_give_a_conflict_away_are_named():
 
 def test_a_table_has_a_line_for_every_split_and_sort(scores):
     lines = modalities.table(scores).splitlines()
-    assert len(lines) == 2 + 7  # Preference clips all conflict.
+    assert len(lines) == 2 + 8
     assert len({line.count("|") for line in lines}) == 1
 
 
