@@ -35,6 +35,7 @@ from saber_jax.runs.files import exists, read_json, write_json
 from saber_jax.runs.identity import MAY_CHANGE, identity
 
 TERMINATED = 128 + signal.SIGTERM
+BAR_SECONDS = 30  # Between two states of a progress bar in a log.
 UNTIL = flags.DEFINE_string(
     "until", "", "Step after which to stop. The same command without it goes on, on any machine."
 )
@@ -136,6 +137,8 @@ def _put_stamp(root: Path, name: str, stamp: str, command: Sequence[str], second
 def _work(step: Step, title: str, place: tuple[int, int]) -> None:
     print(f"\n{title}: {step.says}\n  $ {shlex.join(step.command)}", flush=True)
     environ = dict(os.environ)
+    if not sys.stderr.isatty():  # In a log, every state of a progress bar stays.
+        environ.setdefault("TQDM_MININTERVAL", str(BAR_SECONDS))
     if place[1] > 1 and not step.together:
         environ = turns.alone(environ, hardware.tpu_chips())
     status = _run([sys.executable, *step.command[1:]], environ)

@@ -82,6 +82,7 @@ def with_own_workdir(
     return config, (*settings, f"--config.workdir={config.workdir}")
 
 
+MODELS = {"base": "base", "sft": "SED", "cadpo": "CA-DPO"}
 STAGES = {
     "sft": "stage 1, SED: evidence first, then the reasoning",
     "cadpo": "stage 2, CA-DPO: prefer the answer that weighs all modalities",
@@ -187,7 +188,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
         evaluations.append(
             Step(
                 name=names[stage],
-                says=f"held-out clips, consistent and not, and each modality's part, {stage} model",
+                says=f"answers of the {MODELS[stage]} model to held-out clips, and scores",
                 command=(*answer, "--brief"),
                 share=answer,
                 leaves=str(scores[stage] / "scores.json"),

@@ -72,9 +72,8 @@ def build(
     # it cannot be a __main__.py, which multiprocessing never imports.
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _start_worker, (out,)) as pool:
-        for _ in tqdm(
-            pool.imap_unordered(_make, missing, chunksize=4), total=len(missing), unit="clip"
-        ):
+        made = pool.imap_unordered(_make, missing, chunksize=4)
+        for _ in tqdm(made, total=len(missing), desc="render", unit="clip"):
             pass
     write_jsonl(out / "labels.jsonl", [clip.labels for clip in clips])
     made_with = {name: version(name) for name in ("av", "espeakng-loader", "numpy", "pillow")}

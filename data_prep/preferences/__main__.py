@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.preferences import judge, offline, sample, withhold
+from data_prep.preferences import judge, offline, sample, summary, withhold
 from data_prep.preferences.score import Scorer
 from saber_jax.data.pairs import write_pairs
 from saber_jax.data.records import Record, RecordSource
@@ -183,7 +183,7 @@ def _verdict(
         print(f"  {count:6d}  {why}: {reasons[why]}")
     for name, value in about["about_pairs"].items():
         if value is not None:
-            print(f"  {value:6g}  {name}")
+            print(f"  {summary.MEANINGS[name].format(value)}")
     if about["pairs"] >= FEWEST_PAIRS:
         return 0
     advice = {

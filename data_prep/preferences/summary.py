@@ -14,6 +14,14 @@ from saber_jax.data import sed
 PairLine = Mapping[str, Any]
 """A line of pairs.jsonl."""
 
+MEANINGS = {
+    "chosen_characters": "{:6.0f}  characters has a chosen answer on average",
+    "rejected_characters": "{:6.0f}  characters has a rejected answer on average",
+    "longer_is_chosen": "{:6.0%}  of the pairs: the longer answer is the chosen one",
+    "only_reasoning_differs": "{:6.0%}  of the pairs: both answers give the same evidence",
+}
+"""How the console shows each figure of `about_pairs`."""
+
 
 def of_pairs(pairs: Sequence[PairLine]) -> dict[str, Any]:
     """Counts and shares of all pairs, by type of conflict and by language."""

@@ -36,6 +36,7 @@ from saber_jax.runs.files import replacing_folder, write_json, write_jsonl
 FORMAT = 3
 """Version of the output format; part of the fingerprint of a build."""
 
+EXACT, RELEASE = decode.FrameSampling(), decode.release_sampling()
 TRAIN = "train"
 SHOWN_REFUSALS = 20
 SHOWN_UNUSED = 10
@@ -82,11 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", type=path, help="labels.jsonl with split, language, emotion")
     parser.add_argument("--split", default=TRAIN, help="split of clips without a label")
     parser.add_argument("--mode", choices=decode.MODES, default="exact")
-    parser.add_argument("--fps", type=float, help="frames per second to keep")
-    parser.add_argument("--max_frames", type=whole, help="maximum number of frames per clip")
-    parser.add_argument("--min_pixels", type=whole, help="minimum pixels per frame")
-    parser.add_argument("--max_pixels", type=whole, help="maximum pixels per frame")
-    parser.add_argument("--max_seconds", type=float, help="longer clips are refused")
+    for name, meaning in (
+        ("fps", "frames per second to keep"),
+        ("max_frames", "maximum number of frames per clip"),
+        ("min_pixels", "minimum pixels per frame"),
+        ("max_pixels", "maximum pixels per frame"),
+        ("max_seconds", "longer clips are refused"),
+    ):
+        # None stands for the default of --mode, which argparse does not know yet.
+        kind, said = type(getattr(EXACT, name)), f"{meaning} ({_default(name)})"
+        parser.add_argument(f"--{name}", type=kind, help=said)
     parser.add_argument(
         "--audio_in_video",
         action="store_true",
@@ -112,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         "runner=DataflowRunner,project=P; its workers must be able to read --clips and OUT.partial",
     )
     return parser
+
+
+def _default(name: str) -> str:
+    exact, release = getattr(EXACT, name), getattr(RELEASE, name)
+    return f"default: {exact}" + (f", or {release} with saber_release" if release != exact else "")
 
 
 def _beam_options(text: str) -> tuple[str, ...]:
@@ -150,8 +161,7 @@ def build(arguments: argparse.Namespace) -> int:
 
 
 def _sampling(arguments: argparse.Namespace) -> decode.FrameSampling:
-    exact = arguments.mode == "exact"
-    base = decode.FrameSampling() if exact else decode.release_sampling()
+    base = EXACT if arguments.mode == "exact" else RELEASE
     names = [field.name for field in dataclasses.fields(base)]
     given = {name: getattr(arguments, name, None) for name in names}
     return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})

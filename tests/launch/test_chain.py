@@ -41,6 +41,12 @@ def test_steps_run_once_and_in_order(tmp_path, capfd):
     assert "nothing left to do" in capfd.readouterr().out
 
 
+def test_a_log_gets_few_states_of_a_progress_bar(tmp_path, capfd):
+    bar = "import time, tqdm; [time.sleep(0.15) for _ in tqdm.tqdm(range(4))]"
+    chain.run([step("a", bar)], tmp_path)
+    assert capfd.readouterr().err.count("\r") == 2  # The first and the last.
+
+
 def test_a_failing_step_ends_the_chain_with_its_status_and_is_run_again(tmp_path, capfd):
     log = tmp_path / "log"
     first = step("a", appending(log, "a"))

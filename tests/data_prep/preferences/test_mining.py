@@ -44,7 +44,9 @@ def test_the_command_leaves_pairs_that_training_reads_and_then_does_nothing(
     assert set(json.loads(lines[0])) == set(withhold.PAIR_KEYS)
     monkeypatch.setattr(mining, "load_generator", None)
     assert command() == 0
-    assert capsys.readouterr().out.count("8 pairs from 8 answers") == 2
+    said = capsys.readouterr().out
+    assert said.count("8 pairs from 8 answers") == 2
+    assert said.count("of the pairs: the longer answer is the chosen one") == 2
 
 
 def test_another_checkpoint_in_the_same_folder_is_refused(command, capsys):
