@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 
 def device() -> str:
@@ -28,7 +28,7 @@ def finish(
     quick: bool = False,
     correct: bool = True,
     **more: Any,
-) -> None:
+) -> NoReturn:
     """Prints the result as one JSON line and exits 0 if it is `ok`, else 1.
 
     `value` is what `goal` is about; whatever else a reader should see goes into `more`. A full run

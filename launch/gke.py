@@ -1,14 +1,17 @@
 """Runs a config on GKE as a JobSet, in kubectl's current context and namespace.
 
-    GKE_IMAGE=IMAGE TPU_TYPE=v5e:16x16 SLICES=2 CLAIM=disk launch/tpu_run.sh configs/cadpo.py:7b
+    GKE_IMAGE=IMAGE TPU_TYPE=v5e:16x16 SERVICE_ACCOUNT=trainer launch/tpu_run.sh \
+        configs/cadpo.py:7b-v5e-256 --config.root=gs://BUCKET/7b
 
 GKE_IMAGE        the image built with launch/Dockerfile from this checkout
-TPU_TYPE         generation and topology of one slice
-SLICES           how many slices; 1 by default
-CLAIM or BUCKET  a persistent volume claim that many pods may mount, or a Cloud Storage bucket,
-                 which is mounted with FUSE; the run's config.root is on it
+TPU_TYPE         generation and topology of one slice, by default those of the recipe
+SLICES           how many slices, by default as many as the recipe has, or 1
+CLAIM or BUCKET  instead of a gs:// root: a persistent volume claim that many pods may mount, or a
+                 Cloud Storage bucket to mount with FUSE, on /runs; the run's config.root is there
 SERVICE_ACCOUNT  Kubernetes service account of the pods, "default" by default; it must be allowed
-                 to write to the bucket
+                 to write to the bucket. With several slices, the node pools' service account must
+                 be allowed to as well: pods are then on the network of their nodes, where requests
+                 are made in the node's name (docs/pod.md)
 NAME             name of the JobSet, saber by default; the same name attaches to the same run
 
 Applies launch/gke_jobset.yaml, prints the first host's output, and exits with 0 or 1 like the
@@ -41,33 +44,38 @@ LAST_LINES = 30
 # Mount options of Cloud Storage FUSE: implicit folders, renaming of whole folders, and no metadata
 # cache, because other hosts may replace files.
 MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0"
+POD_NETWORK = {"HOST_NETWORK": "false", "DNS_POLICY": "ClusterFirst"}
+NODE_NETWORK = {"HOST_NETWORK": "true", "DNS_POLICY": "ClusterFirstWithHostNet"}
 
 
-def settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The values of the YAML template except COMMAND. Exits with a message if one is wrong."""
-    missing = [name for name in ("GKE_IMAGE", "TPU_TYPE") if not environ.get(name)]
-    if not environ.get("CLAIM") and not environ.get("BUCKET"):
-        missing.append("CLAIM or BUCKET")
-    if missing:
-        sys.exit(
-            f"launch/tpu_run.sh: on GKE, {' and '.join(missing)} must be set; see launch/gke.py."
-        )
-    slices = environ.get("SLICES", "1")
-    if not re.fullmatch("[1-9][0-9]*", slices):
-        sys.exit(f"launch/tpu_run.sh: SLICES must be a whole number of slices, got {slices!r}.")
-    try:
-        shape = topology.parse(environ["TPU_TYPE"], int(slices))
-    except ValueError as error:
-        sys.exit(f"launch/tpu_run.sh: TPU_TYPE {error}")
+def name_of(environ: Mapping[str, str]) -> str:
+    """The name of the JobSet. Exits with a message if Kubernetes would refuse it."""
     name = environ.get("NAME", "saber")
     if not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         sys.exit(
             "launch/tpu_run.sh: NAME must be small letters, digits and dashes, 40 at most, got "
             f"{name!r}."
         )
+    return name
+
+
+def settings(environ: Mapping[str, str], config: str) -> dict[str, str]:
+    """The values of the YAML template except COMMAND. Exits with a message if one is wrong."""
+    if not environ.get("GKE_IMAGE"):
+        sys.exit("launch/tpu_run.sh: on GKE, GKE_IMAGE must be set; see launch/gke.py.")
+    slices = environ.get("SLICES", "")
+    if slices and not re.fullmatch("[1-9][0-9]*", slices):
+        sys.exit(f"launch/tpu_run.sh: SLICES must be a whole number of slices, got {slices!r}.")
+    asked = environ.get("TPU_TYPE", "")
+    if asked and slices:
+        asked = f"{slices}*{asked}"
+    try:
+        shape = topology.wanted(config, asked)
+    except ValueError as error:
+        sys.exit(f"launch/tpu_run.sh: {error}")
     bucket = environ.get("BUCKET", "").removeprefix("gs://").rstrip("/")
     return {
-        "NAME": name,
+        "NAME": name_of(environ),
         "IMAGE": environ["GKE_IMAGE"],
         "SLICES": str(shape.count),
         "HOSTS": str(shape.hosts),
@@ -75,37 +83,51 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
         "ACCELERATOR": topology.GENERATIONS[shape.generation].node_pool,
         "TOPOLOGY": shape.topology,
         "SERVICE_ACCOUNT": environ.get("SERVICE_ACCOUNT") or "default",
+        # Traffic between slices is faster on the network of the nodes. Only pods on a network of
+        # their own can act as their service account, so one slice stays there.
+        **(NODE_NETWORK if shape.count > 1 else POD_NETWORK),
+        "FUSE": json.dumps("true" if bucket else "false"),
         "VOLUME": json.dumps(_volume(bucket, environ.get("CLAIM", "")))[1:-1],
         "MOUNTS": json.dumps(f"/runs=gs://{bucket}" if bucket else ""),
     }
 
 
 def _volume(bucket: str, claim: str) -> dict[str, Any]:
-    """The source of the volume that all pods share."""
+    """The source of the volume on /runs: what all pods share, or a pod's own disk space if the run
+    is in a bucket that is not mounted."""
     if not bucket:
-        return {"persistentVolumeClaim": {"claimName": claim}}
+        return {"persistentVolumeClaim": {"claimName": claim}} if claim else {"emptyDir": {}}
     attributes = {
         "bucketName": bucket,
         "mountOptions": MOUNT_OPTIONS,
-        # With the host network, the driver finds the pod's service account only with this option.
+        # On the node's network, the driver finds the pod's service account only with this option.
         "hostNetworkPodKSA": "true",
     }
     return {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
 def render(environ: Mapping[str, str], arguments: list[str]) -> str:
-    """The YAML to apply: `arguments` are a config and its settings."""
-    if buckets := [argument for argument in arguments if "gs://" in argument]:
+    """The YAML to apply: `arguments` are a config and its settings. Exits with a message if the run
+    would leave its results in a pod."""
+    filled = settings(environ, arguments[0])
+    roots = [a.partition("=")[2] for a in arguments if a.startswith("--config.root=")]
+    shared = environ.get("CLAIM") or environ.get("BUCKET")
+    if not shared and not any(root.startswith("gs://") for root in roots[-1:]):
         sys.exit(
-            f"launch/tpu_run.sh: {buckets[0]}: pods see a bucket through their volume. Set "
-            "BUCKET to mount it, or make CLAIM a claim on it, and give paths under /runs."
+            "launch/tpu_run.sh: on GKE, --config.root=gs://BUCKET/PATH, CLAIM or BUCKET must be "
+            "set: a run's folder has to outlive its pods. See launch/gke.py."
         )
-    if not any(argument.startswith("--config.root=") for argument in arguments):
+    if environ.get("BUCKET") and (own := [a for a in arguments if "gs://" in a]):
+        sys.exit(
+            f"launch/tpu_run.sh: {own[0]} names a bucket, and BUCKET mounts one on /runs. Leave "
+            "BUCKET away, which is faster, or give paths under /runs."
+        )
+    if not roots:
         variant = arguments[0].partition(":")[2] or "7b"
         arguments = [*arguments, f"--config.root=/runs/{variant}"]
     # JSON is YAML, whatever the arguments contain. Kubernetes would expand $(NAME) in them.
     literal = [argument.replace("$(", "$$(") for argument in arguments]
-    filled = settings(environ) | {"COMMAND": json.dumps(["launch/tpu_run.sh", *literal])}
+    filled |= {"COMMAND": json.dumps(["launch/tpu_run.sh", *literal])}
     spec = hashlib.sha256(json.dumps([filled, YAML.read_text()]).encode()).hexdigest()[:16]
     return Template(YAML.read_text()).substitute(filled, SPEC=spec)
 
@@ -220,7 +242,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--print"]:
         print(render(os.environ, arguments[1:]))
         return 0
-    name = settings(os.environ)["NAME"]
+    name = name_of(os.environ)
     if arguments == ["--stop"]:
         return kubectl("delete", "jobset", name).returncode
     rendered = render(os.environ, arguments)

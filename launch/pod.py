@@ -40,25 +40,11 @@ class Arguments:
 
     def shape(self) -> topology.Slices:
         """TPU_TYPE, or the topology of the recipe. Exits with a message without either."""
-        recipe = topology.of_recipe(self.run[0]) if self.run else None
-        asked = os.environ.get("TPU_TYPE")
-        if asked:
-            try:
-                shape = topology.parse(asked)
-            except ValueError as error:
-                sys.exit(f"launch/pod.sh: TPU_TYPE {error}")
-        elif recipe is not None:
-            shape = recipe
-        else:
-            sys.exit(
-                "launch/pod.sh: which TPUs? Name a recipe of configs/pods.py, such as "
-                "configs/cadpo.py:7b-v5e-256, or set TPU_TYPE, such as v5e:16x16."
-            )
-        if recipe is not None and shape != recipe:
-            sys.exit(
-                f"launch/pod.sh: TPU_TYPE is {shape}, but {self.run[0]} is made for {recipe}. "
-                "Leave TPU_TYPE away, or choose another recipe (configs/pods.py)."
-            )
+        config = self.run[0] if self.run else ""
+        try:
+            shape = topology.wanted(config, os.environ.get("TPU_TYPE", ""))
+        except ValueError as error:
+            sys.exit(f"launch/pod.sh: {error}")
         if not topology.GENERATIONS[shape.generation].accelerator:
             sys.exit(
                 f"launch/pod.sh: {shape.generation} exists on GKE alone; see launch/tpu_run.sh."

@@ -69,12 +69,13 @@ class Slices:
         return f"{many}{self.generation}:{self.topology}"
 
 
-def parse(text: str, count: int = 1) -> Slices:
+def parse(text: str) -> Slices:
     """Raises ValueError that says what is wrong with `text`, "v5e:16x16" or "2*v5e:8x16"."""
     many, _, one = text.rpartition("*")
     generation, _, topology = one.partition(":")
     sizes = topology.split("x")
-    if generation not in GENERATIONS or not all(re.fullmatch("[1-9][0-9]*", s) for s in sizes):
+    numbers = [*sizes, *([many] if many else [])]
+    if generation not in GENERATIONS or not all(re.fullmatch("[1-9][0-9]*", n) for n in numbers):
         raise ValueError(
             "must be a generation and a topology such as v5e:16x16 or v5p:4x4x8, got "
             f"{text!r}. Generations: {', '.join(GENERATIONS)}."
@@ -85,7 +86,7 @@ def parse(text: str, count: int = 1) -> Slices:
             f"has the wrong shape: topologies of {generation} have {dimensions} numbers, got "
             f"{topology}."
         )
-    return Slices(generation, topology, int(many) if many else count)
+    return Slices(generation, topology, int(many) if many else 1)
 
 
 def of_recipe(config: str) -> Slices | None:
@@ -105,3 +106,28 @@ def of_recipe(config: str) -> Slices | None:
                     return None
                 return parse(ast.literal_eval(settings["topology"]))
     return None
+
+
+def wanted(config: str, asked: str) -> Slices:
+    """The slices that a run asks for: `asked`, the value of TPU_TYPE, or else those of its recipe.
+
+    Raises ValueError where there is neither, or where the two differ.
+    """
+    recipe = of_recipe(config)
+    if not asked:
+        if recipe is None:
+            raise ValueError(
+                "which TPUs? Name a recipe of configs/pods.py, such as "
+                "configs/cadpo.py:7b-v5e-256, or set TPU_TYPE, such as v5e:16x16."
+            )
+        return recipe
+    try:
+        shape = parse(asked)
+    except ValueError as error:
+        raise ValueError(f"TPU_TYPE {error}") from None
+    if recipe is not None and shape != recipe:
+        raise ValueError(
+            f"TPU_TYPE is {shape}, but {config} is made for {recipe}. Leave TPU_TYPE away, or "
+            "choose another recipe (configs/pods.py)."
+        )
+    return shape

@@ -12,7 +12,7 @@
 #   ... launch/tpu_run.sh --stop                                 saves and ends it
 #
 # On GKE, as a JobSet of one or more slices, in kubectl's current context (launch/gke.py):
-#   GKE_IMAGE=IMAGE TPU_TYPE=v5e:16x16 SLICES=2 CLAIM=disk launch/tpu_run.sh configs/cadpo.py:7b
+#   GKE_IMAGE=IMAGE launch/tpu_run.sh configs/cadpo.py:7b-v5e-256 --config.root=gs://BUCKET/7b
 #
 # The same call starts, goes on after an interruption, and says so when all is done. Exit status 75:
 # it was told to stop (SIGTERM) and saved.

@@ -180,10 +180,38 @@ def test_a_bucket_is_mounted_with_the_options_that_a_run_needs(cluster):
     }
 
 
-def test_a_bucket_in_a_setting_is_refused_because_pods_see_it_through_their_volume(cluster):
-    done = cluster.run(RUN[0], RUN[1], "--config.root=gs://runs/7b", **WHERE)
-    assert done.returncode == 1 and "make CLAIM a claim on it" in done.stderr
+def test_a_run_in_a_bucket_needs_no_mount_and_acts_as_the_service_account(cluster):
+    run = ("configs/cadpo.py:7b-v5e-256", "--config.root=gs://runs/7b")
+    where = {"GKE_IMAGE": "registry/saber:1", "SERVICE_ACCOUNT": "trainer"}
+    shown = cluster.run("python3", "-m", "launch.gke", "--print", *run, **where)
+    jobset = yaml.safe_load(shown.stdout)
+    jsonschema.Draft202012Validator(SCHEMA).validate(jobset)
+    job, _, pod = parts(jobset)
+    assert job["replicas"] == 1  # The recipe's.
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
+    annotations = job["template"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"gke-gcsfuse/volumes": "false"}
+    assert not pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirst"
+    assert pod["serviceAccountName"] == "trainer"
+    assert pod["containers"][0]["command"] == ["launch/tpu_run.sh", *run]
+    (volume,) = (v for v in pod["volumes"] if v["name"] == "runs")
+    assert volume == {"name": "runs", "emptyDir": {}}
+
+
+def test_several_slices_talk_over_the_network_of_their_nodes(cluster):
+    _, _, pod = parts(rendered(cluster))
+    assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+
+
+def test_a_bucket_is_either_mounted_or_named_in_settings(cluster):
+    done = cluster.run(RUN[0], RUN[1], "--config.root=gs://runs/7b", **(WHERE | {"BUCKET": "runs"}))
+    assert done.returncode == 1 and "Leave BUCKET away" in done.stderr
     assert not cluster.calls("kubectl")
+
+
+def test_a_run_is_stopped_by_its_name_alone(cluster):
+    cluster.run("launch/tpu_run.sh", "--stop", GKE_IMAGE="registry/saber:1", NAME="mine")
+    assert [call[1:] for call in cluster.calls("kubectl")] == [["delete", "jobset", "mine"]]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +220,8 @@ def test_a_bucket_in_a_setting_is_refused_because_pods_see_it_through_their_volu
         ({"CLAIM": ""}, "CLAIM or BUCKET must be set"),
         ({"TPU_TYPE": "v9:2x2"}, "Generations: v4, v5e, v5p, v6e, tpu7x"),
         ({"TPU_TYPE": "v5p:16x16"}, "topologies of v5p have 3 numbers, got 16x16"),
+        ({"TPU_TYPE": ""}, "which TPUs?"),
+        ({"TPU_TYPE": "2*v5e:16x16"}, "must be a generation and a topology"),
         ({"SLICES": "two"}, "SLICES must be a whole number"),
         ({"NAME": "My_Run"}, "NAME must be small letters"),
     ],
