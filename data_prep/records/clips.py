@@ -150,12 +150,28 @@ def find_inputs(clips: Path, annotated: Path, labels: Path | None) -> ClipInputs
     used = [*videos, *by_name.values(), *([labels] if labels else [])]
     real = {os.path.realpath(path) for path in used}
     others = {path for path in (*other_videos, *other_texts, *found)}
+    names = {path: name_of(path, clips) for path in videos}
     return ClipInputs(
-        clips={path: name_of(path, clips) for path in videos},
+        clips=names,
         annotations=by_name,
-        labels=read_labels(labels) if labels else {},
+        labels=_labels_of(labels, clips, names) if labels else {},
         others=sorted(shown(str(p)) for p in others if os.path.realpath(p) not in real),
     )
+
+
+def _labels_of(path: Path, folder: Path, names: Mapping[Path, str]) -> dict[str, dict[str, str]]:
+    """`read_labels`, which must name clips and not their files: clips without their labels would
+    all be trained on, test clips included."""
+    labels, known = read_labels(path), set(names.values())
+    files = {str(file.relative_to(folder)): name for file, name in names.items()}
+    files |= {str(file): name for file, name in names.items()} | {name: name for name in known}
+    for label in sorted(labels.keys() - known):
+        if meant := files.get(label.replace("\\", "/").removeprefix("./")):
+            raise ValueError(
+                f"{path} has the clip_id {label!r}. A clip_id is the path below {folder} without "
+                f"the suffix; write {meant!r}, and the others alike."
+            )
+    return labels
 
 
 def read_labels(path: Path, also: Sequence[str] = ()) -> dict[str, dict[str, str]]:

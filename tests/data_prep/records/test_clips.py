@@ -207,6 +207,15 @@ def test_a_label_of_the_wrong_kind_is_named_by_its_line(tmp_path, line, why):
     assert why in str(error.value)
 
 
+@pytest.mark.parametrize("written", ["B/001.mp4", "./B/001", "B\\001", "{clips}/B/001.mp4"])
+def test_labels_that_name_files_instead_of_clips_are_refused(folders, written):
+    folders.add("clips/B/001.mp4", "annotations/B/001.json")
+    ids = ("elsewhere", written.format(clips=folders.clips))
+    folders.labels.write_text("".join(json.dumps({"clip_id": name}) + "\n" for name in ids))
+    with pytest.raises(ValueError, match="without the suffix; write 'B/001'"):
+        folders.inputs()
+
+
 def test_numbers_and_nulls_of_labels_are_understood(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"clip_id": "a", "kappa": 0.5, "emotion": null}\n')
