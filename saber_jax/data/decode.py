@@ -128,6 +128,8 @@ def decode_clip(path: str | Path, sampling: FrameSampling, *, sound: bool = True
             raise MediaError("no_audio", f"{path.name}: the audio track is empty")
         by_time = sampling.mode == "exact"
         audio = film.sound.placed(timeline.start) if by_time else film.sound.joined()
+        if not audio.size:
+            raise MediaError("no_audio", f"{path.name}: the sound ends before the first frame")
     seconds = timeline.seconds / (len(frames) / media.TEMPORAL_PATCH)
     return DecodedClip(
         frames=frames,

@@ -11,6 +11,7 @@ import soxr
 from jaxtyping import Float, Int16
 
 from saber_jax.data import media
+from saber_jax.data.frame_sampling import MediaError
 
 TOLERANCE = 0.02
 """Timestamps that differ from the sample count by less than this, in seconds, are ignored.
@@ -64,7 +65,7 @@ class Track:
         return sum(after.start - before.end > TOLERANCE for before, after in pairs)
 
     def hear(self, frame: av.AudioFrame) -> None:
-        """Adds the next frame of the track."""
+        """Adds the next frame of the track. Raises MediaError for NaN and infinite samples."""
         if self.full:
             return
         pieces = self._mono(frame)
@@ -95,7 +96,10 @@ class Track:
             self._format, self._resampler = kind, av.AudioResampler(format="flt")
         channels = frame.layout.nb_channels
         parts = self._resampler.resample(frame)
-        return [part.to_ndarray().reshape(-1, channels).mean(axis=1) for part in parts]
+        pieces = [part.to_ndarray().reshape(-1, channels).mean(axis=1) for part in parts]
+        if not all(np.isfinite(piece).all() for piece in pieces):
+            raise MediaError("unreadable", "the sound has samples that are not numbers")
+        return pieces
 
     def placed(self, start: Fraction | float) -> Int16[np.ndarray, " n"]:
         """The sound from `start` seconds on.

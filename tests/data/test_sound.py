@@ -68,6 +68,16 @@ def test_resampled_sound_is_as_long_as_librosas(rate, samples):
     assert len(sound.resample(np.zeros(samples), rate)) == math.ceil(samples * 16_000 / rate)
 
 
+@pytest.mark.parametrize("sample", [math.nan, -math.inf])
+def test_samples_that_are_not_numbers_are_refused(sample):
+    data = np.zeros((1, 1600), np.float32)
+    data[0, 800] = sample
+    frame = av.AudioFrame.from_ndarray(data, "flt", "mono")
+    frame.sample_rate, frame.time_base, frame.pts = 16_000, Fraction(1, 16_000), 0
+    with pytest.raises(MediaError, match="samples that are not numbers"):
+        heard([frame])
+
+
 def test_small_differences_of_timestamps_are_rounding_and_large_ones_are_holes():
     near = heard(frames(16_000, 16_000, "mono"), frames(16_000, 16_000, "mono", start=1.015))
     assert len(near.placed(0.0)) == 32_000 and near.holes == 0

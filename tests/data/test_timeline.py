@@ -217,6 +217,14 @@ def test_a_sound_track_without_a_decoder_is_passed_over(tmp_path, first):
     assert np.abs(clip.audio.astype(int)).max() > 6000
 
 
+def test_sound_that_ends_before_the_film_begins_is_no_sound(tmp_path):
+    times = [5 + n / 12 for n in range(24)]
+    path = write_clip(tmp_path / "a.mkv", frames=gray_frames(24), audio=tone(2.0), times=times)
+    with pytest.raises(MediaError, match="the sound ends before the first frame"):
+        decode_clip(path, FrameSampling())
+    assert decode_clip(path, decode.release_sampling()).audio.size
+
+
 @pytest.mark.parametrize("default", [0, 1])
 def test_the_default_sound_track_is_the_one_that_is_heard(tmp_path, default):
     quiet, loud = (
