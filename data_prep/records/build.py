@@ -83,16 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", type=path, help="labels.jsonl with split, language, emotion")
     parser.add_argument("--split", default=TRAIN, help="split of clips without a label")
     parser.add_argument("--mode", choices=decode.MODES, default="exact")
-    for name, meaning in (
-        ("fps", "frames per second to keep"),
-        ("max_frames", "maximum number of frames per clip"),
-        ("min_pixels", "minimum pixels per frame"),
-        ("max_pixels", "maximum pixels per frame"),
-        ("max_seconds", "longer clips are refused"),
+    for flag, meaning in (
+        ("--fps", "frames per second to keep"),
+        ("--max_frames", "maximum number of frames per clip"),
+        ("--min_pixels", "minimum pixels per frame"),
+        ("--max_pixels", "maximum pixels per frame"),
+        ("--max_seconds", "longer clips are refused"),
     ):
         # None stands for the default of --mode, which argparse does not know yet.
+        name = flag.removeprefix("--")
         kind, said = type(getattr(EXACT, name)), f"{meaning} ({_default(name)})"
-        parser.add_argument(f"--{name}", type=kind, help=said)
+        parser.add_argument(flag, type=kind, help=said)
     parser.add_argument(
         "--audio_in_video",
         action="store_true",
