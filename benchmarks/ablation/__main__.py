@@ -16,6 +16,7 @@ alone.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def main() -> None:
 
 def _run(flags: argparse.Namespace, roots: list[Path], seeds: range, names: list[str]) -> None:
     """Trains and evaluates what is missing; exits if that fails."""
+    # Arms and seeds differ in their data, not in their programs.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(flags.root.absolute() / "compiled"))
     settings = {"quick": flags.quick, "transfer": flags.transfer}
     if flags.jobs > 1:
         Runner(min(flags.jobs, len(seeds))).run(
@@ -121,7 +124,7 @@ def _flags() -> argparse.Namespace:
         help="write the results into docs/ablation.md and the page of a run's report",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, 60 clips, 4 steps, the arms of stage 1"
+        "--quick", action="store_true", help=f"one seed, 60 clips, 4 steps, {', '.join(QUICK_ARMS)}"
     )
     flags = parser.parse_args()
     if flags.seeds < 1 or flags.first_seed < 0 or flags.jobs < 1:
