@@ -203,7 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saber_jax.data.show: {error}", file=sys.stderr)
         return 1
     print((flags.out / "record.txt").read_text(encoding="utf-8"), end="")
-    print(f"\n{source.where(index)}; see {flags.out / 'record.html'}")
+    print(
+        f"\nRecord {index} of the split {flags.split}, {source.where(index)}; see "
+        f"{flags.out / 'record.html'}, which plays it in a browser."
+    )
     return 0
 
 
