@@ -25,7 +25,7 @@ from saber_jax.models.masks import packed_text
 from saber_jax.models.parameters import ROLE, logical_axes
 from saber_jax.models.remat import Remat
 from saber_jax.models.shards import all_gather_table, lookup, mark
-from saber_jax.models.text import Block, Cache, TextTower, of_layer
+from saber_jax.models.text import Block, Cache, PromptSlots, TextTower, of_layer
 from saber_jax.models.tiles import tile
 from saber_jax.models.vision import VisionTower
 from saber_jax.tree import flatten
@@ -204,8 +204,7 @@ def prefill(
         x,
         batch.text.positions,
         packed_text(batch.text.segments, batch.text.branch, longest=prompt_slots),
-        ends=batch.ends,
-        prompt_slots=prompt_slots,
+        prompts=PromptSlots(batch.ends, batch.lengths, prompt_slots),
         answer_slots=answer_slots,
         samples=samples,
         kernel=kernel,

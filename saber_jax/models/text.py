@@ -5,6 +5,7 @@ P slots of a prompt   A slots of an answer   D width   F mlp width   N query hea
 H head dim   V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -15,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from saber_jax.models.attention import attend_cached
+from saber_jax.models.attention import attend, attend_cached
 from saber_jax.models.config import TextConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.layers import (
@@ -62,6 +63,27 @@ Cache = list[LayerCache]
 """One LayerCache per layer, in separate arrays that new tokens are written into."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptSlots:
+    """Where C prompts lie in packed rows, G groups of c; see `last_slots` for `ends`."""
+
+    ends: Int[Array, "G c"]
+    lengths: Int[Array, "G c"]
+    slots: int  # Of each prompt in a cache, as many as the longest has.
+
+    def cut(self, x: Shaped[Array, "R L ..."]) -> Shaped[Array, "C P ..."]:
+        """The slots of each prompt, which ends in the last one."""
+        return last_slots(x, self.ends, self.slots)
+
+    def visible(self) -> Visibility:
+        """What the last slot of a prompt sees of the prompt's: all that are not before it."""
+        begins = self.slots - self.lengths.reshape(-1, 1)
+        own = jnp.arange(self.slots)[None, :] >= begins
+        return Visibility(
+            query_segments=jnp.ones((len(own), 1), jnp.int32), key_segments=own.astype(jnp.int32)
+        )
+
+
 class Attention(nnx.Module):
     """Grouped-query attention; queries, keys and values are biased, the output is not."""
 
@@ -77,9 +99,14 @@ class Attention(nnx.Module):
 
     def qkv(self, x: Float[Array, "B L D"], rotary: Rotary) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
-        q = rotate(project("BLD,DNH->BLNH", x, self.w_q, self.b_q), rotary)
+        return self.queries(x, rotary), *self.keys_and_values(x, rotary)
+
+    def queries(self, x: Float[Array, "B L D"], rotary: Rotary) -> Float[Array, "B L N H"]:
+        return rotate(project("BLD,DNH->BLNH", x, self.w_q, self.b_q), rotary)
+
+    def keys_and_values(self, x: Float[Array, "B L D"], rotary: Rotary) -> tuple[Array, Array]:
         k = rotate(project("BLD,DKH->BLKH", x, self.w_k, self.b_k), rotary)
-        return q, k, project("BLD,DKH->BLKH", x, self.w_v, self.b_v)
+        return k, project("BLD,DKH->BLKH", x, self.w_v, self.b_v)
 
     def out(self, x: Float[Array, "B L N H"]) -> Float[Array, "B L D"]:
         return project("BLNH,NHD->BLD", x, self.w_o)
@@ -127,6 +154,17 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
         return x, (k, v)
+
+    def last_of_prompts(
+        self, x: Float[Array, "R L D"], rotary: Rotary, prompts: PromptSlots
+    ) -> tuple[Float[Array, "C 1 D"], tuple[Array, Array]]:
+        """The output at each prompt's last slot alone, and keys and values of all slots."""
+        normed = rms_norm(x, self.attn_norm, self.eps)
+        k, v = (prompts.cut(kept) for kept in self.attn.keys_and_values(normed, rotary))
+        x, normed, cos, sin = (last_slots(part, prompts.ends, 1) for part in (x, normed, *rotary))
+        q = self.attn.queries(normed, (cos, sin))
+        x = x + self.attn.out(attend(q, k, v, prompts.visible()))
+        return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps)), (k, v)
 
     def decode(
         self,
@@ -195,33 +233,38 @@ class TextTower(nnx.Module):
         positions: Int[Array, "R 3 L"],
         visible: Visibility,
         *,
-        ends: Int[Array, "G c"],
-        prompt_slots: int,
+        prompts: PromptSlots,
         answer_slots: int,
         samples: int = 1,
         kernel: Kernel = "xla",
     ) -> tuple[Float[Array, "C D"], Cache]:
         """Each prompt's last hidden state after the final norm, and a cache with room to go on.
 
-        Prompts are packed into the rows, see `cut` for `ends`. Each ends in the last of its
-        `prompt_slots` and gets room for `samples` answers of `answer_slots`.
+        Each prompt ends in the last of its slots and gets room for `samples` answers of
+        `answer_slots`.
         """
         rotary = self._rotary(positions, x.dtype)
 
-        def layer(x, block):
-            x, (k, v) = block(x, visible, rotary, kernel=kernel)
-            # Cut layer by layer, so that keys and values of all packed rows are never in memory.
-            k, v = (last_slots(kept, ends, prompt_slots) for kept in (k, v))
-            return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+        def cached(k, v):
+            return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
-        x, stacked = jax.lax.scan(layer, x, self.blocks)
-        rows, heads = ends.size * samples, (self.cfg.kv_heads, self.cfg.head_dim)
+        def layer(x, index):
+            x, kept = of_layer(self.blocks, index)(x, visible, rotary, kernel=kernel)
+            # Cut layer by layer, so that keys and values of all packed rows are never in memory.
+            return x, cached(*map(prompts.cut, kept))
+
+        # Of the last layer nothing is read but its output at the end of each prompt. The others
+        # are sliced by number: a copy of all weights but the last layer's would not fit.
+        last = self.cfg.layers - 1
+        x, stacked = jax.lax.scan(layer, x, jnp.arange(last))
+        x, kept = of_layer(self.blocks, last).last_of_prompts(x, rotary, prompts)
+        by_layer = [*(of_layer(stacked, index) for index in range(last)), cached(*kept)]
+        rows, heads = prompts.ends.size * samples, (self.cfg.kv_heads, self.cfg.head_dim)
         cache = []
-        for index in range(self.cfg.layers):
-            prompt_k, prompt_v = of_layer(stacked, index)
+        for prompt_k, prompt_v in by_layer:
             k = jnp.zeros((rows, *heads, answer_slots), x.dtype)
             cache.append(LayerCache(prompt_k=prompt_k, prompt_v=prompt_v, k=k, v=k.swapaxes(2, 3)))
-        return rms_norm(last_slots(x, ends, 1)[:, 0], self.norm, self.cfg.norm_eps), cache
+        return rms_norm(x[:, 0], self.norm, self.cfg.norm_eps), cache
 
     def decode(
         self,
@@ -264,7 +307,7 @@ class TextTower(nnx.Module):
         return cos.astype(dtype), sin.astype(dtype)
 
 
-def of_layer(stacked: Any, index: int) -> Any:
+def of_layer(stacked: Any, index: int | Int[Array, ""]) -> Any:
     """Layer `index` of a tree that is stacked over layers."""
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
