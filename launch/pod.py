@@ -124,7 +124,7 @@ def judge(
     """(problems, hints) from the answers of the workers, each with the workers it applies to."""
     problems: Found = {}
     hints: Found = {}
-    chips = {}
+    chips, pythons = {}, {}
     for node in nodes:
         for worker in range(node.workers):
             who = (node.name, worker)
@@ -134,6 +134,7 @@ def judge(
                 problems.setdefault("does not answer over ssh", []).append(who)
                 continue
             chips[who] = int(facts.get("chips", 0))
+            pythons.setdefault(facts["python"], []).append(who)
             for found, texts in zip((problems, hints), _of_worker(facts)):  # noqa: B905
                 for text in texts:
                     found.setdefault(text, []).append(who)
@@ -142,6 +143,10 @@ def judge(
         if there != shape.chips:
             text = f"{there} chips are attached, the recipe is made for {shape.chips} ({shape})"
             problems.setdefault(text, []).extend(who for who in chips if who[0] == node.name)
+    if len(pythons) > 1:
+        # Workers of one image do not differ, so these were not made together.
+        for versions, workers in pythons.items():
+            hints[f"workers differ: Python {versions or 'none'} here"] = workers
     if len(nodes) != shape.count:
         text = f"{len(nodes)} slices are there, the recipe is made for {shape.count} ({shape})"
         problems[text] = list(chips)

@@ -17,10 +17,8 @@ for candidate in python3.12 python3.11 python3; do
 done
 echo "python${pythons:- none}"
 echo "free_gib $(($(df --output=avail -k "$HOME" | tail -n 1) / 1048576))"
-echo "memory_gib $(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1048576))"
 pages=${SYSFS:-/sys}/kernel/mm/transparent_hugepage/enabled
 if [[ -e $pages ]]; then echo "huge_pages $(tr -d '[]' < <(grep -o '\[.*\]' "$pages"))"; fi
-echo "gcsfuse $(gcsfuse --version 2>/dev/null | grep -o '[0-9][0-9.]*' | head -n 1 || true)"
 
 # Every worker writes its own file and removes it.
 mark=".preflight_$(hostname)_$$"

@@ -78,7 +78,8 @@ def _check_can_be_loaded(config: ConfigDict) -> None:
     if config.steps is None:
         raise ValueError(
             "--save needs --config.steps=N: without it the data decide how many steps a run has, "
-            "and the learning rates of all steps are part of the program. Give the run the same N."
+            "and the learning rates of all steps are part of the program. N is the number of steps "
+            "that the run will have."
         )
 
 

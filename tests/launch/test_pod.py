@@ -2,7 +2,8 @@
 
 import pytest
 
-from launch import topology
+from launch import gcloud, topology
+from launch.pod import judge
 from tests.launch import standins
 
 WHERE = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "PROJECT": "lab"}
@@ -142,6 +143,18 @@ def test_preflight_names_the_workers_with_each_problem(cloud):
     both = "[pod worker 0, pod worker 1]"
     assert f"403 no storage.objects.create in locked  {both}" in done.stdout
     assert f"0 chips are attached, the recipe is made for 8 (v5e:2x4)  {both}" in done.stdout
+
+
+def test_preflight_names_workers_with_another_python():
+    facts = "chips 4\npython{}\nfree_gib 90"
+    answers = {("pod", i): facts.format(" 3.12.3" if i else " 3.11.9") for i in range(4)}
+    shape, node = topology.parse("v5e:4x4"), gcloud.Node("pod", 4)
+    problems, hints = judge(shape, [node], answers)
+    assert not problems
+    assert hints == {
+        "workers differ: Python 3.11.9 here": [("pod", 0)],
+        "workers differ: Python 3.12.3 here": [("pod", i) for i in (1, 2, 3)],
+    }
 
 
 def test_watch_gets_tpus_again_whenever_they_are_taken_back_and_gives_them_up_at_the_end(cloud):
