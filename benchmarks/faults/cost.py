@@ -1,51 +1,84 @@
 """What digests add to the time of a save and of a restore."""
 
+import dataclasses
 import shutil
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from saber_jax import sharding
-from saber_jax.train import checkpoint, saved
+from saber_jax.models import saber
+from saber_jax.models.config import SaberConfig, saber_config
+from saber_jax.train import checkpoint, digests
 from saber_jax.train.step import TrainState
+from saber_jax.tree import flatten
 
-REPEATS = 3
+REPEATS = 5
+LAYER = "text/blocks/"
 
 
-def overhead(folder: Path, megabytes: int) -> dict[str, float]:
-    """Saves and restores a state of `megabytes` in 16 arrays. Returns medians: the time that
-    digests take as a share of the rest of a save and of a restore, and digested GB per second."""
-    everywhere = sharding.replicated(sharding.make_mesh(data=1, fsdp=-1, tensor=1))
-    size = megabytes * 2**20 // 4 // 16
-    arrays = {f"text/w{i}": jnp.sin(jnp.arange(size, dtype=jnp.float32) + i) for i in range(16)}
-    weights, moments = (dict(list(arrays.items())[half::2]) for half in range(2))
-    state = jax.device_put(TrainState(jnp.int32(1), weights, {}, moments), everywhere)
-    jax.block_until_ready(state.trainable)
-    held = saved.named(state.params, "params") | saved.named(state.opt_state, "opt_state")
-    saved.described(held)  # Compiles, on an accelerator.
-    digest, save, restore = [], [], []
+def one_layer() -> SaberConfig:
+    """The 7B network with one layer of text."""
+    cfg = saber_config("7b")
+    return dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, layers=1))
+
+
+def overhead(folder: Path, cfg: SaberConfig) -> dict[str, float]:
+    """Saves and restores float32 masters and both moments of the text layers of `cfg`, in turns
+    with and without digests. Returns medians of the seconds, and what digests add to the time as a
+    share of a save or a restore without them."""
+    state = _state(cfg)
+    held = list(jax.tree.leaves((state.trainable, state.opt_state)))
+    digests.of_arrays({str(number): leaf for number, leaf in enumerate(held)})  # It compiles.
+    seconds: dict[str, list[float]] = {}
     for number in range(REPEATS):
-        run = folder / str(number)
-        began = time.perf_counter()
-        saved.described(held)
-        digest.append(time.perf_counter() - began)
+        for mode in ("with", "without"):
+            for what, taken in _once(folder / f"{mode}{number}", state, mode == "with").items():
+                seconds.setdefault(f"{what} {mode}", []).append(taken)
+    found = {name: statistics.median(taken) for name, taken in seconds.items()}
+    added = {
+        what: found[f"{what} with"] / found[f"{what} without"] - 1 for what in ("save", "restore")
+    }
+    return {"gigabytes": sum(leaf.nbytes for leaf in held) / 1e9} | found | added
+
+
+def _state(cfg: SaberConfig) -> TrainState:
+    everywhere = sharding.replicated(sharding.make_mesh(data=1, fsdp=-1, tensor=1))
+    shapes = flatten(saber.abstract(cfg))
+    names = [name for name in shapes if name.startswith(LAYER)]
+
+    def drawn(seed: int) -> dict[str, jax.Array]:
+        keys = zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True)
+        return {name: jax.random.normal(key, shapes[name].shape) for name, key in keys}
+
+    state = TrainState(jnp.int32(1), drawn(0), {}, {"mu": drawn(1), "nu": drawn(2)})
+    return jax.block_until_ready(jax.device_put(state, everywhere))
+
+
+def _once(run: Path, state: TrainState, digested: bool) -> dict[str, float]:
+    """Seconds until a save is complete on the disk, and of a restore."""
+    zeros = mock.patch.object(digests, "of_arrays", lambda arrays: dict.fromkeys(arrays, 0))
+    if not digested:
+        zeros.start()
+    try:
         writing = checkpoint.Checkpoints(run, every=1)
         began = time.perf_counter()
         writing.save(state, {"step": 1})
+        blocked = time.perf_counter() - began
         writing.close()
-        save.append(time.perf_counter() - began)
+        save = time.perf_counter() - began
         reading = checkpoint.Checkpoints(run, every=1)
         began = time.perf_counter()
-        reading.restore(state, {})
-        restore.append(time.perf_counter() - began)
+        restored = reading.restore(state, {})
+        jax.block_until_ready(restored)
+        restore = time.perf_counter() - began
         reading.close()
+    finally:
+        if not digested:
+            zeros.stop()
         shutil.rmtree(run)
-    digests = statistics.median(digest)
-    return {
-        "save": digests / (statistics.median(save) - digests),
-        "restore": digests / (statistics.median(restore) - digests),
-        "GB_per_second": megabytes / 1024 / digests,
-    }
+    return {"save": save, "start of a save": blocked, "restore": restore}

@@ -20,6 +20,10 @@ from saber_jax.train import saved
 LANES = 2
 """Runs at a time."""
 HEARTBEAT = 10
+"""config.heartbeat_seconds of several hosts."""
+BOUND = 4 * HEARTBEAT
+"""Seconds in which all hosts have to end when one of them is gone: they miss its heartbeats, and
+then leave one after the other."""
 
 
 def side_by_side(
@@ -134,14 +138,17 @@ def filled(
     return "named" if done else "lost"
 
 
-def hosts(records: Path, folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-    """Two and four processes that train together; one is killed, one finds the newest step
-    damaged, one has a full disk: the first `count` of these six. All end with a status other than
-    0 within the bound, and those that are started again agree on a step and finish."""
-    every = [(n, fault) for n in (2, 4) for fault in (killed_host, damaged_step, full_host)]
+def hosts(
+    members: int, records: Path, folder: Path, count: int, rng: np.random.Generator
+) -> Outcomes:
+    """`members` processes that train together; one of them is killed, stopped, finds the newest
+    step damaged, or has a full disk: the first `count` of these four. All end with a status other
+    than 0 within the bound, and go on to the last step when they are started again."""
     counts = Outcomes()
-    for members, fault in every[:count]:
-        counts[fault(records, folder / f"{fault.__name__}{members}", members, rng)] += 1
+    for fault in (killed_host, stopped_host, damaged_step, full_host)[:count]:
+        found = fault(records, folder / fault.__name__, members, rng)
+        print(f"one of {members} hosts, {fault.__name__}: {found}", flush=True)
+        counts[found] += 1
     return counts
 
 
@@ -166,11 +173,30 @@ def together(records: Path, root: Path, count: int, limit: int | None = None) ->
 
 
 def killed_host(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
+    runs = _after_two_steps(records, root, count)
+    runs[-1].send(signal.SIGKILL)
+    return _all_end_and_go_on(runs, records, root, within=BOUND)
+
+
+def stopped_host(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
+    """The host stands still, as a virtual machine does while it is moved, and wakes up when the
+    others have ended."""
+    runs = _after_two_steps(records, root, count)
+    runs[-1].send(signal.SIGSTOP)
+    others = _statuses(runs[:-1], BOUND)
+    runs[-1].send(signal.SIGCONT)
+    if None in others:
+        return "hang"
+    if 0 in others:
+        return "silent"
+    return _all_end_and_go_on(runs[-1:], records, root, within=BOUND, count=count)
+
+
+def _after_two_steps(records: Path, root: Path, count: int) -> list[Run]:
     runs, end = together(records, root, count), time.monotonic() + training.PATIENCE
     while training.whole(root) < 2 and time.monotonic() < end:
         time.sleep(0.05)
-    runs[-1].send(signal.SIGKILL)
-    return _all_end_and_go_on(runs, records, root, "")
+    return runs
 
 
 def damaged_step(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
@@ -192,21 +218,35 @@ def damaged_step(records: Path, root: Path, count: int, rng: np.random.Generator
 
 
 def full_host(records: Path, root: Path, count: int, rng: np.random.Generator) -> str:
-    return _all_end_and_go_on(
-        together(records, root, count, limit=4096), records, root, "too large"
-    )
+    runs = together(records, root, count, limit=4096)
+    return _all_end_and_go_on(runs, records, root, reason="too large")
 
 
-def _all_end_and_go_on(runs: list[Run], records: Path, root: Path, reason: str) -> str:
-    end = time.monotonic() + training.PATIENCE
-    statuses = [run.ended(max(0.1, end - time.monotonic())) for run in runs]
+def _all_end_and_go_on(
+    runs: list[Run],
+    records: Path,
+    root: Path,
+    *,
+    within: float = training.PATIENCE,
+    reason: str = "",
+    count: int | None = None,
+) -> str:
+    """All `runs` have to end within so many seconds, one has to print `reason`, and `count` new
+    ones, by default as many, have to finish."""
+    statuses = _statuses(runs, within)
     if None in statuses:
         return "hang"
     if 0 in statuses:
         return "silent"
     if reason not in "".join(run.said for run in runs):
         return "unnamed"
-    return _finished(records, root, len(runs))
+    return _finished(records, root, count or len(runs))
+
+
+def _statuses(runs: list[Run], within: float) -> list[int | None]:
+    """How each run has ended; None for those that needed more than so many seconds."""
+    end = time.monotonic() + within
+    return [run.ended(max(0.1, end - time.monotonic())) for run in runs]
 
 
 def _finished(records: Path, root: Path, count: int) -> str:
