@@ -31,8 +31,9 @@ def problems(directory: Path) -> tuple[int, list[str]]:
             tensor.read_bytes()
         except (ValueError, OSError) as error:
             wrong.append(f"{name}: {error}")
-        if tensor.digest is None:
-            wrong.append(f"{name} has no digest")
+    bare = [name for name, tensor in ordered if tensor.digest is None]
+    if bare and not wrong:
+        wrong.append(f"{digests.FILE} has no digest of {len(bare)} tensors, such as {bare[0]}")
     return len(found), wrong
 
 

@@ -1,5 +1,6 @@
 """What a disk damaged in an export is named, by hf.check and by hf.load."""
 
+import json
 import shutil
 
 import jax
@@ -49,6 +50,35 @@ def test_a_flipped_bit_in_a_weight_is_named_by_both(copy, where, capsys):
         load.load_params(copy)
 
 
+def test_a_flipped_bit_in_the_name_of_a_weight_is_named(copy, capsys):
+    file = sorted(copy.glob("*.safetensors"))[-1]
+    flip(file, file.read_bytes().index(b".weight") - 1)
+    assert check.main([str(copy)]) == 1
+    assert f"{file.name} has a damaged header" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [b"config.json", b'": ', b"tensors", b"headers"])
+def test_a_flipped_bit_in_the_digests_is_named_as_theirs(copy, place, capsys):
+    file = copy / digests.FILE
+    flip(file, file.read_bytes().index(place) + 3)
+    assert check.main([str(copy)]) == 1
+    assert "digests.json is damaged" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"digests\.json is damaged"):
+        load.open_checkpoint(copy)
+
+
+def test_digests_of_an_earlier_version_are_compared_as_they_are(copy, capsys):
+    file = copy / digests.FILE
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: content[key] for key in ("files", "tensors")}))
+    assert check.main([str(copy)]) == 0
+    capsys.readouterr()
+    content["tensors"] = {name: sums[:-1] for name, sums in content["tensors"].items()}
+    file.write_text(json.dumps({key: content[key] for key in ("files", "tensors")}))
+    assert check.main([str(copy)]) == 1
+    assert "digests.json lists" in capsys.readouterr().err
+
+
 def test_a_flipped_digit_in_a_config_is_named_by_both(copy, capsys):
     text = (copy / "config.json").read_text()
     (copy / "config.json").write_text(text.replace("1e-06", "2e-06").replace("1000000", "1000001"))
@@ -64,7 +94,8 @@ def test_missing_files_are_named(copy, capsys):
     (copy / "generation_config.json").unlink()
     assert check.main([str(copy)]) == 1
     said = capsys.readouterr().err
-    assert "generation_config.json is missing" in said and f"{lost.name} is missing" in said
+    for name in ("generation_config.json", lost.name):
+        assert f"{name}, which digests.json lists, is missing" in said
 
 
 def test_a_directory_without_digests_loads_and_is_not_called_checked(copy, capsys):
