@@ -131,7 +131,8 @@ def _piece(entry: TensorEntry, tensor: tensors.Tensor, dtype: np.dtype) -> strea
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    if not path.is_file():
+    # A training run has a config.json too, of its settings.
+    if not path.is_file() or (directory / checkpoint.MODEL_FILE).is_file():
         raise FileNotFoundError(_what_it_is(directory))
     if tensors.is_pointer(path):
         raise ValueError(f"{path} {tensors.POINTER}")

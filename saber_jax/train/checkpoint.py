@@ -39,6 +39,7 @@ from saber_jax.tree import flatten, merge
 
 MODEL_FILE = "model.json"
 CHECKSUM = "checksum"
+STAGES = ("sft", "cadpo")  # Work directories in the root of a chain.
 ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
 
 
@@ -236,8 +237,7 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
     path = Path(workdir) / MODEL_FILE
     if not files.exists(path):
         raise FileNotFoundError(
-            f"{workdir} is not a checkpoint: it has no {MODEL_FILE}. Give the --workdir of a "
-            "training run, or what `python -m saber_jax.hf.load` wrote."
+            f"{workdir} is not a checkpoint: it has no {MODEL_FILE}. {_instead(path.parent)}"
         )
     content = read_json(path)
     if not isinstance(content, dict):
@@ -248,6 +248,19 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
             "that made it."
         )
     return content
+
+
+def _instead(directory: Path) -> str:
+    """What to give instead of a directory that is not a checkpoint."""
+    if inside := [stage for stage in STAGES if files.exists(directory / stage / MODEL_FILE)]:
+        return f"Give one that it contains: {', '.join(str(directory / name) for name in inside)}."
+    config = directory / "config.json"
+    if files.exists(config) and '"architectures"' in files.read_text(config):
+        return (
+            f"It is a HuggingFace directory, which `python -m saber_jax.hf.load --hf_dir "
+            f"{directory} --out WORKDIR` converts."
+        )
+    return "Give the --workdir of a training run, or what `python -m saber_jax.hf.load` wrote."
 
 
 def load_params(

@@ -18,6 +18,7 @@ from saber_jax.generate import decoding
 from saber_jax.generate import generator as generating
 from saber_jax.models import saber
 from saber_jax.models.config import saber_config
+from saber_jax.train import checkpoint
 
 NEW_TOKENS = 6
 
@@ -354,6 +355,16 @@ def test_a_directory_without_a_checkpoint_is_an_error_on_one_line(tmp_path, caps
     code = generate_main.main(["--checkpoint", str(tmp_path), "--video", "clip.mp4"])
     assert code == 1
     assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_what_is_given_instead_of_a_checkpoint_gets_the_command_to_type(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen2_5OmniModel"]}')
+    with pytest.raises(FileNotFoundError, match=r"saber_jax\.hf\.load --hf_dir"):
+        checkpoint.read_model_file(tmp_path)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "model.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"Give one that it contains: .*sft"):
+        checkpoint.read_model_file(tmp_path)
 
 
 def test_special_tokens_are_the_ones_of_the_model(tokenizer):

@@ -184,6 +184,9 @@ def test_what_stands_in_the_place_of_a_checkpoint_is_called_by_its_name(copy, tm
         path.parent.mkdir(parents=True)
         path.write_text("{}")
         assert want in said(tmp_path / str(number))
+    # A training run has settings in a config.json.
+    (tmp_path / "1" / "config.json").write_text('{"stage": "sft"}')
+    assert "is a checkpoint of this project" in said(tmp_path / "1")
 
 
 def test_a_directory_without_config_is_named(tmp_path):
