@@ -109,7 +109,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.compute.dtype = "float32" if tiny else "bfloat16"
     c.compute.microbatches = 1  # Parts of a batch whose gradients are added up before an update.
     c.compute.remat = "none" if tiny else "layer"  # Policies: saber_jax/models/remat.py.
-    # Attention: "xla" anywhere, "splash" on TPUs, "triton" on NVIDIA GPUs; "auto" picks by device.
+    # Attention: "xla" anywhere, "splash" or "splash_fused" on TPUs, "triton" on NVIDIA GPUs; "auto"
+    # picks by device.
     c.compute.kernel = "xla" if tiny else "auto"
     c.compute.head_chunk = 256  # Most targets whose logits are in memory at a time.
     # Keep the derivative of every logit for the backward pass: faster, but needs memory.

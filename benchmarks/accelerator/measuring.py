@@ -23,7 +23,7 @@ from saber_jax.data.records import Record
 from saber_jax.generate.generator import Generator
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.models.kernels import of_platform
+from saber_jax.models.kernels import of_device
 from saber_jax.train import flops
 from saber_jax.train.objectives import Compute
 from saber_jax.train.preference import Preference
@@ -61,7 +61,7 @@ def ours(task: Task, example: Example) -> tuple[Step, dict[str, Any]]:
         head_chunk=len(example.responses[0].tokens),
         head_keep=True,
         frame_patches=480,
-        kernel=of_platform(jax.default_backend()),
+        kernel=of_device(jax.default_backend(), jax.devices()[0].device_kind),
         response=len(example.responses[0].tokens) if task.stage == "cadpo" else 0,
     )
     tx = optax.adamw(1e-4)

@@ -15,8 +15,9 @@ COLLECTIVES = (
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"),
     *("ragged-all-to-all", "send"),
 )
-# Matrix products in each of the three splash kernels, by a part of its name.
+# Matrix products in each of the splash kernels, by a part of its name.
 KERNEL_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
+FUSED_PRODUCTS = {"_fwd": 2, "_dkv": 5}
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("after-all", "partition-id", "opt-barrier"),
@@ -156,12 +157,14 @@ def convolution_flops(instruction: hlo.Instruction, scope: hlo.Computation) -> f
 
 
 def kernel_flops(run: hlo.Execution) -> float:
-    """Of a splash kernel, whose scope says `splash_BLOCKSxLENGTH`, see models/kernels.py."""
+    """Of a splash kernel, whose scope says `splash_BLOCKSxLENGTH`, or that with `_fused`, see
+    models/kernels.py."""
     instruction = run.instruction
     if instruction.op != "custom-call" or "tpu_custom_call" not in instruction.attributes:
         return 0.0
-    blocks = re.search(r"splash_(\d+)x(\d+)", instruction.scope)
-    products = [n for part, n in KERNEL_PRODUCTS.items() if part in instruction.name]
+    blocks = re.search(r"splash_(\d+)x(\d+)(_fused)?", instruction.scope)
+    by_name = FUSED_PRODUCTS if blocks and blocks[3] else KERNEL_PRODUCTS
+    products = [n for part, n in by_name.items() if part in instruction.name]
     if blocks is None or not products:
         raise ValueError(
             f"The kernel {instruction.name} ({instruction.scope}) does not say what it costs."

@@ -20,24 +20,48 @@ from saber_jax.models import triton
 from saber_jax.models.masks import Mask
 from saber_jax.models.remat import ATTENTION
 
-Kernel = Literal["xla", "splash", "splash_interpret", "triton", "triton_interpret"]
-"""Forms of attention: XLA's own on any device, splash on TPUs, Triton on NVIDIA GPUs. The last two
-can be interpreted on a CPU, slowly, which is how they are tested."""
+Kernel = Literal[
+    "xla",
+    "splash",
+    "splash_interpret",
+    "splash_fused",
+    "splash_fused_interpret",
+    "triton",
+    "triton_interpret",
+]
+"""Forms of attention: XLA's own on any device, splash on TPUs, Triton on NVIDIA GPUs. With
+`splash_fused` one kernel computes the gradients of queries, keys and values: 7 matrix products
+instead of 9, but every block of keys writes its part of the queries' gradients to HBM, so it is for
+short rows. Kernels can be interpreted on a CPU, slowly, which is how they are tested."""
 
 TRITON: tuple[Kernel, ...] = ("triton", "triton_interpret")
-BY_PLATFORM: dict[str, Kernel] = {"tpu": "splash", "gpu": "triton"}
+PLATFORM: dict[str, str] = {"splash": "tpu", "splash_fused": "tpu", "triton": "gpu"}
+FUSED_ON = ("TPU v6 lite",)  # Kinds of devices on which the fused kernel saves more than it costs.
 
 LANES = 128  # Width of a TPU's vector registers: head dims and blocks come in multiples of it.
-LONGEST_BLOCK = 512
+LONGEST_BLOCK, LONG_BLOCK = 512, 384  # docs/aot_table.md, `Blocks of attention`, has the reasons.
+MOST_FUSED = 16  # Blocks of keys, whose gradients of all queries are in memory at a time.
 
 
 class PackedMask(splash_mask._ComputableMask):
-    """`masks.Mask.packed`; the kernel compares segments itself."""
+    """`masks.Mask.packed` in blocks of `block`; the kernel compares segments itself.
 
-    def __init__(self, length: int, response: int):
-        self.key = (length, response)
-        visible = Mask.packed(length, response).visible
-        super().__init__(shape=(length, length), mask_function=visible)
+    The kernel evaluates `mask_function` for every score of the blocks that it visits, and on a v6e
+    that is what takes longest. If blocks divide the regions of responses, regions show or hide a
+    block as a whole. Hidden ones are not visited, so only causality is left to test.
+    """
+
+    def __init__(self, length: int, response: int, block: int):
+        self.key = (length, response, block)
+        self._mask = Mask.packed(length, response)
+        whole_blocks = length % block == 0 and response % block == 0
+        inside = Mask(causal=True) if whole_blocks else self._mask
+        super().__init__(shape=(length, length), mask_function=inside.visible)
+
+    def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+        """The whole mask, by which blocks are chosen."""
+        query, key = (np.arange(size)[part] for size, part in zip(self.shape, at, strict=True))
+        return self._mask.visible(query[:, None], key[None, :])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PackedMask) and self.key == other.key
@@ -74,9 +98,11 @@ class NearbyMask(splash_mask._ComputableMask):
         return hash((type(self), self.key))
 
 
-def of_platform(platform: str) -> Kernel:
-    """The kernel that `auto` stands for on devices of this platform: "tpu", "gpu" or "cpu"."""
-    return BY_PLATFORM.get(platform, "xla")
+def of_device(platform: str, kind: str) -> Kernel:
+    """The kernel that `auto` stands for, by jax.Device's `platform` and `device_kind`."""
+    if platform == "tpu":
+        return "splash_fused" if kind in FUSED_ON else "splash"
+    return "triton" if platform == "gpu" else "xla"
 
 
 def packed(
@@ -101,7 +127,8 @@ def packed(
             f"Rows of preference pairs must be a multiple of {LANES} slots for the TPU kernel, got "
             f"{q.shape[1]}. Change config.data.length or config.data.response."
         )
-    return _attend(q, k, v, segments, PackedMask(length, response), _block(length), kernel)
+    block = _block(length, response)
+    return _attend(q, k, v, segments, PackedMask(length, response, block), block, kernel)
 
 
 def nearby(
@@ -123,9 +150,15 @@ def nearby(
     return _attend(q, k, v, segments, NearbyMask(length, reach), block, kernel)
 
 
-def _block(length: int) -> int:
-    """The longest block of queries and keys that divides a length which is a multiple of LANES."""
-    return max(b for b in range(LANES, LONGEST_BLOCK + 1, LANES) if length % b == 0)
+def _block(length: int, response: int) -> int:
+    """The block of queries and keys for rows of `length`, a multiple of LANES.
+
+    The longest that divides the row, and its regions as well where that leaves blocks of at least
+    LONG_BLOCK. Shorter ones would cost more than testing every score for regions.
+    """
+    dividing = [b for b in range(LANES, LONGEST_BLOCK + 1, LANES) if length % b == 0]
+    of_regions = [b for b in dividing if response % b == 0 and b >= LONG_BLOCK]
+    return max(of_regions or dividing)
 
 
 def _attend(q, k, v, segments, mask, block: int, kernel: Kernel) -> Float[Array, "B T N H"]:
@@ -138,10 +171,11 @@ def _attend(q, k, v, segments, mask, block: int, kernel: Kernel) -> Float[Array,
         return jnp.pad(x, [(0, 0), (0, slots), (0, 0), (0, features)]).swapaxes(1, 2)
 
     ids = jnp.pad(segments, [(0, 0), (0, slots)])
-    run = _splash(mask, q.shape[2], block, kernel == "splash_interpret")
+    fused = "fused" in kernel and mask.shape[1] <= MOST_FUSED * block
+    run = splash_kernel(mask, q.shape[2], block, fused=fused, interpret="interpret" in kernel)
     visited = np.count_nonzero(run.fwd_mask_info.block_mask[0])
     # The kernels declare no cost; `aot` reads it from here.
-    with jax.named_scope(f"splash_{visited}x{block}"):
+    with jax.named_scope(f"splash_{visited}x{block}" + "_fused" * fused):
         out = jax.vmap(lambda q, k, v, s: run(q, k, v, segment_ids=splash.SegmentIds(q=s, kv=s)))(
             heads_first(q * head_dim**-0.5), heads_first(k), heads_first(v), ids
         )
@@ -149,15 +183,18 @@ def _attend(q, k, v, segments, mask, block: int, kernel: Kernel) -> Float[Array,
 
 
 @functools.lru_cache(maxsize=32)
-def _splash(mask, heads: int, block: int, interpret: bool) -> Any:
+def splash_kernel(
+    mask: PackedMask | NearbyMask, heads: int, block: int, *, fused: bool, interpret: bool = False
+) -> Any:
     """A splash.SplashAttentionKernel, whose own annotation says that it also gives residuals."""
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
         block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
     )
     # Made outside of any trace: what it holds is constant, and it is kept from call to call.
     with jax.ensure_compile_time_eval():

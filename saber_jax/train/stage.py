@@ -26,7 +26,7 @@ from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.data.withhold import View
 from saber_jax.models import saber, sequence
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
-from saber_jax.models.kernels import BY_PLATFORM, Kernel, of_platform
+from saber_jax.models.kernels import PLATFORM, Kernel, of_device
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
@@ -284,14 +284,14 @@ def _kernel(named: str, mesh: Mesh, *, by_hand: bool) -> Kernel:
 
     Raises ValueError for a name that is none, and for a kernel that cannot run on this mesh.
     """
-    platform = mesh.devices.flat[0].platform
-    fitting = of_platform(platform)
+    device = mesh.devices.flat[0]
+    platform, fitting = device.platform, of_device(device.platform, device.device_kind)
     if named == "auto":
         return fitting if by_hand else "xla"
     if named not in get_args(Kernel):
         names = ", ".join(map(repr, ("auto", *get_args(Kernel))))
         raise ValueError(f"config.compute.kernel must be one of {names}; got {named!r}.")
-    if named in BY_PLATFORM.values() and named != fitting:
+    if PLATFORM.get(named, platform) != platform:
         raise ValueError(
             f"config.compute.kernel={named!r} does not run on this machine's devices, which are of "
             f"the platform {platform!r}. Set it to 'auto', which picks {fitting!r} here."

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saber_jax.models import kernels
 from saber_jax.models.attention import attend, attend_nearby
 from saber_jax.models.kernels import NearbyMask, PackedMask
-from saber_jax.models.masks import packed_text
+from saber_jax.models.masks import Mask, packed_text
 
 TOLERANCE = 2e-5
 
@@ -36,10 +37,17 @@ def assert_same(kernel_form, xla_form, q, k, v, real):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("response", [0, 64])
-def test_the_text_kernel_equals_xla_on_packed_pairs(response):
-    """Two pairs a row, or plain examples; query heads share kv heads; the head dim is padded."""
-    length = 256
+@pytest.mark.parametrize(
+    ("length", "response", "kernel"),
+    [
+        *[(256, 0, "splash_interpret"), (256, 64, "splash_interpret")],
+        (384, 128, "splash_fused_interpret"),
+    ],
+)
+def test_the_text_kernel_equals_xla_on_packed_pairs(length, response, kernel, monkeypatch):
+    """Two pairs a row, or plain examples; query heads share kv heads; the head dim is padded. Only
+    the last response is a whole number of blocks."""
+    monkeypatch.setattr(kernels, "LONG_BLOCK", 128)
     shared = length - 2 * response
     region = [
         np.repeat([1, 2, 0], [n // 2, n // 4, n - n // 2 - n // 4]) for n in (shared, response)
@@ -53,7 +61,7 @@ def test_the_text_kernel_equals_xla_on_packed_pairs(response):
     )
     visible = packed_text(segments, branch, response=response)
     assert_same(
-        functools.partial(attend, visible=visible, kernel="splash_interpret"),
+        functools.partial(attend, visible=visible, kernel=kernel),
         functools.partial(attend, visible=visible),
         *(q, k, v, segments > 0),
     )
@@ -77,7 +85,22 @@ def drawn(mask):
 
 def test_the_packed_mask_is_as_drawn():
     want = ["x", "xx", "xxx", "xxxx", "xx  x", "xx  xx"]
-    assert drawn(PackedMask(6, 2)) == want
+    assert drawn(PackedMask(6, 2, block=2)) == want
+
+
+@pytest.mark.parametrize("block", [3, 4])
+def test_inside_visited_blocks_the_kernel_tests_what_the_mask_says(block):
+    """Blocks of 3 divide the responses, so causality is enough for them; blocks of 4 do not."""
+    mask = PackedMask(24, 6, block)
+    slots, visited = np.arange(24), 0
+    for query in slots.reshape(-1, block):
+        for key in slots.reshape(-1, block):
+            seen = mask[query[0] : query[-1] + 1, key[0] : key[-1] + 1]
+            if seen.any():
+                visited += 1
+                np.testing.assert_array_equal(mask.mask_function(query[:, None], key), seen)
+    assert visited < (24 // block) * (24 // block + 1) / 2  # Chosen responses are skipped.
+    assert (mask.mask_function.__self__ == Mask(causal=True)) == (block == 3)
 
 
 def test_the_nearby_mask_is_as_drawn():

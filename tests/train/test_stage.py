@@ -13,18 +13,24 @@ from saber_jax.train import stage as stages
 from saber_jax.train.preference import Preference
 
 
-def mesh_of(platform):
-    device = types.SimpleNamespace(platform=platform)
+def mesh_of(platform, kind=""):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
     described = types.SimpleNamespace(devices=np.array([device]), shape={"tensor": 2})
     return cast("Mesh", described)
 
 
 @pytest.mark.parametrize(
-    ("platform", "kernel"), [("tpu", "splash"), ("gpu", "triton"), ("cpu", "xla")]
+    ("platform", "kind", "kernel"),
+    [
+        *[("tpu", "TPU v5 lite", "splash"), ("tpu", "TPU v6 lite", "splash_fused")],
+        *[("gpu", "NVIDIA H100", "triton"), ("cpu", "cpu", "xla")],
+    ],
 )
-def test_auto_picks_the_kernel_of_the_devices(platform, kernel):
-    assert stages._kernel("auto", mesh_of(platform), by_hand=True) == kernel
-    assert stages._kernel("auto", mesh_of(platform), by_hand=False) == "xla"
+def test_auto_picks_the_kernel_of_the_devices(platform, kind, kernel):
+    assert stages._kernel("auto", mesh_of(platform, kind), by_hand=True) == kernel
+    assert stages._kernel("auto", mesh_of(platform, kind), by_hand=False) == "xla"
+    if platform == "tpu":
+        assert stages._kernel("splash", mesh_of(platform, kind), by_hand=True) == "splash"
 
 
 @pytest.mark.parametrize(
