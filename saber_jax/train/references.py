@@ -170,7 +170,7 @@ def complete(
         total=len(missing),
         desc=f"reference log-probs ({cache.view})",
         unit="pair",
-        disable=jax.process_index() != 0,
+        disable=jax.process_index() != 0 or not missing,
     ) as bar:
         for batch in batches(rows):
             values = multihost_utils.process_allgather(log_probs(batch), tiled=True)
