@@ -158,7 +158,7 @@ for layer in "${layers[@]}"; do
   want=$(sha256sum "$layer" | cut -c1-16)
   stamp="$venv/.installed-${layer%.txt}"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
-    echo "setup: installing $layer into $venv" >&2
+    echo "setup: installing $layer into $venv, which can take minutes" >&2
     if [[ $layer == requirements-torch.txt ]]; then
       install "$(grep '^torch==' "$layer")"
     fi
