@@ -313,7 +313,8 @@ def _failure(error: "openai.OpenAIError | httpx2.HTTPError") -> _Failed:
         return _Failed("timeout", "the last attempt timed out")
     if isinstance(error, openai.APIConnectionError):
         refused = isinstance(error.__cause__, httpx2.ConnectError)
-        return _Failed("unreachable" if refused else "disconnected", str(error.__cause__ or error))
+        said = f"{error.request.url}, {error.__cause__ or error}"
+        return _Failed("unreachable" if refused else "disconnected", said)
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         named = {401: "unauthorised", 403: "unauthorised", 404: "not_found", 429: "rate_limited"}

@@ -95,6 +95,7 @@ def test_nobody_listening_is_a_fatal_error_with_a_name():
     with pytest.raises(EndpointError) as caught:
         list(client.ask_all(_questions(3)))
     assert caught.value.reason == "unreachable"
+    assert f"at this address: {gone}" in str(caught.value)
 
 
 def test_outcomes_come_in_order_with_the_failures_among_them():

@@ -87,7 +87,11 @@ def render(inputs: Inputs) -> str:
     """The page. Raises FileNotFoundError or ValueError naming what is missing or does not fit."""
     stages = {stage: name for stage, name in STAGES.items() if stage in inputs.scores}
     if not stages:
-        raise ValueError("A report needs the scores of at least one stage.")
+        raise ValueError(
+            "A report needs the scores of at least one stage. `python -m saber_jax.evaluation.run` "
+            "with --out WORKDIR/eval/sft or WORKDIR/eval/cadpo makes them; --sft_scores and "
+            "--cadpo_scores name other folders."
+        )
     runs = {stage: _run(inputs.runs[stage]) for stage in stages if stage in inputs.runs}
     results = report_tables.Results(
         stages=stages,
