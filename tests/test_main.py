@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -88,7 +89,23 @@ def train_until_killed(config, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(records, tmp_path_factory):
+def asked():
+    """Hosts that this process looks up or connects to."""
+    hosts, listening = [], True
+
+    def hook(event, args):
+        if listening and event == "socket.getaddrinfo":
+            hosts.append(args[0])
+        if listening and event == "socket.connect" and isinstance(args[1], tuple):
+            hosts.append(args[1][0])
+
+    sys.addaudithook(hook)
+    yield hosts
+    listening = False  # Python has no way to remove a hook.
+
+
+@pytest.fixture(scope="module")
+def whole(records, tmp_path_factory, asked):
     root = tmp_path_factory.mktemp("whole")
     main.train(config_for(sft, records, root))
     return root
@@ -123,6 +140,10 @@ def test_a_run_counted_in_epochs_and_examples_ends_with_its_epoch_also_after_a_k
 def test_the_loss_falls(whole):
     losses = [line["loss"] for line in metrics_of(whole, "sft")]
     assert losses[-1] < losses[0]
+
+
+def test_a_run_asks_nobody_outside_this_machine(whole, asked):
+    assert set(asked) <= {"127.0.0.1", "::1", "localhost"}
 
 
 def test_a_work_directory_of_another_config_is_refused_by_name(records, whole):
