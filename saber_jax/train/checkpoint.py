@@ -86,7 +86,7 @@ class Checkpoints:
         step = int(meta["step"])
         if step == self.latest():
             return
-        about = saved.described(self._arrays(state)) | {"meta": saved.checksum(meta)}
+        about = saved.described(self._arrays(state)) | {saved.META: saved.checksum(meta)}
         with self._saving():
             self._manager.save(
                 step,
@@ -94,7 +94,7 @@ class Checkpoints:
                     params=ocp.args.StandardSave(self._saved(state)),
                     opt_state=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave(meta),
-                    digests=ocp.args.JsonSave(about),
+                    digests=ocp.args.JsonSave(saved.sealed(about)),
                 ),
                 force=True,
             )

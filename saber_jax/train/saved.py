@@ -1,7 +1,8 @@
 """Step folders of a checkpoint: which are complete, and whether they are undamaged.
 
     checkpoints/40/           params, opt_state, meta: items that Orbax writes
-    checkpoints/40/digests/   name of every array -> dtype, shape and digest (train/digests.py)
+    checkpoints/40/digests/   name of every array -> dtype, shape and digest (train/digests.py),
+                              and checksums of `meta` and of all this
     checkpoints/60.damaged/   a damaged step, which is not used any more
 
 A folder is complete if Orbax finished it and no item is missing. Whether its bytes have changed is
@@ -28,6 +29,8 @@ from saber_jax.runs import buckets, console, files
 from saber_jax.train import digests
 
 DIGESTS = "digests"
+META, CHECKSUM = "meta", "checksum"
+"""Entries of `digests/` that are not about arrays."""
 MARKS = {
     **dict.fromkeys(("params", "opt_state"), "_METADATA"),
     **dict.fromkeys(("meta", DIGESTS), "metadata"),
@@ -110,6 +113,11 @@ def entry(leaf: Any, digest: int) -> list:
     return [str(leaf.dtype), list(leaf.shape), digest]
 
 
+def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of `digests/`: `entries` and their checksum."""
+    return {**entries, CHECKSUM: checksum(dict(entries))}
+
+
 def checksum(meta: Any) -> int:
     """A checksum of JSON values."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
@@ -131,7 +139,7 @@ def read_json(step: Path, item: str) -> dict[str, Any]:
 def read_meta(step: Path) -> dict[str, Any]:
     """The `meta` of a step. Raises DamagedError if it was changed or damaged."""
     meta = read_json(step, "meta")
-    if checksum(meta) != read_json(step, DIGESTS).get("meta"):
+    if checksum(meta) != _described(step).get(META):
         raise DamagedError(f"{step} is damaged: meta is not what was saved.")
     return meta
 
@@ -234,8 +242,16 @@ def cause(error: BaseException) -> str:
     return next((reason for reason in known if reason in text), brief(error))
 
 
+def _described(step: Path) -> dict[str, Any]:
+    """What `sealed` got. Steps of earlier versions have no checksum."""
+    entries = read_json(step, DIGESTS)
+    if entries.pop(CHECKSUM, None) not in (None, checksum(entries)):
+        raise DamagedError(f"{step} is damaged: {DIGESTS} is not what was saved.")
+    return entries
+
+
 def _entries(step: Path) -> dict[str, list]:
-    entries = {n: e for n, e in read_json(step, DIGESTS).items() if n != "meta"}
+    entries = {n: e for n, e in _described(step).items() if n != META}
     if broken := [n for n, e in entries.items() if not isinstance(e, list) or len(e) != 3]:
         raise DamagedError(f"{step} is damaged: {DIGESTS} says nothing of {broken[0]}.")
     return entries
@@ -244,7 +260,7 @@ def _entries(step: Path) -> dict[str, list]:
 def write_digests(step: Path, entries: Mapping[str, list]) -> None:
     """Writes the digests of a step with weights only. Every process must call it."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        checkpointer.save(buckets.native(step / DIGESTS), args=ocp.args.JsonSave(dict(entries)))
+        checkpointer.save(buckets.native(step / DIGESTS), args=ocp.args.JsonSave(sealed(entries)))
 
 
 def named(tree: Any, prefix: str) -> dict[str, Any]:

@@ -98,6 +98,9 @@ DAMAGES = {
         p.write_text(p.read_text().replace("write_shape", "writf_shape"))
         for p in step.glob("*/array_metadatas/process_0")
     ],
+    "a shape among the digests": lambda step: (step / "digests/metadata").write_text(
+        (step / "digests/metadata").read_text().replace("[3, 4]", "[3, 5]")
+    ),
     "meta of another step": lambda step: (step / "meta/metadata").write_text(
         json.dumps({"step": 3, "plan": "abc"})
     ),
@@ -112,6 +115,14 @@ def test_a_damaged_newest_step_is_kept_aside_loudly_and_the_one_before_used(work
     said = capsys.readouterr().err
     assert "checkpoints/4 is damaged" in said and "kept as 4.damaged" in said
     assert "step 2 is used instead" in said
+
+
+def test_a_step_of_an_earlier_version_without_a_checksum_of_its_digests_comes_back(workdir):
+    file = workdir / "checkpoints/4/digests/metadata"
+    entries = json.loads(file.read_text())
+    del entries[saved.CHECKSUM]
+    file.write_text(json.dumps(entries))
+    assert int(restore(workdir).step) == 4
 
 
 @pytest.mark.parametrize("how", DAMAGES)
