@@ -16,6 +16,7 @@ The kappa of a pair (how strongly the modalities disagree) is the record's label
 is 1 if the model's conclusions from the picture alone and from the sound alone differ, else 0.
 """
 
+import bisect
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -180,14 +181,14 @@ def _shown(record: Record, withheld: Modality, other: Record | None) -> Record:
 
 def _divided(records: Records, all_clips: bool) -> tuple[list[Decision], list[Job]]:
     """The decisions that need no answer, and the jobs."""
-    outlines = [records.outline(index) for index in range(len(records))]
+    stand_ins = StandIns(_outlines(records)) if all_clips else None
     quick: list[Decision] = []
     jobs: list[Job] = []
-    for index, record in enumerate(outlines):
+    for index, record in enumerate(_outlines(records)):
         for withheld in MODALITIES:
             why, other = settled(record, withheld), None
-            if why == "no_conflict" and all_clips:
-                other = _other(outlines, index, withheld)
+            if why == "no_conflict" and stand_ins is not None:
+                other = stand_ins.behind(index, record, withheld)
                 why = "no_other_clip" if other is None else None
             if why:
                 quick.append(decision(record, withheld, why, None))
@@ -196,20 +197,32 @@ def _divided(records: Records, all_clips: bool) -> tuple[list[Decision], list[Jo
     return quick, jobs
 
 
-def _other(outlines: Sequence[Record], index: int, withheld: Modality) -> int | None:
-    """The next record, in a circle, that is in conflict, in the same language and concludes
-    something else; None if there is none."""
-    record = outlines[index]
-    for step in range(1, len(outlines)):
-        place = (index + step) % len(outlines)
-        other = outlines[place]
-        if (
-            other.language == record.language
-            and settled(other, withheld) is None
-            and _conclusion(other) != _conclusion(record)
-        ):
-            return place
-    return None
+def _outlines(records: Records) -> Iterator[Record]:
+    return (records.outline(index) for index in range(len(records)))
+
+
+class StandIns:
+    """Conflicting clips whose sound or picture can take the place of an agreeing clip's."""
+
+    def __init__(self, outlines: Iterable[Record]):
+        # Ascending indices by language and withheld modality, and then by conclusion.
+        self._found: dict[tuple[str, Modality], dict[str | None, list[int]]] = {}
+        self._count = 0
+        for index, record in enumerate(outlines):
+            self._count += 1
+            for withheld in MODALITIES:
+                if settled(record, withheld) is None:
+                    alike = self._found.setdefault((record.language, withheld), {})
+                    alike.setdefault(_conclusion(record), []).append(index)
+
+    def behind(self, index: int, record: Record, withheld: Modality) -> int | None:
+        """The next clip behind `index`, in a circle, that is in the same language and concludes
+        something else than `record`; None if there is none."""
+        nearest = []
+        for conclusion, places in self._found.get((record.language, withheld), {}).items():
+            if conclusion != _conclusion(record):
+                nearest.append(places[bisect.bisect_right(places, index) % len(places)])
+        return min(nearest, key=lambda place: (place - index) % self._count, default=None)
 
 
 def disagreements(decisions: Iterable[Decision]) -> dict[str, float]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from data_prep.preferences import withhold
@@ -98,6 +100,19 @@ def test_agreeing_clips_are_shown_with_the_sound_or_picture_of_a_conflicting_one
     ]
     assert invented[0]["chosen"] == sed.target_text(records[0].annotation)
     assert invented[0]["rejected"] == answer("unease")
+
+
+def test_the_stand_in_is_the_next_conflicting_clip_in_a_circle_with_another_conclusion():
+    same = {"emotion": "sad", "face": "happy", "voice": "angry"}
+    labels = {"sad": AGREEING, "sarcasm": clip().labels, "same": same}
+    order = ["sad", "same", "sarcasm", "sad", "sarcasm", "sad", "sad"]
+    records = [clip(f"{i}", labels=labels[name]) for i, name in enumerate(order)]
+    stand_ins = withhold.StandIns(records)
+    agreeing = [i for i, name in enumerate(order) if name == "sad"]
+    found = {i: stand_ins.behind(i, records[i], "audio") for i in agreeing}
+    assert found == {0: 2, 3: 4, 5: 2, 6: 2}
+    chinese = dataclasses.replace(records[0], language="zh")
+    assert stand_ins.behind(0, chinese, "audio") is None
 
 
 def test_without_a_conflicting_clip_nothing_is_asked_and_the_summary_says_so(tmp_path):
