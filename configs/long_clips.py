@@ -8,7 +8,8 @@ a row, and longer ones keep fewer frames, as in other rows.
 
 from ml_collections import ConfigDict
 
-# By stage. Two or four devices can share a row, and a step has a row for each of its examples.
+# By stage. Two or four devices can share a row, and a step has a row for each of its examples. The
+# recipes in pods.py say how many do.
 ROWS = {
     "sft": {"batch_rows": 128, "length": 30_720, "targets": 4_096, "segments": 64},
     "cadpo": {

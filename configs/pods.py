@@ -22,15 +22,17 @@ class Recipe:
     """`sft` and `cadpo` are config.compute.remat of the two stages. Like `head_keep`, they use free
     memory to avoid recomputation.
 
-    `at_once` is the number of rows per device that are processed at a time; 0 means all of them.
-    `topology` is in the format of `saber_jax.aot`. With several slices each has a copy of the
-    weights, and only gradients are sent over the data center network.
+    `sequence` devices share each row. `at_once` is the number of rows per device, or per so many
+    devices, that are processed at a time; 0 means all of them. `topology` is in the format of
+    `saber_jax.aot`. With several slices each has a copy of the weights, and only gradients are sent
+    over the data center network.
     """
 
     topology: str = ""
     slices: int = 1
     lora_rank: int = 0
     at_once: int = 0
+    sequence: int = 1
     sft: str
     cadpo: str
     head_keep: bool = True
@@ -60,6 +62,20 @@ RECIPES = {
     "7b-lora-v5e-16": Recipe(topology="v5e:4x4", lora_rank=8, at_once=1, sft="gate", cadpo="gate"),
     # 8 chips of v6e: 20.6, 25.7 of 31.24.
     "7b-lora-v6e-8": Recipe(topology="v6e:2x4", lora_rank=8, at_once=2, sft="gate", cadpo="gate"),
+    # Clips of up to three minutes (configs/long_clips.py): four chips share a row.
+    # All weights: cadpo 7.6 of 15.75.
+    "7b-long-v5e-256": Recipe(
+        topology="v5e:16x16", sequence=4, at_once=1, sft="attention", cadpo="attention"
+    ),
+    # Adapters: cadpo 9.0 of 15.75.
+    "7b-long-lora-v5e-16": Recipe(
+        topology="v5e:4x4",
+        sequence=4,
+        lora_rank=8,
+        at_once=1,
+        sft="attention",
+        cadpo="attention",
+    ),
 }
 
 # One NVIDIA GPU. A topology is of TPUs, so these have none.
@@ -77,10 +93,10 @@ def fit(config: ConfigDict) -> None:
     if recipe is None:
         return
     config.topology = recipe.topology
-    config.mesh.data = recipe.slices
+    config.mesh.data, config.mesh.sequence = recipe.slices, recipe.sequence
     config.lora.rank = recipe.lora_rank
     if recipe.at_once:
-        per_device = -(-config.data.batch_rows // recipe.chips)
+        per_device = -(-config.data.batch_rows * recipe.sequence // recipe.chips)
         config.compute.microbatches = -(-per_device // recipe.at_once)
     config.compute.remat = getattr(recipe, config.stage)
     config.compute.head_keep = recipe.head_keep
