@@ -288,9 +288,10 @@ def _collectives(
 ) -> Iterator[tuple[CollectiveKind, Traffic]]:
     """Of one instruction; the pieces that a collective is fused in count once, by their channel."""
     instruction = run.instruction
-    if instruction.op == "fusion":
+    if instruction.op in ("fusion", "call-start"):  # The latter runs on a SparseCore.
         inner = module.computations[instruction.called[0]]
-        parts, hidden = [(i, inner) for i in inner.values()], True
+        parts = [(i, inner) for i in inner.values()]
+        hidden = instruction.op == "call-start" or _beside_others(inner)
     else:
         parts, hidden = [(instruction, run.computation)], instruction.op.endswith("-start")
     for part, scope in parts:
@@ -305,14 +306,22 @@ def _collectives(
         groups = _groups(part, module.partitions)
         size = groups.shape[1]
         sent = sum(a.bytes for n in part.operands if n in scope for a in scope[n].arrays)
-        if op == "all-reduce" and hidden and instruction.op == "fusion":
-            # The compiler's asynchronous reduce-scatter is an all-reduce fused with the slice.
-            op = "reduce-scatter"
+        if op == "all-reduce" and instruction.op == "fusion":
+            op = "reduce-scatter"  # Which the compiler writes as an all-reduce fused with a slice.
         payload = sent * size if op == "all-gather" else sent
         share = {"all-reduce": 2.0}.get(op, 1.0) * (size - 1) / size if size > 1 else 0.0
         wire = payload if op in ("collective-permute", "send") else payload * share
         axes = _axes(groups, mesh_shape)
         yield CollectiveKind(op, axes, hidden, in_layers), Traffic(1.0, payload, wire)
+
+
+def _beside_others(fused: hlo.Computation) -> bool:
+    """Whether a fusion with a collective computes something else, or is a piece of one that does.
+    All others, such as a reduce-scatter with its slice, wait until the collective is done."""
+    return any(
+        part.op in ("fusion", "convolution", "dot") or "AsyncCollective" in part.attributes
+        for part in fused.values()
+    )
 
 
 def _groups(instruction: hlo.Instruction, partitions: int) -> np.ndarray:

@@ -11,8 +11,12 @@ nothing. On v5e:16x16 they are the default already; on v5p:4x4x4 nothing changes
 warns that it recommends this fusion of all-gathers on v5e only; widely used all the same, but look
 at the first losses of a run there.
 
-Not in it, because it changes no letter of a compiled v5e:16x16 step:
-xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter.
+Reduce-scatters were tried on eight such layers of the 7B (3584 x 18944, docs/aot_table.md). On
+v6e:16x16 and v5p:4x4x4 those of the outermost ring otherwise stop the tensor core.
+
+Not in it, because they leave the reduce-scatters of a v5e:16x16 step blocking:
+xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter, which changes no letter of it, and
+xla_tpu_enable_windowed_einsum_for_reduce_scatter.
 """
 
 # name -> value. What a flag does stands above it; they are libtpu's, not jax's, and change with it.
@@ -25,6 +29,9 @@ FLAGS: dict[str, str | bool] = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     # The tensor core that computes also drives such a collective.
     "xla_tpu_overlap_compute_collective_tc": "true",
+    # Reduce-scatters run on the SparseCores of v5p and v6e while the tensor core computes. A v5e
+    # has none and ignores it.
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     # All-gathers start early and end when their result is needed.
     "xla_enable_async_all_gather": "true",
 }

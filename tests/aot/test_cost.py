@@ -99,6 +99,46 @@ def test_collectives_are_told_by_kind_and_axis_and_bytes(mesh):
     assert (scatter.payload, scatter.wire) == (whole, whole / 2)
 
 
+SCATTERS = """HloModule jit_step, num_partitions=4
+
+%region (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%alone (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %first = s32[] constant(0)
+  %all-reduce.1 = f32[8,4]{1,0} all-reduce(%x), channel_id=1, \
+replica_groups={{0,1,2,3}}, to_apply=%region
+  ROOT %own = f32[2,4]{1,0} dynamic-slice(%all-reduce.1, %first, %first), \
+dynamic_slice_sizes={2,4}
+}
+
+%sparse (y: f32[8,4]) -> f32[2,4] {
+  %y = f32[8,4]{1,0} parameter(0)
+  ROOT %reduce-scatter.2 = f32[2,4]{1,0} reduce-scatter(%y), channel_id=2, \
+replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%region
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %start = ((f32[8,4]{1,0}), f32[2,4]{1,0}) call-start(%p), \
+async_execution_thread="sparsecore", to_apply=%sparse
+  %fusion.1 = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%alone
+  %done = f32[2,4]{1,0} call-done(%start)
+  ROOT %add.3 = f32[2,4]{1,0} add(%fusion.1, %done)
+}
+"""
+
+
+def test_a_reduce_scatter_blocks_in_a_fusion_of_its_own_and_not_on_a_sparsecore():
+    got = cost.analyze(hlo.parse(SCATTERS), {"fsdp_x": 4}, {}).collectives
+    sent = {(kind.op, kind.hidden): traffic.wire for kind, traffic in got.items()}
+    assert sent == dict.fromkeys((("reduce-scatter", False), ("reduce-scatter", True)), 96.0)
+
+
 def test_replica_groups_are_read_in_every_notation():
     def groups(text):
         instruction = hlo.Instruction("x", "f32[]", "all-reduce", (), text, False)
