@@ -23,7 +23,8 @@ class Recipe:
     memory to avoid recomputation.
 
     `sequence` devices share each row. `at_once` is the number of rows per device, or per so many
-    devices, that are processed at a time; 0 means all of them. `topology` is in the format of
+    devices, that are processed at a time; 0 means all of them. With few rows at a time, a longer
+    `head_chunk` saves reading the vocabulary projection. `topology` is in the format of
     `saber_jax.aot`. With several slices each has a copy of the weights, and only gradients are sent
     over the data center network.
     """
@@ -36,6 +37,7 @@ class Recipe:
     sft: str
     cadpo: str
     head_keep: bool = True
+    head_chunk: int = 256
 
     @property
     def chips(self) -> int:
@@ -50,7 +52,7 @@ RECIPES = {
     # 256 chips of v5e: sft 13.8, cadpo 12.3 of 15.75.
     "7b-v5e-256": Recipe(topology="v5e:16x16", sft="matmuls", cadpo="gate"),
     # 256 chips of v6e: 13.8, 17.6 of 31.24.
-    "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls"),
+    "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls", head_chunk=704),
     # 64 chips of v5p, which is sold in pairs of cores: 52.3, 67.5 of 95.73.
     "7b-v5p-128": Recipe(topology="v5p:4x4x4", sft="matmuls", cadpo="matmuls"),
     # Two slices of 128 chips of v5e: 10.2, 12.9 of 15.75.
@@ -99,4 +101,4 @@ def fit(config: ConfigDict) -> None:
         per_device = -(-config.data.batch_rows * recipe.sequence // recipe.chips)
         config.compute.microbatches = -(-per_device // recipe.at_once)
     config.compute.remat = getattr(recipe, config.stage)
-    config.compute.head_keep = recipe.head_keep
+    config.compute.head_keep, config.compute.head_chunk = recipe.head_keep, recipe.head_chunk

@@ -7,6 +7,7 @@ import pytest
 from configs import cadpo, pods, sft
 from launch import chain
 from saber_jax.runs.identity import identity
+from saber_jax.train.objectives import Compute
 
 
 def base_of(variant: str) -> str:
@@ -27,6 +28,16 @@ def test_a_recipe_says_where_and_how_and_never_what_is_computed(stage, variant):
         if stage is cadpo:
             plain.data.pairs = recipe.data.pairs
     assert identity(recipe) == identity(plain)
+
+
+@pytest.mark.parametrize(("stage", "chunk"), [(sft, 704), (cadpo, 512)])
+def test_chunks_of_the_vocabulary_are_longer_on_a_v6e_and_divide_the_targets(stage, chunk):
+    config = stage.get_config("7b-v6e-256")
+    compute = Compute(
+        dtype="bfloat16", remat="none", head_chunk=config.compute.head_chunk, frame_patches=1
+    )
+    assert compute.chunk_of(config.data.targets) == chunk
+    assert stage.get_config("7b-v5e-256").compute.head_chunk == 256
 
 
 @pytest.mark.parametrize("stage", [sft, cadpo])
