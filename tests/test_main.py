@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from saber_jax.train.preference import Preference
 from saber_jax.tree import flatten, merge
 from tests import synthetic
 from tests.finished_run import load
+from tests.network import asked_hosts
 
 
 def build_records(out, tokenizer, count):
@@ -90,18 +90,8 @@ def train_until_killed(config, monkeypatch):
 
 @pytest.fixture(scope="module")
 def asked():
-    """Hosts that this process looks up or connects to."""
-    hosts, listening = [], True
-
-    def hook(event, args):
-        if listening and event == "socket.getaddrinfo":
-            hosts.append(args[0])
-        if listening and event == "socket.connect" and isinstance(args[1], tuple):
-            hosts.append(args[1][0])
-
-    sys.addaudithook(hook)
-    yield hosts
-    listening = False  # Python has no way to remove a hook.
+    with asked_hosts() as hosts:
+        yield hosts
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ alone.
 """
 
 import argparse
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def main() -> None:
     names = [name for name in ARMS if name in flags.arms]
     seeds = range(flags.first_seed, flags.first_seed + flags.seeds)
     roots = [flags.root / f"seed_{number}" for number in seeds]
-    _run(flags, roots, seeds, names)
+    with _compiled_once(flags.root):
+        _run(flags, roots, seeds, names)
     found = {"seeds": list(seeds), **compared(roots, names, flags.transfer)}
     flags.out.mkdir(parents=True, exist_ok=True)
     write_json(flags.out / "scores.json", found)
@@ -65,10 +67,20 @@ def main() -> None:
     )
 
 
+@contextlib.contextmanager
+def _compiled_once(root: Path) -> Iterator[None]:
+    """Commands share what they compile: arms and seeds differ in their data, not their programs."""
+    before = dict(os.environ)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root.absolute() / "compiled"))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _run(flags: argparse.Namespace, roots: list[Path], seeds: range, names: list[str]) -> None:
     """Trains and evaluates what is missing; exits if that fails."""
-    # Arms and seeds differ in their data, not in their programs.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(flags.root.absolute() / "compiled"))
     settings = {"quick": flags.quick, "transfer": flags.transfer}
     if flags.jobs > 1:
         Runner(min(flags.jobs, len(seeds))).run(

@@ -52,9 +52,10 @@ MOST_LEFT_OUT = 0.008
 # the attention kernels work on; the vocabulary head takes TARGET_STEP targets at a time.
 LENGTH_STEP, TARGET_STEP = 64, 256
 
-# Attention on a TPU uses the longest blocks, up to LONGEST_BLOCK slots, that divide a row (see
-# models/kernels.py). Rows with longer blocks are preferred if they are at most WORTH emptier.
-LANES, LONGEST_BLOCK, WORTH = 128, 512, 0.01
+# Attention on a TPU uses the longest blocks, up to LONGEST_BLOCK slots, that divide a row, and its
+# responses too if that leaves LONG_BLOCK (see models/kernels.py). Rows with longer blocks are
+# preferred if they are at most WORTH emptier.
+LANES, LONGEST_BLOCK, LONG_BLOCK, WORTH = 128, 512, 384, 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Choice:
     def score(self, least_media: float = LEAST_MEDIA) -> tuple[bool, float]:
         """Larger is better."""
         good = self.media >= least_media and self.left_out <= MOST_LEFT_OUT
-        value = self.fill["text"] + WORTH * _block(self.budget.slots) / LONGEST_BLOCK
+        value = self.fill["text"] + WORTH * _block(self.budget) / LONGEST_BLOCK
         return good, value if good else self.media - 10 * self.left_out
 
     def flags(self) -> str:
@@ -165,9 +166,11 @@ def _around(need: float, step: int) -> range:
     return range(_up(need * 0.98, step), int(need * 1.06) + 1, step) if need else range(0)
 
 
-def _block(length: int) -> int:
-    padded = _up(length, LANES)
-    return max(b for b in range(LANES, LONGEST_BLOCK + 1, LANES) if padded % b == 0)
+def _block(budget: Budget) -> int:
+    slots = _up(budget.slots, LANES)
+    dividing = [b for b in range(LANES, LONGEST_BLOCK + 1, LANES) if slots % b == 0]
+    of_regions = [b for b in dividing if budget.response % b == 0 and b >= LONG_BLOCK]
+    return max(of_regions or dividing)
 
 
 def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:

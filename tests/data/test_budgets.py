@@ -38,8 +38,10 @@ def test_budgets_hold_whole_frame_pairs(monkeypatch):
 
 
 def test_blocks_are_those_of_the_kernel():
-    for length in (64, 128, 7680, 7744, 6528):
-        assert budgets._block(length) == kernels._block(-(-length // 128) * 128)
+    for length, response in [(64, 0), (128, 0), (7744, 0), (6528, 0), (3072, 1152), (3072, 1280)]:
+        row = Budget(length=length, response=response, patches=0, chunks=0, targets=1, segments=1)
+        padded = -(-row.slots // kernels.LANES) * kernels.LANES
+        assert budgets._block(row) == kernels._block(padded, response)
 
 
 @pytest.mark.parametrize(("config", "draw"), [(sft, lengths.supervised), (cadpo, lengths.pairs)])
