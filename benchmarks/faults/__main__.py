@@ -38,9 +38,11 @@ from benchmarks.faults.training import Undisturbed
 
 DIGESTS = "cost of digests"
 """What --only has to match for their cost to be measured, which --quick leaves out."""
-LANES = (("full disks", "SIGTERM", "SIGKILL"), ("one of 2 hosts",))
+APART = ("full disks", "SIGTERM", "SIGKILL")
 """Kinds that --quick makes one after another in a thread, beside all others: they train in
 processes of their own."""
+HOSTS = ("one of 2 hosts", "one of 4 hosts")
+"""Kinds that --quick leaves out: hosts that compile take minutes on two cores."""
 
 
 def main() -> None:
@@ -90,17 +92,15 @@ def timed(fault: str, run: Callable[[], Outcomes]) -> Outcomes:
 def all_kinds(kinds: dict[str, Callable[[], Outcomes]], *, quick: bool) -> dict[str, Outcomes]:
     """The outcomes of every kind. With `quick`, kinds that wait for runs of their own do so while
     the others are made in this process."""
-    lanes = [[name for name in lane if name in kinds] for lane in LANES] if quick else []
-    apart = [name for lane in lanes for name in lane]
 
     def in_turn(names: Iterable[str]) -> dict[str, Outcomes]:
         return {name: timed(name, kinds[name]) for name in names}
 
-    with concurrent.futures.ThreadPoolExecutor(len(LANES)) as pool:
-        waiting = [pool.submit(in_turn, lane) for lane in lanes]
+    apart = [name for name in APART if quick and name in kinds]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(in_turn, apart)
         rows = in_turn(name for name in kinds if name not in apart)
-        for lane in waiting:
-            rows |= lane.result()
+        rows |= waiting.result()
     return {name: rows[name] for name in kinds}
 
 
@@ -152,9 +152,7 @@ def faults(flags: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ou
         "one of 2 hosts": hosts(2),
         "one of 4 hosts": hosts(4),
     }
-    if flags.quick:
-        del kinds["one of 4 hosts"]  # Four that compile take minutes on two cores.
-    return kinds
+    return {name: kind for name, kind in kinds.items() if not (flags.quick and name in HOSTS)}
 
 
 if __name__ == "__main__":
