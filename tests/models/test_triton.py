@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from saber_jax.models import triton
 from saber_jax.models.attention import attend, attend_nearby
@@ -107,8 +108,10 @@ def test_forward_and_backward_lower_to_triton_for_cuda(head_dim, dtype):
         return triton.packed(q, k, v, segments, response=64).astype(jnp.float32).sum()
 
     segments = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape(4), shape(2), shape(2), segments)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    card = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("cards",), abstract_device=card)):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape(4), shape(2), shape(2), segments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 3
 
 
