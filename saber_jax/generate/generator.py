@@ -237,7 +237,7 @@ def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int)
     shardings = None
     if jax.device_count() > 1:
         shardings = saber.shardings(cfg, sharding.generation_mesh(cfg.text.kv_heads))
-    dtypes = dict.fromkeys(flatten(saber.abstract(cfg)), dtype)
+    dtypes = {name: dtype for name in flatten(saber.abstract(cfg))}
     params = checkpoint.load_params(source, cfg, shardings, dtypes)
     return Generator(
         params,

@@ -58,9 +58,9 @@ def load(
     lowered: jax.stages.Lowered,
     folder: epath.Path,
     options: Mapping[str, str | bool],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
 ) -> Callable[..., Any] | None:
-    """The saved executable of `lowered` on `devices`, in the order of their mesh.
+    """The saved executable of `lowered` on `devices`, jax.Device in the order of their mesh.
 
     None if `folder` has none, or one that this machine cannot load; says which.
     """

@@ -17,7 +17,6 @@ from saber_jax.runs import distributed, files
 from saber_jax.train import checkpoint
 
 FOLDER = "bfloat16"
-COPY_OF = "copy_of"
 
 
 def write(workdir: Path, params: saber.Params, cfg: SaberConfig) -> None:
@@ -28,7 +27,7 @@ def write(workdir: Path, params: saber.Params, cfg: SaberConfig) -> None:
     distributed.barrier("the copy in bfloat16 has room")
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
     narrow = jax.jit(_narrowed, out_shardings=places)(params)
-    checkpoint.save_params(folder, narrow, cfg, **{COPY_OF: checkpoint.digest(workdir)})
+    checkpoint.save_params(folder, narrow, cfg, copy_of=checkpoint.digest(workdir))
 
 
 def _narrowed(params: saber.Params) -> saber.Params:
@@ -40,5 +39,5 @@ def find(workdir: str | Path) -> Path | None:
     folder = Path(workdir) / FOLDER
     if not files.exists(folder / checkpoint.MODEL_FILE):
         return None
-    copied = checkpoint.read_model_file(folder).get(COPY_OF)
+    copied = checkpoint.read_model_file(folder).get("copy_of")
     return folder if copied == checkpoint.digest(workdir) else None
