@@ -8,18 +8,16 @@ tensor's bytes, in the order of their file. `checksum` is that of the others; ex
 versions have neither it nor `headers`.
 """
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from saber_jax.runs import checksums
 from saber_jax.runs.files import read_json, write_json
 
 FILE = "digests.json"
-CHECKSUM = "checksum"
 
 
 def crc(array: np.ndarray) -> int:
@@ -42,7 +40,7 @@ def write(directory: Path, sums: Mapping[str, list[int]]) -> None:
         "headers": {name: _header_crc(directory / name) for name in sums},
         "tensors": dict(sums),
     }
-    write_json(directory / FILE, content | {CHECKSUM: _checksum(content)})
+    write_json(directory / FILE, checksums.sealed(content))
 
 
 def read(directory: Path) -> tuple[dict[str, list[int]], list[str]]:
@@ -53,7 +51,7 @@ def read(directory: Path) -> tuple[dict[str, list[int]], list[str]]:
         return {}, []
     try:
         content = read_json(path)
-        if content.pop(CHECKSUM, None) not in (None, _checksum(content)):
+        if content.pop(checksums.CHECKSUM, None) not in (None, checksums.of_json(content)):
             return {}, [f"{FILE} is damaged: it is not what was exported"]
         files, tensors = dict(content["files"]), dict(content["tensors"])
         headers = dict(content.get("headers", {}))
@@ -81,7 +79,3 @@ def _header_crc(path: Path) -> int:
         # A damaged length may be more than the memory holds.
         most = min(int.from_bytes(length, "little"), path.stat().st_size)
         return zlib.crc32(length + file.read(most))
-
-
-def _checksum(content: Any) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

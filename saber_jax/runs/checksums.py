@@ -1,19 +1,33 @@
 """Checksums beside a file, which detect changed bits: pairs.jsonl and pairs.jsonl.crc32.
 
 FILE.crc32 is text, with a CRC-32 in hexadecimal per line: one of every line of a .jsonl file, or
-one of all bytes of any other file.
+one of all bytes of any other file. A JSON object can hold its own checksum: see `sealed`.
 """
 
 import contextlib
 import itertools
+import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from saber_jax.runs.files import opened, read_bytes, remove, write_bytes
 
 SUFFIX = ".crc32"
+CHECKSUM = "checksum"
+"""The entry of a JSON object that is the checksum of all others."""
+
+
+def of_json(content: Any) -> int:
+    """A CRC-32 of JSON values, which are those that a file gives back."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object `content` and its checksum."""
+    return {**content, CHECKSUM: of_json(dict(content))}
 
 
 def beside(path: str | os.PathLike) -> Path:

@@ -38,7 +38,6 @@ from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
 
 MODEL_FILE = "model.json"
-CHECKSUM = "checksum"
 STAGES = ("sft", "cadpo")  # Work directories in the root of a chain.
 ITEMS = ("params", "opt_state", "meta", saved.DIGESTS)
 
@@ -86,7 +85,7 @@ class Checkpoints:
         step = int(meta["step"])
         if step == self.latest():
             return
-        about = saved.described(self._arrays(state)) | {saved.META: saved.checksum(meta)}
+        about = saved.described(self._arrays(state)) | {saved.META: checksums.of_json(meta)}
         with self._saving():
             self._manager.save(
                 step,
@@ -94,7 +93,7 @@ class Checkpoints:
                     params=ocp.args.StandardSave(self._saved(state)),
                     opt_state=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave(meta),
-                    digests=ocp.args.JsonSave(saved.sealed(about)),
+                    digests=ocp.args.JsonSave(checksums.sealed(about)),
                 ),
                 force=True,
             )
@@ -225,7 +224,7 @@ def write_model_file(workdir: str | Path, cfg: SaberConfig, **about: Any) -> Non
     """WORKDIR/model.json, with a checksum of itself."""
     # Through JSON, which has no tuples, so that the checksum is that of the content when read.
     content = json.loads(json.dumps({"model": cfg.to_dict(), **about}))
-    write_json(Path(workdir) / MODEL_FILE, content | {CHECKSUM: saved.checksum(content)})
+    write_json(Path(workdir) / MODEL_FILE, checksums.sealed(content))
 
 
 def read_model_file(workdir: str | Path) -> dict[str, Any]:
@@ -242,7 +241,7 @@ def read_model_file(workdir: str | Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise saved.DamagedError(f"{path} is damaged: it holds no JSON object.")
-    if content.pop(CHECKSUM, None) != saved.checksum(content):
+    if content.pop(checksums.CHECKSUM, None) != checksums.of_json(content):
         raise saved.DamagedError(
             f"{path} is damaged: it is not what was written. Copy it again, or repeat the command "
             "that made it."

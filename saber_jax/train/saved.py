@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from saber_jax.runs import buckets, console, files
+from saber_jax.runs import buckets, checksums, console, files
 from saber_jax.train import digests
 
 DIGESTS = "digests"
-META, CHECKSUM = "meta", "checksum"
-"""Entries of `digests/` that are not about arrays."""
+META = "meta"
+"""The entry of `digests/` with the checksum of `meta`."""
 MARKS = {
     **dict.fromkeys(("params", "opt_state"), "_METADATA"),
     **dict.fromkeys(("meta", DIGESTS), "metadata"),
@@ -113,16 +112,6 @@ def entry(leaf: Any, digest: int) -> list:
     return [str(leaf.dtype), list(leaf.shape), digest]
 
 
-def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of `digests/`: `entries` and their checksum."""
-    return {**entries, CHECKSUM: checksum(dict(entries))}
-
-
-def checksum(meta: Any) -> int:
-    """A checksum of JSON values."""
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
 def read_json(step: Path, item: str) -> dict[str, Any]:
     """Reads a JSON item that Orbax stored. Raises DamagedError if it is not valid JSON."""
     try:
@@ -139,7 +128,7 @@ def read_json(step: Path, item: str) -> dict[str, Any]:
 def read_meta(step: Path) -> dict[str, Any]:
     """The `meta` of a step. Raises DamagedError if it was changed or damaged."""
     meta = read_json(step, "meta")
-    if checksum(meta) != _described(step).get(META):
+    if checksums.of_json(meta) != _described(step).get(META):
         raise DamagedError(f"{step} is damaged: meta is not what was saved.")
     return meta
 
@@ -243,9 +232,9 @@ def cause(error: BaseException) -> str:
 
 
 def _described(step: Path) -> dict[str, Any]:
-    """What `sealed` got. Steps of earlier versions have no checksum."""
+    """The entries of `digests/`. Steps of earlier versions have no checksum."""
     entries = read_json(step, DIGESTS)
-    if entries.pop(CHECKSUM, None) not in (None, checksum(entries)):
+    if entries.pop(checksums.CHECKSUM, None) not in (None, checksums.of_json(entries)):
         raise DamagedError(f"{step} is damaged: {DIGESTS} is not what was saved.")
     return entries
 
@@ -260,7 +249,8 @@ def _entries(step: Path) -> dict[str, list]:
 def write_digests(step: Path, entries: Mapping[str, list]) -> None:
     """Writes the digests of a step with weights only. Every process must call it."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        checkpointer.save(buckets.native(step / DIGESTS), args=ocp.args.JsonSave(sealed(entries)))
+        args = ocp.args.JsonSave(checksums.sealed(entries))
+        checkpointer.save(buckets.native(step / DIGESTS), args=args)
 
 
 def named(tree: Any, prefix: str) -> dict[str, Any]:

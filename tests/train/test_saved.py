@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
+from saber_jax.runs import checksums
 from saber_jax.train import saved
 from saber_jax.train.checkpoint import Checkpoints, SaveError
 from saber_jax.train.step import TrainState
@@ -120,7 +121,7 @@ def test_a_damaged_newest_step_is_kept_aside_loudly_and_the_one_before_used(work
 def test_a_step_of_an_earlier_version_without_a_checksum_of_its_digests_comes_back(workdir):
     file = workdir / "checkpoints/4/digests/metadata"
     entries = json.loads(file.read_text())
-    del entries[saved.CHECKSUM]
+    del entries[checksums.CHECKSUM]
     file.write_text(json.dumps(entries))
     assert int(restore(workdir).step) == 4
 
