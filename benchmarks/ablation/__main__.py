@@ -16,11 +16,11 @@ alone.
 """
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks import result
 from benchmarks.ablation import plot, publish, seed
@@ -39,7 +39,9 @@ def main() -> None:
     names = [name for name in ARMS if name in flags.arms]
     seeds = range(flags.first_seed, flags.first_seed + flags.seeds)
     roots = [flags.root / f"seed_{number}" for number in seeds]
-    with _compiled_once(flags.root):
+    # Commands share what they compile: arms and seeds differ in their data, not their programs.
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(flags.root.absolute() / "compiled"))
+    with mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=compiled):
         _run(flags, roots, seeds, names)
     found = {"seeds": list(seeds), **compared(roots, names, flags.transfer)}
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -65,18 +67,6 @@ def main() -> None:
         claims=_verdicts(found["claims"]),
         transfer=_brief(found["transfer"]) if flags.transfer else None,
     )
-
-
-@contextlib.contextmanager
-def _compiled_once(root: Path) -> Iterator[None]:
-    """Commands share what they compile: arms and seeds differ in their data, not their programs."""
-    before = dict(os.environ)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root.absolute() / "compiled"))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _run(flags: argparse.Namespace, roots: list[Path], seeds: range, names: list[str]) -> None:
