@@ -84,12 +84,13 @@ RANGES = {
 def check(config: ConfigDict) -> None:
     """Raises ValueError that lists every setting outside its range, with its value."""
     wrong = [
-        f"config.{name} must be {RANGES[pattern]}, got {value}"
+        f"config.{name} must be {'' if math.isfinite(value) else 'finite and '}{RANGES[pattern]}, "
+        f"got {value}"
         for name, value in numbers(config.to_dict())
         if (pattern := named(name)) is not None and value not in RANGES[pattern]
     ]
     if wrong:
-        raise ValueError("; ".join(wrong) + ". What they do stands in configs/*.py.")
+        raise ValueError("; ".join(wrong) + ". configs/*.py says what they do.")
 
 
 def numbers(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
