@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
         with distributed.failing_together():
             run(CONFIG.value)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"saber_jax.main: {error}")
 
 

@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> None:
         with distributed.failing_together():
             start.refuse_large_model_on_cpu(CONFIG.value)
             run(CONFIG.value)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"saber_jax.reference: {error}")
 
 

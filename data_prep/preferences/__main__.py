@@ -41,37 +41,41 @@ SCORERS = {"offline": offline.VERSION, "judge": judge.VERSION}
 def main(argv: Sequence[str] | None = None) -> int:
     """Mines pairs; returns 0 if there are enough to train on."""
     flags = _flags(argv)
-    method = METHODS[flags.method]
     try:
-        source = RecordSource(flags.records, flags.split)
-        records = _FirstRecords(source, flags.limit)
-        folder = flags.share.folder(flags.out) if flags.share else flags.out
-        journal = Journal(folder, method.NAME, _inputs(flags))
-        print(f"mining pairs from {len(records)} records of split {flags.split} into {folder}")
-        model = _LazyGenerator(flags, records)
-        if flags.method == "sample":
-            lines = sample.mine(
-                records,
-                model.draw,
-                _scorer(flags),
-                journal,
-                batch_size=flags.batch_size,
-                concurrency=flags.judge_concurrency if flags.scorer == "judge" else 1,
-                all_clips=flags.all_clips,
-                share=flags.share,
-            )
-        else:
-            lines = withhold.mine(
-                records,
-                model.respond,
-                journal,
-                batch_size=flags.batch_size,
-                all_clips=flags.all_clips,
-                share=flags.share,
-            )
-    except (ValueError, FileNotFoundError, EndpointError) as error:
+        return _mine(flags)
+    except (ValueError, OSError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _mine(flags: argparse.Namespace) -> int:
+    method = METHODS[flags.method]
+    source = RecordSource(flags.records, flags.split)
+    records = _FirstRecords(source, flags.limit)
+    folder = flags.share.folder(flags.out) if flags.share else flags.out
+    journal = Journal(folder, method.NAME, _inputs(flags))
+    print(f"mining pairs from {len(records)} records of split {flags.split} into {folder}")
+    model = _LazyGenerator(flags, records)
+    if flags.method == "sample":
+        lines = sample.mine(
+            records,
+            model.draw,
+            _scorer(flags),
+            journal,
+            batch_size=flags.batch_size,
+            concurrency=flags.judge_concurrency if flags.scorer == "judge" else 1,
+            all_clips=flags.all_clips,
+            share=flags.share,
+        )
+    else:
+        lines = withhold.mine(
+            records,
+            model.respond,
+            journal,
+            batch_size=flags.batch_size,
+            all_clips=flags.all_clips,
+            share=flags.share,
+        )
     if flags.share:
         print(f"share {flags.share.number} of {flags.share.count} is done: {len(lines)}")
         return 0

@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = len(examples)
         measured = sizing.measure(examples, total, range(total), workers=flags.workers, quiet=False)
         best, tried = choose(measured, flags.length)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"saber_jax.data.budgets: {error}", file=sys.stderr)
         return 1
     print(f"{total} examples\n{describe(measured)}\n\n{table(tried)}\n", file=sys.stderr)

@@ -231,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = _flags(argv)
     try:
         page = render(_inputs(flags))
-    except (ValueError, FileNotFoundError, KeyError) as error:
+        make_folder(flags.out.parent)
+        write_text(flags.out, page)
+    except (ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    make_folder(flags.out.parent)
-    write_text(flags.out, page)
     print(f"report in {flags.out} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 

@@ -72,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"share {flags.share.number} of {flags.share.count} is done: {len(rows)} clips")
             return 0
         scores = benchmark.score(rows, judge)
-    except (ValueError, FileNotFoundError, KeyError, EndpointError) as error:
+        if probed:
+            scores["probes"] = probes.score(rows, probed)
+        unread = [row for row in rows if "error" in row]
+        scores["unreadable"] = [f"{row['clip_id']}: {row['error']}" for row in unread]
+        finished = flags.out / "scores.json"
+        write_json(finished, scores)
+    except (ValueError, OSError, KeyError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if probed:
-        scores["probes"] = probes.score(rows, probed)
-    unread = [row for row in rows if "error" in row]
-    scores["unreadable"] = [f"{row['clip_id']}: {row['error']}" for row in unread]
-    finished = flags.out / "scores.json"
-    write_json(finished, scores)
     if not flags.brief:
         show(scores)
     print(f"scores in {finished}")

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         generator = load_generator(
             flags.checkpoint, max_new_tokens=flags.max_new_tokens, batch_size=1
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     shown = Printer()

@@ -44,7 +44,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import manifest
 from saber_jax.runs.files import exists, listed, replacing_folder, write_json
-from saber_jax.train import stream
+from saber_jax.train import saved, stream
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5 * 10**9
@@ -316,6 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{args.out} could not be written: {saved.cause(error)}.", file=sys.stderr)
         return 1
     print(f"{args.out} is ready for transformers' from_pretrained.")
     return 0

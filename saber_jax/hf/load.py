@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from saber_jax.data.tokenizer import load_tokenizer
+from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.flags import Parser
 from saber_jax.hf import tensors
 from saber_jax.hf.config import from_hf, tied_by
@@ -29,7 +29,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import distributed
 from saber_jax.runs.files import parse_json, replacing_folder
-from saber_jax.train import checkpoint, stream
+from saber_jax.train import checkpoint, saved, stream
 
 PREFIX = "thinker."
 OTHER_MODELS = ("talker.", "token2wav.")
@@ -241,22 +241,35 @@ def main(argv: list[str] | None = None) -> int:
         source = open_checkpoint(args.hf_dir)
         tokenizer = load_tokenizer(args.hf_dir)
         check_tokenizer(tokenizer, source.cfg)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    partial = args.out.with_name(f".{args.out.name}.partial")
+    try:
+        _write(args.out, source, tokenizer)
+    except tensors.DamagedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"{args.out} could not be written: {saved.cause(error)}.", file=sys.stderr)
+        return 1
+    if not jax.process_index():
+        print(f"{args.out} is ready: use it as --checkpoint.")
+    return 0
+
+
+def _write(out: Path, source: HfCheckpoint, tokenizer: Tokenizer) -> None:
+    """Every process must call it."""
+    partial = out.with_name(f".{out.name}.partial")
     if jax.process_index():  # The first process makes the folder and moves it.
         distributed.barrier("hf.load: the folder is there")
         stream.save(partial / "checkpoints" / "0", leaves(source))
-        return 0
-    with replacing_folder(args.out, partial=partial):
-        print(f"writing {args.out}")
+        return
+    with replacing_folder(out, partial=partial):
+        print(f"writing {out}")
         distributed.barrier("hf.load: the folder is there")
         stream.save(partial / "checkpoints" / "0", leaves(source))
-        origin = str(args.hf_dir.absolute())
+        origin = str(source.directory.absolute())
         checkpoint.write_model_files(partial, source.cfg, tokenizer, source=origin)
-    print(f"{args.out} is ready: use it as --checkpoint.")
-    return 0
 
 
 if __name__ == "__main__":

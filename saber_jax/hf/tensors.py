@@ -34,6 +34,10 @@ POINTER = (
 )
 
 
+class DamagedError(ValueError):
+    """Bytes of a tensor are not what was exported. The message names the file."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
     """One tensor in a file; `offset` counts bytes from the start of the file.
@@ -49,7 +53,7 @@ class Tensor:
     digest: int | None = None
 
     def read(self) -> np.ndarray:
-        """Raises ValueError for a dtype that holds no weights, and for damaged bytes."""
+        """Raises ValueError for a dtype that holds no weights, DamagedError for damaged bytes."""
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.path} holds {self.dtype}; weights are {', '.join(DTYPES)}.")
         return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
@@ -57,7 +61,7 @@ class Tensor:
     def read_bytes(self) -> np.ndarray:
         data = page_cache.read(self.path, self.nbytes, self.offset)
         if self.digest not in (None, digests.crc(data)):
-            raise ValueError(
+            raise DamagedError(
                 f"{self.path} is damaged: its tensor at byte {self.offset}, {self.shape}, is not "
                 "what was exported. Export or copy it again."
             )

@@ -110,7 +110,7 @@ def create(path: str | os.PathLike, text: str) -> None:
         return
     file = path.open("x", encoding="utf-8")
     try:
-        with file:
+        with naming(path), file:
             file.write(text)
     except OSError:
         path.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def append(path: str | os.PathLike, data: bytes) -> None:
     if buckets.mounted(path):
         objects.write(Path(path), (read_bytes(path) if exists(path) else b"") + data)
         return
-    with Path(path).open("ab") as file:
+    with naming(path), Path(path).open("ab") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -134,6 +134,17 @@ def truncate(path: str | os.PathLike, size: int) -> None:
         objects.write(Path(path), read_bytes(path)[:size])
     else:
         os.truncate(path, size)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the name of the file to errors that lack it, as those of a full disk do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -153,11 +164,12 @@ def replacing(path: str | os.PathLike, *, flush: bool = True) -> Iterator[Path]:
     # A unique name, because processes of several machines may write the same file.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        yield partial
-        if flush:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            if flush:
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -184,9 +196,10 @@ def replacing_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

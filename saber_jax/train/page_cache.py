@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from saber_jax.runs import files
+
 EVERY = 256 * 2**20
 
 
@@ -36,7 +38,7 @@ def read(path: Path, nbytes: int, offset: int) -> np.ndarray:
 
 def write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
     """Writes `parts` to a file, one at a time; all are on the disk when this returns."""
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+    with files.naming(path), path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         settled: Future[None] = beside.submit(lambda: None)
         waiting = 0
         for part in parts:

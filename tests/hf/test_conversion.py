@@ -24,6 +24,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import LoraConfig, SaberConfig
 from saber_jax.train import checkpoint, saved, stream
 from saber_jax.tree import flatten
+from tests import full_disk
 from tests.hf import vocabulary
 from tests.models.batches import CONFIG
 from tests.processes import running
@@ -242,6 +243,33 @@ def test_a_run_without_adapters_has_none_to_give(workdir, tmp_path, capsys):
     assert export.main(arguments) == 1
     assert "has no adapters" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("command", ["load", "export"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(command, omni, workdir, tmp_path, capfd):
+    given = {"load": ("--hf_dir", omni), "export": ("--checkpoint", workdir)}[command]
+    out = tmp_path / "out"
+    with full_disk.files_of_at_most(4096):
+        main = {"load": load.main, "export": export.main}[command]
+        assert main([*map(str, given), "--out", str(out)]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if "exporting" not in line]
+    [said] = filter(None, lines)  # The bar ends with an empty line.
+    assert f"{out} could not be written: File too large" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_export_is_not_loaded_and_leaves_nothing(workdir, tmp_path, capfd):
+    hub, out = tmp_path / "hub", tmp_path / "out"
+    assert export.main(["--checkpoint", str(workdir), "--out", str(hub)]) == 0
+    [file] = hub.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    capfd.readouterr()
+    assert load.main(["--hf_dir", str(hub), "--out", str(out)]) == 1
+    [said] = capfd.readouterr().err.splitlines()
+    assert f"{file} is damaged" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
 SHARE = """

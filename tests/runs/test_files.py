@@ -1,6 +1,7 @@
 import pytest
 
 from saber_jax.runs import files
+from tests import full_disk
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
@@ -15,6 +16,24 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+WRITERS = {
+    "write_bytes": lambda path: files.write_bytes(path, b"12345"),
+    "write_jsonl": lambda path: files.write_jsonl(path, [{"a": 1}]),
+    "create": lambda path: files.create(path, "12345"),
+    "append": lambda path: files.append(path, b"12345"),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+def test_a_file_that_a_full_disk_refused_is_named(how, tmp_path):
+    path = tmp_path / "file"
+    with (
+        full_disk.files_of_at_most(4),
+        pytest.raises(OSError, match=rf"File too large: '{path}'"),
+    ):
+        WRITERS[how](path)
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

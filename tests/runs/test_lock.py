@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ import time
 import pytest
 
 from saber_jax.runs import lock
+from tests import full_disk
 
 
 def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
@@ -32,14 +32,12 @@ def test_it_is_released_at_the_end_and_leaves_no_empty_folder(tmp_path):
 
 
 def test_a_full_disk_leaves_no_lock_behind(tmp_path):
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="File too large"):
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
-            with lock.held(tmp_path):
-                pass
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    with (
+        pytest.raises(OSError, match=rf"File too large.*{tmp_path}"),
+        full_disk.files_of_at_most(0),
+        lock.held(tmp_path),
+    ):
+        pass
     assert not list(tmp_path.iterdir())
 
 
