@@ -24,6 +24,7 @@ import functools
 import os
 import re
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -56,6 +57,8 @@ def main() -> None:
     flags = parser.parse_args()
     flags.share = 0.01 if flags.quick else flags.share
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for how in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(how, stop)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         training.serve(folder / "compiled", optimise=not flags.quick)
@@ -79,6 +82,12 @@ def main() -> None:
         digests={name: round(value, 3) for name, value in costs.items()},
         outcomes={name: dict(counts) for name, counts in rows.items()},
     )
+
+
+def stop(how: int, _: object) -> None:
+    """Handles signals: runs end, small disks are unmounted, and temporary files are removed."""
+    training.end_all()
+    sys.exit(128 + how)
 
 
 def timed(fault: str, run: Callable[[], Outcomes]) -> Outcomes:

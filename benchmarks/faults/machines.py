@@ -146,7 +146,11 @@ def hosts(
     than 0 within the bound, and go on to the last step when they are started again."""
     counts = Outcomes()
     for fault in (killed_host, stopped_host, damaged_step, full_host)[:count]:
-        found = fault(records, folder / fault.__name__, members, rng)
+        root = folder / fault.__name__
+        try:
+            found = fault(records, root, members, rng)
+        finally:
+            training.end_those_of(root)
         print(f"one of {members} hosts, {fault.__name__}: {found}", flush=True)
         counts[found] += 1
     return counts

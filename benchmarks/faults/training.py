@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.faults import groups
 from configs import sft
 from data_prep.records import dataset
 from saber_jax import main, sharding
@@ -84,9 +86,17 @@ def serve(compiled: Path, *, optimise: bool = True) -> None:
     multiprocessing.set_forkserver_preload([__name__])
 
 
-@dataclasses.dataclass
+_running: "set[Run]" = set()
+_ending = threading.Event()
+_starting = threading.RLock()  # Reentrant, because a signal may arrive while a run is started.
+
+
+@dataclasses.dataclass(eq=False)
 class Run:
-    """One process of a run, started at once. What it prints is in `log`."""
+    """One process of a run, started at once. What it prints is in `log`.
+
+    Raises RuntimeError once `end_all` was called.
+    """
 
     records: Path
     root: Path
@@ -98,8 +108,13 @@ class Run:
     def __post_init__(self):
         self.root.parent.mkdir(parents=True, exist_ok=True)
         self.log = self.root.with_name(f"{self.root.name}{self.env.get('JAX_PROCESS_ID', '')}.log")
-        self.process = multiprocessing.get_context("forkserver").Process(target=self._train)
-        self.process.start()
+        server = multiprocessing.get_context("forkserver")
+        self.process = server.Process(target=groups.lead, args=[self._train])
+        with _starting:
+            if _ending.is_set():
+                raise RuntimeError("The benchmark was told to stop.")
+            self.process.start()
+            _running.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "process"}
@@ -125,11 +140,14 @@ class Run:
     def ended(self, seconds: float) -> int | None:
         """Waits for its status, negative for a signal; None if it took longer and was killed."""
         self.process.join(seconds)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-            return None
-        return self.process.exitcode
+        status = self.process.exitcode
+        self.end()
+        return status
+
+    def end(self) -> None:
+        """Kills it, if it is still running, and all that it started."""
+        groups.end(self.process)
+        _running.discard(self)
 
     def send(self, how: signal.Signals) -> None:
         if self.process.is_alive() and self.process.pid is not None:
@@ -138,6 +156,21 @@ class Run:
     @property
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def end_all() -> None:
+    """Ends all runs; no other can be started."""
+    with _starting:
+        _ending.set()
+        left = list(_running)
+    for run in left:
+        run.end()
+
+
+def end_those_of(root: Path) -> None:
+    """Ends the runs in `root` that are still running."""
+    for run in [run for run in _running if run.root == root]:
+        run.end()
 
 
 @functools.cache

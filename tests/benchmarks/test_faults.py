@@ -1,6 +1,8 @@
 """The benchmark of faults in a short form: none is silent, unnamed, endless or loses work."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -76,6 +78,34 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_undisturbed_one(records, tmp_
     wanted = training.undisturbed(records, tmp_path / "undisturbed")
     counts = machines.kills(records, tmp_path / "kills", 1, rng, signal.SIGKILL, wanted)
     assert counts["fine"] == 1 and not failures(counts)
+
+
+LEADER = """
+import functools, multiprocessing, subprocess, sys
+from benchmarks.faults import groups
+
+work = functools.partial(subprocess.run, ["sh", "-c", "echo started; sleep 60"])
+leader = multiprocessing.get_context("forkserver").Process(target=groups.lead, args=[work])
+leader.start()
+sys.stdin.read(1)
+groups.end(leader)
+"""
+
+
+@pytest.mark.parametrize("what", ["leader", "parent"])
+def test_all_that_a_run_started_ends_with_it_and_with_the_benchmark(what):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", LEADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"started\n"
+        if what == "parent":
+            parent.kill()
+        # The pipe ends when the last process that may write to it is gone.
+        end, _ = parent.communicate(b"x", timeout=30)
+    assert end == b""
+    assert parent.returncode == (-signal.SIGKILL if what == "parent" else 0)
 
 
 def test_a_silent_change_would_be_counted(tmp_path):
