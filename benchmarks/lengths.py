@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from saber_jax.data import decode, media
+from saber_jax.data.planning import SIZE_NAMES
 from saber_jax.data.tmrope import audio_tokens
 
 RELEASE = decode.release_sampling()
@@ -40,8 +41,7 @@ def supervised(
     """Sizes as planning.SIZE_NAMES names them, one answer an example."""
     prompt, patches, chunks = _prompts(count, sampling, rng)
     answer = rng.integers(150, 901, count)
-    none = np.zeros(count, int)
-    return np.stack([prompt + answer, none, none, patches, chunks, answer], 1)
+    return _columns(text=prompt + answer, patches=patches, chunks=chunks, targets=answer)
 
 
 def pairs(
@@ -52,8 +52,20 @@ def pairs(
     prompt, patches, chunks = _prompts(count, sampling, rng)
     chosen, rejected = rng.integers(150, 901, count), rng.integers(150, 901, count)
     shared = (rng.uniform(0.3, 0.7, count) * np.minimum(chosen, rejected)).astype(int)
-    rest = (chosen - shared, rejected - shared)
-    return np.stack([prompt + shared, *rest, patches, chunks, shared + sum(rest)], 1)
+    return _columns(
+        text=prompt + shared,
+        chosen=chosen - shared,
+        rejected=rejected - shared,
+        patches=patches,
+        chunks=chunks,
+        targets=chosen + rejected - shared,
+    )
+
+
+def _columns(**sizes: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N D"]:
+    """The sizes by name, in the order of planning.SIZE_NAMES; those that are not given are 0."""
+    none = np.zeros_like(sizes["text"])
+    return np.stack([sizes.get(name, none) for name in SIZE_NAMES], 1)
 
 
 def _prompts(count: int, sampling: decode.FrameSampling, rng: np.random.Generator):

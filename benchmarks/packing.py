@@ -58,10 +58,9 @@ def _frame_pairs(sizes: np.ndarray, sampling) -> np.ndarray:
 
 def conversations(sizes: np.ndarray) -> np.ndarray:
     """(text, patches, chunks) of every conversation. A pair is two conversations with one clip."""
-    text, chosen, rejected, patches, chunks, _ = sizes.T
-    each = [np.stack([text + chosen, patches, chunks], 1)]
-    if rejected.any():
-        each.append(np.stack([text + rejected, patches, chunks], 1))
+    of = dict(zip(planning.SIZE_NAMES, sizes.T, strict=True))
+    answers = [of["chosen"], of["rejected"]] if of["rejected"].any() else [of["chosen"]]
+    each = [np.stack([of["text"] + a, of["patches"], of["chunks"]], 1) for a in answers]
     return np.stack(each, 1).reshape(-1, 3)
 
 

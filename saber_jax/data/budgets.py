@@ -23,12 +23,12 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from saber_jax.data import encoded, planning, sizing
 from saber_jax.data.packing import Budget
 from saber_jax.data.pairs import read_pairs
-from saber_jax.data.records import RecordSource
+from saber_jax.data.records import BadRecordError, RecordSource
 from saber_jax.data.sources import Sources
 from saber_jax.data.steps import StepSize
 from saber_jax.data.tokenizer import load_beside
@@ -100,8 +100,32 @@ def choose(measured: sizing.Measurements, length: int) -> tuple[Choice, list[Cho
     return max(tried, key=Choice.score), tried
 
 
+def _report_bad(examples: encoded.Examples, measured: sizing.Measurements) -> None:
+    """Prints how many examples cannot be used, and why the first of them cannot.
+
+    Raises ValueError if none can.
+    """
+    readable = _readable(measured)
+    bad = np.flatnonzero(~readable)
+    if not len(bad):
+        return
+    try:
+        examples.measure(int(bad[0]))
+        reason = ""  # It could be read this time.
+    except BadRecordError as error:
+        reason = f" The first: {error}"
+    text = f"{len(bad)} of {len(readable)} examples cannot be used.{reason}"
+    if not readable.any():
+        raise ValueError(text)
+    print(text, file=sys.stderr)
+
+
+def _readable(measured: sizing.Measurements) -> Bool[np.ndarray, " N"]:
+    return (measured.sizes != sizing.BAD).all((0, 2))
+
+
 def _sample(measured: sizing.Measurements) -> sizing.Measurements:
-    good = np.flatnonzero((measured.sizes >= 0).all((0, 2)))
+    good = np.flatnonzero(_readable(measured))
     return _some(measured, np.random.default_rng(0).permutation(good)[:SAMPLE])
 
 
@@ -182,10 +206,11 @@ def _try(measured: sizing.Measurements, budget: Budget) -> Choice | None:
         return None
     sizes = selection.sizes[0]
     rows = planning.plan_rows(sizes, usable, budget)
-    targets = [sizes[row, -1].sum() for row in rows]
+    targets = sizes[:, planning.SIZE_NAMES.index("targets")]
+    of_rows = [targets[row].sum() for row in rows]
     budget = dataclasses.replace(
         budget,
-        targets=_up(max(np.quantile(targets, 0.995), sizes[usable, -1].max()), TARGET_STEP),
+        targets=_up(max(np.quantile(of_rows, 0.995), targets[usable].max()), TARGET_STEP),
         segments=max(map(len, rows)),
     )
     rows = planning.plan_rows(sizes, usable, budget)
@@ -250,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples = encoded.Examples(sources, load_beside(flags.records), pairs)
         total = len(examples)
         measured = sizing.measure(examples, total, range(total), workers=flags.workers, quiet=False)
+        _report_bad(examples, measured)
         best, tried = choose(measured, flags.length)
     except (ValueError, OSError) as error:
         print(f"saber_jax.data.budgets: {error}", file=sys.stderr)

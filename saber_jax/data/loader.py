@@ -168,7 +168,9 @@ class Encode(grain.transforms.Map):
         rng = np.random.default_rng([self.seed, row.number])
         encoded, left_out = [], []
         for index in row.examples:
-            hidden = MODALITIES[rng.integers(2)] if rng.random() < self.withhold else None
+            hidden = None
+            if rng.random() < self.withhold:
+                hidden = MODALITIES[rng.integers(len(MODALITIES))]
             try:
                 encoded.append(self.examples.encode(index, hidden))
             except BadRecordError as error:

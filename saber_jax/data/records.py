@@ -100,9 +100,13 @@ def to_example(record: Record) -> dict[str, Any]:
 
 
 def from_example(example: Mapping[str, Any]) -> Record:
-    """Inverse of `to_example`; arrays are read-only views of the stored bytes."""
+    """Inverse of `to_example`; arrays are read-only views of the stored bytes.
+
+    Raises ValueError for an unknown language, and for a record without messages whose annotation
+    lacks a section.
+    """
     shape = tuple(int(size) for size in example["frames_shape"])
-    return Record(
+    record = Record(
         clip_id=example["clip_id"].decode(),
         language=example["language"].decode(),
         frames=np.frombuffer(example["frames"], np.uint8).reshape(*shape, 3),
@@ -115,6 +119,12 @@ def from_example(example: Mapping[str, Any]) -> Record:
         messages=tuple(json.loads(example.get("messages", b"[]"))),
         answer=example.get("answer", b"").decode() or None,
     )
+    if record.language not in LANGUAGES:
+        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {record.language!r}")
+    missing = [field for field in FIELDS if field not in record.annotation]
+    if missing and not record.messages:
+        raise ValueError(f"the annotation lacks {', '.join(missing)}")
+    return record
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -102,8 +102,11 @@ class Preference:
     @property
     def conditional(self) -> dict[Modality, float]:
         """The conditional terms that are on, with their weights."""
-        weights = {"audio": self.conditional_audio, "video": self.conditional_video}
-        return {modality: weights[modality] for modality in MODALITIES if weights[modality]}
+        weights: dict[Modality, float] = {
+            "audio": self.conditional_audio,
+            "video": self.conditional_video,
+        }
+        return {modality: weight for modality, weight in weights.items() if weight}
 
     @property
     def decoupled(self) -> bool:

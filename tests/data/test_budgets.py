@@ -80,6 +80,23 @@ def test_nothing_that_fits_is_one_clear_error():
         budgets.choose(measured(sizes), 64)
 
 
+def test_records_that_cannot_be_used_are_counted_with_the_reason_of_the_first(
+    tmp_path, tokenizer, capsys
+):
+    made = [synthetic.record(i, words=2) for i in range(3)]
+    bad = dataclasses.replace(made[0], annotation={})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    dataset.write(whole, {"train": [bad, *made[1:]]}, lambda record: record)
+    dataset.write(broken, {"train": [bad]}, lambda record: record)
+    for folder in (whole, broken):
+        (folder / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    assert budgets.main(["--records", str(whole), "--length", "768"]) == 0
+    assert "1 of 3 examples cannot be used. The first: " in capsys.readouterr().err
+    assert budgets.main(["--records", str(broken)]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 1 examples cannot be used" in error and "video_desc" in error
+
+
 def test_the_command_prints_flags_for_records_on_disk(tmp_path, tokenizer, capsys):
     made = [synthetic.record(i, words=2 + i % 3) for i in range(12)]
     dataset.write(tmp_path, {"train": made}, lambda record: record)
