@@ -83,7 +83,8 @@ def serve(compiled: Path, *, optimise: bool = True) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".strip()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    multiprocessing.set_forkserver_preload([__name__])
+    # The second is what a run imports when it begins, which takes seconds if torch is installed.
+    multiprocessing.set_forkserver_preload([__name__, "saber_jax.train.tensorboard"])
 
 
 _running: "set[Run]" = set()
