@@ -7,16 +7,19 @@ The digest of an array is a sum modulo 2 ** 32 over its elements:
 `mix` is one-to-one, so a change of one element is always detected; other changes are missed with
 probability 2 ** -32. The sum does not depend on the order of its terms, so devices can sum the
 parts that they hold on any mesh, and a reader that streams layers can add them up.
+
+It is computed in three ways: by NumPy from any array in memory, by XLA on the devices that hold an
+array, and, where those are CPUs, by a loop that XLA compiles, two to four times as fast as NumPy.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, UInt, UInt32
 
 SPREAD = 0x9E3779B1
 """Odd, and otherwise arbitrary: the first prime of xxHash32."""
@@ -25,23 +28,66 @@ MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 BLOCK = 1 << 16
 """Elements that NumPy mixes at a time: few enough to stay in a core's second cache, and enough for
 threads not to wait for each other to start the next pass."""
+CHUNK = 1 << 21
+"""Elements that a call of the compiled loop sums. It is compiled once for each size of element."""
+LANES = 1 << 14
+"""Sums that the loop holds, one for every LANES-th element: they and what it reads at a time stay
+in a core's second cache."""
 
 
-def of_arrays(arrays: Mapping[str, Array]) -> dict[str, int]:
+def of_arrays(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, int]:
     """Digests by name, computed on the arrays' devices. Every process must call it."""
     here = {name: leaf for name, leaf in arrays.items() if _in_memory(leaf)}
     away = {name: _on_device(leaf) for name, leaf in arrays.items() if name not in here}
+    sums = dict.fromkeys(here, 0)
     with ThreadPoolExecutor() as pool:
-        sums = dict(zip(here, pool.map(of_numpy, map(np.asarray, here.values())), strict=True))
+        parts = [
+            (name, pool.submit(part))
+            for name, leaf in here.items()
+            for part in _parts(np.asarray(leaf))
+        ]
+        for name, part in parts:
+            sums[name] = (sums[name] + part.result()) % 2**32
     return sums | {name: int(value) for name, value in jax.device_get(away).items()}
 
 
 def _in_memory(leaf: Array | np.ndarray) -> bool:
-    """Whether NumPy can read the array directly, which is faster than XLA on a CPU."""
+    """Whether NumPy can read the array directly."""
     if isinstance(leaf, np.ndarray):
         return True
     local = leaf.is_fully_addressable
     return local and all(device.platform == "cpu" for device in leaf.devices())
+
+
+def _parts(array: np.ndarray) -> Iterator[Callable[[], int]]:
+    """Functions that return parts of an array's digest."""
+    whole = 0
+    if array.flags.c_contiguous and jax.default_backend() == "cpu":
+        array = array.reshape(-1)
+        whole = array.size - array.size % CHUNK
+    for first in range(0, whole, CHUNK):
+        chunk = _bits(array[first : first + CHUNK]), np.uint32(_spread(first))
+        yield lambda chunk=chunk: int(_of_chunk(*jax.device_put(chunk)))
+    if whole < array.size:
+        yield lambda: of_numpy(array[whole:] if whole else array, first=whole)
+
+
+@jax.jit
+def _of_chunk(bits: UInt[Array, "CHUNK"], place: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """The part of consecutive elements; `place` is that of the first one.
+
+    Where a CPU has to add up what it computes, XLA does so one element after the other. So the loop
+    adds whole rows of LANES elements, for which it has vector instructions.
+    """
+    rows = bits.reshape(-1, LANES)
+    places = place + jax.lax.iota(jnp.uint32, LANES) * np.uint32(SPREAD)
+
+    def add(index: Array, sums: UInt32[Array, "LANES"]) -> UInt32[Array, "LANES"]:
+        row = jax.lax.dynamic_index_in_dim(rows, index, keepdims=False).astype(jnp.uint32)
+        return sums + _mixed(row + places + index.astype(jnp.uint32) * np.uint32(_spread(LANES)))
+
+    sums = jax.lax.fori_loop(0, len(rows), add, jnp.zeros(LANES, jnp.uint32))
+    return jnp.sum(sums, dtype=jnp.uint32)
 
 
 def of_numpy(array: np.ndarray, *, first: int = 0, strides: tuple[int, ...] | None = None) -> int:
@@ -62,9 +108,9 @@ def of_numpy(array: np.ndarray, *, first: int = 0, strides: tuple[int, ...] | No
     count, total = min(BLOCK // row, len(array)), 0
     places = np.zeros((1,) * array.ndim, np.uint32)
     for axis, (n, stride) in enumerate(zip((count, *array.shape[1:]), strides, strict=True)):
-        along = np.arange(n, dtype=np.uint32) * np.uint32(stride * SPREAD % 2**32)
+        along = np.arange(n, dtype=np.uint32) * np.uint32(_spread(stride))
         places = places + along.reshape((n,) + (1,) * (array.ndim - 1 - axis))
-    unsigned = array.view(np.dtype(f"u{array.dtype.itemsize}"))
+    unsigned = _bits(array)
     # Every pass over a block writes into one of these two: memory of their own would cost more.
     mixed, shifted = np.empty_like(places), np.empty_like(places)
     for start in range(0, len(array), count):
@@ -72,7 +118,7 @@ def of_numpy(array: np.ndarray, *, first: int = 0, strides: tuple[int, ...] | No
         x, y = mixed[: len(bits)], shifted[: len(bits)]
         np.add(bits, places[: len(bits)], out=x)
         with np.errstate(over="ignore"):
-            x += np.uint32((first + start * strides[0]) * SPREAD % 2**32)
+            x += np.uint32(_spread(first + start * strides[0]))
         x ^= np.right_shift(x, 16, out=y)
         x *= np.uint32(MULTIPLIERS[0])
         x ^= np.right_shift(x, 13, out=y)
@@ -90,10 +136,24 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _on_device(x: Array) -> UInt32[Array, ""]:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
-    mixed = bits.astype(jnp.uint32)
+    places = bits.astype(jnp.uint32)
     for axis, stride in enumerate(c_strides(x.shape)):
         place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        mixed += place * np.uint32(stride * SPREAD % 2**32)
+        places += place * np.uint32(_spread(stride))
+    return jnp.sum(_mixed(places), dtype=jnp.uint32)
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """MurmurHash3's fmix32."""
     for shift, multiplier in zip((16, 13), MULTIPLIERS, strict=True):
-        mixed = (mixed ^ (mixed >> shift)) * np.uint32(multiplier)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+        x = (x ^ (x >> shift)) * np.uint32(multiplier)
+    return x ^ (x >> 16)
+
+
+def _spread(element: int) -> int:
+    """The place of an element of this index, which is added to its bits."""
+    return element * SPREAD % 2**32
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))

@@ -1,5 +1,7 @@
 """A digest is the same wherever and in whatever order it is formed, and shows every change."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +14,7 @@ from saber_jax.train import digests
 RNG = np.random.default_rng(0)
 
 
-def random(shape, dtype=np.float32):
+def random(shape, dtype: Any = np.float32):
     return RNG.standard_normal(shape, np.float32).astype(dtype)
 
 
@@ -23,6 +25,22 @@ def test_numpy_and_the_device_agree(shape, dtype):
     on_device = jnp.asarray(array)
     assert int(digests._on_device(on_device)) == digests.of_numpy(array)
     assert digests.of_arrays({"x": on_device}) == {"x": digests.of_numpy(array)}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.bool_])
+def test_the_compiled_loop_and_numpy_agree(dtype):
+    array = random((3, digests.CHUNK - 1), dtype)
+    on_device = jnp.asarray(array)
+    with jax.transfer_guard("disallow"):
+        summed = digests.of_arrays({"x": on_device, "y": array, "z": array.T})
+    turned = digests.of_numpy(np.ascontiguousarray(array.T))
+    assert summed == {"x": digests.of_numpy(array), "y": digests.of_numpy(array), "z": turned}
+
+
+def test_digests_are_those_of_earlier_checkpoints():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert digests.of_numpy(array) == 4147401923
+    assert digests.of_numpy(array.astype(ml_dtypes.bfloat16)) == 9100751
 
 
 def test_the_mesh_does_not_matter():
