@@ -19,6 +19,8 @@ from saber_jax.hf import digests, tensors
 
 def problems(directory: Path) -> tuple[int, list[str]]:
     """(number of tensors, all problems)."""
+    if not directory.is_dir():
+        return 0, ["there is no such directory"]
     if not (directory / digests.FILE).is_file():
         return 0, [f"it has no {digests.FILE}: only `python -m saber_jax.hf.export` writes one"]
     adapters = (
@@ -44,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     count, wrong = problems(directory)
     if wrong:
         listing = "\n  ".join(wrong)
+        count = f"{len(wrong)} problem{'s' if len(wrong) > 1 else ''}"
         print(
-            f"{directory} is damaged, {len(wrong)} problems:\n  {listing}\n"
+            f"{directory} is damaged or no export, {count}:\n  {listing}\n"
             "Export it again, or copy it again from where it came from.",
             file=sys.stderr,
         )

@@ -105,6 +105,11 @@ def test_a_directory_without_digests_loads_and_is_not_called_checked(copy, capsy
     load.open_checkpoint(copy)
 
 
+def test_a_directory_that_is_not_there_is_said_not_to_be_there(tmp_path, capsys):
+    assert check.main([str(tmp_path / "typo")]) == 1
+    assert "typo is damaged or no export, 1 problem:\n  there is no such" in capsys.readouterr().err
+
+
 def test_every_tensor_of_an_export_has_a_digest(exported):
     found, wrong = tensors.find(exported)
     assert not wrong and all(t.digest is not None for t in found.values())
