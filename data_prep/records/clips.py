@@ -13,6 +13,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -276,10 +277,18 @@ def _read_annotation(name: str, files: Mapping[str, Path]) -> dict[str, str]:
             detail += f"; {near[0]}.json there lies in another folder than the clip"
         raise _RefusedError("no_annotation", detail)
     try:
-        text = files[name].read_text(encoding="utf-8-sig")
-        return annotations.parse_annotation(parse_json(text))
+        return annotations.parse_annotation(_json_of(files[name]))
     except ValueError as error:  # Not text, not JSON, or not the layout.
         raise _RefusedError("bad_annotation", f"{name}.json: {error}") from error
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error}); save it as UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
 
 
 def detect_language(annotation: Mapping[str, str]) -> str:

@@ -66,6 +66,9 @@ def from_ms_swift(row: dict[str, Any]) -> Row:
     )
     turns = _turns(row.get("messages"), "role", "content", "messages", media)
     prompt, answer = _split(_with_system(row, turns))
+    for key, paths in media.items():
+        if _paths(row.get(f"rejected_{key}"), f"rejected_{key}") not in ([], paths):
+            raise RowError(f"rejected_{key} are other files than {key}; a pair has one clip")
     rejected = row.get("rejected_response")
     if isinstance(rejected, list):
         rejected = _split([*prompt, *_turns(rejected, "role", "content", "rejected_response")])[1]
@@ -76,8 +79,6 @@ def from_ms_swift(row: dict[str, Any]) -> Row:
         if other != prompt:
             raise RowError("rejected_messages has another question than messages")
         for key, paths in media.items():
-            if _paths(row.get(f"rejected_{key}"), f"rejected_{key}") not in ([], paths):
-                raise RowError(f"rejected_{key} are other files than {key}; a pair has one clip")
             if shown[key] not in ([], paths):
                 raise RowError(f"rejected_messages shows other {key} than messages do")
     return _row(prompt, answer, rejected, media)

@@ -63,6 +63,22 @@ def test_a_clip_takes_the_annotation_of_its_own_folder(folders):
     assert {job.file for job in jobs} == {"A/001.mp4", "B/001.mp4"}
 
 
+@pytest.mark.parametrize(
+    "content,why",
+    [
+        (b"```json\n{}\n```", "a.json: it is not JSON: "),
+        (annotation("caf\xe9").encode("utf-16"), "a.json: it is not UTF-8 text "),
+        (b'{"video_desc": "", "video_desc": ""}', "it has 'video_desc' twice"),
+        (b"[]", "must be a JSON object"),
+    ],
+)
+def test_an_annotation_that_cannot_be_read_says_what_is_wrong_with_it(folders, content, why):
+    folders.add("clips/a.mp4", "annotations/a.json")
+    (folders.annotations / "a.json").write_bytes(content)
+    _, [refusal] = folders.plan()
+    assert refusal.reason == "bad_annotation" and why in refusal.detail
+
+
 def test_an_annotation_of_another_folder_is_not_taken_but_named(folders):
     folders.add("clips/B/001.mp4", "annotations/A/001.json")
     jobs, [refusal] = folders.plan()

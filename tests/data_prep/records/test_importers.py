@@ -240,6 +240,7 @@ def test_rows_that_ask_the_same_share_a_record(folder, tokenizer, tmp_path):
         ({"messages": [ASK]}, "does not end with an answer"),
         ({"messages": "hello"}, "must be a list"),
         ({"rejected_messages": [ASK, SAY], "rejected_videos": ["b.mkv"]}, "other files"),
+        ({"rejected_response": "angry", "rejected_videos": ["b.mkv"]}, "other files"),
         ({"messages": [{**ASK, "role": "\ud83d"}, SAY]}, "unknown roles"),
         ({"videos": ["a\0.mkv"]}, "null"),
         ({"audios": ["short.wav"]}, "too short to be heard"),
