@@ -10,7 +10,6 @@ import json
 import os
 import re
 import unicodedata
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from data_prep.records import containers
 from saber_jax.data import annotations, decode, records, texts
-from saber_jax.runs.files import parse_json
+from saber_jax.runs.files import parse_json, replacing
 
 REASONS = {
     **decode.REASONS,
@@ -318,11 +317,8 @@ def decode_job(job: DecodeJob) -> Refusal | None:
     except OSError as error:
         return Refusal(file=job.file, reason="unreadable", detail=str(error))
     facts = {"seconds_per_grid": clip.seconds_per_grid, "info": clip.info, "sha256": digest}
-    # Not named after the process id, which two machines of a cluster may share.
-    temporary = job.staged.with_suffix(f".{uuid.uuid4().hex}")
-    with temporary.open("wb") as file:
+    with replacing(job.staged, flush=False) as partial, partial.open("wb") as file:
         np.savez(file, frames=clip.frames, audio=clip.audio, facts=np.array(json.dumps(facts)))
-    os.replace(temporary, job.staged)
     return None
 
 

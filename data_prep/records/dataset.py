@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data_prep.records.disk_sort import without_tensorflow
 from saber_jax.data import records
+from saber_jax.runs.files import naming
 
 Load = Callable[[Any], records.Record]
 
@@ -133,6 +134,7 @@ def write(
         splits=splits, load=load, beam=bool(beam), data_dir=directory, file_format="array_record"
     )
     with (
+        naming(directory),
         without_tensorflow(),
         contextlib.redirect_stdout(io.StringIO()),  # "Downloading ... unknown size".
     ):
@@ -140,7 +142,8 @@ def write(
     sources = {split: records.RecordSource(directory, split) for split in sorted(splits)}
     for source in sources.values():
         records.write_outlines(source, workers=os.cpu_count() or 1)
-    _write_checksums(Path(builder.data_dir))
+    with naming(directory):
+        _write_checksums(Path(builder.data_dir))
     return {split: len(source) for split, source in sources.items()}
 
 

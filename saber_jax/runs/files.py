@@ -6,6 +6,7 @@ bucket's folder (runs/buckets.py) stands for an object of the bucket (runs/objec
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from saber_jax.runs import buckets, objects
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -138,13 +141,21 @@ def truncate(path: str | os.PathLike, size: int) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Adds the name of the file to errors that lack it, as those of a full disk do."""
+    """Makes errors of the disk an OSError with the name of the file.
+
+    Python leaves it out when a disk is full, and ArrayRecord raises RuntimeError for everything.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    except RuntimeError as error:
+        found = [code for code in DISK_ERRORS if os.strerror(code) in str(error)]
+        if not found:
+            raise
+        raise OSError(found[0], os.strerror(found[0]), os.fspath(path)) from error
 
 
 @contextlib.contextmanager

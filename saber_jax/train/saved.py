@@ -10,7 +10,6 @@ found by comparing digests when its arrays are read.
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -39,7 +38,6 @@ NAMED = 3
 """Number of damaged arrays that a message names; the others are counted."""
 
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
-STORAGE_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 PAUSES = (1, 4, 16)
 """Seconds between attempts to read."""
 
@@ -228,7 +226,7 @@ def cause(error: BaseException) -> str:
             return f"{found.strerror} ({found.filename})" if found.filename else found.strerror
         text += str(found)
         found = found.__cause__ or found.__context__
-    known = map(os.strerror, STORAGE_ERRORS)
+    known = map(os.strerror, files.DISK_ERRORS)
     return next((reason for reason in known if reason in text), brief(error))
 
 

@@ -1,4 +1,5 @@
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from saber_jax.runs import files
 from tests import full_disk
@@ -18,11 +19,19 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def write_array_record(path):
+    with files.replacing(path) as partial:
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        writer.write(b"12345")
+        writer.close()
+
+
 WRITERS = {
     "write_bytes": lambda path: files.write_bytes(path, b"12345"),
     "write_jsonl": lambda path: files.write_jsonl(path, [{"a": 1}]),
     "create": lambda path: files.create(path, "12345"),
     "append": lambda path: files.append(path, b"12345"),
+    "an ArrayRecord": write_array_record,
 }
 
 
