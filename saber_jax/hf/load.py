@@ -72,7 +72,8 @@ def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
     if cfg is None:
         raise ValueError(_report(directory, problems))
     expected = entries(cfg)
-    named = _strip(found)
+    named, strangers = _strip(found)
+    problems += strangers
     if HEAD not in named and EMBED in named and any(tied_by(config)):
         named[HEAD] = named[EMBED]
     # With a file unread, every tensor in it would be listed as missing too.
@@ -173,15 +174,15 @@ def _what_it_is(directory: Path) -> str:
     return f"{directory} is not a HuggingFace checkpoint: it has no config.json. {give}"
 
 
-def _strip(found: Mapping[str, tensors.Tensor]) -> dict[str, Any]:
-    """Names as the thinker alone has them."""
-    if not any(name.startswith(PREFIX) for name in found):
-        return dict(found)
-    return {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in found.items()
-        if not name.startswith(OTHER_MODELS)
-    }
+def _strip(found: Mapping[str, tensors.Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """(the thinker's tensors by their names in a thinker alone, problems)."""
+    thinker = {name for name in found if name.startswith(PREFIX)}
+    if not thinker:
+        return dict(found), []
+    named = {name.removeprefix(PREFIX): found[name] for name in sorted(thinker)}
+    # "x" beside "thinker.x" could be either one's weights.
+    strangers = [n for n in sorted(found.keys() - thinker) if not n.startswith(OTHER_MODELS)]
+    return named, [f"unexpected {name}: the others begin with {PREFIX}" for name in strangers]
 
 
 def _two_heads(named: Mapping[str, tensors.Tensor]) -> list[str]:

@@ -71,6 +71,17 @@ def test_shards_and_the_omni_layout_load_alike(params, exported, tmp_path):
     assert equal(load.load_params(omni)[0], params)
 
 
+def test_a_tensor_without_the_prefix_of_the_others_is_refused(copy):
+    """Of `x` and `thinker.x`, one would silently be left out."""
+
+    def add(weights):
+        weights |= {f"thinker.{name}": weights.pop(name) for name in list(weights)}
+        weights["lm_head.weight"] = 2 * weights["thinker.lm_head.weight"]
+
+    rewrite(copy, add)
+    assert "unexpected lm_head.weight: the others begin with thinker." in refusal(copy)
+
+
 def test_bfloat16_export_rounds_once(params, tmp_path):
     export.export(params, CONFIG, tmp_path / "hf", dtype="bfloat16")
     loaded, _ = load.load_params(tmp_path / "hf")
@@ -112,6 +123,9 @@ def test_a_head_of_its_own_stays_one_in_a_copy_whatever_one_version_says(params,
     [
         ("preprocessor_config.json", {"image_mean": [0.5] * 3}, "image_mean must be [0.48"),
         ("preprocessor_config.json", {"hop_length": "160"}, "hop_length must be 160, got '160'"),
+        ("preprocessor_config.json", {"chunk_length": 30}, "chunk_length must be 300, got 30"),
+        ("preprocessor_config.json", {"padding_value": 1}, "padding_value must be 0.0, got 1"),
+        ("preprocessor_config.json", {"padding_side": "left"}, "padding_side must be right"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize must be True"),
         (
             "processor_config.json",
@@ -132,6 +146,12 @@ def test_a_processor_that_sees_or_hears_otherwise_is_refused_by_name(copy, file,
         load.open_checkpoint(copy)
     else:
         assert named in refusal(copy)
+
+
+def test_a_pointer_in_the_place_of_the_processor_s_settings_is_named(copy):
+    path = copy / "preprocessor_config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "preprocessor_config.json is a pointer of Git LFS" in refusal(copy)
 
 
 def test_export_replaces_an_export_when_told_to_but_no_other_directory(params, copy):
