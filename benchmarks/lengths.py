@@ -1,7 +1,8 @@
 """Made-up lengths like those of SABER's clips and answers, for benchmarks and tests of packing.
 
 Clip seconds are log-normal with median 4.5 and sigma 0.6, cut to 1..30; an answer has 150 to 900
-tokens. Frames and their sizes follow from a 640 x 360 source at 25 frames a second.
+tokens, of which `answers` draws most near the shorter end. Frames and their sizes follow from a
+640 x 360 source at 25 frames a second.
 """
 
 import functools
@@ -26,6 +27,8 @@ EXACT = decode.FrameSampling(
 PROMPT_TOKENS = 60
 """Tokens of the prompt's text and of the markers around the media."""
 
+SHORTEST_ANSWER, LONGEST_ANSWER = 150, 900
+
 
 def seconds(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:
     drawn = np.zeros(0)
@@ -35,12 +38,19 @@ def seconds(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:
     return drawn[:count]
 
 
+def answers(count: int, rng: np.random.Generator) -> Float[np.ndarray, " N"]:
+    """Tokens of answers, log-normal: 95% are between the shortest and the longest."""
+    middle = (np.log(SHORTEST_ANSWER) + np.log(LONGEST_ANSWER)) / 2
+    sigma = (np.log(LONGEST_ANSWER) - np.log(SHORTEST_ANSWER)) / 4
+    return np.clip(np.exp(rng.normal(middle, sigma, count)), SHORTEST_ANSWER, LONGEST_ANSWER)
+
+
 def supervised(
     count: int, sampling: decode.FrameSampling, rng: np.random.Generator
 ) -> Int[np.ndarray, "N D"]:
     """Sizes as planning.SIZE_NAMES names them, one answer an example."""
     prompt, patches, chunks = _prompts(count, sampling, rng)
-    answer = rng.integers(150, 901, count)
+    answer = rng.integers(SHORTEST_ANSWER, LONGEST_ANSWER + 1, count)
     return _columns(text=prompt + answer, patches=patches, chunks=chunks, targets=answer)
 
 
@@ -50,7 +60,8 @@ def pairs(
     """Sizes of preference pairs. Half of the shorter answer, on average, is what both begin with:
     with the audio withheld, the visual sections of a SED answer stay what they were."""
     prompt, patches, chunks = _prompts(count, sampling, rng)
-    chosen, rejected = rng.integers(150, 901, count), rng.integers(150, 901, count)
+    chosen = rng.integers(SHORTEST_ANSWER, LONGEST_ANSWER + 1, count)
+    rejected = rng.integers(SHORTEST_ANSWER, LONGEST_ANSWER + 1, count)
     shared = (rng.uniform(0.3, 0.7, count) * np.minimum(chosen, rejected)).astype(int)
     return _columns(
         text=prompt + shared,

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from saber_jax import sharding
 from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
-from saber_jax.generate.prompts import PREFILL
+from saber_jax.generate.prompts import PREFILL, rows_of
 from saber_jax.train import flops
 from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
@@ -33,11 +33,11 @@ def lower(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
 
 def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
     """Prompts as long as the config's rows, one a row, answered config.generation.batch_size at a
-    time: `prefill` reads PREFILL of them (one a group, where there are more groups)."""
+    time: `prefill` reads as many in each group as generate/prompts.py does."""
     mesh, compute = stage.mesh, stage.compute
     places = sharding.batch_rows(config.generation.batch_size, mesh)
-    new = sharding.batch_rows(min(PREFILL, places), mesh)
     groups = sharding.shards(sharding.BATCH_AXES, mesh)
+    new = groups * min(rows_of(stage.batch.text.tokens.shape[1]), PREFILL, places // groups)
     place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def of(shape, dtype, where=everywhere) -> Any:

@@ -250,15 +250,19 @@ def proceed(
 def _put(
     old: Shaped[Array, "a ..."], new: Shaped[Array, "b ..."], source: Int[Array, "G c"]
 ) -> Shaped[Array, "a ..."]:
-    """`old` with what `admit` puts in the places that `source` names: of a place's rows, all."""
+    """`old` with what `admit` puts in the places that `source` names: of a place's rows, all.
+
+    It is a scatter along the places of each group, so XLA writes only the new rows if `old` may be
+    overwritten, and a mesh that holds each group on its own devices has nothing to send.
+    """
     groups, places = source.shape
     rows = len(old) // source.size
     fresh = new.reshape(groups, -1, rows, *new.shape[1:])
-    kept = old.reshape(groups, places, rows, *old.shape[1:])
-    index = source.reshape(groups, places, *(1 for _ in fresh.shape[2:]))
-    # Groups stay apart, so that a mesh has nothing to send; the selection is made in place.
-    taken = jnp.take_along_axis(fresh, jnp.maximum(index, 0), axis=1)
-    return jnp.where(index >= 0, taken, kept).reshape(old.shape)
+    taken = source[:, None] == jnp.arange(fresh.shape[1])[None, :, None]
+    # A prompt without a place gets one after the last, where nothing is written.
+    place = jnp.where(taken.any(axis=2), taken.argmax(axis=2), places)
+    put = jax.vmap(lambda old, new, place: old.at[place].set(new, mode="drop"))
+    return put(old.reshape(groups, places, rows, *old.shape[1:]), fresh, place).reshape(old.shape)
 
 
 def _on_devices(state: State, cache: Cache, program: Program) -> tuple[State, Cache]:

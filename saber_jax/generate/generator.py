@@ -49,7 +49,8 @@ class Generator:
         prefill: int = PREFILL,
         dtype: jnp.dtype = jnp.float32,
     ):
-        """Reads `prefill` prompts at a time, as soon as so many of the `batch_size` have answers.
+        """Reads up to `prefill` prompts at a time, as soon as so many of the `batch_size` have
+        answers.
 
         `params` may be sharded over a mesh; rows are then spread over its data axes.
         """
@@ -147,29 +148,27 @@ class Generator:
     ) -> Iterator[list[list[str]]]:
         requests = RequestQueue(batches, self._packer, self._tokenizer)
         tokens = STREAM_TOKENS if on_text else self._max_new_tokens
-        running, share = None, self._packer.share
+        running = None
         # The host reads the next prompts while devices compute. Only this thread starts programs:
         # those with collectives, started from two, could wait for each other for ever.
         with ThreadPoolExecutor(max_workers=1) as reader:
             following = reader.submit(requests.next_group)
             while True:
                 added = False
-                while running is None or running.has_room(share):
-                    group = following.result()
-                    if group is None or (
-                        running and running.live and running.outgrown(group.shape)
-                    ):
-                        break
-                    if running is None or running.outgrown(group.shape):
+                while group := following.result():
+                    if running is None or (not running.live and running.outgrown(group.shape)):
                         running = self._running(group.shape, samples, sampling)
+                    if running.outgrown(group.shape) or not running.has_room(group.share):
+                        break
                     running.admit(group)
                     added = True
                     following = reader.submit(requests.next_group)
                 if running is None or not running.live:
                     break
-                waiting = not running.has_room(share)
                 # The first token of an answer comes with its prompt.
-                running.proceed(max(tokens - added, 1), until=share if waiting else None)
+                next_fits = group is not None and not running.outgrown(group.shape)
+                until = group.share if group and next_fits else None
+                running.proceed(max(tokens - added, 1), until=until)
                 for request, answers, ended in running.collect():
                     if on_text is not None:
                         on_text(request.number, self._text(answers[0]))

@@ -1,17 +1,18 @@
 """Packs prompts for one prefill: short ones share a row, which saves padding.
 
-Four prompts of a batch in rows of eight (. padding), and the slot behind the end of each:
+One prefill reads as many of the prompts that follow as its rows hold (`Packer.fitting`). Four
+prompts in rows of eight (. padding), and the slot behind the end of each:
 
     tokens     p p p p p p . .      ends     6 11 14 16
                q q q r r r s s      lengths  6  3  3  2
 
 On a mesh every data shard has separate rows for its own prompts (a group), and `ends` counts slots
-from the start of the group.
+from the start of the group. All groups get equally many prompts, but for the last prompts of all.
 """
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,7 +32,7 @@ LONGEST_ROW, STEPS = 4, 16
 # So many keys a query make attention cost as much as all else. A guess between models of 50 million
 # weights (2 thousand) and 7 billion (30 thousand).
 EVEN_KEYS = 4096
-TRIED_BATCHES = 4  # Of all that are reserved, to choose a length by.
+TRIED_PROMPTS = 64  # Of all that are reserved, to choose a length by.
 
 MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
 
@@ -42,9 +43,17 @@ RowsByGroup = list[list[list[int]]]
 """Numbers of the prompts of each row of each group."""
 
 
-PREFILL = 8
-"""Prompts read at a time. More would take more memory and be no faster, because reading a prompt
-is bound by arithmetic. Adding a token is bound by reading the weights, for 60 as for one."""
+PREFILL = 8  # The most prompts that are read at a time.
+
+ROW_SLOTS = 2048
+"""Slots of the rows that one prefill reads, if the longest prompt is not longer. More would take
+more memory and be no faster, because reading so many tokens is bound by arithmetic. Adding a token
+is bound by reading the weights, for 60 answers as for one."""
+
+
+def rows_of(length: int) -> int:
+    """Rows of this length that one prefill reads for a group."""
+    return max(1, ROW_SLOTS // length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,7 @@ class PackedShape:
 
 
 class Packer:
-    """Packs up to `groups` x `prompts` prompts at a time. Its shape only grows."""
+    """Packs up to `groups` x `prompts` prompts for one prefill. Its shape only grows."""
 
     def __init__(self, tokenizer: Tokenizer, *, groups: int, prompts: int):
         self._tokenizer, self._groups, self._prompts = tokenizer, groups, prompts
@@ -77,10 +86,9 @@ class Packer:
     def batch_size(self) -> int:
         return self._groups * self._prompts
 
-    @property
-    def share(self) -> int:
-        """Prompts a group."""
-        return self._prompts
+    def share_of(self, count: int) -> int:
+        """Of so many prompts, those of each group; the last groups may have fewer."""
+        return -(-count // self._groups)
 
     @property
     def shape(self) -> PackedShape:
@@ -102,23 +110,29 @@ class Packer:
             largest = max(largest, frame_patches)
             chunks = -(-mel // media.CHUNK_FRAMES)
             needs.append((words[kind] + patches // 4 + heard, patches, chunks))
-        size = self.batch_size
-        batches = [needs[first : first + size] for first in range(0, len(needs), size)]
-        if batches:
-            self._lengthen(batches)
-        for batch in batches:
+        if needs:
+            self._lengthen(needs)
+        for batch in self._batches(needs, self._shape.length):
             self._plan(batch, largest)
 
+    def fitting(self, examples: Sequence[Example]) -> int:
+        """How many of these prompts, in this order, one prefill reads."""
+        needs = [_need(example) for example in examples]
+        self._lengthen(needs)
+        return self._fitting(needs, self._shape.length)
+
     def pack(self, examples: Sequence[Example]) -> tuple[Prompts[np.ndarray], PackedShape]:
-        """What decoding.admit takes, and the shape that it has. Missing prompts are padding."""
-        needs, largest = [], 0
+        """What decoding.admit takes, and the shape that it has. Missing prompts are padding.
+
+        Of n prompts, each group gets `share_of(n)` successive ones.
+        """
+        needs, largest = [_need(example) for example in examples], 0
         for example in examples:
-            size = size_of(example)
-            needs.append((size.text, size.patches, size.chunks))
             if example.layout is not None:
                 largest = max(largest, int(np.bincount(example.layout.frame).max()))
-        self._lengthen([needs])
+        self._lengthen(needs)
         plan, shape = self._plan(needs, largest)
+        share = self.share_of(len(needs))
         rows = [row for group in plan for row in group]
         batch = packing.pack_rows([[examples[i] for i in row] for row in rows], self._budget(shape))
         # A prompt that does not exist is read from the first slot of its group, and never answered.
@@ -126,29 +140,52 @@ class Packer:
         lengths = np.ones_like(ends)
         for number, row in enumerate(rows):
             texts = [needs[i][0] for i in row]
-            lengths.flat[row] = texts
-            ends.flat[row] = number % shape.rows * shape.length + np.cumsum(texts, dtype=np.int32)
+            at = [i // share * self._prompts + i % share for i in row]
+            lengths.flat[at] = texts
+            ends.flat[at] = number % shape.rows * shape.length + np.cumsum(texts, dtype=np.int32)
         prompts = Prompts(
             text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
         )
         return prompts, shape
 
-    def _lengthen(self, batches: Sequence[Sequence[Need]]) -> None:
-        """Makes rows as long as suits these batches, unless they hold every prompt already."""
+    def _lengthen(self, needs: Sequence[Need]) -> None:
+        """Makes rows as long as suits these prompts, unless they hold every prompt already."""
         with self._lock:
-            longest = max(text for batch in batches for text, _, _ in batch)
+            longest = max(text for text, _, _ in needs)
             if longest <= self._shape.prompt:
                 return
-            tried = batches[:: -(-len(batches) // TRIED_BATCHES)]
+            tried = needs[:: -(-len(needs) // TRIED_PROMPTS)]
             steps = range(STEPS, LONGEST_ROW * STEPS + 1)
             lengths = sorted({-(-longest * n // STEPS // LENGTH_STEP) * LENGTH_STEP for n in steps})
 
             def cost(length: int) -> float:
-                rows = max(len(rows) for batch in tried for rows in self._groups_of(batch, length))
+                plans = [self._groups_of(x, length) for x in self._batches(tried, length)]
+                rows = len(plans) * max(len(group) for plan in plans for group in plan)
                 return rows * length * (1 + min(length / 2, longest) / EVEN_KEYS)
 
             shape = PackedShape(length=min(lengths, key=cost), prompt=lengths[0])
             self._shape = self._shape.joined(shape)
+
+    def _batches(self, needs: Sequence[Need], length: int) -> Iterator[Sequence[Need]]:
+        """The prompts of one prefill after another."""
+        while needs:
+            count = self._fitting(needs[: self.batch_size], length)
+            yield needs[:count]
+            needs = needs[count:]
+
+    def _fitting(self, needs: Sequence[Need], length: int) -> int:
+        for share in range(self._prompts, 1, -1):
+            count = min(share * self._groups, len(needs))
+            if all(self._fits(needs[i : i + share], length) for i in range(0, count, share)):
+                return count
+        return min(self._groups, len(needs))
+
+    def _fits(self, needs: Sequence[Need], length: int) -> bool:
+        """Whether these prompts fit into the rows of one group."""
+        rows = rows_of(length)
+        if rows == 1 or sum(text for text, _, _ in needs) > rows * length:
+            return sum(text for text, _, _ in needs) <= rows * length
+        return len(self._group(needs, 0, length)) <= rows
 
     def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[RowsByGroup, PackedShape]:
         """Which prompts share each row of each group, after making room for them."""
@@ -167,14 +204,14 @@ class Packer:
         return [rows + [[]] * (shape.rows - len(rows)) for rows in plan], shape
 
     def _groups_of(self, needs: Sequence[Need], length: int) -> RowsByGroup:
-        firsts = range(0, self.batch_size, self._prompts)
-        return [self._group(needs, first, length) for first in firsts]
+        share = self.share_of(len(needs))
+        firsts = (group * share for group in range(self._groups))
+        return [self._group(needs[first : first + share], first, length) for first in firsts]
 
     def _group(self, needs: Sequence[Need], first: int, length: int) -> list[list[int]]:
-        """The rows of the group whose first prompt is number `first`."""
-        texts = [text for text, _, _ in needs[first : first + self._prompts]]
-        sizes = np.zeros((len(texts), len(SIZE_NAMES)), np.int64)
-        sizes[:, SIZE_NAMES.index("text")] = texts
+        """The rows of a group with these prompts, of which the first is number `first`."""
+        sizes = np.zeros((len(needs), len(SIZE_NAMES)), np.int64)
+        sizes[:, SIZE_NAMES.index("text")] = [text for text, _, _ in needs]
         # Budgets of zero are not looked at: media takes the room that the text's rows leave it.
         rows = plan_rows(sizes, np.arange(len(sizes)), self._budget(PackedShape(length=length)))
         return [[first + i for i in row] for row in rows]
@@ -187,3 +224,8 @@ class Packer:
             targets=0,
             segments=self._prompts,
         )
+
+
+def _need(example: Example) -> Need:
+    size = size_of(example)
+    return size.text, size.patches, size.chunks

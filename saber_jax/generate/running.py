@@ -46,6 +46,7 @@ class Group:
     requests: Sequence[GenerationRequest]
     prompts: Prompts[np.ndarray]
     shape: PackedShape
+    share: int  # Prompts of each group of devices; the last ones may have fewer.
 
 
 class RequestQueue:
@@ -63,6 +64,7 @@ class RequestQueue:
         self._answers: dict[int, dict[int, list[str]]] = collections.defaultdict(dict)
         self._given = 0
         self._examples = self._read(batches)
+        self._ahead: list[tuple[GenerationRequest, Example]] = []  # Read, but in no group yet.
 
     def _read(
         self, batches: Iterable[tuple[int, Sequence[Record]]]
@@ -75,11 +77,15 @@ class RequestQueue:
 
     def next_group(self) -> Group | None:
         """The next group of prompts; None when all are read."""
-        part = list(itertools.islice(self._examples, self._packer.batch_size))
-        if not part:
+        missing = self._packer.batch_size - len(self._ahead)
+        self._ahead += itertools.islice(self._examples, missing)
+        if not self._ahead:
             return None
+        count = self._packer.fitting([example for _, example in self._ahead])
+        part, self._ahead = self._ahead[:count], self._ahead[count:]
         prompts, shape = self._packer.pack([example for _, example in part])
-        return Group([request for request, _ in part], prompts, shape)
+        requests = [request for request, _ in part]
+        return Group(requests, prompts, shape, self._packer.share_of(count))
 
     def answer(self, request: GenerationRequest, texts: list[str]) -> None:
         self._answers[request.batch][request.position] = texts
@@ -135,16 +141,16 @@ class Running:
 
     def admit(self, group: Group) -> None:
         """Prefills these prompts; there must be room for them."""
-        share, samples = group.prompts.ends.shape[1], self._program.samples
+        samples = self._program.samples
         source = np.full((len(self._places), len(self._places[0])), -1, np.int32)
+        numbers = np.zeros((*group.prompts.ends.shape, samples), np.uint32)
         for number, request in enumerate(group.requests):
-            places = self._places[number // share]
+            at = number // group.share, number % group.share
+            places = self._places[at[0]]
             place = places.index(None)
             places[place] = request
-            source[number // share, place] = number % share
-        numbers = np.zeros((group.prompts.ends.size, samples), np.uint32)
-        records = np.array([request.number for request in group.requests], np.uint32)
-        numbers[: len(records)] = records[:, None] * samples + np.arange(samples, dtype=np.uint32)
+            source[at[0], place] = at[1]
+            numbers[at] = request.number * samples + np.arange(samples, dtype=np.uint32)
         program = dataclasses.replace(
             self._program, max_frame_patches=group.shape.frame_patches or None
         )

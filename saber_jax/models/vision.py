@@ -191,22 +191,24 @@ def _attend(
     segments = jnp.where(full, frame, window)
     if kernel in TRITON:  # It finds out by itself how far segments reach.
         return attend_nearby(q, k, v, segments, reach or length, kernel)
-    if kernel != "xla":
-        near = functools.partial(attend_nearby, q, k, v, kernel=kernel)
-
-        def in_frames():
-            with jax.named_scope("frame_attention"):
-                return near(frame, min(reach or length, length))
-
-        def in_windows():
-            with jax.named_scope("window_attention"):
-                return near(window, min(cfg.window_patches, length))
-
-        return jax.lax.cond(full, in_frames, in_windows)
+    reach = min(reach or length, length)
     # Three blocks of keys that cover everything are no cheaper than everything.
-    if reach is None or 3 * reach >= length:
+    if kernel == "xla" and 3 * reach >= length:
         return attend(q, k, v, same_segment(segments))
-    return attend_nearby(q, k, v, segments, reach)
+    near = functools.partial(attend_nearby, q, k, v, kernel=kernel)
+    window_reach = min(cfg.window_patches, reach)
+    if window_reach == reach:
+        return near(segments, reach)
+
+    def in_frames():
+        with jax.named_scope("frame_attention"):
+            return near(frame, reach)
+
+    def in_windows():
+        with jax.named_scope("window_attention"):
+            return near(window, window_reach)
+
+    return jax.lax.cond(full, in_frames, in_windows)
 
 
 def full_attention(cfg: VisionConfig) -> Bool[np.ndarray, " layers"]:

@@ -5,6 +5,7 @@ import pytest
 
 from saber_jax.data.examples import encode_record
 from saber_jax.data.records import clip_size
+from saber_jax.generate import prompts as generate_prompts
 from saber_jax.generate.prompts import Packer
 from tests import synthetic
 
@@ -36,6 +37,27 @@ def test_short_prompts_share_rows(tokenizer, examples):
     assert shape.rows < 5
     assert max(lengths) <= shape.prompt < max(lengths) + 32
     assert sum(lengths) <= shape.rows * shape.length < 1.1 * sum(lengths)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_prefill_reads_the_prompts_that_its_rows_hold(tokenizer, groups, monkeypatch):
+    monkeypatch.setattr(generate_prompts, "ROW_SLOTS", 500)
+    seconds = np.random.default_rng(1).uniform(1, 6, 24)
+    records = [synthetic.record(i, seconds=s, frames=4) for i, s in enumerate(seconds)]
+    packer = Packer(tokenizer, groups=groups, prompts=4)
+    packer.reserve(map(clip_size, records))
+    reserved, ahead = packer.shape, [encode_record(r, tokenizer, responses=()) for r in records]
+    assert reserved.rows == max(1, 500 // reserved.length)
+    used, slots = 0, 0
+    while ahead:
+        count = packer.fitting(ahead[: packer.batch_size])
+        batch, shape = packer.pack(ahead[:count])
+        assert shape == reserved
+        share = -(-count // groups)
+        told = batch.lengths[:, :share].reshape(-1)[:count]
+        np.testing.assert_array_equal(told, [len(e.prompt.tokens) for e in ahead[:count]])
+        used, slots, ahead = used + told.sum(), slots + batch.text.tokens.size, ahead[count:]
+    assert used > 0.75 * slots
 
 
 def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saber_jax.models import attention
+from saber_jax.models import attention, vision
 from saber_jax.models.attention import attend, attend_nearby
+from saber_jax.models.config import saber_config
 from saber_jax.models.layers import scan_layers
 from saber_jax.models.masks import packed_text, same_segment
 
@@ -62,6 +63,29 @@ def test_nearby_attention_equals_dense_attention(length):
     want = both(lambda q, k, v: attend(q, k, v, same_segment(segments)))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_patches_see_their_window_or_their_frame(full):
+    cfg = saber_config("tiny").vision
+    windows = [cfg.window_patches, 16]  # Of a frame.
+    frame = np.repeat([[1, 2, 3, 4, 0]], [sum(windows)] * 4 + [9], axis=1)
+    window = np.pad(np.repeat(np.arange(1, 9), windows * 4), (0, 9))[None]
+    q, k, v = (random((1, frame.size, 2, 4), seed) for seed in range(3))
+    real = frame[0] > 0
+    got = vision._attend(
+        q,
+        k,
+        v,
+        full=jnp.array(full),
+        window=window,
+        frame=frame,
+        cfg=cfg,
+        reach=sum(windows),
+        kernel="xla",
+    )
+    want = attend(q, k, v, same_segment(frame if full else window))
+    np.testing.assert_allclose(got[:, real], want[:, real], atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_stays_finite():
