@@ -23,6 +23,7 @@ _FREE = (
     *("after-all", "partition-id", "opt-barrier"),
 )
 _SLICES = ("slice", "dynamic-slice")
+_PREFETCHES = ("copy-start", "slice-start")  # From HBM to on-chip memory before it is needed.
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -182,6 +183,11 @@ def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:
     """Bytes read and written in HBM: what stays on the chip, and all but a slice of what is sliced,
     left out."""
     instruction, scope = run.instruction, run.computation
+    if instruction.op in _PREFETCHES:
+        # Source and destination, of which one may be on the chip; of a slice the source is larger.
+        ends = instruction.arrays[:2]
+        moved = min(array.bytes for array in ends)
+        return float(sum(moved for array in ends if array.space == 0))
     if instruction.op in _FREE or instruction.op.endswith(("-done", "-start", "-update")):
         return 0.0
     if "AllocateBuffer" in instruction.attributes:

@@ -44,7 +44,8 @@ def test_a_scanned_layer_counts_as_often_as_it_runs(mesh):
 def test_a_loop_reads_of_stacked_arrays_what_it_takes_of_them(mesh):
     """The output of a layer of 32 MiB stays on the chip, and so does a part of one of 64 MiB."""
     got = analyze(scanned, of(mesh, (4096, 4096)), of(mesh, (5, 4096, 4096)))
-    assert got.hbm_bytes == pytest.approx(5 * 2 * 4096**2, rel=0.01)
+    # Five layers' weights; the first layer's input is copied to the chip, the last output from it.
+    assert got.hbm_bytes == pytest.approx((5 + 2) * 2 * 4096**2, rel=0.01)
 
     def filled(x):
         return jax.lax.scan(lambda x, _: (jnp.sin(x), jnp.cos(x)), x, length=50)[1]
@@ -137,6 +138,24 @@ def test_a_reduce_scatter_blocks_in_a_fusion_of_its_own_and_not_on_a_sparsecore(
     got = cost.analyze(hlo.parse(SCATTERS), {"fsdp_x": 4}, {}).collectives
     sent = {(kind.op, kind.hidden): traffic.wire for kind, traffic in got.items()}
     assert sent == dict.fromkeys((("reduce-scatter", False), ("reduce-scatter", True)), 96.0)
+
+
+PREFETCHES = """HloModule jit_step
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %copy-start.1 = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done.1 = f32[8,4]{1,0:S(1)} copy-done(%copy-start.1)
+  %slice-start.1 = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), \
+slice={[0:2], [0:4]}
+  %slice-done.1 = f32[2,4]{1,0:S(1)} slice-done(%slice-start.1)
+  ROOT %negate.1 = f32[8,4]{1,0:S(1)} negate(%copy-done.1)
+}
+"""
+
+
+def test_what_is_copied_to_the_chip_ahead_is_read_from_hbm_once():
+    assert cost.analyze(hlo.parse(PREFETCHES), {}, {}).hbm_bytes == 128 + 32
 
 
 def test_replica_groups_are_read_in_every_notation():
