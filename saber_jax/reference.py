@@ -27,6 +27,7 @@ from saber_jax.runs.files import make_folder
 from saber_jax.runs.phases import PhaseClock
 from saber_jax.train import stage as stages
 from saber_jax.train import start
+from saber_jax.train.checkpoint import SaveError
 from saber_jax.train.references import with_references
 
 
@@ -61,7 +62,7 @@ def _main(argv: list[str]) -> None:
         with distributed.failing_together():
             start.refuse_large_model_on_cpu(CONFIG.value)
             run(CONFIG.value)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SaveError) as error:
         sys.exit(f"saber_jax.reference: {error}")
 
 

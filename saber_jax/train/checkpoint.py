@@ -344,12 +344,21 @@ def digest(workdir: str | Path) -> str:
 def save_params(
     workdir: str | Path, params: dict, cfg: SaberConfig, *, step: int = 0, **about: Any
 ) -> None:
-    """Saves a checkpoint of weights only. model.json is written last and marks it as complete."""
+    """Saves a checkpoint of weights only. model.json is written last and marks it as complete.
+
+    Raises SaveError if the disk refuses it.
+    """
     place = (Path(workdir) / "checkpoints" / str(step)).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(buckets.native(place / "params"), params)
-    saved.write_digests(place, saved.described(saved.named(params, "params")))
-    write_model_file(workdir, cfg, **about)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(buckets.native(place / "params"), params)
+        saved.write_digests(place, saved.described(saved.named(params, "params")))
+        write_model_file(workdir, cfg, **about)
+    except Exception as error:  # Orbax and TensorStore raise many types.
+        raise SaveError(
+            f"Weights could not be written to {workdir}: {saved.cause(error)}. Make room or repair "
+            "the disk; the same command goes on."
+        ) from error
 
 
 def describe_base(workdir: str | Path, base: str | Path) -> dict[str, str]:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
+from saber_jax.models.config import saber_config
 from saber_jax.runs import checksums
 from saber_jax.train import saved
-from saber_jax.train.checkpoint import Checkpoints, SaveError
+from saber_jax.train.checkpoint import Checkpoints, SaveError, save_params
 from saber_jax.train.step import TrainState
+from tests import full_disk
 
 # Orbax drops tasks whose exceptions nobody fetched.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -178,6 +180,19 @@ def test_a_save_that_gets_no_folder_fails_with_the_reason_and_leaves_no_thread_w
     after = set(threading.enumerate()) - before
     # Python waits for these when it exits.
     assert not [t.name for t in after if type(t).__module__.startswith("orbax") and not t.daemon]
+
+
+@pytest.mark.parametrize("room", [0, 1000])
+def test_weights_that_a_full_disk_refuses_end_in_one_sentence(room, tmp_path):
+    weights = {"w": jnp.ones(10_000)}
+    with (
+        full_disk.files_of_at_most(room),
+        pytest.raises(
+            SaveError, match=rf"could not be written to {tmp_path}: File too large.*\. Make"
+        ),
+    ):
+        save_params(tmp_path, weights, saber_config("tiny"))
+    assert not (tmp_path / "model.json").exists()
 
 
 def test_reading_is_tried_again_while_storage_is_out_of_reach(monkeypatch):
