@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import itertools
 import signal
 import socket
 import subprocess
@@ -27,17 +28,29 @@ then leave one after the other."""
 
 
 def side_by_side(
-    work: Callable[[Path, int, np.random.Generator], Outcomes],
+    work: Callable[[Path, int, np.random.Generator], Iterator[str]],
     folder: Path,
     count: int,
     rng: np.random.Generator,
 ) -> Outcomes:
-    """Runs `work` in LANES threads, each with a part of `count`."""
+    """Iterates over `work` in LANES threads, each with a part of `count`. Counts the outcomes, and
+    prints those so far if the benchmark is told to stop."""
     shares = [len(range(lane, count, LANES)) for lane in range(LANES)]
     folders = [folder / f"lane{lane}" for lane in range(LANES)]
     lanes = zip(folders, shares, rng.spawn(LANES), strict=True)
-    with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
-        return sum(pool.map(lambda lane: work(*lane), lanes), Outcomes())
+    seen: list[str] = []
+
+    def follow(lane: tuple[Path, int, np.random.Generator]) -> None:
+        for outcome in work(*lane):
+            seen.append(outcome)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
+            list(pool.map(follow, lanes))
+    except BaseException:
+        print(f"{folder.name}, stopped after {dict(Outcomes(seen))}", flush=True)
+        raise
+    return Outcomes(seen)
 
 
 def kills(
@@ -52,26 +65,29 @@ def kills(
     continue when it is started again, and to end with the numbers of an undisturbed one."""
     expected = -how if how == signal.SIGKILL else distributed.PREEMPTED
 
-    def lane(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-        counts, number = Outcomes(), 0
-        while sum(counts.values()) < count:
+    def lane(folder: Path, count: int, rng: np.random.Generator) -> Iterator[str]:
+        done = 0
+        for number in itertools.count():
             root, ended = folder / f"run{number}", False
-            number += 1
-            while not ended and sum(counts.values()) < count:
+            while not ended:
+                if done == count:
+                    return
                 before, run = training.whole(root), Run(records, root)
                 run.process.join(float(rng.uniform(0, 1.2 * wanted.seconds)))
                 run.send(how)
                 status = run.ended(wanted.patience)
                 ended = status == 0
+                if ended and training.final(records, root) == wanted.numbers:
+                    continue  # It was not hit.
+                done += 1
                 if status is None:
-                    counts["hang"] += 1
-                elif ended and training.final(records, root) != wanted.numbers:
-                    counts["silent"] += 1
-                elif status not in (0, expected):
-                    counts["unnamed"] += 1
-                elif not ended:
-                    counts["fine" if training.whole(root) >= before else "lost"] += 1
-        return counts
+                    yield "hang"
+                elif ended:
+                    yield "silent"
+                elif status != expected:
+                    yield "unnamed"
+                else:
+                    yield "fine" if training.whole(root) >= before else "lost"
 
     return side_by_side(lane, folder, count, rng)
 
@@ -100,8 +116,7 @@ def full_disks(
     Where nothing may be mounted, the largest size of a file is limited instead.
     """
 
-    def lane(folder: Path, count: int, rng: np.random.Generator) -> Outcomes:
-        counts = Outcomes()
+    def lane(folder: Path, count: int, rng: np.random.Generator) -> Iterator[str]:
         for number in range(count):
             share = rng.uniform(0.01, 1.1)
             room = f"size={int(wanted.size * share) >> 10}k"
@@ -110,8 +125,7 @@ def full_disks(
             with small_disk(folder / f"disk{number}", room) as disk:
                 limit = None if disk else int(rng.integers(1, wanted.size // 8))
                 root = (disk or folder / f"limited{number}") / "run"
-                counts[filled(records, root, wanted, disk=disk, limit=limit)] += 1
-        return counts
+                yield filled(records, root, wanted, disk=disk, limit=limit)
 
     return side_by_side(lane, folder, count, rng)
 

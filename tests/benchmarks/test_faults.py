@@ -126,3 +126,16 @@ def test_a_quick_benchmark_makes_every_kind_once_and_waits_for_none_of_them_alon
     rows = command.all_kinds(kinds, quick=True)
     assert list(rows) == list(kinds)
     assert [counts.total() for counts in rows.values()] == [1, 1, 1]
+
+
+def test_a_benchmark_that_is_stopped_says_what_it_has_seen(tmp_path, rng, capsys):
+    met = threading.Barrier(2, timeout=60)
+
+    def work(folder, count, rng):
+        yield "fine"
+        met.wait()
+        raise RuntimeError("The benchmark was told to stop.")
+
+    with pytest.raises(RuntimeError, match="told to stop"):
+        machines.side_by_side(work, tmp_path / "SIGKILL", 6, rng)
+    assert "SIGKILL, stopped after {'fine': 2}" in capsys.readouterr().out
