@@ -27,6 +27,7 @@ from saber_jax.data.withhold import View
 from saber_jax.models import saber, sequence
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
 from saber_jax.models.kernels import PLATFORM, Kernel, of_device
+from saber_jax.models.remat import BY_MEMORY
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
@@ -34,6 +35,9 @@ from saber_jax.train.preference import Preference
 from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
 from saber_jax.train.validate import BatchSums, measure_pairs, measure_sections
 from saber_jax.tree import flatten, merge
+
+DTYPES = ("float32", "bfloat16")
+"""Of compute. float16 would need a scaled loss, or small gradients would become 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -231,7 +235,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Stage:
 
     Where config.steps is None, as the data decide, learning rates are those of a run of one step.
     """
-    cfg = network(config)
+    cfg, compute = network(config), _compute(config, mesh)
     sequence.check(mesh.shape, cfg.text, config.data)
     optimizer = optimizer_lib.OptimizerConfig(**config.optimizer)
     roles = flatten(saber.roles(cfg))
@@ -241,7 +245,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Stage:
     optimizer_lib.check_vocabulary(optimizer, state.trainable, roles)
     common = {
         "cfg": cfg,
-        "compute": _compute(config, mesh),
+        "compute": compute,
         "tx": tx,
         "seed": config.seed,
         "mesh": mesh,
@@ -270,6 +274,11 @@ def network(config: ConfigDict) -> SaberConfig:
 
 
 def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
+    for name, known in (("dtype", DTYPES), ("remat", BY_MEMORY)):
+        if (got := config.compute[name]) not in known:
+            raise ValueError(
+                f"config.compute.{name} must be one of {', '.join(known)}; got {got!r}."
+            )
     by_hand = mesh.shape["tensor"] == 1
     return Compute(
         **{**config.compute, "kernel": _kernel(config.compute.kernel, mesh, by_hand=by_hand)},

@@ -48,6 +48,17 @@ def test_a_kernel_that_cannot_run_is_refused(named, platform, by_hand, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [("dtype", "float16", "float32, bfloat16"), ("remat", "layers", "layer_offload, layer,")],
+)
+def test_a_way_to_compute_that_is_none_is_refused_before_anything_is_built(name, value, known):
+    config = cadpo.get_config("tiny")
+    config.compute[name] = value
+    with pytest.raises(ValueError, match=f"config.compute.{name} must be one of {known}.*{value}"):
+        stages.build(config, mesh_of("cpu"))
+
+
+@pytest.mark.parametrize(
     ("option", "why"),
     [("conditional_audio", "no pair ignored audio"), ("conflict_power", "kappa is 1 everywhere")],
 )
