@@ -50,7 +50,7 @@ class Generator:
         dtype: jnp.dtype = jnp.float32,
     ):
         """Reads up to `prefill` prompts at a time, as soon as so many of the `batch_size` have
-        answers.
+        answers. It reads at most half of `batch_size`, so that half of the places never wait empty.
 
         `params` may be sharded over a mesh; rows are then spread over its data axes.
         """
@@ -79,7 +79,8 @@ class Generator:
             self._cache = sharding.cache_sharding(cfg.text.kv_heads, mesh)
             groups = sharding.shards(sharding.BATCH_AXES, mesh)
         self._groups, self._batch_size = groups, -(-batch_size // groups) * groups
-        prompts = -(-min(prefill, batch_size) // groups)
+        most = max(1, self._batch_size // groups // 2)
+        prompts = min(-(-prefill // groups), most)
         self._packer = Packer(tokenizer, groups=groups, prompts=prompts)
 
     def reserve(self, sizes: Iterable[ClipSize]) -> None:
