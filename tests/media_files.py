@@ -87,11 +87,12 @@ def copy_packets(
     shift: float,
     first: Path | None = None,
     default: int | None = None,
+    skip: int = 0,
 ) -> Path:
     """Copies packets without decoding, `shift` seconds later; `first` puts its tracks in front.
 
-    Of the tracks, the one with the number `default` is marked as such; otherwise they keep their
-    marks.
+    The first `skip` packets of the film are left out, its key frame among them. Of the tracks, the
+    one with the number `default` is marked as such; otherwise they keep their marks.
     """
     inputs = [path for path in (first, source) if path]
     options = {"avoid_negative_ts": "disabled"}
@@ -109,6 +110,9 @@ def copy_packets(
         for file, track in zip(opened, tracks, strict=True):
             for packet in file.demux():
                 if packet.dts is None:
+                    continue
+                if skip and packet.stream.type == "video":
+                    skip -= 1
                     continue
                 ticks = round(shift / packet.time_base)
                 packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks

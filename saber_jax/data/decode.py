@@ -114,11 +114,10 @@ def decode_clip(path: str | Path, sampling: FrameSampling, *, sound: bool = True
     if film.times != sorted(film.times):
         timeline = dataclasses.replace(timeline, disordered=True)
         film = _decoded(path, timeline, sampling, sound)
+    lost = 0.0
     if film.times != timeline.times:
         # Some packets give no frame (cut groups of pictures, hidden frames); sample existing ones.
-        if film.count < max(0.9 * len(timeline.times), media.TEMPORAL_PATCH):
-            detail = f"{path.name}: only {film.count} of {len(timeline.times)} frames decode"
-            raise MediaError("unreadable", detail)
+        lost = _lost_at_start(path, film.times, timeline.times)
         timeline = timeline.of(film.times)
         film = _decoded(path, timeline, sampling, sound)
     frames = np.stack(film.kept)
@@ -135,8 +134,24 @@ def decode_clip(path: str | Path, sampling: FrameSampling, *, sound: bool = True
         frames=frames,
         seconds_per_grid=1.0 if sampling.mode == "saber_release" else seconds,
         audio=audio,
-        info=_facts(timeline, film, sampling) | {"audio_seconds": _seconds(audio)},
+        info=_facts(timeline, film, sampling)
+        | {"audio_seconds": _seconds(audio), "start_lost": round(lost, 6)},
     )
+
+
+def _lost_at_start(path: Path, shown: list[float], stamped: list[float]) -> float:
+    """Seconds of the film before its first frame that decodes, given the times of all packets.
+
+    A recording that is cut inside a group of pictures begins with frames that nobody can decode,
+    and a player begins at the first that it can. Raises MediaError if that is more than half of the
+    film, or if a tenth of the frames after it is missing too: then the file is damaged.
+    """
+    after = sum(time >= shown[0] - 1e-6 for time in stamped) if shown else 0
+    least = max(0.9 * after, 0.5 * len(stamped), media.TEMPORAL_PATCH)
+    if len(shown) < least:
+        detail = f"{path.name}: only {len(shown)} of {len(stamped)} frames decode"
+        raise MediaError("unreadable", detail)
+    return max(0.0, shown[0] - stamped[0])
 
 
 def _seconds(audio: Int16[np.ndarray, " n"]) -> float:

@@ -116,6 +116,26 @@ def test_what_a_lossless_trim_cuts_off_is_neither_seen_nor_heard(tmp_path, name)
     assert flash_and_beep(clip) == (pytest.approx(3.0, abs=0.06), pytest.approx(3.0, abs=0.03))
 
 
+def test_a_recording_cut_before_a_key_frame_begins_at_the_first_frame_that_decodes(tmp_path):
+    whole = write_clip(
+        tmp_path / "whole.ts",
+        frames=flashing(100, 75),
+        audio=beeping(4, FLASH),
+        fps=25,
+        codecs=("mpeg2video", "aac"),
+        pixels="yuv420p",
+        rate=48_000,
+    )
+    cut = copy_packets(whole, tmp_path / "cut.ts", shift=0, skip=5)
+    clip = decode_clip(cut, TEN)
+    flash, beep = flash_and_beep(clip)
+    # Key frames are twelve frames apart, so seven more are lost.
+    assert clip.info["start_lost"] == pytest.approx(7 / 25, abs=0.01)
+    assert flash == pytest.approx(FLASH - 12 / 25, abs=0.06)
+    assert beep == pytest.approx(FLASH - 12 / 25, abs=0.03)
+    assert decode_clip(whole, TEN).info["start_lost"] == 0
+
+
 @pytest.mark.parametrize("name", ["late.mkv", "late.mp4", "late.ts", "late.flv"])
 def test_a_file_that_starts_late_is_a_whole_clip(tmp_path, name):
     rate = {"rate": 44_100} if name.endswith("flv") else {}
