@@ -170,9 +170,19 @@ def wrong_microbatches(config):
     config.compute.microbatches = 3
 
 
+def wrong_policy(config):
+    config.on_nonfinite = "halt"
+
+
+def wrong_profile(config):
+    config.profile.steps = "5:1"
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (wrong_policy, "config.on_nonfinite must be stop, skip, rollback, got 'halt'"),
+        (wrong_profile, "config.profile.steps must be first:last"),
         (wrong_steps, "config.steps must be at least 1, got 0"),
         (wrong_mesh, "config.mesh"),
         (wrong_records, "/nowhere"),

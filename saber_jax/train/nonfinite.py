@@ -30,6 +30,12 @@ NAMED = 5
 """Number of records that a message names; the file lists all."""
 
 
+def check(policy: str) -> None:
+    """Raises ValueError for a policy that does not exist."""
+    if policy not in POLICIES:
+        raise ValueError(f"config.on_nonfinite must be {', '.join(POLICIES)}, got {policy!r}.")
+
+
 class RolledBack(Exception):
     """The run has to continue from its last checkpoint, without the records of the step."""
 
@@ -48,10 +54,7 @@ class NonFinite:
     records: Callable[[int], Iterable[LeftOut]] = lambda step: ()
 
     def __post_init__(self):
-        if self.policy not in POLICIES:
-            raise ValueError(
-                f"config.on_nonfinite must be {', '.join(POLICIES)}, got {self.policy!r}."
-            )
+        check(self.policy)
 
     def handle(self, step: int, values: Mapping[str, float], broken: str) -> None:
         """Has to be called by all processes. Returns if the step was skipped.

@@ -16,6 +16,17 @@ import jax
 from saber_jax.runs import buckets, objects
 
 
+def parse(window: str, steps: int) -> tuple[int, int]:
+    """(first, last) of "first:last". Raises ValueError unless a run of `steps` has these steps."""
+    match = re.fullmatch(r"(\d+):(\d+)", window)
+    if match is None or not int(match[1]) < int(match[2]) <= steps:
+        raise ValueError(
+            "config.profile.steps must be first:last, steps of this run's "
+            f"0 to {steps} with first < last, got {window!r}. For example 10:15 traces five."
+        )
+    return int(match[1]), int(match[2])
+
+
 class Profile:
     """Traces steps `first` to `last` - 1 of process 0; all hosts of a pod run the same program."""
 
@@ -25,14 +36,9 @@ class Profile:
         self._first = self._last = -1
         if not window:
             return
-        match = re.fullmatch(r"(\d+):(\d+)", window)
-        if match is None or not int(match[1]) < int(match[2]) <= steps:
-            raise ValueError(
-                "config.profile.steps must be first:last, steps of this run's "
-                f"0 to {steps} with first < last, got {window!r}. For example 10:15 traces five."
-            )
+        first, last = parse(window, steps)
         if jax.process_index() == 0:
-            self._first, self._last = int(match[1]), int(match[2])
+            self._first, self._last = first, last
             if buckets.mounted(self._folder):  # The profiler cannot write to a bucket.
                 self._local = Path(tempfile.mkdtemp(prefix="saber_profile_"))
 

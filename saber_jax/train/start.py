@@ -16,7 +16,7 @@ from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import files, manifest
 from saber_jax.runs.console import log
-from saber_jax.train import best, checkpoint, saved
+from saber_jax.train import best, checkpoint, nonfinite, profile, saved
 from saber_jax.train.stage import Stage
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten, merge
@@ -33,8 +33,12 @@ def refuse_large_model_on_cpu(config: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises FileNotFoundError or ValueError unless config.init.checkpoint is complete or ""."""
+    """Raises ValueError for settings of the loop that it would refuse later, and FileNotFoundError
+    or ValueError unless config.init.checkpoint is complete or ""."""
     best.check(config)
+    nonfinite.check(config.on_nonfinite)
+    if config.profile.steps and config.steps is not None:
+        profile.parse(config.profile.steps, config.steps)
     if config.init.checkpoint:
         checkpoint.read_model_file(config.init.checkpoint)
         saved.newest(config.init.checkpoint)
