@@ -95,7 +95,7 @@ class Packer:
         return self._shape
 
     def reserve(self, sizes: Iterable[ClipSize]) -> None:
-        """Makes room for clips of these sizes, in batches in this order. See RecordSource.sizes."""
+        """Makes room for clips of these sizes, in this order. See RecordSource.sizes."""
         words: dict[tuple[str, bool, bool], int] = {}
         needs: list[Need] = []
         largest = 0
@@ -174,17 +174,18 @@ class Packer:
             needs = needs[count:]
 
     def _fitting(self, needs: Sequence[Need], length: int) -> int:
-        for share in range(self._prompts, 1, -1):
-            count = min(share * self._groups, len(needs))
+        for prompts in range(self._prompts, 1, -1):
+            count = min(prompts * self._groups, len(needs))
+            share = self.share_of(count)
             if all(self._fits(needs[i : i + share], length) for i in range(0, count, share)):
                 return count
         return min(self._groups, len(needs))
 
     def _fits(self, needs: Sequence[Need], length: int) -> bool:
         """Whether these prompts fit into the rows of one group."""
-        rows = rows_of(length)
-        if rows == 1 or sum(text for text, _, _ in needs) > rows * length:
-            return sum(text for text, _, _ in needs) <= rows * length
+        rows, slots = rows_of(length), sum(text for text, _, _ in needs)
+        if rows == 1 or slots > rows * length:
+            return slots <= rows * length
         return len(self._group(needs, 0, length)) <= rows
 
     def _plan(self, needs: Sequence[Need], frame_patches: int) -> tuple[RowsByGroup, PackedShape]:
