@@ -18,7 +18,7 @@ ROWS = {
     },
 }
 MEDIA = {"patches": 92_160, "chunks": 92}
-PLACES = 12  # Of generation, a fifth of the usual: prompts have five times as many slots of cache.
+PLACES = 9  # Prompts that are answered at a time: together no more slots of cache than of 60 short ones.
 
 
 def fit(config: ConfigDict) -> None:

@@ -74,3 +74,13 @@ def test_a_variant_that_is_none_is_refused_with_those_that_are(stage):
 def test_every_recipe_stands_in_the_table_of_what_the_compiler_says():
     table = Path("docs/aot_table.md").read_text(encoding="utf-8")
     assert not [variant for variant in pods.RECIPES if f"`{variant}`" not in table]
+
+
+@pytest.mark.parametrize("stage", [sft, cadpo])
+def test_answers_to_long_clips_have_no_larger_a_cache(stage):
+    def slots(variant):
+        config = stage.get_config(variant)
+        answer = config.generation.max_new_tokens
+        return config.generation.batch_size * (config.data.length + answer)
+
+    assert slots("7b-long") <= slots("7b")
