@@ -87,7 +87,7 @@ def train(config: ConfigDict) -> None:
         sharding.check_topology(config.topology)
         stage = stages.build(config, sharding.make_mesh(**config.mesh))
         pairs = stage.read_pairs(config)
-        start.check(config)
+        start.check(config, stage)
         alone = lock.held(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
         with alone:
             inputs = open_inputs(config, workdir, pairs)

@@ -40,7 +40,7 @@ def run(config: ConfigDict) -> None:
             f"{config.stage} has no reference policy. Give configs/cadpo.py:VARIANT instead."
         )
     pairs = stage.read_pairs(config)
-    start.check(config)
+    start.check(config, stage)
     make_folder(workdir)
     inputs = open_inputs(config, workdir, pairs)
     base = start.base_checkpoint(config, stage, workdir)

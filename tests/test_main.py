@@ -178,9 +178,14 @@ def wrong_profile(config):
     config.profile.steps = "5:1"
 
 
+def wrong_metric(config):
+    config.validate.examples, config.validate.keep_best = 4, "accuracy"  # Of stage 2.
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (wrong_metric, "in the stage sft, or empty to keep none; got 'accuracy'"),
         (wrong_policy, "config.on_nonfinite must be stop, skip, rollback, got 'halt'"),
         (wrong_profile, "config.profile.steps must be first:last"),
         (wrong_steps, "config.steps must be at least 1, got 0"),

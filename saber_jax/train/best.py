@@ -7,7 +7,7 @@ uninterrupted one does.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,15 @@ LOWER = ("nll", "loss")
 """Metrics that begin with these are better when lower; all others when higher."""
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ValueError for settings that would have no effect."""
+def check(config: ConfigDict, metrics: Sequence[str]) -> None:
+    """Raises ValueError for settings that would have no effect, and for config.validate.keep_best
+    that is none of the stage's `metrics`."""
     v = config.validate
+    if v.keep_best and v.keep_best not in metrics:
+        raise ValueError(
+            f"config.validate.keep_best must be one of {', '.join(metrics)} in the stage "
+            f"{config.stage}, or empty to keep none; got {v.keep_best!r}."
+        )
     if v.keep_best and not v.examples:
         raise ValueError(
             f"config.validate.keep_best={v.keep_best!r} needs a held-out part. Set "
@@ -61,7 +67,8 @@ class Best:
     def seen(self, values: dict[str, float], state: TrainState, step: int) -> bool:
         """Keeps the weights if they are the best yet. Returns whether the run should end.
 
-        Raises ValueError if there is no such metric.
+        Raises ValueError if these held-out examples have no such metric, such as the loss of a
+        section that none of them has.
         """
         if PREFIX + self.metric not in values:
             names = ", ".join(name.removeprefix(PREFIX) for name in values)

@@ -33,7 +33,13 @@ from saber_jax.train.nonfinite import skipping
 from saber_jax.train.objectives import Compute, cadpo_probe, reference_log_probs
 from saber_jax.train.preference import Preference
 from saber_jax.train.step import Metrics, TrainState, cadpo_step, partition, sft_step
-from saber_jax.train.validate import BatchSums, measure_pairs, measure_sections
+from saber_jax.train.validate import (
+    PAIR_METRICS,
+    SECTION_METRICS,
+    BatchSums,
+    measure_pairs,
+    measure_sections,
+)
 from saber_jax.tree import flatten, merge
 
 DTYPES = ("float32", "bfloat16")
@@ -45,11 +51,13 @@ class Stage(abc.ABC):
     """One stage on one mesh. `state` and `batch` hold jax.ShapeDtypeStruct with shardings.
 
     The differences between the stages are in their classes, and no other code checks which one is
-    running. `items` names the contents of a row for the console; `reference_views` are the views
-    for which the stage needs log pi_ref.
+    running. `items` names the contents of a row for the console; `validated` names the validation
+    metrics that training can improve; `reference_views` are the views for which the stage needs
+    log pi_ref.
     """
 
     items: ClassVar[str]
+    validated: ClassVar[tuple[str, ...]]
 
     cfg: SaberConfig
     compute: Compute
@@ -132,6 +140,7 @@ class Sed(Stage):
     """Stage 1, structured evidence decomposition: supervised fine-tuning on six sections."""
 
     items = "clips"
+    validated = SECTION_METRICS
 
     def step(self, state: TrainState[Array], batch: Batch) -> tuple[TrainState[Array], Metrics]:
         return sft_step(
@@ -147,6 +156,7 @@ class CaDpo(Stage):
     """Stage 2, consistency-aware DPO on pairs of answers, against cached log pi_ref."""
 
     items = "pairs"
+    validated = SECTION_METRICS + PAIR_METRICS
 
     preference: Preference
 

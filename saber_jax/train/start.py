@@ -32,10 +32,10 @@ def refuse_large_model_on_cpu(config: ConfigDict) -> None:
         )
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, stage: Stage) -> None:
     """Raises ValueError for settings of the loop that it would refuse later, and FileNotFoundError
     or ValueError unless config.init.checkpoint is complete or ""."""
-    best.check(config)
+    best.check(config, stage.validated)
     nonfinite.check(config.on_nonfinite)
     if config.profile.steps and config.steps is not None:
         profile.parse(config.profile.steps, config.steps)

@@ -32,6 +32,9 @@ from saber_jax.train.objectives import (
 )
 
 PREFIX = "validate/"
+SECTION_METRICS = ("nll", *(f"nll/{field}" for field in FIELDS))
+PAIR_METRICS = ("accuracy", "length_balanced_accuracy", "margin", "loss", "displacement")
+"""What training can improve: without `pairs` and `longer_wins`, which are facts about the data."""
 
 
 @jax.tree_util.register_dataclass

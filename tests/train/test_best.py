@@ -45,7 +45,7 @@ def test_settings_without_effect_are_refused():
     config = sft.get_config("tiny")
     config.validate.keep_best = "nll"
     with pytest.raises(ValueError, match="needs a held-out part"):
-        best.check(config)
+        best.check(config, ["nll"])
     config.validate.keep_best, config.validate.patience = "", 3
     with pytest.raises(ValueError, match="needs to know what should improve"):
-        best.check(config)
+        best.check(config, ["nll"])

@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from saber_jax.data.records import FIELDS
+from saber_jax.train.stage import CaDpo, Sed
 from saber_jax.train.validate import BatchSums, PairTable, Validation, metrics, pair_metrics
 
 
@@ -73,6 +76,16 @@ def test_batches_add_up_and_padding_counts_nowhere():
     assert values["validate/pairs"] == 3 and values["validate/accuracy"] == 1.0
     assert values["validate/longer_wins"] == pytest.approx(1 / 3)
     assert values == pytest.approx(metrics(found[::-1], beta=1.0))
+
+
+def test_the_metrics_that_a_stage_names_are_those_that_it_measures():
+    counts, pairs = np.ones(len(FIELDS)), _table(_columns([1, -9], [8, 1], [5, 2]), [1, 1])
+    found = BatchSums(nll=counts, tokens=counts, pairs=pairs)
+    facts = {"validate/pairs", "validate/longer_wins"}
+    named = {f"validate/{name}" for name in CaDpo.validated}
+    assert set(metrics([found], beta=1.0)) == named | facts
+    alone = dataclasses.replace(found, pairs=None)
+    assert set(metrics([alone], beta=0.0)) == {f"validate/{name}" for name in Sed.validated}
 
 
 def test_stage_1_has_no_pair_metrics():
