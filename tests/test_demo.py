@@ -242,26 +242,44 @@ def test_a_file_that_is_no_clip_gives_a_message_and_the_page_goes_on(browser, ad
         page.wait_for_selector("text=cannot be decoded")
 
 
-def test_a_file_beyond_the_limit_is_not_taken(address):
+def _uploaded(address, content):
+    """The server's path of a file that a page sends."""
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
-    form = head + bytes(2 << 20) + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    form = head + content + b"\r\n--x--\r\n"
     request = urllib.request.Request(f"{address}gradio_api/upload", form, headers)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)[0]
+
+
+def test_a_file_beyond_the_limit_is_not_taken(address):
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request)
+        _uploaded(address, bytes(2 << 20))
     assert refused.value.code == 413
 
 
-def test_a_clip_cannot_be_named_by_a_path_of_this_machine(address, model, clip):
-    """Whoever leaves out the page and sends a path gets an error, even for a real clip."""
-    asked = len(model.records)
-    video = {"path": str(clip), "meta": {"_type": "gradio.FileData"}}
-    job = {"data": [video, "en", True, True, None], "fn_index": 0, "session_hash": "s"}
+def _answered(address, path, session):
+    """Whether the page's own request about a file ends with an answer."""
+    with urllib.request.urlopen(f"{address}config") as page:
+        handlers = {d["api_name"]: d["id"] for d in json.load(page)["dependencies"]}
+    video = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    data = [video, "en", True, True, None]
+    job = {"data": data, "fn_index": handlers["ask"], "session_hash": session}
     assert _status(f"{address}gradio_api/queue/join", job) == 200
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=s") as events:
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}") as events:
         lines = [line for line in events.read().decode().splitlines() if line.startswith("data:")]
     (done,) = [
         e for e in map(json.loads, (x[5:] for x in lines)) if e["msg"] == "process_completed"
     ]
-    assert not done["success"]
+    return done["success"]
+
+
+def test_a_clip_that_was_uploaded_is_answered_and_one_named_by_its_path_is_not(
+    address, model, clip
+):
+    """Whoever leaves out the page and sends a path gets an error, even for a real clip."""
+    asked = len(model.records)
+    assert not _answered(address, clip, "path")
     assert len(model.records) == asked
+    assert _answered(address, _uploaded(address, clip.read_bytes()), "upload")
+    assert len(model.records) == asked + 1
