@@ -18,7 +18,8 @@ ROWS = {
     },
 }
 MEDIA = {"patches": 92_160, "chunks": 92}
-PLACES = 9  # Prompts that are answered at a time: together no more slots of cache than of 60 short ones.
+# Prompts that are answered at a time: their cache is no larger than that of 60 short ones.
+PLACES = 9
 
 
 def fit(config: ConfigDict) -> None:

@@ -80,7 +80,7 @@ def test_every_recipe_stands_in_the_table_of_what_the_compiler_says():
 def test_answers_to_long_clips_have_no_larger_a_cache(stage):
     def slots(variant):
         config = stage.get_config(variant)
-        answer = config.generation.max_new_tokens
-        return config.generation.batch_size * (config.data.length + answer)
+        row = config.data.length + 2 * config.data.response
+        return config.generation.batch_size * (row + config.generation.max_new_tokens)
 
     assert slots("7b-long") <= slots("7b")
