@@ -20,6 +20,7 @@ from saber_jax.data.sources import Draw, Sources, WeightedSource
 from saber_jax.data.steps import StepSize
 from saber_jax.data.tasks import Mixture
 from saber_jax.data.tokenizer import Tokenizer, load_beside
+from saber_jax.runs.console import log
 from saber_jax.train import saved
 from saber_jax.train.stage import budget
 
@@ -122,6 +123,7 @@ class RunInputs:
 def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> RunInputs:
     """The records that `config` names, or `pairs` of answers to them.
 
+    Prints a warning if config.data.batch_examples is more than there are in an epoch.
     Raises TooManyBadError when more of them cannot be used than config.data.max_bad_fraction, and
     ValueError when a step has no room for config.data.batch_examples of them.
     """
@@ -160,6 +162,12 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
     step = None
     if d.batch_examples:
         step = StepSize(examples=d.batch_examples, rows=d.batch_rows)
+        if d.batch_examples > len(usable):
+            log(
+                f"WARNING: config.data.batch_examples={d.batch_examples} is more than the "
+                f"{len(usable)} examples of an epoch: every step takes a whole epoch. Set it to "
+                f"{len(usable)} or less, or train on more data."
+            )
     steps = steps_of(config, draw, step)
     plan = Plan(selection.sizes, row, config.seed, mixture, draw=draw, step=step)
     # Is there room in every step? A run that has a checkpoint has been asked before.

@@ -100,3 +100,14 @@ def test_epochs_become_steps_of_so_many_examples_and_steps_override_them(config,
     config.data.batch_rows = 1
     with pytest.raises(ValueError, match="Set batch_rows to"):
         open_inputs(config, tmp_path, None)
+
+
+def test_a_step_that_would_be_larger_than_an_epoch_is_one_and_the_run_says_so(
+    config, tmp_path, capsys
+):
+    config.steps, config.epochs = None, 3
+    for examples, said in ((24, False), (25, True)):
+        config.data.batch_examples = examples
+        assert open_inputs(config, tmp_path, None).steps == 3
+        warning = f"batch_examples={examples} is more than the 24 examples of an epoch"
+        assert (warning in capsys.readouterr().out) == said
