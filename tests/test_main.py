@@ -150,54 +150,25 @@ def refused(config):
     return str(error.value)
 
 
-def wrong_steps(config):
-    config.steps = 0
-
-
-def wrong_mesh(config):
-    config.mesh.tensor = 3
-
-
-def wrong_records(config):
-    config.data.path = "/nowhere"
-
-
-def wrong_start(config):
-    config.init.checkpoint = "/nowhere"
-
-
-def wrong_microbatches(config):
-    config.compute.microbatches = 3
-
-
-def wrong_policy(config):
-    config.on_nonfinite = "halt"
-
-
-def wrong_profile(config):
-    config.profile.steps = "5:1"
-
-
-def wrong_metric(config):
-    config.validate.examples, config.validate.keep_best = 4, "accuracy"  # Of stage 2.
-
-
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("wrong", "said"),
     [
-        (wrong_metric, "in the stage sft, or empty to keep none; got 'accuracy'"),
-        (wrong_policy, "config.on_nonfinite must be stop, skip, rollback, got 'halt'"),
-        (wrong_profile, "config.profile.steps must be first:last"),
-        (wrong_steps, "config.steps must be at least 1, got 0"),
-        (wrong_mesh, "config.mesh"),
-        (wrong_records, "/nowhere"),
-        (wrong_start, "/nowhere is not a checkpoint"),
-        (wrong_microbatches, "config.compute.microbatches=3"),
+        (
+            {"validate.examples": 4, "validate.keep_best": "accuracy"},  # Of stage 2.
+            "in the stage sft, or empty to keep none; got 'accuracy'",
+        ),
+        ({"on_nonfinite": "halt"}, "on_nonfinite must be stop, skip, rollback, got 'halt'"),
+        ({"profile.steps": "5:1"}, "config.profile.steps must be first:last"),
+        ({"steps": 0}, "config.steps must be at least 1, got 0"),
+        ({"mesh.tensor": 3}, "config.mesh"),
+        ({"data.path": "/nowhere"}, "/nowhere"),
+        ({"init.checkpoint": "/nowhere"}, "/nowhere is not a checkpoint"),
+        ({"compute.microbatches": 3}, "config.compute.microbatches=3"),
     ],
 )
-def test_a_failed_validation_leaves_nothing_behind(records, tmp_path, spoil, said):
+def test_a_failed_validation_leaves_nothing_behind(records, tmp_path, wrong, said):
     config = config_for(sft, records, tmp_path / "run")
-    spoil(config)
+    config.update_from_flattened_dict(wrong)
     assert said in refused(config)
     assert not list(tmp_path.rglob("*.json*")) and not (tmp_path / "run/sft").exists()
 

@@ -237,26 +237,6 @@ def test_a_prompt_takes_the_place_of_an_answer_that_has_ended(
     assert ended[2:4] == [([False, True], [[-1, 0]])] * 2
 
 
-def test_new_prompts_are_written_into_the_cache_in_place_and_are_not_sent():
-    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
-    rows = sharding.batch_sharding(mesh)
-
-    def shaped(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-    # Two groups of 16 places with two rows each, two of which are given to new prompts.
-    compiled = (
-        jax.jit(decoding._put, donate_argnums=0, out_shardings=rows)
-        .lower(shaped(64, 2, 8, 256), shaped(8, 2, 8, 256), shaped(2, 16, dtype=jnp.int32))
-        .compile()
-    )
-    memory = compiled.memory_analysis()
-    cache = 4 * 32 * 2 * 8 * 256  # Bytes on one device.
-    assert memory.alias_size_in_bytes == cache
-    assert memory.temp_size_in_bytes < cache / 4
-    assert not COLLECTIVE.findall(compiled.as_text())
-
-
 def test_ids_that_the_tokenizer_does_not_know_are_never_generated(params, tokenizer, greedy):
     small = _OtherEnd(tokenizer, tokenizer.id("<|im_end|>"))
     small.vocab_size = min(max(tokens) for tokens in greedy)
