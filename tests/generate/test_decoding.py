@@ -23,6 +23,7 @@ def test_new_prompts_are_written_into_the_cache_in_place_and_are_not_sent():
         .compile()
     )
     memory = compiled.memory_analysis()
+    assert memory is not None
     cache = 4 * 32 * 2 * 8 * 256  # Bytes on one device.
     assert memory.alias_size_in_bytes == cache
     assert memory.temp_size_in_bytes < cache / 4
