@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,10 +80,12 @@ def test_clips_that_were_decoded_in_another_way_are_named(built):
     )
 
 
-def unlabelled(labels: Mapping[str, str], **annotation: str) -> list[Record]:
-    broken = clip(7, labels)
-    kept = {key: text for key, text in broken.annotation.items() if key not in annotation}
-    return [*FITTING, dataclasses.replace(broken, annotation=kept)]
+def unlabelled(labels: Mapping[str, str], **changes: Any) -> list[Record]:
+    return [*FITTING, dataclasses.replace(clip(7, labels), **changes)]
+
+
+# A record of another task has a conversation instead of an annotation.
+TALK = ({"role": "user", "content": "Who speaks?"},)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def unlabelled(labels: Mapping[str, str], **annotation: str) -> list[Record]:
     [
         (unlabelled({"emotion": "sad", "face": "sad"}), "label 'voice', label 'words'"),
         (unlabelled(AGREE | {"emotion": ""}), "label 'emotion'"),
-        (unlabelled(AGREE, speech_content=""), "the section speech_content"),
+        (unlabelled(AGREE, annotation={}, messages=TALK), "the section speech_content"),
     ],
 )
 def test_a_clip_that_cannot_be_scored_ends_the_command_before_training(
