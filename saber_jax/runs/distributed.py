@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from saber_jax.runs import private
@@ -75,6 +76,17 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def meet_to_save(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between the hosts that save a step, but not for a host whose own part failed.
+
+    Orbax lets that host wait for the others before it raises the error, while they wait for its
+    part: for ten minutes nobody would know. Here it raises the error at once.
+    """
+    if (error := sys.exception()) is not None:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 def from_first(data: bytes) -> bytes:
     """The first process's `data`, in every process."""
     if jax.process_count() == 1:
@@ -96,15 +108,16 @@ def failing_together() -> Iterator[None]:
         together = isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED)
         if jax.process_count() == 1 or together:
             raise
-        if isinstance(error, SystemExit):
-            print(error.code if isinstance(error.code, str) else "", file=sys.stderr)
-            code = error.code if isinstance(error.code, int) else 1
-        else:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        with contextlib.suppress(OSError):  # A full disk may hold the log too.
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            elif isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            os._exit(error.code)
+        os._exit(1)
 
 
 @contextlib.contextmanager

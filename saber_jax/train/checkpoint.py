@@ -64,7 +64,9 @@ class Checkpoints:
             enable_async_checkpointing=True,
             # Otherwise the threads that write arrays wait minutes for folders that a full disk
             # refused, and Python waits for these threads when it exits.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, barrier_sync_fn=distributed.meet_to_save
+            ),
         )
         self._manager = ocp.CheckpointManager(
             buckets.native(Path(workdir) / "checkpoints"), options=options, item_names=ITEMS

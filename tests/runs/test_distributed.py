@@ -108,6 +108,21 @@ def test_an_exception_in_one_process_ends_both_with_a_failure(together):
     assert "RuntimeError: on purpose" in text
 
 
+def test_a_host_whose_save_failed_does_not_wait_for_the_others(monkeypatch):
+    met = []
+    monkeypatch.setattr(
+        distributed.ocp.multihost, "get_barrier_sync_fn", lambda: lambda **about: met.append(about)
+    )
+    distributed.meet_to_save(key="written", timeout_ms=1)
+    assert met == [{"key": "written", "timeout_ms": 1}]
+    with pytest.raises(OSError, match="full"):
+        try:
+            raise OSError("full")
+        finally:
+            distributed.meet_to_save(key="finalized", timeout_ms=1)
+    assert len(met) == 1
+
+
 def test_half_a_description_of_the_others_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID set but not JAX_COORDINATOR_ADDRESS, JAX"):
