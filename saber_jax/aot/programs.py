@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from saber_jax import sharding
 from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
-from saber_jax.generate.prompts import PREFILL, rows_of
+from saber_jax.generate.prompts import most_prompts, rows_of
 from saber_jax.train import flops
 from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
@@ -37,7 +37,7 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
     mesh, compute = stage.mesh, stage.compute
     places = sharding.batch_rows(config.generation.batch_size, mesh)
     groups = sharding.shards(sharding.BATCH_AXES, mesh)
-    new = groups * min(rows_of(stage.batch.text.tokens.shape[1]), PREFILL, places // groups)
+    new = groups * min(rows_of(stage.batch.text.tokens.shape[1]), most_prompts(places, groups))
     place, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def of(shape, dtype, where=everywhere) -> Any:

@@ -19,7 +19,7 @@ from saber_jax.data.records import ClipSize, Record, clip_size
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.data.withhold import Modality
 from saber_jax.generate import decoding
-from saber_jax.generate.prompts import PREFILL, PackedShape, Packer
+from saber_jax.generate.prompts import PREFILL, PackedShape, Packer, most_prompts
 from saber_jax.generate.running import RequestQueue, Running
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
@@ -79,8 +79,7 @@ class Generator:
             self._cache = sharding.cache_sharding(cfg.text.kv_heads, mesh)
             groups = sharding.shards(sharding.BATCH_AXES, mesh)
         self._groups, self._batch_size = groups, -(-batch_size // groups) * groups
-        most = max(1, self._batch_size // groups // 2)
-        prompts = min(-(-prefill // groups), most)
+        prompts = most_prompts(self._batch_size, groups, prefill)
         self._packer = Packer(tokenizer, groups=groups, prompts=prompts)
 
     def reserve(self, sizes: Iterable[ClipSize]) -> None:

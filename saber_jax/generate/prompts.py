@@ -56,6 +56,12 @@ def rows_of(length: int) -> int:
     return max(1, ROW_SLOTS // length)
 
 
+def most_prompts(places: int, groups: int, prefill: int = PREFILL) -> int:
+    """The most prompts of a group that one prefill reads, if so many places answer `prefill` at a
+    time: at most half of a group's places, so that half of them never wait empty."""
+    return min(-(-prefill // groups), max(1, places // groups // 2))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedShape:
     """The static shape of a packed batch: `rows` a group, and what each row holds."""
