@@ -135,7 +135,7 @@ class Run:
             distributed.initialize(heartbeat_seconds=settings.heartbeat_seconds)
             with distributed.failing_together():
                 main.run(settings)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"saber_jax.main: {error}")
 
     def ended(self, seconds: float) -> int | None:

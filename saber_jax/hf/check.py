@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     count, wrong = problems(directory)
     if wrong:
         listing = "\n  ".join(wrong)
-        count = f"{len(wrong)} problem{'s' if len(wrong) > 1 else ''}"
+        how_many = f"{len(wrong)} problem{'s' if len(wrong) > 1 else ''}"
         print(
-            f"{directory} is damaged or no export, {count}:\n  {listing}\n"
+            f"{directory} is damaged or no export, {how_many}:\n  {listing}\n"
             "Export it again, or copy it again from where it came from.",
             file=sys.stderr,
         )
