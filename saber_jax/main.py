@@ -31,7 +31,7 @@ from saber_jax.inputs import RunInputs, open_inputs
 from saber_jax.runs import buckets, distributed, executables, lock, manifest
 from saber_jax.runs.console import log
 from saber_jax.runs.files import exists, read_json, read_jsonl, write_json, write_jsonl
-from saber_jax.runs.identity import MAY_CHANGE, identity
+from saber_jax.runs.identity import LATER, MAY_CHANGE, identity
 from saber_jax.runs.phases import Attempt, goodput
 from saber_jax.runs.watchdog import Watchdog
 from saber_jax.train import best, checkpoint, copies, loop, nonfinite, samples, saved, start
@@ -120,7 +120,7 @@ def check_claim(workdir: Path, config: ConfigDict) -> list[str]:
     path = workdir / "config.json"
     if not exists(path):
         return []
-    there, here = identity(read_json(path)), identity(config)
+    there, here = LATER | identity(read_json(path)), identity(config)
     may = () if exists(workdir / "summary.json") else MAY_CHANGE
     manifest.check(
         {name: value for name, value in there.items() if name not in may},

@@ -192,6 +192,20 @@ def test_the_learning_rate_of_an_unfinished_run_may_change_and_is_logged(
     assert read_jsonl(tmp_path / "sft/changes.jsonl") == [{"step": 2, "changed": [said]}]
 
 
+def test_a_run_of_an_earlier_version_goes_on_although_a_setting_is_new(records, tmp_path):
+    config = config_for(sft, records, tmp_path)
+    workdir = tmp_path / "sft"
+    workdir.mkdir()
+    main.claim(workdir, config)
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["optimizer"]["mu_dtype"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    assert main.check_claim(workdir, config) == []
+    config.optimizer.mu_dtype = "bfloat16"
+    with pytest.raises(ValueError, match="mu_dtype: float32 there, bfloat16 here"):
+        main.check_claim(workdir, config)
+
+
 def test_a_rollback_goes_on_from_the_checkpoint_without_the_records(
     records, tmp_path, monkeypatch, capsys
 ):

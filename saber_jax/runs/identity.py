@@ -29,6 +29,10 @@ MAY_CHANGE = (
 """Settings of the identity that may change when an unfinished run is started again, to rescue a run
 that goes wrong. The change is logged with the step from which it applies."""
 
+LATER = {"optimizer.mu_dtype": "float32"}
+"""Settings that work directories of earlier versions lack, and the values of what these versions
+did, so that a run goes on under a version that has a new setting."""
+
 
 def identity(config: ConfigDict | dict) -> dict[str, Any]:
     """Setting -> value with keys like "data.length"; `config` may also be a dict read from JSON."""
