@@ -9,7 +9,7 @@ probability 2 ** -32. The sum does not depend on the order of its terms, so devi
 parts that they hold on any mesh, and a reader that streams layers can add them up.
 
 It is computed in three ways: by NumPy from any array in memory, by XLA on the devices that hold an
-array, and, where those are CPUs, by a loop that XLA compiles, three to six times as fast as NumPy.
+array, and, where those are CPUs, by a loop that XLA compiles, several times as fast as NumPy.
 """
 
 import math
@@ -34,6 +34,9 @@ LANES = 1 << 11
 """Sums that the loop holds, one for every LANES-th element. They, their places and what it reads at
 a time fit in a core's first cache; with more it takes half as long again, with fewer it begins
 anew too often."""
+ROWS = 8
+"""Rows of LANES elements that a pass of the loop adds, so that it reads and writes its sums once
+for all of them: half the time of one row a pass. With 16 there are too few registers."""
 
 
 def of_arrays(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, int]:
@@ -84,10 +87,14 @@ def _of_chunk(bits: UInt[Array, "CHUNK"], place: UInt32[Array, ""]) -> UInt32[Ar
     places = place + jax.lax.iota(jnp.uint32, LANES) * np.uint32(SPREAD)
 
     def add(index: Array, sums: UInt32[Array, "LANES"]) -> UInt32[Array, "LANES"]:
-        row = jax.lax.dynamic_index_in_dim(rows, index, keepdims=False).astype(jnp.uint32)
-        return sums + _mixed(row + places + index.astype(jnp.uint32) * np.uint32(_spread(LANES)))
+        for number in range(ROWS):
+            which = index * ROWS + number
+            row = jax.lax.dynamic_index_in_dim(rows, which, keepdims=False).astype(jnp.uint32)
+            start = which.astype(jnp.uint32) * np.uint32(_spread(LANES))
+            sums += _mixed(row + places + start)
+        return sums
 
-    sums = jax.lax.fori_loop(0, len(rows), add, jnp.zeros(LANES, jnp.uint32))
+    sums = jax.lax.fori_loop(0, len(rows) // ROWS, add, jnp.zeros(LANES, jnp.uint32))
     return jnp.sum(sums, dtype=jnp.uint32)
 
 
