@@ -21,7 +21,8 @@ from saber_jax.train import checkpoint, digests
 from saber_jax.train.step import TrainState
 from saber_jax.tree import flatten
 
-REPEATS = 3
+REPEATS = 6
+"""Even, so that each of the two is first in a turn as often as the other."""
 LAYER = "text/blocks/"
 
 
@@ -40,16 +41,22 @@ def overhead(folder: Path, cfg: SaberConfig) -> dict[str, float]:
     state = _state(cfg)
     held = jax.tree.leaves((state.trainable, state.opt_state))
     arrays = {str(number): leaf for number, leaf in enumerate(held)}
-    digests.of_arrays(arrays)  # It compiles.
+    # The first ones compile, make threads and fill caches.
+    digests.of_arrays(arrays)
+    _once(folder / "first", state, collections.defaultdict(list), "with")
     seconds: dict[str, list[float]] = collections.defaultdict(list)
+    # Zeros equal zeros when they are compared.
+    zeros = mock.patch.object(digests, "of_arrays", lambda held: dict.fromkeys(held, 0))
+    modes: dict[str, contextlib.AbstractContextManager] = {
+        "with": contextlib.nullcontext(),
+        "without": zeros,
+    }
     for number in range(REPEATS):
         with _timed(seconds, "digests"):
             digests.of_arrays(arrays)
-        _once(folder / f"with{number}", state, seconds, "with")
-        # Zeros equal zeros when they are compared.
-        zeros = mock.patch.object(digests, "of_arrays", lambda held: dict.fromkeys(held, 0))
-        with zeros:
-            _once(folder / f"without{number}", state, seconds, "without")
+        for mode in sorted(modes, reverse=bool(number % 2)):
+            with modes[mode]:
+                _once(folder / f"{mode}{number}", state, seconds, mode)
     found = {name: statistics.median(taken) for name, taken in seconds.items()}
     added = {
         f"{what} added": found[f"{what} with"] / found[f"{what} without"] - 1
