@@ -44,12 +44,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.seed=1")
     config = CONFIG.value
     try:
+        _make_folders()
         if SAVE.value:
             _check_can_be_loaded(config)
         slices = chips.parse_topology(TOPOLOGY.value or config.topology)
         stage = _stage(config, slices)
         lowered = programs.lower(PROGRAM.value, config, stage)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"saber_jax.aot: {error}")
     began = time.perf_counter()
     try:
@@ -65,10 +66,16 @@ def main(argv: list[str]) -> None:
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(figures, indent=1))
     if HLO.value:
-        Path(HLO.value).mkdir(parents=True, exist_ok=True)
         (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text() or "")
     if SAVE.value:
         print(f"saved {executables.save(lowered, compiled, buckets.native(SAVE.value), FLAGS)}")
+
+
+def _make_folders() -> None:
+    """Before the minutes that compiling takes. Raises OSError where they cannot be made."""
+    for folder in (JSON.value and Path(JSON.value).parent, HLO.value):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def _check_can_be_loaded(config: ConfigDict) -> None:
