@@ -22,6 +22,9 @@ PICTURES = (
     *(".tga", ".tif", ".tiff", ".webp"),
 )
 """Suffixes of the files that are read by `decode_image`, not as videos."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""The formats that are read, by their first bytes. Pillow knows more, and runs Ghostscript for
+PostScript, which is a program that a clip from elsewhere would bring along."""
 
 
 def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1 H W 3"]:
@@ -34,7 +37,7 @@ def decode_image(path: str | Path, mode: Mode = "exact") -> UInt8[np.ndarray, "1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # See check_shape.
-            with Image.open(path) as opened:
+            with Image.open(path, formats=FORMATS) as opened:
                 check_shape(name, opened.height, opened.width)
                 stored = opened.tile[0].args if opened.tile else None  # Gone once it is loaded.
                 opened.load()

@@ -66,6 +66,12 @@ def test_what_is_transparent_is_white(tmp_path, name, mode):
     assert np.abs(left - ((grey,) * 3 if mode == "LA" else RED)).max() <= 1
 
 
+def test_postscript_under_the_name_of_a_picture_is_not_run(tmp_path):
+    path = saved(tmp_path, "a.png", Image.new("RGB", SIZE, RED), format="EPS")
+    with pytest.raises(MediaError, match="cannot identify"):
+        decode_image(path)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("clear", [0, 1])
 def test_the_one_grey_of_a_png_that_is_transparent_is_white(tmp_path, bits, clear):
