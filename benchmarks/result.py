@@ -14,7 +14,8 @@ def device() -> str:
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{jax.device_count()} x {first.device_kind}"
-    return f"{len(os.sched_getaffinity(0))} cores, {_processor()}"
+    count = len(os.sched_getaffinity(0))
+    return f"{count} core{'s' * (count > 1)}, {_processor()}"
 
 
 def finish(
