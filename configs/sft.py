@@ -3,7 +3,7 @@
     launch/tpu_run.sh configs/sft.py:tiny         the embedded corpus, on this machine
     launch/tpu_run.sh configs/sft.py:7b-v5e-256   Qwen2.5-Omni-7B's thinker, on 256 TPU v5e
 
-`tiny` trains from random weights on two CPU cores, 1200 steps: first on transcripts and faces
+`tiny` trains from random weights on two CPU cores, 1600 steps: first on transcripts and faces
 alone, then on whole answers. docs/ablation.md says what it reaches, and why it is made as it is.
 
 `3b` and `7b` are model sizes, `7b-long` has rows for clips of minutes (configs/long_clips.py), and
@@ -43,7 +43,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # Of the run; None: as many as `epochs` take, which needs data.batch_examples.
     c.steps = config_dict.placeholder(int)
     if tiny:
-        c.steps = 1200
+        c.steps = 1600
     c.epochs = 0 if tiny else 2
 
     # Where the weights come from: a checkpoint directory, or "" for random ones.
@@ -75,8 +75,8 @@ def get_config(variant: str = "7b") -> ConfigDict:
     # Which budgets suit other data: python -m saber_jax.data.budgets.
     c.data.length = 360 if tiny else 4096
     c.data.response = 0
-    c.data.patches = 216 if tiny else 7_680
-    c.data.chunks = 4 if tiny else 10
+    c.data.patches = 144 if tiny else 7_680
+    c.data.chunks = 3 if tiny else 10
     c.data.targets = 168 if tiny else 2_816
     c.data.segments = 4 if tiny else 16
     # Maximum patches of a frame pair, the reach of vision attention. Clips with larger frames are
@@ -93,7 +93,7 @@ def get_config(variant: str = "7b") -> ConfigDict:
     c.data.first_tasks = ConfigDict(
         tasks(speech_content=2.0, facial_exp_desc=1.0) if tiny else tasks(sed=1.0)
     )
-    c.data.first_epochs = 11 if tiny else 0
+    c.data.first_epochs = 6 if tiny else 0
     c.data.wordings = 1
     # Whether a task that one modality answers comes without the other one.
     c.data.alone = tiny

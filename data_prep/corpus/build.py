@@ -3,9 +3,9 @@
     python -m data_prep.corpus --out DIR [--seed 0] [--clips N] [--workers 2]
 
 writes DIR/clips/ID.mp4, DIR/annotations/ID.json (SABER JSON), DIR/labels.jsonl and, last,
-DIR/corpus.json. The default 2,920 clips take a minute or two on two cores. The same seed and sizes
-give the same files; a run that was stopped continues where it was, and a finished one returns at
-once.
+DIR/corpus.json. The default 4,920 clips take about two minutes on two cores. The same seed and
+sizes give the same files; a run that was stopped continues where it was, and a finished one returns
+at once.
 
 License: pictures, sentences and annotations are this project's own. Speech is synthesised at build
 time by espeak-ng (GPL-3, from the espeakng-loader wheel), which runs in its own process; none of
@@ -32,7 +32,7 @@ from saber_jax.flags import Parser
 from saber_jax.runs import manifest
 from saber_jax.runs.files import replacing, write_json, write_jsonl
 
-VERSION = "2.1.0"
+VERSION = "2.2.0"
 # One per worker process, set by `_start_worker`.
 _speaker: voice.Speaker
 _out: Path

@@ -34,7 +34,7 @@ MISLEADING = {
 SPLITS = ("train", "preference", "validation", "test")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "grey", "orange", "white")
 GESTURES = ("none", "nod", "shake", "tilt", "hand")
-SUBJECTS, VERBS, OBJECTS = 6, 2, 6
+SUBJECTS, VERBS, OBJECTS = 12, 2, 6
 """A sentence is a subject, a verb of its emotion and an object, by number; see text.py."""
 
 # Valence and arousal of each emotion; their distance is how strongly two readings disagree.
@@ -66,7 +66,7 @@ _FACES = {
     "test": range(48, 56),
 }
 # A sentence belongs to the split of the sum of its three numbers, modulo 6. So every word, and
-# nearly every pair of words, occurs in every split, but no sentence occurs in two.
+# every verb with every subject and every object, occurs in every split, but no sentence in two.
 _SENTENCE_SUMS = {"train": range(3, 6), "preference": (2,), "validation": (1,), "test": (0,)}
 
 
@@ -74,11 +74,11 @@ _SENTENCE_SUMS = {"train": range(3, 6), "preference": (2,), "validation": (1,), 
 class Sizes:
     """Clips per split. Validation and test are half consistent and half inconsistent."""
 
-    train: int = 2000
+    train: int = 4000
     preference: int = 600
     validation: int = 80
     test: int = 240
-    train_inconsistent: float = 0.5  # Fraction of the train split.
+    train_inconsistent: float = 0.3  # Fraction of the train split.
     preference_inconsistent: float = 2 / 3
 
     def __post_init__(self):
@@ -218,8 +218,8 @@ def _plan_cell(
 ) -> list[dict]:
     """Latents of the `n` clips that suggest these emotions, everything else balanced among them."""
     emotion, conflict_type, kappa = fused(face, voice, words)
-    # English twice: two thirds of the clips are English.
-    languages = _spread(rng, ("en", "en", "zh"), n)
+    # Three fifths of the clips are English.
+    languages = _spread(rng, ("en", "en", "en", "zh", "zh"), n)
     sentences = _spread(rng, _sentences(split), n)
     identities = _spread(rng, _FACES[split], n)
     variants = {gender: iter(_spread(rng, names, n)) for gender, names in _VOICES[split].items()}

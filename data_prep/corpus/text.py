@@ -8,8 +8,14 @@ conclusion at the end follows from the evidence before it. All text here is the 
 from data_prep.corpus.plan import Clip
 
 SUBJECTS = {
-    "en": ("Anna", "Peter", "Lucy", "Oscar", "Grandma", "Michael"),
-    "zh": ("安娜", "妈妈", "老师", "哥哥", "医生", "邻居"),
+    "en": (
+        *("Anna", "Peter", "Lucy", "Oscar", "Grandma", "Michael"),
+        *("Father", "Susan", "Everyone", "Doctors", "Kevin", "Betty"),
+    ),
+    "zh": (
+        *("安娜", "妈妈", "老师", "哥哥", "医生", "邻居"),
+        *("爸爸", "小王", "大家", "警察", "奶奶", "学生"),
+    ),
 }
 VERBS = {
     "en": {
@@ -128,14 +134,18 @@ _COMPARED = {
 
 def sentence(clip: Clip) -> str:
     """The sentence spoken in `clip`, exactly as written in speech_content."""
+    words = _spoken(clip)
+    return "".join(words) + "。" if clip.language == "zh" else " ".join(words) + "."
+
+
+def _spoken(clip: Clip) -> tuple[str, str, str]:
+    """The subject, the verb and the object of the sentence."""
     subject, verb, thing = clip.sentence
-    language = clip.language
-    words = (
-        SUBJECTS[language][subject],
-        VERBS[language][clip.words][verb],
-        OBJECTS[language][thing],
+    return (
+        SUBJECTS[clip.language][subject],
+        VERBS[clip.language][clip.words][verb],
+        OBJECTS[clip.language][thing],
     )
-    return "".join(words) + "。" if language == "zh" else " ".join(words) + "."
 
 
 def _video(clip: Clip) -> str:
@@ -154,7 +164,7 @@ def _sentiment(clip: Clip) -> str:
     """
     word = EMOTION_WORDS[clip.language]
     face, voice, words = word[clip.face], word[clip.voice], word[clip.words]
-    verb = VERBS[clip.language][clip.words][clip.sentence[1]]
+    _, verb, _ = _spoken(clip)
     seen, heard, verdict = _COMPARED[clip.language][clip.conflict_type]
     if clip.language == "zh":
         return (
@@ -162,8 +172,8 @@ def _sentiment(clip: Clip) -> str:
             f"{verdict}。情绪：{word[clip.emotion]}"
         )
     return (
-        f'Face {face}, voice {voice}: {seen}. Words "{verb}". Voice {voice}, words {words}: '
-        f"{heard}. {verdict}. Emotion: {word[clip.emotion]}"
+        f'Face {face}, voice {voice}: {seen}. Words "{verb}". '
+        f"Voice {voice}, words {words}: {heard}. {verdict}. Emotion: {word[clip.emotion]}"
     )
 
 

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="interleave the sound with the video every 2 s; by default it follows the video",
     )
-    parser.add_argument("--vocab_size", type=whole, default=1024)
+    parser.add_argument("--vocab_size", type=whole, default=1064)
     parser.add_argument(
         "--tokenizer", default="train", help="tokenizer file to copy, or 'train' (the default)"
     )

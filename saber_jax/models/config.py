@@ -280,7 +280,7 @@ def _tiny() -> SaberConfig:
         kv_heads=2,
         head_dim=32,
         mlp_dim=384,
-        vocab=1024,
+        vocab=1064,
         rope_theta=1e6,
         mrope_section=(4, 6, 6),
         norm_eps=1e-6,

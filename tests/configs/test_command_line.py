@@ -64,7 +64,7 @@ def test_help_lists_every_setting_with_its_value_and_what_the_config_says_about_
         assert f"  --config.{name}" in lines
     explained = lines.index("  --config.loss.margin=0.0") - 1
     assert lines[explained] == "  # m: how far beta * Delta has to be above 0."
-    assert "  --config.steps=1200" in help_of().splitlines()
+    assert "  --config.steps=1600" in help_of().splitlines()
 
 
 def test_main_answers_a_typing_error_before_it_imports_jax():

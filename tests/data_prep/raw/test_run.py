@@ -55,6 +55,7 @@ processes = 1
 folder = "{videos}"
 [filter]
 least_height = 64
+quietest = -60.0
 least_speech = 0.0
 least_kilobits = 1
 least_faces = 0.0

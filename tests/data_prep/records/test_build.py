@@ -106,7 +106,7 @@ def test_split_and_language_come_from_the_labels_else_from_option_and_text(built
 
 def test_the_vocabulary_is_trained_on_targets_and_prompts(built):
     tokenizer = load_tokenizer(built.out)
-    assert tokenizer.vocab_size == 1024
+    assert tokenizer.vocab_size == 1064
     prompt = sed.prompt_text("en", True, True)
     assert len(tokenizer.encode(prompt)) < len(prompt) / 3
 
@@ -119,7 +119,7 @@ def test_a_second_run_does_nothing(built, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("more", "named"),
-    [(["--fps", "2"], "fps 4.0 -> 2.0"), (["--vocab_size", "800"], "vocab_size 1024 -> 800")],
+    [(["--fps", "2"], "fps 4.0 -> 2.0"), (["--vocab_size", "800"], "vocab_size 1064 -> 800")],
 )
 def test_other_settings_for_the_same_output_are_refused(built, capsys, more, named):
     assert built.build(*more) == 2
