@@ -5,7 +5,7 @@
 #   launch/test.sh --no-torch    without installing torch; tests that need it are skipped by name
 #   launch/test.sh --python PATH with that Python, in a separate environment such as .venv-3.12
 #   launch/test.sh -m slow       the slow ones; any other argument goes to pytest
-#   launch/test.sh -m science    whether CA-DPO still gains over SED, on two seeds, in an hour
+#   launch/test.sh -m science    whether stage 1 still weighs the modalities, on two seeds, in an hour
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
