@@ -72,7 +72,11 @@ def main(argv: list[str]) -> None:
 
 
 def _make_folders() -> None:
-    """Before the minutes that compiling takes. Raises OSError where they cannot be made."""
+    """Before the minutes that compiling takes. Raises OSError where files could not be written."""
+    if JSON.value and Path(JSON.value).is_dir():
+        raise IsADirectoryError(
+            f"--json={JSON.value} is a folder; name the file that the figures go to."
+        )
     for folder in (JSON.value and Path(JSON.value).parent, HLO.value):
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
