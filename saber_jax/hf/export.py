@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.flags import Parser
-from saber_jax.hf import digests, peft, processor, tensors
+from saber_jax.hf import chat_template, digests, peft, processor, tensors
 from saber_jax.hf.config import LAYOUTS, portable, to_hf
 from saber_jax.hf.load import PREFIX, HfCheckpoint, open_checkpoint
 from saber_jax.hf.names import TensorEntry, entries, on_disk
@@ -301,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.source is not None:
             source = open_checkpoint(args.source)
             left_out = export_like(params, cfg, args.out, source, overwrite=args.overwrite)
+            if other := chat_template.difference(args.source):
+                print(f"note: the copied chat template is not that of training: {other}")
             if left_out:
                 names = ", ".join(left_out)
                 print(f"not copied, because they are folders or other weights: {names}")

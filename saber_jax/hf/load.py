@@ -20,7 +20,7 @@ from absl import logging
 
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
 from saber_jax.flags import Parser
-from saber_jax.hf import tensors
+from saber_jax.hf import chat_template, tensors
 from saber_jax.hf.config import from_hf, tied_by
 from saber_jax.hf.names import TensorEntry, entries, from_disk
 from saber_jax.hf.processor import differences
@@ -245,6 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    other = chat_template.difference(args.hf_dir)
+    if other and not jax.process_index():
+        print(f"note: the chat template of {args.hf_dir} is not used, but it is another: {other}")
     try:
         _write(args.out, source, tokenizer)
     except tensors.DamagedError as error:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from saber_jax.data import media
-from saber_jax.data.chat import DEFAULT_SYSTEM
 from saber_jax.data.tokenizer import Tokenizer
+from saber_jax.hf.chat_template import CHAT_TEMPLATE, TEMPLATE
 from saber_jax.hf.tensors import POINTER, is_pointer
 from saber_jax.hf.tokenizer import FILES as TOKENIZER_FILES
 from saber_jax.hf.tokenizer import write_tokenizer
@@ -22,7 +22,6 @@ from saber_jax.runs.files import read_json, write_json, write_text
 
 GENERATION = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
-TEMPLATE = "chat_template.jinja"
 VOICES = "spk_dict.pt"
 SETTINGS = (PREPROCESSOR, "video_preprocessor_config.json", "processor_config.json")
 """Files in which versions of transformers keep the settings of their processors."""
@@ -35,29 +34,6 @@ _FIXED = (
     *("feature_size", "sampling_rate", "hop_length", "n_fft", "dither", "chunk_length"),
     *("padding_value", "padding_side"),
     *("image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"),
-)
-
-# saber_jax.data.chat.render in the language of transformers' templates. A part of a message is
-# known by its type or by the key that holds it, because servers pass on both kinds.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] in ('image', 'image_url') or 'image' in content %}"
-    "{{ '<|vision_bos|><|IMAGE|><|vision_eos|>' }}"
-    "{% elif content['type'] in ('audio', 'audio_url', 'input_audio') or 'audio' in content %}"
-    "{{ '<|audio_bos|><|AUDIO|><|audio_eos|>' }}"
-    "{% elif content['type'] in ('video', 'video_url') or 'video' in content %}"
-    "{{ '<|vision_bos|><|VIDEO|><|vision_eos|>' }}"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 

@@ -14,9 +14,9 @@ import transformers
 from saber_jax.data import chat
 from saber_jax.data.tokenizer import train_sentencepiece
 from saber_jax.hf import names
+from saber_jax.hf.chat_template import CHAT_TEMPLATE
 from saber_jax.hf.export import export
 from saber_jax.hf.load import load_params
-from saber_jax.hf.processor import CHAT_TEMPLATE
 from tests.hf import reference
 from tests.models.batches import CONFIG, Audio, Image, Text, conversation
 
