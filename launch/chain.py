@@ -29,7 +29,7 @@ from configs.command_line import CONFIG, parse_flags
 from launch import hardware, hours, outcome, turns
 from launch.steps import Step, steps, until, with_own_workdir
 from saber_jax.data.records import splits_of
-from saber_jax.runs import distributed, manifest
+from saber_jax.runs import distributed, manifest, platforms
 from saber_jax.runs.distributed import PREEMPTED
 from saber_jax.runs.files import exists, read_json, write_json
 from saber_jax.runs.identity import MAY_CHANGE, identity
@@ -136,7 +136,7 @@ def _put_stamp(root: Path, name: str, stamp: str, command: Sequence[str], second
 
 def _work(step: Step, title: str, place: tuple[int, int]) -> None:
     print(f"\n{title}: {step.says}\n  $ {shlex.join(step.command)}", flush=True)
-    environ = dict(os.environ)
+    environ = platforms.with_kept_buffers(os.environ)
     if not sys.stderr.isatty():  # In a log, every state of a progress bar stays.
         environ.setdefault("TQDM_MININTERVAL", str(BAR_SECONDS))
     if place[1] > 1 and not step.together:

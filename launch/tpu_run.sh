@@ -72,9 +72,5 @@ if has_tpu; then
 elif ! has_nvidia; then
   # An installed TPU compiler would make jax look for a TPU first.
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-  # A step on CPU takes a quarter longer if glibc returns its buffers to the kernel after it and maps
-  # them again, in small pages, for the next one.
-  mapped=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$mapped}
 fi
 exec "$python" -m launch.chain "--config=$config" "$@"

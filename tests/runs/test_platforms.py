@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,41 @@ def test_a_program_of_this_project_has_settled_it_before_jax_reads_the_variable(
         check=True,
     )
     assert done.stdout == "None\n"
+
+
+ALLOCATE = """
+import resource, threading
+import numpy as np
+
+def step():
+    for _ in range(40):
+        [np.ones(2**20, np.uint8) for _ in range(64)]
+
+threads = [threading.Thread(target=step) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_buffers_are_kept_between_the_steps_of_every_thread(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+
+    def page_faults(environ):
+        command = [sys.executable, "-c", ALLOCATE]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    kept = page_faults(platforms.with_kept_buffers(os.environ))
+    assert kept < page_faults(dict(os.environ)) / 5
+
+
+def test_only_programs_on_cpu_keep_buffers_and_a_choice_stays(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    assert platforms.with_kept_buffers({"A": "b"}) == {"A": "b"}
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert platforms.with_kept_buffers({"A": "b"}).keys() == {"A", "GLIBC_TUNABLES"}
+    mine = {"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}
+    assert platforms.with_kept_buffers(mine) == mine
