@@ -65,11 +65,11 @@ RECIPES = {
     # 8 chips of v6e: 20.6, 25.7 of 31.24.
     "7b-lora-v6e-8": Recipe(topology="v6e:2x4", lora_rank=8, at_once=2, sft="gate", cadpo="gate"),
     # Clips of up to three minutes (configs/long_clips.py): four chips share a row.
-    # All weights: cadpo 7.6 of 15.75.
+    # All weights: sft 8.1, cadpo 7.6 of 15.75.
     "7b-long-v5e-256": Recipe(
         topology="v5e:16x16", sequence=4, at_once=1, sft="attention", cadpo="attention"
     ),
-    # Adapters: cadpo 9.0 of 15.75.
+    # Adapters: sft 9.5, cadpo 9.0 of 15.75.
     "7b-long-lora-v5e-16": Recipe(
         topology="v5e:4x4",
         sequence=4,
