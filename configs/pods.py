@@ -51,7 +51,7 @@ RECIPES = {
     # All weights train.
     # 256 chips of v5e: sft 13.8, cadpo 12.3 of 15.75.
     "7b-v5e-256": Recipe(topology="v5e:16x16", sft="matmuls", cadpo="gate"),
-    # 256 chips of v6e: 13.8, 17.6 of 31.24.
+    # 256 chips of v6e: 13.8, 17.8 of 31.24.
     "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls", head_chunk=704),
     # 64 chips of v5p, which is sold in pairs of cores: 52.3, 67.5 of 95.73.
     "7b-v5p-128": Recipe(topology="v5p:4x4x4", sft="matmuls", cadpo="matmuls"),
