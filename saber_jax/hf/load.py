@@ -245,8 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    other = chat_template.difference(args.hf_dir)
-    if other and not jax.process_index():
+    if not jax.process_index() and (other := chat_template.difference(args.hf_dir)):
         print(f"note: the chat template of {args.hf_dir} is not used, but it is another: {other}")
     try:
         _write(args.out, source, tokenizer)
