@@ -11,8 +11,9 @@ root=${1:-}
 echo "chips $(tpu_chips)"
 pythons=
 for candidate in python3.12 python3.11 python3; do
-  if command -v "$candidate" >/dev/null; then
-    pythons+=" $("$candidate" -c 'import platform; print(platform.python_version())')"
+  # A shim of pyenv can stand for a Python that is not there.
+  if version=$("$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null); then
+    pythons+=" $version"
   fi
 done
 echo "python${pythons:- none}"

@@ -59,8 +59,8 @@ class CachedRecords:
     Safe to use from many processes. A damaged file is read from the source again.
     """
 
-    def __init__(self, source: StoredRecords, folder: Path, *, left_free: int = LEFT_FREE):
-        self._source, self._folder, self._left_free = source, folder, left_free
+    def __init__(self, source: StoredRecords, folder: Path):
+        self._source, self._folder = source, folder
 
     def __len__(self) -> int:
         return len(self._source)
@@ -75,7 +75,7 @@ class CachedRecords:
         data = self._source[index]
         with contextlib.suppress(OSError):  # A full or broken disk costs time, not the run.
             path.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self._folder).free - len(data) > self._left_free:
+            if shutil.disk_usage(self._folder).free - len(data) > LEFT_FREE:
                 _write(path, data)
         return data
 

@@ -14,6 +14,11 @@ from tests.bucket import bucket
 RECORDS = [np.random.default_rng(i).bytes(20_000) for i in range(5)]
 
 
+@pytest.fixture(autouse=True)
+def any_disk_has_room(monkeypatch):
+    monkeypatch.setattr(bucket_records, "LEFT_FREE", 0)
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A bucket with one file of RECORDS, of which nothing can be read through the mount."""
@@ -64,17 +69,16 @@ class Counted(list):
 
 def test_what_was_kept_of_other_records_or_damaged_is_not_used(tmp_path):
     source = Counted(RECORDS)
-    first, other = (
-        bucket_records.CachedRecords(source, tmp_path / name, left_free=0) for name in "ab"
-    )
+    first, other = (bucket_records.CachedRecords(source, tmp_path / name) for name in "ab")
     assert [first[1], first[1], other[1]] == [RECORDS[1]] * 3
     assert source.asked == 2
     (tmp_path / "a/0/1").write_bytes(b"torn")
     assert first[1] == RECORDS[1] and source.asked == 3
 
 
-def test_a_full_disk_keeps_nothing_and_loses_nothing(tmp_path):
+def test_a_full_disk_keeps_nothing_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_records, "LEFT_FREE", 2**62)
     source = Counted(RECORDS)
-    kept = bucket_records.CachedRecords(source, tmp_path, left_free=2**62)
+    kept = bucket_records.CachedRecords(source, tmp_path)
     assert [kept[1], kept[1]] == [RECORDS[1]] * 2
     assert source.asked == 2 and not [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -167,6 +167,14 @@ mounted = pathlib.Path(os.environ["STANDIN_FOLDER"]) / "mounted"
 sys.exit(not mounted.exists() or sys.argv[-1] not in mounted.read_text().splitlines())
 """
 
+# A worker's disk, whatever the machine that runs the tests has: HOME/free_gib are free, or 100.
+DF = """
+import os, pathlib
+
+free = pathlib.Path(os.environ["HOME"]) / "free_gib"
+print("Avail", (int(free.read_text()) if free.exists() else 100) * 2**20, sep="\\n")
+"""
+
 # Stands where the project's interpreter would: `-m launch.chain ...` ends as HOME/ends_with says.
 # With FOLDER/taken_back, the TPU VM that it runs on is taken back under it, once.
 PYTHON = """

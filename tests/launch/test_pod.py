@@ -18,6 +18,7 @@ NO_CAPACITY = 'RESOURCE_EXHAUSTED: There is no more capacity in the zone "us-wes
 def cloud(tmp_path):
     made = standins.Standins(tmp_path)
     made.add("gcloud", standins.GCLOUD)
+    made.add("df", standins.DF)
     made.python = str(made.add("project_python", standins.PYTHON))
     return made
 
@@ -143,6 +144,16 @@ def test_preflight_names_the_workers_with_each_problem(cloud):
     both = "[pod worker 0, pod worker 1]"
     assert f"403 no storage.objects.create in locked  {both}" in done.stdout
     assert f"0 chips are attached, the recipe is made for 8 (v5e:2x4)  {both}" in done.stdout
+
+
+def test_preflight_names_the_worker_whose_disk_is_full(cloud):
+    plug_chips(cloud, 4)
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    (cloud.folder / "pod/1/free_gib").write_text("19")
+    done = pod(cloud, "preflight", CONFIG, **SMALL)
+    assert done.returncode == 1
+    (problem,) = [line for line in done.stdout.splitlines() if "PROBLEM" in line]
+    assert "less than 20 GiB are free" in problem and problem.endswith("[pod worker 1]")
 
 
 def test_preflight_names_workers_with_another_python():
