@@ -51,18 +51,18 @@ RECIPES = {
     # All weights train.
     # 256 chips of v5e: sft 13.8, cadpo 12.3 of 15.75.
     "7b-v5e-256": Recipe(topology="v5e:16x16", sft="matmuls", cadpo="gate"),
-    # 256 chips of v6e: 13.8, 17.8 of 31.24.
+    # 256 chips of v6e: 14.1, 17.8 of 31.24.
     "7b-v6e-256": Recipe(topology="v6e:16x16", sft="matmuls", cadpo="matmuls", head_chunk=704),
-    # 64 chips of v5p, which is sold in pairs of cores: 52.3, 67.5 of 95.73.
+    # 64 chips of v5p, which is sold in pairs of cores: 27.4, 19.9 of 95.73.
     "7b-v5p-128": Recipe(topology="v5p:4x4x4", sft="matmuls", cadpo="matmuls"),
     # Two slices of 128 chips of v5e: 10.2, 12.9 of 15.75.
     "7b-2xv5e-128": Recipe(topology="2*v5e:8x16", slices=2, sft="gate", cadpo="gate"),
-    # 32 chips of v5e: 12.2, 11.1 of 15.75.
+    # 32 chips of v5e: 12.1, 10.9 of 15.75.
     "3b-v5e-32": Recipe(topology="v5e:4x8", at_once=1, sft="matmuls", cadpo="gate"),
     # Adapters of the published rank train.
-    # 16 chips of v5e: 11.2, 13.7 of 15.75.
+    # 16 chips of v5e: 11.0, 13.5 of 15.75.
     "7b-lora-v5e-16": Recipe(topology="v5e:4x4", lora_rank=8, at_once=1, sft="gate", cadpo="gate"),
-    # 8 chips of v6e: 20.6, 25.7 of 31.24.
+    # 8 chips of v6e: 20.4, 25.4 of 31.24.
     "7b-lora-v6e-8": Recipe(topology="v6e:2x4", lora_rank=8, at_once=2, sft="gate", cadpo="gate"),
     # Clips of up to three minutes (configs/long_clips.py): four chips share a row.
     # All weights: sft 8.1, cadpo 7.6 of 15.75.
