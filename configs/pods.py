@@ -83,9 +83,9 @@ RECIPES = {
 # One NVIDIA GPU. A topology is of TPUs, so these have none.
 GPU_RECIPES = {
     # Adapters of the published rank train, on a card of 80 GB.
-    "7b-lora-gpu": Recipe(lora_rank=8, at_once=1, sft="matmuls", cadpo="matmuls"),
+    "7b-lora-gpu": Recipe(lora_rank=8, at_once=1, sft="matmuls", cadpo="matmuls", head_chunk=704),
     # All weights train, on a card of 141 GB.
-    "3b-gpu": Recipe(at_once=1, sft="matmuls", cadpo="matmuls"),
+    "3b-gpu": Recipe(at_once=1, sft="matmuls", cadpo="matmuls", head_chunk=704),
 }
 
 

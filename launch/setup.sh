@@ -7,6 +7,7 @@
 #   launch/setup.sh --test   also those of the tests
 #   launch/setup.sh --demo   also those of the demo page
 #   launch/setup.sh --aot    also the TPU compiler, which needs no TPU
+#   launch/setup.sh --aot-gpu  also the GPU compiler, which needs no GPU
 #   launch/setup.sh --tpu    also jax for TPUs, on a machine without TPUs: for an image
 #   launch/setup.sh --python PATH   uses that Python (3.11 or 3.12), in .venv-3.12 for example
 #   launch/setup.sh --torch  also torch and transformers, for the parity tests
@@ -30,7 +31,7 @@ fi
 
 layers=(requirements.txt)
 image_for_tpus=
-bench=
+apart=()
 interpreter=
 while (($#)); do
   flag=$1; shift
@@ -40,11 +41,12 @@ while (($#)); do
     --test) layers+=(requirements-test.txt) ;;
     --demo) layers+=(requirements-demo.txt) ;;
     --aot) layers+=(requirements-tpu.txt) ;;
+    --aot-gpu) apart+=(cuda) ;;
     --tpu) image_for_tpus=yes ;;
     --torch) layers+=(requirements-torch.txt) ;;
-    --bench) layers+=(requirements-prep.txt requirements-torch.txt); bench=yes ;;
+    --bench) layers+=(requirements-prep.txt requirements-torch.txt); apart+=(bench) ;;
     *) echo "launch/setup.sh: unknown flag $flag;" \
-            "it knows --prep, --test, --demo, --aot, --tpu, --torch, --bench and --python." >&2
+            "it knows --prep, --test, --demo, --aot, --aot-gpu, --tpu, --torch, --bench and --python." >&2
        exit 2 ;;
   esac
 done
@@ -167,17 +169,18 @@ for layer in "${layers[@]}"; do
   fi
 done
 
-# torchvision is installed in a separate folder for benchmarks/input_pipeline.py, because a version
-# that does not match torch breaks `import transformers`.
-if [[ $bench ]]; then
-  want=$(sha256sum requirements-bench.txt | cut -c1-16)
-  stamp="$venv/.installed-requirements-bench"
+# Two layers have folders of their own. torchvision, for benchmarks/input_pipeline.py, breaks `import
+# transformers` unless its version matches torch; and where jax finds its GPU plug-in without a GPU, it
+# complains at every start.
+for name in "${apart[@]}"; do
+  want=$(sha256sum "requirements-$name.txt" | cut -c1-16)
+  stamp="$venv/.installed-requirements-$name"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
-    echo "setup: installing requirements-bench.txt into $venv/bench" >&2
-    install --upgrade --no-deps --target "$venv/bench" -r requirements-bench.txt
+    echo "setup: installing requirements-$name.txt into $venv/$name" >&2
+    install --upgrade --no-deps --target "$venv/$name" -r "requirements-$name.txt"
     echo "$want" > "$stamp"
   fi
-fi
+done
 
 # Installs jax for the accelerator of this machine, at the pinned version.
 add_jax() {

@@ -18,7 +18,7 @@ while true; do
     *) break ;;
   esac
 done
-python=$(launch/setup.sh --prep --test --demo --aot "${torch[@]}" "${interpreter[@]}")
+python=$(launch/setup.sh --prep --test --demo --aot --aot-gpu "${torch[@]}" "${interpreter[@]}")
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Files stay together, because their fixtures (goldens, a trained model) cost more than their tests,

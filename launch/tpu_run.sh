@@ -69,7 +69,12 @@ if has_tpu; then
   huge_pages
   LIBTPU_INIT_ARGS="$("$python" -m saber_jax.aot.xla_flags) ${LIBTPU_INIT_ARGS:-}"
   export LIBTPU_INIT_ARGS
-elif ! has_nvidia; then
+elif has_nvidia; then
+  # jax takes three quarters of a GPU's memory by itself.
+  if [[ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]]; then
+    export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}
+  fi
+else
   # An installed TPU compiler would make jax look for a TPU first.
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 fi

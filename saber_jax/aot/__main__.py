@@ -1,8 +1,9 @@
-"""Compiles the programs of a config for a TPU topology, without a TPU, and reports their cost.
+"""Compiles the programs of a config for TPUs or a GPU, without any, and reports their cost.
 
     python -m saber_jax.aot --config=configs/cadpo.py:7b-v5e-256 [--program=decode] [--json=F]
     python -m saber_jax.aot --config=configs/cadpo.py:7b --topology=2*v5e:16x16 --hlo=DIR
     python -m saber_jax.aot --compare configs/sft.py:7b-v5e-256 configs/cadpo.py:7b-v5e-256
+    python -m saber_jax.aot --config=configs/cadpo.py:7b-lora-gpu --topology=h100
     python -m saber_jax.aot --config=configs/sft.py:7b-v5e-256 --save=gs://BUCKET/7b/executables
 
 The default of --topology is that of the config's recipe (configs/pods.py). Any setting can be
@@ -26,13 +27,12 @@ from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
-from saber_jax.aot import chips, programs, report
-from saber_jax.aot.xla_flags import FLAGS
+from saber_jax.aot import cards, programs, report, targets
 from saber_jax.models.config import saber_config
 from saber_jax.runs import buckets, executables
 from saber_jax.train import stage as stages
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, or N*FAMILY:SHAPE")
+TOPOLOGY = flags.DEFINE_string("topology", None, "FAMILY:SHAPE, N*FAMILY:SHAPE, or a GPU")
 PROGRAM = flags.DEFINE_enum("program", "train", programs.NAMES, "which of the config's programs")
 JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
 HLO = flags.DEFINE_string("hlo", None, "also write the compiled module's text to this directory")
@@ -45,22 +45,22 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     try:
         _make_folders()
+        target = targets.parse(TOPOLOGY.value or config.topology)
         if SAVE.value:
-            _check_can_be_loaded(config)
-        slices = chips.parse_topology(TOPOLOGY.value or config.topology)
-        stage = _stage(config, slices)
+            _check_can_be_loaded(config, target)
+        stage = _stage(config, target)
         lowered = programs.lower(PROGRAM.value, config, stage)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"saber_jax.aot: {error}")
     began = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=FLAGS)
+        compiled = lowered.compile(compiler_options=target.options)
     except jax.errors.JaxRuntimeError as error:
         sys.exit(
-            f"saber_jax.aot: {report.refusal(str(error), config, stage, slices, PROGRAM.value)}"
+            f"saber_jax.aot: {report.refusal(str(error), config, stage, target, PROGRAM.value)}"
         )
     seconds = time.perf_counter() - began
-    figures = report.figures(compiled, PROGRAM.value, stage, slices, seconds)
+    figures = report.figures(compiled, PROGRAM.value, stage, target, seconds)
     figures["config"] = next(a for a in sys.argv if a.startswith("--config=")).split("=", 1)[1]
     print(report.text(figures))
     if JSON.value:
@@ -68,7 +68,14 @@ def main(argv: list[str]) -> None:
     if HLO.value:
         (Path(HLO.value) / f"{PROGRAM.value}.hlo").write_text(compiled.as_text() or "")
     if SAVE.value:
-        print(f"saved {executables.save(lowered, compiled, buckets.native(SAVE.value), FLAGS)}")
+        where = buckets.native(SAVE.value)
+        print(f"saved {executables.save(lowered, compiled, where, target.options)}")
+    # The compiler for TPUs has refused it before.
+    if figures["memory"]["headroom"] < 0:
+        needed = figures["memory"]["peak"]
+        sys.exit(
+            f"saber_jax.aot: {report.does_not_fit(needed, config, stage, target, PROGRAM.value)}"
+        )
 
 
 def _make_folders() -> None:
@@ -82,8 +89,10 @@ def _make_folders() -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
 
 
-def _check_can_be_loaded(config: ConfigDict) -> None:
+def _check_can_be_loaded(config: ConfigDict, target: targets.Target) -> None:
     """Raises ValueError for a program that no run would load."""
+    if isinstance(target, cards.Card):
+        raise ValueError("--save is for TPUs: on a GPU the compiler times its alternatives.")
     if PROGRAM.value != "train":
         raise ValueError("--save is for the train step, which is all that a run loads.")
     if config.steps is None:
@@ -94,14 +103,15 @@ def _check_can_be_loaded(config: ConfigDict) -> None:
         )
 
 
-def _stage(config: ConfigDict, slices: chips.Slices) -> stages.Stage:
+def _stage(config: ConfigDict, target: targets.Target) -> stages.Stage:
     """As the config's runs have it, or on the mesh that `saber_jax.generate` makes of the same
     devices."""
     if PROGRAM.value not in programs.GENERATION:
-        return stages.build(config, sharding.make_mesh(**config.mesh, devices=slices.devices()))
-    config.compute.kernel = "xla"  # Generation has no other.
+        return stages.build(config, sharding.make_mesh(**config.mesh, devices=target.devices()))
+    # As generate/generator.py chooses it.
+    config.compute.kernel = "triton" if isinstance(target, cards.Card) else "xla"
     kv_heads = saber_config(config.model).text.kv_heads
-    return stages.build(config, sharding.generation_mesh(kv_heads, slices.devices()))
+    return stages.build(config, sharding.generation_mesh(kv_heads, target.devices()))
 
 
 def compare(arguments: list[str]) -> None:

@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saber_jax.aot import chips
-from saber_jax.aot.cost import FUSED_PRODUCTS, KERNEL_PRODUCTS
+from saber_jax.aot.kernels import FUSED_SPLASH, SPLASH
 from saber_jax.models.kernels import PackedMask, splash_kernel
 from saber_jax.models.masks import Mask
 
@@ -89,7 +89,7 @@ def kernel_cycles(
         old.unlink()
     jax.jit(step).lower(*given, ids).compile()
     cycles = {}
-    for name, products in (FUSED_PRODUCTS if fused else KERNEL_PRODUCTS).items():
+    for name, products in (FUSED_SPLASH if fused else SPLASH).items():
         (found,) = dump.glob(f"*splash_mha{name}_*per-bundle-utilization*")
         inside, whole = bundles(found.read_text(errors="replace"))
         peak = 2.0 * products * block**2 * HEAD_DIM / chips.CHIPS[chip].flops * CLOCKS[chip]

@@ -17,6 +17,8 @@ for name, value in {
 
 from jax.experimental import topologies  # noqa: E402
 
+from saber_jax.aot.xla_flags import FLAGS  # noqa: E402
+
 GIB = 2**30
 _FLAT = "2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
@@ -74,6 +76,8 @@ class Slices:
     family: str
     shape: str
     count: int
+
+    options = FLAGS  # Of the compiler.
 
     @property
     def chip(self) -> Chip:

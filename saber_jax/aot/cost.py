@@ -8,16 +8,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from saber_jax.aot import hlo
+from saber_jax.aot import hlo, kernels
 
 TOWERS = ("vision", "audio", "text", "head", "embed", "merge", "optimizer")
 COLLECTIVES = (
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"),
     *("ragged-all-to-all", "send"),
 )
-# Matrix products in each of the splash kernels, by a part of its name.
-KERNEL_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
-FUSED_PRODUCTS = {"_fwd": 2, "_dkv": 5}
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("after-all", "partition-id", "opt-barrier"),
@@ -79,7 +76,7 @@ def analyze(
     seen: set[tuple[int, str]] = set()
     layers = _layer_loops(module)
     for run in hlo.executions(module, shares, uncounted=uncounted):
-        matmul, kernel = _matmul_flops(module, run), kernel_flops(run)
+        matmul, kernel = _matmul_flops(module, run), kernels.flops(run)
         where = tower(run.instruction.scope)
         cost.matmul[where] += matmul * run.times
         cost.kernel[where] += kernel * run.times
@@ -118,6 +115,11 @@ def _products(module: hlo.Module, instruction: hlo.Instruction, scope: hlo.Compu
         return 2.0 * math.prod(instruction.arrays[0].dims) * inner
     if instruction.op == "convolution":
         return convolution_flops(instruction, scope)
+    if instruction.op == "custom-call" and "__cublas" in instruction.attributes:
+        lhs = scope[instruction.operands[0]].arrays[0].dims
+        contracted = instruction.required(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+        inner = math.prod(lhs[int(d)] for d in re.findall(r"\d+", contracted))
+        return 2.0 * math.prod(instruction.arrays[0].dims) * inner
     if instruction.op == "fusion":
         inner = module.computations[instruction.called[0]]
         return sum(_products(module, part, inner) for part in inner.values())
@@ -155,28 +157,6 @@ def convolution_flops(instruction: hlo.Instruction, scope: hlo.Computation) -> f
     inputs = rhs[rhs_labels.index("i")]  # Already divided by feature groups.
     batch = lhs[lhs_labels.index("b")] // groups
     return 2.0 * total * inputs * out[out_labels.index("f")] * batch
-
-
-def kernel_flops(run: hlo.Execution) -> float:
-    """Of a splash kernel, whose scope says `splash_BLOCKSxLENGTH`, or that with `_fused`, see
-    models/kernels.py."""
-    instruction = run.instruction
-    if instruction.op != "custom-call" or "tpu_custom_call" not in instruction.attributes:
-        return 0.0
-    blocks = re.search(r"splash_(\d+)x(\d+)(_fused)?", instruction.scope)
-    by_name = FUSED_PRODUCTS if blocks and blocks[3] else KERNEL_PRODUCTS
-    products = [n for part, n in by_name.items() if part in instruction.name]
-    if blocks is None or not products:
-        raise ValueError(
-            f"The kernel {instruction.name} ({instruction.scope}) does not say what it costs."
-        )
-    operands = (a for name in instruction.operands for a in run.computation[name].arrays)
-    # Queries come first; a batch of one row loses its axis.
-    *batch, heads, _, head_dim = next(
-        a.dims for a in operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")
-    )
-    count, length = int(blocks[1]), int(blocks[2])
-    return 2.0 * products[0] * math.prod(batch) * heads * count * length**2 * head_dim
 
 
 def _hbm_bytes(module: hlo.Module, run: hlo.Execution) -> float:

@@ -54,6 +54,7 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
         max_new_tokens=config.generation.max_new_tokens,
         samples=1,
         groups=groups,
+        kernel=compute.kernel,
         rows=place,
         cache=cached,
     )

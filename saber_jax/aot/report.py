@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from saber_jax import sharding
 from saber_jax.aot import cost, hlo, memory, programs
-from saber_jax.aot.chips import GIB, Slices
+from saber_jax.aot.chips import GIB
+from saber_jax.aot.targets import Target
 from saber_jax.models.remat import BY_MEMORY
 from saber_jax.train.stage import Stage
 
@@ -20,7 +21,7 @@ LEAST_SHOWN = 0.01  # Of all that is sent; --json has every collective.
 
 
 def figures(
-    compiled: jax.stages.Compiled, name: str, stage: Stage, slices: Slices, seconds: float
+    compiled: jax.stages.Compiled, name: str, stage: Stage, target: Target, seconds: float
 ) -> dict[str, Any]:
     """Everything that the compiled program says, per device unless it says otherwise."""
     module = hlo.parse(compiled.as_text() or "")
@@ -28,10 +29,10 @@ def figures(
     shares = programs.branch_shares(stage)
     costs = cost.analyze(module, dict(stage.mesh.shape), shares, uncounted=uncounted)
     used = memory.measure(compiled, module, name, stage, uncounted=uncounted)
-    chip, devices = slices.chip, stage.mesh.size
+    chip, devices = target.chip, stage.mesh.size
     result: dict[str, Any] = {
         "program": name,
-        "topology": slices.name,
+        "topology": target.name,
         "devices": devices,
         "compile_seconds": seconds,
         "memory": dataclasses.asdict(used)
@@ -47,7 +48,7 @@ def figures(
             dataclasses.asdict(kind) | dataclasses.asdict(traffic)
             for kind, traffic in sorted(costs.collectives.items())
         ],
-        "roofline": roofline(costs, slices, stage.mesh.shape),
+        "roofline": roofline(costs, target, stage.mesh.shape),
         "largest_buffers": memory.largest(module, 8, uncounted=uncounted),
     }
     if name == "train":
@@ -60,18 +61,18 @@ def figures(
     return result
 
 
-def roofline(costs: cost.Cost, slices: Slices, mesh: Mapping[str, int]) -> dict[str, Any]:
+def roofline(costs: cost.Cost, target: Target, mesh: Mapping[str, int]) -> dict[str, Any]:
     """Lower bounds of a step's seconds by resource, from the vendor's peak figures.
 
     Rings of different axes work at the same time, so the busiest counts.
     """
-    chip = slices.chip
+    chip = target.chip
     wires: dict[str, float] = {}
     for kind, traffic in costs.collectives.items():
         for axis, share in _ring_shares(kind, mesh):
             wires[axis] = wires.get(axis, 0.0) + traffic.wire * share
     by_axis = {
-        axis: sent / (chip.dcn if axis == "data" and slices.count > 1 else chip.ring(mesh[axis]))
+        axis: sent / (chip.dcn if axis == "data" and target.count > 1 else chip.ring(mesh[axis]))
         for axis, sent in wires.items()
     }
     seconds = {
@@ -165,17 +166,23 @@ def _short(scope: str) -> str:
 
 
 def refusal(
-    error: str, config: ConfigDict, stage: Stage, slices: Slices, name: str = "train"
+    error: str, config: ConfigDict, stage: Stage, target: Target, name: str = "train"
 ) -> str:
     """What the compiler's error means and, where memory is short, which settings would help."""
-    limit = slices.chip.hbm
+    limit = target.chip.hbm
     needed = [_bytes(*found) for found in re.findall(r"([\d.]+)([KMGT]?)(?:iB)?\b", error)]
     needed = [size for size in needed if size > limit]
     if "RESOURCE_EXHAUSTED" not in error or not needed:
-        return f"the TPU compiler refused the program: {error}"
+        return f"the compiler refused the program: {error}"
+    return does_not_fit(min(needed), config, stage, target, name)
+
+
+def does_not_fit(needed: float, config: ConfigDict, stage: Stage, target: Target, name: str) -> str:
+    """`needed` is in bytes of one device."""
+    limit = target.chip.hbm
     return (
-        f"does not fit: {(min(needed) - limit) / GIB:.1f} GiB over the {limit / GIB:.2f} GiB of a "
-        f"{slices.family} device; try {'; or '.join(suggestions(config, stage, name))}"
+        f"does not fit: {(needed - limit) / GIB:.1f} GiB over the {limit / GIB:.2f} GiB of a "
+        f"{target.family} device; try {'; or '.join(suggestions(config, stage, name))}"
     )
 
 

@@ -143,7 +143,7 @@ def nearby(
     """masks.same_segment, for segments of at most `reach` neighbouring positions."""
     if kernel in TRITON:
         interpret = kernel == "triton_interpret"
-        return triton.same_segment(q, k, v, segments, interpret=interpret)
+        return triton.same_segment(q, k, v, segments, reach=reach, interpret=interpret)
     # Padding rows costs less than using shorter blocks, because few blocks meet a segment.
     block = min(LONGEST_BLOCK, max(LANES, 1 << (reach - 1).bit_length()))
     length = q.shape[1] + -q.shape[1] % block

@@ -183,7 +183,8 @@ class Mask:
     """What kernels see by position alone; they compare segment ids in addition to it.
 
     With `causal`, a query sees no later key. Positions from `rejected` on do not see those in
-    [chosen, rejected). Drawn for a causal row of 6 with chosen=2 and rejected=4:
+    [chosen, rejected). With `reach`, no segment is longer than that, so that blocks further apart
+    cannot meet. Drawn for a causal row of 6 with chosen=2 and rejected=4:
 
         sees    0 1 2 3 4 5
         0       x
@@ -197,6 +198,7 @@ class Mask:
     causal: bool
     chosen: int = 0
     rejected: int = 0
+    reach: int = 0
 
     @classmethod
     def packed(cls, length: int, response: int) -> "Mask":
@@ -217,4 +219,7 @@ class Mask:
         if self.rejected:
             in_chosen = (key >= self.chosen) & (key + keys <= self.rejected)
             meet = meet & ~((query >= self.rejected) & in_chosen)
+        if self.reach:
+            meet = meet & (query - (key + keys - 1) < self.reach)
+            meet = meet & (key - (query + queries - 1) < self.reach)
         return meet

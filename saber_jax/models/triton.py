@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Int
 from saber_jax.models import triton_kernels
 from saber_jax.models.masks import Mask
 from saber_jax.models.remat import ATTENTION
-from saber_jax.models.triton_kernels import INNER, OUTER
 
 
 def packed(
@@ -50,22 +49,25 @@ def same_segment(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
     *,
+    reach: int,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """masks.same_segment. It is fast if equal ids are neighbours, as windows and frames are.
+    """masks.same_segment, for segments of at most `reach` neighbouring positions.
 
     Slots of segment 0 come out as zeros.
     """
-    return _padded(q, k, v, segments, Mask(False), interpret)
+    return _padded(q, k, v, segments, Mask(False, reach=reach), interpret)
 
 
 def _padded(q, k, v, segments, mask: Mask, interpret: bool) -> Float[Array, "B T N H"]:
-    length = q.shape[1]
-    slots = -length % OUTER
+    length, tile = q.shape[1], triton_kernels.tile(q.dtype)
+    slots = -length % tile.own
     if slots:
         q, k, v = (jnp.pad(x, [(0, 0), (0, slots), (0, 0), (0, 0)]) for x in (q, k, v))
         segments = jnp.pad(segments, [(0, 0), (0, slots)])
-    with jax.named_scope("flash"):
+    visits = mask.may_meet(tile.own, tile.visit, length + slots).sum()
+    # The kernels declare no cost; `aot` reads from here what rows of one segment would visit.
+    with jax.named_scope(f"flash_{visits}x{tile.own}x{tile.visit}"):
         out: Array = _flash(q, k, v, segments, mask, interpret)
     return out[:, :length]
 
@@ -119,7 +121,7 @@ _flash.defvjp(_flash_fwd, _flash_bwd)
 
 
 class _Blocks:
-    """Grid and block specs of the kernels: a program per query head, outer block and row.
+    """Grid and block specs of the kernels: a program per query head, tile of a row, and row.
 
     Later blocks come first. In a causal row they have the most keys, and long programs that start
     last would leave most of the chip waiting for them.
@@ -129,19 +131,25 @@ class _Blocks:
         self.batch, self.length, self.heads, self.head_dim = q.shape
         self.dtype = q.dtype
         self.group = self.heads // k.shape[2]
-        self.outer = self.length // OUTER
-        self.grid = (self.heads, self.outer, self.batch)
+        self.tile = triton_kernels.tile(q.dtype)
+        self.programs = self.length // self.tile.own
+        self.grid = (self.heads, self.programs, self.batch)
         # Arrays inside of a Triton program have power-of-two sizes. Loads and stores leave out the
         # features beyond head_dim.
         self.width = 1 << (self.head_dim - 1).bit_length()
 
     def place(self, i):
-        """Which outer block a program works on."""
-        return self.outer - 1 - i
+        """Which tile of a row a program owns."""
+        return self.programs - 1 - i
+
+    def visits(self, segments: Array, mask: Mask, *, of_keys: bool = False) -> Array:
+        """The block table of all programs."""
+        rows, columns = self.tile.own, self.tile.visit
+        return block_table(segments, mask, rows=rows, columns=columns, of_keys=of_keys)
 
     def block(self) -> pl.BlockSpec:
         """A program's own positions of a [B, T, N, H] array."""
-        shape = (None, OUTER, None, self.width)
+        shape = (None, self.tile.own, None, self.width)
         return pl.BlockSpec(shape, lambda n, i, b: (b, self.place(i), n, 0))
 
     def whole(self, group: int = 1) -> pl.BlockSpec:
@@ -151,7 +159,7 @@ class _Blocks:
 
     def own_kv(self) -> pl.BlockSpec:
         """A program's own positions of the kv head that its query head reads."""
-        shape = (None, OUTER, None, self.width)
+        shape = (None, self.tile.own, None, self.width)
         return pl.BlockSpec(
             shape, lambda n, i, b: (b, self.place(i), jax.lax.div(n, self.group), 0)
         )
@@ -160,22 +168,23 @@ class _Blocks:
         """A [B, N, T] array: all positions of a head, or a program's own."""
         if whole:
             return pl.BlockSpec((None, None, self.length), lambda n, i, b: (b, n, 0))
-        return pl.BlockSpec((None, None, OUTER), lambda n, i, b: (b, n, self.place(i)))
+        return pl.BlockSpec((None, None, self.tile.own), lambda n, i, b: (b, n, self.place(i)))
 
     def segments(self) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.length), lambda n, i, b: (b, 0))
 
     def table(self) -> pl.BlockSpec:
-        shape = (None, None, 1 + self.length // INNER)
+        shape = (None, None, 1 + self.length // self.tile.visit)
         return pl.BlockSpec(shape, lambda n, i, b: (b, self.place(i), 0))
 
     def call(self, kernel, mask: Mask, out_shape, in_specs, out_specs, interpret: bool, name: str):
         precision = triton_kernels.precision(self.dtype, interpret)
         kernel = functools.partial(
             kernel,
+            tile=self.tile,
+            programs=self.programs,
             mask=mask,
             head_dim=self.head_dim,
-            outer=self.outer,
             scale=self.head_dim**-0.5,
             dot=functools.partial(plgpu.dot, precision=precision),
         )
@@ -185,7 +194,9 @@ class _Blocks:
             in_specs=in_specs,
             out_specs=out_specs,
             out_shape=out_shape,
-            compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+            compiler_params=plgpu.CompilerParams(
+                num_warps=self.tile.warps, num_stages=self.tile.stages
+            ),
             interpret=interpret,
             name=name,
         )
@@ -204,7 +215,7 @@ def _forward(q, k, v, segments, mask, interpret):
         (blocks.block(), blocks.statistic(whole=False)),
         interpret,
         "flash_forward",
-    )(block_table(segments, mask, rows=OUTER, columns=INNER), segments, q, k, v)
+    )(blocks.visits(segments, mask), segments, q, k, v)
 
 
 def _backward_q(q, k, v, segments, d_out, lse, delta, mask, interpret):
@@ -219,7 +230,7 @@ def _backward_q(q, k, v, segments, d_out, lse, delta, mask, interpret):
         interpret,
         "flash_backward_q",
     )(
-        *(block_table(segments, mask, rows=OUTER, columns=INNER), segments),
+        *(blocks.visits(segments, mask), segments),
         *(q, k, v, d_out, lse, delta),
     )
 
@@ -239,7 +250,7 @@ def _backward_kv(q, k, v, segments, d_out, lse, delta, mask, interpret):
         interpret,
         "flash_backward_kv",
     )(
-        *(block_table(segments, mask, rows=OUTER, columns=INNER, of_keys=True), segments),
+        *(blocks.visits(segments, mask, of_keys=True), segments),
         *(q, k, v, d_out, lse, delta),
     )
     by_group = (*k.shape[:3], blocks.group, k.shape[3])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from saber_jax.aot import attention, cost, hlo
+from saber_jax.aot import attention, hlo, kernels
 from saber_jax.aot.attention import Row
 
 SCHEDULE = """== CAPACITY:
@@ -51,7 +51,7 @@ def test_a_row_costs_its_visited_blocks_and_at_most_the_loop_over_the_others():
 @pytest.mark.parametrize(("form", "products"), [("", 4), ("_fused", 5)])
 def test_the_backward_kernel_counts_five_products_if_it_is_fused(form, products):
     module = hlo.parse(KERNEL.replace("FORM", form))
-    (total,) = {cost.kernel_flops(run) for run in hlo.executions(module, {})} - {0.0}
+    (total,) = {kernels.flops(run) for run in hlo.executions(module, {})} - {0.0}
     assert total == 2 * products * 28 * 3 * 128**2 * 64
 
 

@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_told_with_settings_that_would_help(step):
         "try --config.generation.batch_size=15; or a topology of 8 devices or more"
     )
     said = report.refusal("INTERNAL: Mosaic", config, stage, chips.parse_topology("v5e:2x2"))
-    assert said == "the TPU compiler refused the program: INTERNAL: Mosaic"
+    assert said == "the compiler refused the program: INTERNAL: Mosaic"
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,12 @@ def test_the_benchmarks_get_their_peers_and_torchvision_in_a_folder_of_its_own(m
     assert installed(machine, "--bench") == found
 
 
+def test_the_gpu_compiler_gets_a_folder_of_its_own_where_jax_does_not_find_it_unasked(machine):
+    assert installed(machine, "--aot-gpu") == ["requirements.txt", "requirements-cuda.txt"]
+    last = machine.calls("venv_python", "-m", "pip", "install")[-1]
+    assert last[last.index("--target") + 1] == f"{machine.folder}/venv/cuda"
+
+
 def test_the_image_for_tpus_is_made_by_the_setup_script_from_files_that_are_there(machine):
     lines = (standins.ROOT / "launch/Dockerfile").read_text().splitlines()
     instructions = [line.split() for line in lines if line and line[0] != "#"]
