@@ -58,8 +58,9 @@ class Adapted(nnx.Module):
         kept = "".join(letter for letter in given if letter not in weight[:split])
         read = x if self.keys is None else dropped(x, self.keys[...], self.cfg.dropout)
         thin = jnp.einsum(f"{given},{weight[:split]}r->{kept}r", read, all_gather_weight(self.a))
+        thin *= self.cfg.scale  # Scaling the output instead would take a pass over it.
         delta = jnp.einsum(f"{kept}r,r{weight[split:]}->{out}", thin, all_gather_weight(self.b))
-        return jnp.einsum(equation, x, all_gather_weight(self.w)) + self.cfg.scale * delta
+        return jnp.einsum(equation, x, all_gather_weight(self.w)) + delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,18 +211,33 @@ def dropped(
     """Dropout: x with a share `rate` of its numbers zeroed and the others scaled by 1 / (1 - rate).
 
     There is one key per row. A row may be several entries of x, such as the chunks of its sound, so
-    C is a multiple of B. `rate` is rounded to 65536ths. The mask of a slot does not depend on the
-    row's length.
+    C is a multiple of B. The mask of a slot does not depend on the row's length.
     """
-    entries, width = x.shape[0] // len(keys), x.shape[-1]
-    shape = (entries, *x.shape[1:-1], -(-width // 2))
-    words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
-    cut = round(rate * 2**16)
-    # Each word has the bits for two numbers. Comparing before concatenating would need one byte per
-    # number in HBM instead of four, but crashes the TPU compiler: docs/aot_table.md.
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :width]
-    kept = halves.reshape(x.shape) >= cut
-    return jnp.where(kept, x * (2**16 / (2**16 - cut)), 0)
+    entries = x.shape[0] // len(keys)
+    words = jax.vmap(lambda key: _bits((entries, *x.shape[1:]), key))(keys).reshape(x.shape)
+    cut = round(rate * 2**32)
+    return jnp.where(words >= np.uint32(cut), x * (2**32 / (2**32 - cut)), 0)
+
+
+def _bits(shape: tuple[int, ...], key: Key[Array, ""]) -> Array:
+    """Random uint32: a hash of each element's index and the key.
+
+    Thirteen operations an element, which the compiler computes where they are read. Threefry takes
+    fifty, and its words are written to memory and read again. The steps are those of the mixer
+    lowbias32 (https://github.com/skeeto/hash-prospector), with a word of the key before each half;
+    threefry made the keys, so that they differ in all of their bits.
+    """
+    first, second = jax.random.key_data(key)
+    strides = np.cumprod((1, *shape[:0:-1]))[::-1]
+    index = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        for axis, stride in enumerate(strides)
+    )
+    x = index ^ first
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) + second
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 Weight = TypeVar("Weight", Array, np.ndarray)
