@@ -214,30 +214,35 @@ def dropped(
     C is a multiple of B. The mask of a slot does not depend on the row's length.
     """
     entries = x.shape[0] // len(keys)
-    words = jax.vmap(lambda key: _bits((entries, *x.shape[1:]), key))(keys).reshape(x.shape)
+    words = jax.vmap(lambda key: _bits((entries, *x.shape[1:]), *jax.random.key_data(key)))(keys)
     cut = round(rate * 2**32)
-    return jnp.where(words >= np.uint32(cut), x * (2**32 / (2**32 - cut)), 0)
+    kept = words.reshape(x.shape) >= np.uint32(cut)
+    return x * (2**32 / (2**32 - cut)) * kept.astype(x.dtype)
 
 
-def _bits(shape: tuple[int, ...], key: Key[Array, ""]) -> Array:
-    """Random uint32: a hash of each element's index and the key.
+def _bits(shape: tuple[int, ...], first: Array, second: Array) -> Array:
+    """Random uint32: a hash of each element's index and the two words of a key.
 
     Thirteen operations an element, which the compiler computes where they are read. Threefry takes
     fifty, and its words are written to memory and read again. The steps are those of the mixer
     lowbias32 (https://github.com/skeeto/hash-prospector), with a word of the key before each half;
     threefry made the keys, so that they differ in all of their bits.
     """
-    first, second = jax.random.key_data(key)
     strides = np.cumprod((1, *shape[:0:-1]))[::-1]
-    index = sum(
-        jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-        for axis, stride in enumerate(strides)
-    )
-    x = index ^ first
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) + second
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+
+    def hashed(carried):
+        turn, x = carried
+        for axis, stride in enumerate(strides):
+            x += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) + second
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        return turn + 1, x ^ (x >> 16)
+
+    # A loop of one turn, which XLA removes. Without it jax would compute the indices once, ahead of
+    # the loop over layers, and have every layer read them from memory.
+    start = (0, jnp.broadcast_to(first, shape))
+    return jax.lax.while_loop(lambda carried: carried[0] < 1, hashed, start)[1]
 
 
 Weight = TypeVar("Weight", Array, np.ndarray)
