@@ -27,6 +27,7 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.remat import Remat
 from saber_jax.train import head, losses
 from saber_jax.train.losses import WeightedSums, masked_sum, of_pair
+from saber_jax.train.microbatches import scored
 from saber_jax.train.preference import ChosenRejected, PairData, Preference, cadpo_loss
 
 EVIDENCE = {
@@ -224,7 +225,16 @@ def reference_log_probs(
     params: dict, batch: Batch, cfg: SaberConfig, compute: Compute, view: View
 ) -> Float[Array, "B T"]:
     """The contents of the reference cache: `target_log_probs` with `view` withheld."""
-    return target_log_probs(params, withheld(batch, view), cfg, compute)
+    return batch_log_probs(params, withheld(batch, view), cfg, compute)
+
+
+def batch_log_probs(
+    params: dict, batch: Batch, cfg: SaberConfig, compute: Compute
+) -> Float[Array, "B T"]:
+    """`target_log_probs` without a gradient, microbatch by microbatch."""
+    return scored(
+        lambda part: target_log_probs(params, part, cfg, compute), batch, compute.microbatches
+    )
 
 
 def without_rejected(batch: Batch, compute: Compute) -> tuple[Batch, Compute]:
@@ -359,13 +369,15 @@ def cadpo_probe(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) 
     nats per chosen response: how much less likely the right answer is without that modality. Near
     zero means that the model does not use it.
     """
-    log_probs, entropy = target_entropies(params, batch, cfg, compute)
+    log_probs, entropy = scored(
+        lambda part: target_entropies(params, part, cfg, compute), batch, compute.microbatches
+    )
     valid = batch.pairs.valid
     chosen = pair_scores(batch, log_probs).chosen
     sums: WeightedSums = {"entropy": masked_sum(entropy, batch.targets.weights > 0)}
     for modality in MODALITIES:
         rows, chosen_only = without_rejected(withheld(batch, modality), compute)
-        blind = target_log_probs(params, rows, cfg, chosen_only)
+        blind = batch_log_probs(params, rows, cfg, chosen_only)
         drop = chosen - pair_scores(batch, blind).chosen
         sums[f"sensitivity/{modality}"] = masked_sum(drop, valid)
     return losses.means(sums)

@@ -18,6 +18,7 @@ from saber_jax.batch import Batch
 from saber_jax.models import lora
 from saber_jax.models.config import SaberConfig
 from saber_jax.train.losses import WeightedSums, means
+from saber_jax.train.microbatches import split
 from saber_jax.train.objectives import Compute, cadpo_objective, sft_objective
 from saber_jax.train.preference import Preference
 from saber_jax.tree import flatten, merge
@@ -135,7 +136,7 @@ def gradients(
 
     if microbatches == 1:
         return part_sums(batch)
-    parts = jax.tree.map(functools.partial(_parts, count=microbatches), batch)
+    parts = split(batch, microbatches)
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part_sums, first))
 
@@ -143,17 +144,6 @@ def gradients(
         return jax.tree.map(jnp.add, total, part_sums(part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
-
-
-def _parts(rows: Array, *, count: int) -> Array:
-    """[R, ...] -> [count, R / count, ...]. A part takes every `count`-th row, so that rows stay on
-    their device."""
-    if len(rows) % count:
-        raise ValueError(
-            f"config.data.batch_rows={len(rows)} must be a multiple of "
-            f"config.compute.microbatches={count}."
-        )
-    return rows.reshape(len(rows) // count, count, *rows.shape[1:]).swapaxes(0, 1)
 
 
 def _towers(grads: dict[str, Array]) -> dict[str, dict[str, Array]]:

@@ -25,10 +25,9 @@ from saber_jax.runs.console import log
 from saber_jax.train import losses
 from saber_jax.train.objectives import (
     Compute,
+    batch_log_probs,
     pair_scores,
     response_lengths,
-    target_log_probs,
-    target_nll,
 )
 
 PREFIX = "validate/"
@@ -65,13 +64,13 @@ class PairTable:
 
 def measure_sections(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> BatchSums:
     """Stage 1: the loss of each section."""
-    _, log_probs = target_nll(params, batch, cfg, compute)
+    log_probs = batch_log_probs(params, batch, cfg, compute)
     return _sections(log_probs, batch.targets.weights, batch)
 
 
 def measure_pairs(params: dict, batch: Batch, cfg: SaberConfig, compute: Compute) -> BatchSums:
     """Stage 2: the loss of each section of the chosen answers, and both answers of every pair."""
-    log_probs = target_log_probs(params, batch, cfg, compute)
+    log_probs = batch_log_probs(params, batch, cfg, compute)
     policy = pair_scores(batch, log_probs)
     reference = pair_scores(batch, batch.targets.reference[:, VIEWS.index("whole")])
     lengths = response_lengths(batch)
