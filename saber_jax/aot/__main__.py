@@ -108,7 +108,8 @@ def _stage(config: ConfigDict, target: targets.Target) -> stages.Stage:
     devices."""
     if PROGRAM.value not in programs.GENERATION:
         return stages.build(config, sharding.make_mesh(**config.mesh, devices=target.devices()))
-    # As generate/generator.py chooses it.
+    # As generate/generator.py has them: adapters are merged when a checkpoint is loaded.
+    config.lora.rank = 0
     config.compute.kernel = "triton" if isinstance(target, cards.Card) else "xla"
     kv_heads = saber_config(config.model).text.kv_heads
     return stages.build(config, sharding.generation_mesh(kv_heads, target.devices()))

@@ -11,6 +11,7 @@ from saber_jax import sharding
 from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
 from saber_jax.generate.prompts import most_prompts, rows_of
+from saber_jax.models import saber
 from saber_jax.train import flops
 from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
@@ -70,8 +71,14 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
     cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, cached), cache)
     if name == "decode":
         count = of((), jnp.int32)
+        layers = None
+        if mesh.devices.flat[0].platform == "gpu":  # As generate/generator.py has it.
+            layers = jax.eval_shape(
+                lambda p: saber.text_layers(p, stage.cfg, dtype, tiled=False), params
+            )
+            layers = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype), layers)
         return decoding.proceed.lower(
-            params, None, state, cache, count, count, choice, program=program
+            params, layers, state, cache, count, count, choice, program=program
         )
     text, vision, audio = jax.tree.map(
         lambda leaf: of((new, *leaf.shape[1:]), leaf.dtype, place),

@@ -65,10 +65,10 @@ class Generator:
         placed = jax.tree.leaves(self._params)[0].sharding
         self._devices = placed.device_set
         self._rows = self._everywhere = self._cache = self._layers = None
-        if [device.platform for device in self._devices] == ["cpu"]:
-            self._layers = saber.text_layers(self._params, cfg, dtype)
         # A kernel is written for one device; what several share is left to XLA.
         platform, alone = next(iter(self._devices)).platform, len(self._devices) == 1
+        if alone and platform in ("cpu", "gpu"):
+            self._layers = saber.text_layers(self._params, cfg, dtype, tiled=platform == "cpu")
         self._kernel: Kernel = "triton" if alone and platform == "gpu" else "xla"
         groups = 1
         if isinstance(placed, NamedSharding):

@@ -15,16 +15,16 @@ TINY = saber_config("tiny")
 TOWERS = ("vision", "audio")
 
 
-@pytest.mark.parametrize("width", [96, 128])
-def test_layers_in_tiles_decode_the_same(width):
+@pytest.mark.parametrize(("width", "tiled"), [(96, True), (128, True), (96, False)])
+def test_separate_layers_decode_the_same(width, tiled):
     # 128 columns are two tiles; 96 are no whole number of them, and those weights stay as they are.
     size = dataclasses.replace(TINY.text, width=width, mlp_dim=128)
     towers = {name: dataclasses.replace(getattr(TINY, name), out_width=width) for name in TOWERS}
     cfg = dataclasses.replace(TINY, text=size, **towers)
     params = saber.init(cfg, jax.random.key(0))
-    layers = saber.text_layers(params, cfg)
-    assert isinstance(layers[0].mlp.w_up, Tiled)
-    assert isinstance(layers[0].mlp.w_down, Tiled) == (width == 128)
+    layers = saber.text_layers(params, cfg, tiled=tiled)
+    assert isinstance(layers[0].mlp.w_up, Tiled) == tiled
+    assert isinstance(layers[0].mlp.w_down, Tiled) == (tiled and width == 128)
 
     rows = jnp.arange(3, dtype=jnp.int32)
     random = jax.random.normal(jax.random.key(1), (3, size.kv_heads, size.head_dim, 8))
