@@ -5,8 +5,8 @@ budgets, the optimizer and the loss depend on the model size, so a run can conti
 with the same results. On a pod with more chips than a step has rows, the other chips compute empty
 rows, so larger steps cost no more there (docs/data.md, `Batches`).
 
-According to the TPU compiler, each recipe leaves at least a tenth of every device's memory free;
-docs/aot_table.md has its figures. To compute them again:
+According to the compiler, each recipe leaves at least a tenth of every device's memory free;
+docs/aot_table.md and docs/gpu.md have its figures. To compute them again:
 
     python -m saber_jax.aot --config=configs/sft.py:7b-v5e-256
 """
@@ -69,7 +69,7 @@ RECIPES = {
     "7b-long-v5e-256": Recipe(
         topology="v5e:16x16", sequence=4, at_once=1, sft="attention", cadpo="attention"
     ),
-    # Adapters: sft 9.5, cadpo 9.0 of 15.75.
+    # Adapters: sft 9.1, cadpo 8.6 of 15.75.
     "7b-long-lora-v5e-16": Recipe(
         topology="v5e:4x4",
         sequence=4,
