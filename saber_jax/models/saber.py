@@ -215,11 +215,8 @@ def prefill(
 def text_layers(
     params: Params, cfg: SaberConfig, dtype: DTypeLike = jnp.float32, *, tiled: bool
 ) -> list[Block]:
-    """A copy of the text tower's layers as separate weights, for fast decoding on one device.
-
-    Otherwise XLA on CPUs and GPUs would copy each layer's weights out of the stack for every token.
-    `tiled`, a CPU reads them faster still.
-    """
+    """A copy of the text tower's layers as separate weights, `tiled` for CPUs, for fast decoding on
+    one device: XLA would copy each layer's weights out of the stack for every token."""
     text = _bind(params, cfg, dtype).text
     layers = [of_layer(text.blocks, index) for index in range(text.cfg.layers)]
     for layer in layers if tiled else ():
