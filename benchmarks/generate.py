@@ -17,8 +17,8 @@ waiting for its longest answer. Prompts have 293 tokens, and SABER's have 491 on
 answer, so the lengths are given. The network has a quarter of the weights, because there are many
 answers.
 
---quick measures `short` and a smaller `refilling`, once, which has no goal: with few answers, many
-places are empty at the end. It is ok if the tokens are right.
+--quick measures `short` and a smaller `refilling` of shorter answers, once, which has no goal: with
+few answers, many places are empty at the end. It is ok if the tokens are right.
 
 Needs what launch/setup.sh --bench installs.
 """
@@ -243,10 +243,13 @@ def compare(
     }
 
 
-def refilling(*, rows: int, batches: int) -> dict[str, Any]:
-    """The speed-up of the same answers when the place of a finished one is given to the next."""
+def refilling(*, rows: int, batches: int, share: float) -> dict[str, Any]:
+    """The speed-up of the same answers when the place of a finished one is given to the next.
+
+    Answers have that `share` of the tokens of SABER's.
+    """
     rng, params = np.random.default_rng(1), weights(QUARTER)
-    tokens = (lengths.answers(rows * batches, rng) * SHORTENED).astype(np.int32)
+    tokens = (lengths.answers(rows * batches, rng) * share).astype(np.int32)
     records = [clip(rng, number, 1.0) for number in range(len(tokens))]
     table = jnp.asarray(tokens)
     usual = decoding.next_token
@@ -258,7 +261,7 @@ def refilling(*, rows: int, batches: int) -> dict[str, Any]:
     # Programs that were compiled with the other function must not be used again.
     jax.clear_caches()
     decoding.next_token = ending
-    most = int(lengths.LONGEST_ANSWER * SHORTENED)
+    most = int(lengths.LONGEST_ANSWER * share)
     generator = Generator(params, QUARTER, Letters(), max_new_tokens=most, batch_size=rows)
     generator.reserve(map(clip_size, records))
     parts = [(first, records[first : first + rows]) for first in range(0, len(records), rows)]
@@ -311,7 +314,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("refilling",), help="leave transformers out")
     flags = parser.parse_args()
     quick = flags.quick
-    refilled = refilling(rows=16 if quick else 48, batches=4 if quick else 6)
+    refilled = (
+        refilling(rows=16, batches=3, share=SHORTENED / 3)
+        if quick
+        else refilling(rows=48, batches=6, share=SHORTENED)
+    )
     print(f"refilling: {refilled}", flush=True)
     common = {"quick": quick, "device": result.device(), "refilling": refilled}
     refills = quick or refilled["ratio"] >= REFILL_GOAL
