@@ -28,7 +28,9 @@ def lower(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lowered:
     if name == "reference":
         return stage.reference_step("whole").lower(stage.state.params, stage.batch)
     if name in GENERATION:
-        return _generation(name, config, stage)
+        # Pallas asks the mesh which GPU it lowers for; a train step has it inside of shard_map.
+        with jax.sharding.use_abstract_mesh(stage.mesh.abstract_mesh):
+            return _generation(name, config, stage)
     raise ValueError(f"There is no program {name!r}; there are {', '.join(NAMES)}.")
 
 

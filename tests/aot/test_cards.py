@@ -25,7 +25,8 @@ def gpus():
 
 def compiled(device, head_dim, dtype):
     """The kernels of the forward and the backward pass, four query heads on two kv heads."""
-    where = jax.sharding.SingleDeviceSharding(device)
+    mesh = jax.sharding.Mesh([device], ("cards",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def of(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -35,7 +36,8 @@ def compiled(device, head_dim, dtype):
 
     q, kv = of(1, LENGTH, 4, head_dim), of(1, LENGTH, 2, head_dim)
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
-    return gradients.lower(q, kv, kv, of(1, LENGTH, dtype="int32")).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return gradients.lower(q, kv, kv, of(1, LENGTH, dtype="int32")).compile()
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
