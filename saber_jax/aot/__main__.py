@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from configs.command_line import CONFIG, parse_flags
 from saber_jax import sharding
 from saber_jax.aot import cards, programs, report, targets
+from saber_jax.generate import decoding
 from saber_jax.models.config import saber_config
 from saber_jax.runs import buckets, executables
 from saber_jax.train import stage as stages
@@ -108,11 +109,11 @@ def _stage(config: ConfigDict, target: targets.Target) -> stages.Stage:
     devices."""
     if PROGRAM.value not in programs.GENERATION:
         return stages.build(config, sharding.make_mesh(**config.mesh, devices=target.devices()))
-    # As generate/generator.py has them: adapters are merged when a checkpoint is loaded.
-    config.lora.rank = 0
-    config.compute.kernel = "triton" if isinstance(target, cards.Card) else "xla"
+    devices = target.devices()
+    config.lora.rank = 0  # Adapters are merged when a checkpoint is loaded.
+    config.compute.kernel = decoding.prefill_kernel(devices)
     kv_heads = saber_config(config.model).text.kv_heads
-    return stages.build(config, sharding.generation_mesh(kv_heads, target.devices()))
+    return stages.build(config, sharding.generation_mesh(kv_heads, devices))
 
 
 def compare(arguments: list[str]) -> None:

@@ -108,18 +108,14 @@ def _matmul_flops(module: hlo.Module, run: hlo.Execution) -> float:
 
 
 def _products(module: hlo.Module, instruction: hlo.Instruction, scope: hlo.Computation) -> float:
-    if instruction.op == "dot":
+    if instruction.op == "dot" or "__cublas" in instruction.attributes:
         lhs = scope[instruction.operands[0]].arrays[0].dims
-        contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-        inner = math.prod(lhs[int(d)] for d in contracted.split(",") if d)
+        # A dot's dims={1}, or in the settings of a call of cuBLAS "dimensions":["1"].
+        contracted = instruction.required(r'lhs_contracting_dim\w+"?[=:][{\[]([^}\]]*)')
+        inner = math.prod(lhs[int(d)] for d in re.findall(r"\d+", contracted))
         return 2.0 * math.prod(instruction.arrays[0].dims) * inner
     if instruction.op == "convolution":
         return convolution_flops(instruction, scope)
-    if instruction.op == "custom-call" and "__cublas" in instruction.attributes:
-        lhs = scope[instruction.operands[0]].arrays[0].dims
-        contracted = instruction.required(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
-        inner = math.prod(lhs[int(d)] for d in re.findall(r"\d+", contracted))
-        return 2.0 * math.prod(instruction.arrays[0].dims) * inner
     if instruction.op == "fusion":
         inner = module.computations[instruction.called[0]]
         return sum(_products(module, part, inner) for part in inner.values())

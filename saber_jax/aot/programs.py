@@ -11,7 +11,6 @@ from saber_jax import sharding
 from saber_jax.batch import Prompts
 from saber_jax.generate import decoding
 from saber_jax.generate.prompts import most_prompts, rows_of
-from saber_jax.models import saber
 from saber_jax.train import flops
 from saber_jax.train.stage import Stage
 from saber_jax.tree import flatten
@@ -73,12 +72,10 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
     cache = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype, cached), cache)
     if name == "decode":
         count = of((), jnp.int32)
-        layers = None
-        if mesh.devices.flat[0].platform == "gpu":  # As generate/generator.py has it.
-            layers = jax.eval_shape(
-                lambda p: saber.text_layers(p, stage.cfg, dtype, tiled=False), params
-            )
-            layers = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype), layers)
+        layers = jax.eval_shape(
+            lambda p: decoding.separate_layers(p, stage.cfg, dtype, mesh.devices.flat), params
+        )
+        layers = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype), layers)
         return decoding.proceed.lower(
             params, layers, state, cache, count, count, choice, program=program
         )

@@ -11,12 +11,13 @@ N new tokens   G groups, each on its own devices   c = C / G   n new prompts.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from saber_jax.batch import Prompts
@@ -24,6 +25,7 @@ from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
 from saber_jax.models.text import Block, Cache, LayerCache, last_slots
+from saber_jax.sharding import Device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,21 @@ class Program:
     # Shardings of rows and of the cache, see sharding.py.
     rows: NamedSharding | None = None
     cache: NamedSharding | None = None
+
+
+def prefill_kernel(devices: Iterable[Device]) -> Kernel:
+    """A kernel is written for one device; what several share is left to XLA, and so are TPUs."""
+    return "triton" if [device.platform for device in devices] == ["gpu"] else "xla"
+
+
+def separate_layers(
+    params: saber.Params, cfg: SaberConfig, dtype: DTypeLike, devices: Iterable[Device]
+) -> list[Block] | None:
+    """`saber.text_layers` where `devices` decode faster with them, else None."""
+    platforms = [device.platform for device in devices]
+    if platforms not in (["cpu"], ["gpu"]):
+        return None
+    return saber.text_layers(params, cfg, dtype, tiled=platforms == ["cpu"])
 
 
 class State(TypedDict):

@@ -64,12 +64,9 @@ class Generator:
         self._params = jax.tree.map(lambda leaf: jax.device_put(leaf).astype(dtype), params)
         placed = jax.tree.leaves(self._params)[0].sharding
         self._devices = placed.device_set
-        self._rows = self._everywhere = self._cache = self._layers = None
-        # A kernel is written for one device; what several share is left to XLA.
-        platform, alone = next(iter(self._devices)).platform, len(self._devices) == 1
-        if alone and platform in ("cpu", "gpu"):
-            self._layers = saber.text_layers(self._params, cfg, dtype, tiled=platform == "cpu")
-        self._kernel: Kernel = "triton" if alone and platform == "gpu" else "xla"
+        self._rows = self._everywhere = self._cache = None
+        self._layers = decoding.separate_layers(self._params, cfg, dtype, self._devices)
+        self._kernel: Kernel = decoding.prefill_kernel(self._devices)
         groups = 1
         if isinstance(placed, NamedSharding):
             mesh = placed.mesh

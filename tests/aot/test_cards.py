@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,11 @@ def test_a_topology_may_be_a_card():
 def run(config, *flags):
     command = [sys.executable, "-m", "saber_jax.aot", f"--config=configs/{config}", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_run_takes_as_much_of_a_card_as_is_counted_on():
+    script = (Path(__file__).parents[2] / "launch/tpu_run.sh").read_text()
+    assert f"XLA_CLIENT_MEM_FRACTION:-{cards.USABLE}}}" in script
 
 
 def test_a_step_for_a_card_is_not_saved():
