@@ -15,7 +15,6 @@ import dataclasses
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
-from launch import hardware, hours, outcome, turns
+from launch import hardware, hours, outcome, processes, turns
 from launch.steps import Step, steps, until, with_own_workdir
 from saber_jax.data.records import splits_of
 from saber_jax.runs import distributed, manifest, platforms
@@ -141,7 +140,12 @@ def _work(step: Step, title: str, place: tuple[int, int]) -> None:
         environ.setdefault("TQDM_MININTERVAL", str(BAR_SECONDS))
     if place[1] > 1 and not step.together:
         environ = turns.alone(environ, hardware.tpu_chips())
-    status = _run([sys.executable, *step.command[1:]], environ)
+    command, environs = [sys.executable, *step.command[1:]], [environ]
+    if step.rows and (cores := processes.count(command, step.rows, environ)) > 1:
+        print(f"  in {cores} processes, one a core, which share the rows of a step", flush=True)
+        command.extend(processes.SETTINGS)
+        environs = processes.joined(environ, cores)
+    status = processes.run(command, environs)
     if status == 0:
         return
     if status in (PREEMPTED, TERMINATED):
@@ -157,21 +161,6 @@ def _work(step: Step, title: str, place: tuple[int, int]) -> None:
 def _stop(where: str) -> NoReturn:
     print(f"{where}: stopped as asked. The same command goes on from here.", file=sys.stderr)
     sys.exit(PREEMPTED)
-
-
-def _run(command: list[str], environ: dict[str, str]) -> int:
-    """Runs a command; returns its exit status as a shell does. SIGTERM is forwarded to it, because
-    it is sent to the first process only."""
-    process = subprocess.Popen(command, env=environ)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return status if status >= 0 else 128 - status
 
 
 def _meet(root: Path, place: tuple[int, int]) -> None:

@@ -24,7 +24,8 @@ class Step:
     """`after` are the steps whose results this one reads, `leaves` is its output. A step with
     `together` is run by all hosts at once. With several hosts, each first runs `share`, if there is
     one, with --share I/N. `does` are the inputs of the step's result, if these are not its command:
-    the step is run again when they change."""
+    the step is run again when they change. `rows`, if not 0, are those that a training step
+    computes at a time, which processes share where that is faster (processes.py)."""
 
     name: str
     says: str
@@ -34,6 +35,7 @@ class Step:
     together: bool = False
     share: tuple[str, ...] = ()
     does: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: int = 0
 
 
 def until(chain: list[Step], name: str) -> list[Step]:
@@ -89,11 +91,15 @@ STAGES = {
 }
 
 
+STEPS_TO_SHARE = 300  # Each process compiles the step, for longer than fewer steps would save.
+
+
 def _train(
     config: ConfigDict, name: str, settings: tuple[str, ...], after: tuple[str, ...]
 ) -> Step:
     root, workdir = Path(config.root), Path(config.workdir)
     place = workdir.relative_to(root) if workdir.is_relative_to(root) else workdir
+    rows = config.data.batch_rows // max(config.compute.microbatches, 1)
     return Step(
         # A stage's usual place is ROOT/STAGE; elsewhere it is another step, done beside that one.
         name=config.stage if place == Path(config.stage) else str(place).replace("/", "_"),
@@ -103,6 +109,7 @@ def _train(
         after=after,
         together=True,
         does=identity(config) | {"workdir": str(place)},
+        rows=rows if config.steps is None or config.steps >= STEPS_TO_SHARE else 0,
     )
 
 

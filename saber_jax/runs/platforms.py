@@ -11,14 +11,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 GOOGLE = "0x1ae0"
 NETWORK_CLASS = "0x02"  # Many Google machines without a TPU have a network card of Google's.
 DEVICES = ("accel0", "vfio/0", "nvidia0", "nvidiactl", "kfd", "dxg")
 ASKS_FOR_TPUS = ("JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_ID")
+# Not arena_max=1, although a thread's arena cannot keep a buffer of more than 64 MiB: in a single
+# arena the small objects of the loader's threads come between the buffers, and the search for room
+# takes an eighth of the time.
 KEEP_BUFFERS = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
-        "arena_max": 1,  # The other arenas are too small for a step's buffers, and map each.
         "mmap_threshold": 4 * 2**30,
         "trim_threshold": 16 * 2**30,
         "hugetlb": 1,
@@ -38,16 +41,16 @@ def keep_libtpu_quiet() -> None:
 
 
 def keep_collectives_out_of_the_cache() -> None:
-    """Unsets JAX_COMPILATION_CACHE_DIR where a program runs on several CPU devices, and says so.
+    """Unsets CACHE where a program runs on several CPU devices, and says so.
 
     XLA's CPU backend runs the collectives of a program in the order in which it compiled them. A
     program that it reads from the persistent compilation cache has lost that order, so that devices
     may wait for each other in different all-gathers, or take the result of one for another's.
     """
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not cache or _cpu_devices() == 1 or not _only_cpus():
+    cache = os.environ.get(CACHE)
+    if not cache or _cpu_devices() == 1 or not only_cpus(os.environ):
         return
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    del os.environ[CACHE]
     if os.environ.get("JAX_PROCESS_ID", "0") == "0":
         print(
             f"compilation cache: {cache} is not used, because XLA mixes up the collectives of "
@@ -63,12 +66,13 @@ def with_kept_buffers(environ: Mapping[str, str]) -> dict[str, str]:
     the time of the tiny network's steps on CPU. Unchanged where GLIBC_TUNABLES is set and where
     steps are not computed on CPU.
     """
-    kept = {"GLIBC_TUNABLES": KEEP_BUFFERS} if _only_cpus() else {}
+    kept = {"GLIBC_TUNABLES": KEEP_BUFFERS} if only_cpus(environ) else {}
     return kept | dict(environ)
 
 
-def _only_cpus() -> bool:
-    if platforms := os.environ.get("JAX_PLATFORMS"):
+def only_cpus(environ: Mapping[str, str]) -> bool:
+    """Whether a program with this environment computes on CPUs; in doubt not."""
+    if platforms := environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     return not may_have_accelerator(Path("/sys"), Path("/dev"))
 

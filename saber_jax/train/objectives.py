@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -46,7 +47,8 @@ class Compute:
     are kept for the backward pass, see head.py. `frame_patches` is an upper bound of the patches of
     a frame pair, which allows local attention in the vision tower. `response` is that of the
     budget. With a `mesh`, rows and weights are sharded explicitly, see models/shards.py; without
-    one, XLA partitions everything.
+    one, XLA partitions everything. With `one_vector`, for a mesh whose devices have all weights,
+    gradients are summed over devices as one vector: CPUs sum one array after the other.
     """
 
     dtype: str
@@ -58,6 +60,7 @@ class Compute:
     response: int = 0
     microbatches: int = 1
     mesh: Mesh | None = None
+    one_vector: bool = False
 
     def chunk_of(self, targets: int) -> int:
         """The largest size, of at most `head_chunk`, of which a whole number makes `targets`."""
@@ -116,13 +119,19 @@ def _on_each_device(
     """
     if compute.mesh is None:
         return function(params, batch, cfg, compute)
+    given, restore, specs = params, lambda x: x, saber.specs(params, cfg, compute.mesh)
+    if compute.one_vector:
+        # Of a copy for each device, the gradient is each device's part of the sum.
+        vector, unravel = ravel_pytree(params)
+        given = jnp.broadcast_to(vector, (compute.mesh.size, vector.size))
+        restore, specs = lambda mine: unravel(mine[0]), PartitionSpec(sharding.BATCH_AXES)
     return jax.shard_map(
-        functools.partial(function, cfg=cfg, compute=compute),
+        lambda given, rows: function(restore(given), rows, cfg, compute),
         mesh=compute.mesh,
-        in_specs=(saber.specs(params, cfg, compute.mesh), sharding.batch_specs(batch)),
+        in_specs=(specs, sharding.batch_specs(batch)),
         out_specs=out_specs,
         check_vma=False,
-    )(params, batch)
+    )(given, batch)
 
 
 def _log_probs(

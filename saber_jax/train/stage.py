@@ -295,7 +295,14 @@ def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
         response=config.data.response,
         frame_patches=config.data.frame_patches,
         mesh=mesh if by_hand else None,
+        one_vector=_copied(mesh) and not config.lora.rank and tuple(config.trainable) == ("*",),
     )
+
+
+def _copied(mesh: Mesh) -> bool:
+    """Whether each of several CPUs has all weights."""
+    cpus = mesh.devices.flat[0].platform == "cpu"
+    return cpus and mesh.size > 1 and mesh.shape["data"] == mesh.size
 
 
 def _kernel(named: str, mesh: Mesh, *, by_hand: bool) -> Kernel:

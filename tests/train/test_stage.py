@@ -1,13 +1,15 @@
-"""The stages: which kernel a config and a mesh come to, and which pairs they refuse."""
+"""The stages: what a config and a mesh come to, and what they refuse."""
 
 import types
 from typing import cast
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from configs import cadpo
+from configs import cadpo, sft
+from saber_jax import sharding
 from saber_jax.runs.files import write_jsonl
 from saber_jax.train import stage as stages
 from saber_jax.train.preference import Preference
@@ -80,3 +82,29 @@ def test_a_modality_is_not_hidden_from_whole_pairs():
     config.data.withhold = 0.2
     with pytest.raises(ValueError, match=r"data\.withhold=0\.2 belongs to stage 1"):
         stages.checked_pairs(config, Preference(**config.loss))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings", "expected"),
+    [
+        ({"data": 2, "fsdp": 1}, {}, True),
+        ({"data": 1, "fsdp": 2}, {}, False),
+        ({"data": 1, "fsdp": 1}, {}, False),
+        ({"data": 2, "fsdp": 1}, {"trainable": ("text/*",)}, False),  # No gradients for the rest.
+        ({"data": 2, "fsdp": 1}, {"lora.rank": 2, "optimizer.vocabulary_steps": 0}, False),
+    ],
+)
+def test_cpus_with_all_weights_sum_all_gradients_as_one_vector(mesh, settings, expected):
+    config = sft.get_config("tiny")
+    config.update_from_flattened_dict(settings)
+    devices = jax.devices()[: mesh["data"] * mesh["fsdp"]]
+    stage = stages.build(config, sharding.make_mesh(**mesh, tensor=1, devices=devices))
+    assert stage.compute.one_vector is expected
+
+
+def test_a_microbatch_that_leaves_devices_without_rows_is_refused():
+    config = sft.get_config("tiny")
+    config.data.batch_rows, config.compute.microbatches = 6, 2
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
+    with pytest.raises(ValueError, match=r"batch_rows=6 .*microbatches=2 times the 2 devices"):
+        stages.build(config, mesh)

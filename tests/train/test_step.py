@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from configs import sft
 from saber_jax import sharding
 from saber_jax.data.conflicts import CONFLICT_TYPES
 from saber_jax.data.examples import common_prefix, encode_record
@@ -18,7 +18,6 @@ from saber_jax.data.withhold import MODALITIES, VIEWS, withhold
 from saber_jax.models import saber
 from saber_jax.train import objectives
 from saber_jax.train import optimizer as optimizer_lib
-from saber_jax.train import stage as stages
 from saber_jax.train.losses import means
 from saber_jax.train.objectives import (
     Compute,
@@ -180,8 +179,10 @@ def rows_of(stage, tokenizer):
     return pack_rows([*rows, []], SINGLE)
 
 
-def step_of(stage, cfg, *, microbatches=1, mesh=None):
-    compute = dataclasses.replace(COMPUTE, microbatches=microbatches, mesh=mesh)
+def step_of(stage, cfg, *, microbatches=1, mesh=None, one_vector=False):
+    compute = dataclasses.replace(
+        COMPUTE, microbatches=microbatches, mesh=mesh, one_vector=one_vector
+    )
     if stage == "sft":
         return functools.partial(sft_step, cfg=cfg, compute=compute, tx=TX)
     compute = dataclasses.replace(compute, response=STEP_PAIRS.response)
@@ -207,6 +208,7 @@ def stepped(cfg, params, tokenizer):
     ("stage", "axis", "microbatches"),
     [
         ("sft", "fsdp", 2),
+        ("sft", "data", 1),
         ("sft", "sequence", 1),
         ("sft", "tensor", 1),
         ("cadpo", "sequence", 2),
@@ -226,11 +228,12 @@ def test_meshes_and_microbatches_change_nothing(
         step=jax.device_put(state.step, sharding.replicated(mesh)),
         opt_state=jax.device_put(state.opt_state, opt),
     )
-    by_hand = mesh if axis in ("fsdp", "sequence") else None
-    step = step_of(stage, cfg, microbatches=microbatches, mesh=by_hand)
+    by_hand, one_vector = None if axis == "tensor" else mesh, axis == "data"
+    step = step_of(stage, cfg, microbatches=microbatches, mesh=by_hand, one_vector=one_vector)
     rows = rows_of(stage, tokenizer)
     batch = jax.device_put(rows, sharding.batch_shardings(rows, mesh))
-    got, metrics = jax.jit(step)(placed, batch)
+    compiled = jax.jit(step).lower(placed, batch).compile()
+    got, metrics = compiled(placed, batch)
     expected, expected_metrics = stepped[stage]
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -242,20 +245,17 @@ def test_meshes_and_microbatches_change_nothing(
         )
         if by_hand is not None:
             assert got.trainable[name].sharding.is_equivalent_to(places[name], leaf.ndim), name
+    if one_vector:
+        summed = re.findall(r"= (.*) all-reduce\(", compiled.as_text())
+        sizes = [int(n) for shapes in summed for n in re.findall(r"f32\[(\d+)[\],]", shapes)]
+        assert sorted(sizes)[-1] == sum(leaf.size for leaf in before.values())
+        assert max(sorted(sizes)[:-1], default=0) < 100  # Nothing else but metrics.
 
 
 def test_microbatches_that_do_not_divide_the_rows_are_refused(cfg, params, pair_batch):
     step = step_of("cadpo", cfg, microbatches=3)
     with pytest.raises(ValueError, match=r"batch_rows=2 must be a multiple.*microbatches=3"):
         jax.eval_shape(step, state_of(params), pair_batch)
-
-
-def test_a_microbatch_that_leaves_devices_without_rows_is_refused():
-    config = sft.get_config("tiny")
-    config.data.batch_rows, config.compute.microbatches = 6, 2
-    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
-    with pytest.raises(ValueError, match=r"batch_rows=6 .*microbatches=2 times the 2 devices"):
-        stages.build(config, mesh)
 
 
 @pytest.mark.parametrize("patterns", [TRAINED["cadpo"], TOWERS])
