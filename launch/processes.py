@@ -22,7 +22,6 @@ from saber_jax.runs.distributed import PREEMPTED
 MOST = 4
 # What says how a run is distributed. Where one of them is set, it is left as it is.
 DECIDED = ("JAX_NUM_PROCESSES", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
-DEVICES = "--xla_force_host_platform_device_count"
 SETTINGS = (
     *("--config.mesh.data=-1", "--config.mesh.fsdp=1"),
     "--config.heartbeat_seconds=86400",
@@ -39,7 +38,8 @@ def count(command: Sequence[str], rows: int, environ: Mapping[str, str]) -> int:
     """How many processes share the `rows` of a training step: as many as there are cores and as
     divide the rows, but not more than MOST. One where there is an accelerator, and where `command`
     or `environ` say how the run is distributed."""
-    decided = any(environ.get(name) for name in DECIDED) or DEVICES in environ.get("XLA_FLAGS", "")
+    decided = any(environ.get(name) for name in DECIDED)
+    decided = decided or platforms.DEVICE_COUNT in environ.get("XLA_FLAGS", "")
     if decided or any(part.startswith("--config.mesh.") for part in command):
         return 1
     if not platforms.only_cpus(environ):
@@ -52,15 +52,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
-def joined(environ: Mapping[str, str], processes: int) -> list[dict[str, str]]:
-    """The environment of each of so many processes that find each other on this machine."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def joined(environ: Mapping[str, str], processes: int) -> list[dict[str, str]]:
+    """The environment of each of so many processes that find each other on this machine."""
     # Their programs have collectives, which XLA cannot read from its cache on CPUs.
     alike = {name: value for name, value in environ.items() if name != platforms.CACHE}
     alike |= {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": str(processes),
         "PJRT_NPROC": "1",
         # With a core for each process nothing is gained by computing in another thread.

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 from benchmarks.faults import training
 from benchmarks.faults.outcomes import Outcomes, flip
 from benchmarks.faults.training import Run, Undisturbed
+from launch import processes
 from saber_jax.runs import distributed
 from saber_jax.train import saved
 
@@ -172,9 +172,7 @@ def hosts(
 
 def together(records: Path, root: Path, count: int, limit: int | None = None) -> list[Run]:
     """`count` processes of one run. The last cannot write files of more than `limit` bytes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = processes.free_port()
 
     def place(index: int) -> dict[str, str]:
         return {
