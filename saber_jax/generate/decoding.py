@@ -72,7 +72,10 @@ class Program:
 
 def prefill_kernel(devices: Iterable[Device]) -> Kernel:
     """A kernel is written for one device; what several share is left to XLA, and so are TPUs."""
-    return "triton" if [device.platform for device in devices] == ["gpu"] else "xla"
+    platforms = [device.platform for device in devices]
+    if platforms == ["gpu"]:
+        return "triton"
+    return "spans" if platforms == ["cpu"] else "xla"
 
 
 def separate_layers(

@@ -1,6 +1,6 @@
 """Attention of all towers under their masks (masks.py), in the form that suits the device.
 
-XLA's form is here. The kernels for TPUs and GPUs are behind the same functions, see kernels.py.
+XLA's form is here. The other forms are behind the same functions, see kernels.py.
 
 Axis letters: B batch   T queries   S keys   L slots of a row   N heads   K kv heads
 G query heads per kv head   H head dim   P patches.
@@ -13,13 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from saber_jax.models import kernels
 from saber_jax.models.kernels import Kernel
-from saber_jax.models.masks import Visibility, nearby_segment, with_neighbours
+from saber_jax.models.masks import MASKED, Visibility, nearby_segment, with_neighbours
 from saber_jax.models.remat import ATTENTION, QKV
 
 # Longer causal rows are computed in blocks of this many queries: few scores are masked, and those
 # of a block are small enough for a CPU's caches and allocator (2 times faster than 512 there).
 QUERY_BLOCK = 128
-MASKED = -1e30  # Finite, because minus infinity would make a fully masked row NaN.
 
 
 def attend(
@@ -38,7 +37,10 @@ def attend(
     q, k, v = checkpoint_name((q, k, v), QKV)
     if kernel != "xla":
         return kernels.packed(
-            q, k, v, visible.query_segments, response=visible.response, kernel=kernel
+            *(q, k, v, visible.query_segments),
+            response=visible.response,
+            longest=visible.longest,
+            kernel=kernel,
         )
     long = visible.causal and q.shape[1] == k.shape[1] and q.shape[1] > QUERY_BLOCK
     return checkpoint_name((_blocks if long else _dense)(q, k, v, visible), ATTENTION)

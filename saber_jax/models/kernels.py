@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
-from saber_jax.models import triton
+from saber_jax.models import spans, triton
 from saber_jax.models.masks import Mask
 from saber_jax.models.remat import ATTENTION
 
@@ -28,12 +28,15 @@ Kernel = Literal[
     "splash_fused_interpret",
     "triton",
     "triton_interpret",
+    "spans",
 ]
 """Forms of attention: XLA's own on any device, splash on TPUs, Triton on NVIDIA GPUs. With
 `splash_fused` one kernel computes the gradients of queries, keys and values: 7 matrix products
 instead of 9, but every block of keys writes its part of the queries' gradients to HBM, so it is for
-short rows. Kernels can be interpreted on a CPU, slowly, which is how they are tested."""
+short rows. Kernels can be interpreted on a CPU, slowly, which is how they are tested. `spans` is
+for the prefill of one CPU, because it has no gradient."""
 
+WITHOUT_GRADIENT: tuple[Kernel, ...] = ("spans",)
 TRITON: tuple[Kernel, ...] = ("triton", "triton_interpret")
 PLATFORM: dict[str, str] = {"splash": "tpu", "splash_fused": "tpu", "triton": "gpu"}
 FUSED_ON = ("TPU v6 lite",)  # Kinds of devices on which the fused kernel saves more than it costs.
@@ -112,12 +115,17 @@ def packed(
     segments: Int[Array, "B T"],
     *,
     response: int,
+    longest: int | None = None,
     kernel: Kernel,
 ) -> Float[Array, "B T N H"]:
-    """masks.packed_text, for rows that end in two regions of `response` slots (0: there are none).
+    """masks.packed_text, for rows that end in two regions of `response` slots (0: there are none)
+    and segments of at most `longest`, which other kernels than `spans` find out.
 
     Slots of segment 0 come out finite and meaningless.
     """
+    if kernel == "spans":
+        assert not response, "prompts have no responses"
+        return spans.packed(q, k, v, segments, longest=longest)
     if kernel in TRITON:
         interpret = kernel == "triton_interpret"
         return triton.packed(q, k, v, segments, response=response, interpret=interpret)
@@ -141,6 +149,8 @@ def nearby(
     kernel: Kernel,
 ) -> Float[Array, "B T N H"]:
     """masks.same_segment, for segments of at most `reach` neighbouring positions."""
+    if kernel == "spans":
+        return spans.same_segment(q, k, v, segments, reach=reach)
     if kernel in TRITON:
         interpret = kernel == "triton_interpret"
         return triton.same_segment(q, k, v, segments, reach=reach, interpret=interpret)

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+MASKED = -1e30
+"""What hides a score. Finite, because minus infinity minus itself is NaN."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility:

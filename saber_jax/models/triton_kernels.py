@@ -17,9 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from saber_jax.models.masks import Mask
-
-MASKED = -1e30  # Finite, because minus infinity minus itself is NaN.
+from saber_jax.models.masks import MASKED, Mask
 
 Dot = Callable[..., Array]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from saber_jax.models.attention import MASKED
+from saber_jax.models.masks import MASKED
 
 Measure = Callable[[Float[Array, "B C W"], Int[Array, "B C"], int], Array]
 """(logits, tokens, V) -> a value of every target."""

@@ -26,7 +26,7 @@ from saber_jax.data.pairs import Pair, read_pairs
 from saber_jax.data.withhold import View
 from saber_jax.models import saber, sequence
 from saber_jax.models.config import LoraConfig, SaberConfig, saber_config
-from saber_jax.models.kernels import PLATFORM, Kernel, of_device
+from saber_jax.models.kernels import PLATFORM, WITHOUT_GRADIENT, Kernel, of_device
 from saber_jax.models.remat import BY_MEMORY
 from saber_jax.train import optimizer as optimizer_lib
 from saber_jax.train.nonfinite import skipping
@@ -314,8 +314,9 @@ def _kernel(named: str, mesh: Mesh, *, by_hand: bool) -> Kernel:
     platform, fitting = device.platform, of_device(device.platform, device.device_kind)
     if named == "auto":
         return fitting if by_hand else "xla"
-    if named not in get_args(Kernel):
-        names = ", ".join(map(repr, ("auto", *get_args(Kernel))))
+    known = [kernel for kernel in get_args(Kernel) if kernel not in WITHOUT_GRADIENT]
+    if named not in known:
+        names = ", ".join(map(repr, ("auto", *known)))
         raise ValueError(f"config.compute.kernel must be one of {names}; got {named!r}.")
     if PLATFORM.get(named, platform) != platform:
         raise ValueError(
