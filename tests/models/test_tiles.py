@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from saber_jax.models import saber
+from saber_jax.models import saber, tiles
 from saber_jax.models.config import saber_config
+from saber_jax.models.parameters import IN_AXES
 from saber_jax.models.tiles import Tiled
 
 TINY = saber_config("tiny")
@@ -16,8 +18,10 @@ TOWERS = ("vision", "audio")
 
 
 @pytest.mark.parametrize(("width", "tiled"), [(96, True), (128, True), (96, False)])
-def test_separate_layers_decode_the_same(width, tiled):
+def test_separate_layers_decode_the_same(monkeypatch, width, tiled):
     # 128 columns are two tiles; 96 are no whole number of them, and those weights stay as they are.
+    monkeypatch.setattr(tiles, "COLUMNS", 64)
+    monkeypatch.setattr(tiles, "LEAST", 1)
     size = dataclasses.replace(TINY.text, width=width, mlp_dim=128)
     towers = {name: dataclasses.replace(getattr(TINY, name), out_width=width) for name in TOWERS}
     cfg = dataclasses.replace(TINY, text=size, **towers)
@@ -38,3 +42,12 @@ def test_separate_layers_decode_the_same(width, tiled):
     want, got = jax.tree.leaves(step()), jax.tree.leaves(step(layers=layers))
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((512, 2048), 8), ((2048, 512), 4), ((896, 4864), 19)]
+)
+def test_a_tile_has_enough_work_for_a_core(shape, count):
+    tile = Tiled(nnx.Param(jnp.zeros(shape), **{IN_AXES: 1})).tiles
+    assert tile.shape == (count, shape[0], shape[1] // count)
+    assert tile[0].size >= tiles.LEAST
