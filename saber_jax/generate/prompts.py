@@ -1,6 +1,6 @@
 """Packs prompts for one prefill: short ones share a row, which saves padding.
 
-One prefill reads as many of the prompts that follow as its rows hold (`Packer.fitting`). Four
+One prefill reads as many of the prompts that follow as its rows hold (`Packer.choose`). Four
 prompts in rows of eight (. padding), and the slot behind the end of each:
 
     tokens     p p p p p p . .      ends     6 11 14 16
@@ -11,6 +11,7 @@ from the start of the group. All groups get equally many prompts, but for the la
 """
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -26,12 +27,12 @@ from saber_jax.data.tokenizer import Tokenizer
 # Prompts are padded to a multiple of this, so that calls with similar clips share one compilation.
 LENGTH_STEP = 32
 
-# Rows of one to so many times the longest prompt are tried, in steps of a fraction of it. The
-# longer the row, the less of it stays empty, but the more keys of other prompts are masked.
+# Rows of one to so many times the longest prompt are tried, in steps of a fraction of it. Of those
+# with few more slots than the fewest, the longest is taken: it needs fewer prefills, and they give
+# more places at a time. A long row costs nothing by itself, because attention skips keys of other
+# prompts or, where it masks them, is a small part of a large model's time.
 LONGEST_ROW, STEPS = 4, 16
-# So many keys a query make attention cost as much as all else. A guess between models of 50 million
-# weights (2 thousand) and 7 billion (30 thousand).
-EVEN_KEYS = 4096
+FEW_MORE = 1.05
 TRIED_PROMPTS = 64  # Of all that are reserved, to choose a length by.
 
 MOST_MEL_FRAMES = media.MAX_AUDIO_SECONDS * media.SAMPLE_RATE // media.HOP
@@ -92,6 +93,11 @@ class Packer:
     def batch_size(self) -> int:
         return self._groups * self._prompts
 
+    @property
+    def lookahead(self) -> int:
+        """Prompts that `choose` should see, if there are so many."""
+        return 2 * self.batch_size
+
     def share_of(self, count: int) -> int:
         """Of so many prompts, those of each group; the last groups may have fewer."""
         return -(-count // self._groups)
@@ -121,11 +127,11 @@ class Packer:
         for batch in self._batches(needs, self._shape.length):
             self._plan(batch, largest)
 
-    def fitting(self, examples: Sequence[Example]) -> int:
-        """How many of these prompts, in this order, one prefill reads."""
+    def choose(self, examples: Sequence[Example]) -> list[int]:
+        """Which of these prompts the next prefill reads. The first is always one of them."""
         needs = [_need(example) for example in examples]
         self._lengthen(needs)
-        return self._fitting(needs, self._shape.length)
+        return self._chosen(needs, self._shape.length)
 
     def pack(self, examples: Sequence[Example]) -> tuple[Prompts[np.ndarray], PackedShape]:
         """What decoding.admit takes, and the shape that it has. Missing prompts are padding.
@@ -164,22 +170,35 @@ class Packer:
             steps = range(STEPS, LONGEST_ROW * STEPS + 1)
             lengths = sorted({-(-longest * n // STEPS // LENGTH_STEP) * LENGTH_STEP for n in steps})
 
-            def cost(length: int) -> float:
+            def slots(length: int) -> int:
                 plans = [self._groups_of(x, length) for x in self._batches(tried, length)]
-                rows = len(plans) * max(len(group) for plan in plans for group in plan)
-                return rows * length * (1 + min(length / 2, longest) / EVEN_KEYS)
+                return len(plans) * max(len(group) for plan in plans for group in plan) * length
 
-            shape = PackedShape(length=min(lengths, key=cost), prompt=lengths[0])
-            self._shape = self._shape.joined(shape)
+            by_length = {n: slots(n) for n in lengths if n <= max(ROW_SLOTS, lengths[0])}
+            fewest = min(by_length.values())
+            length = max(n for n in by_length if by_length[n] <= FEW_MORE * fewest)
+            self._shape = self._shape.joined(PackedShape(length=length, prompt=lengths[0]))
 
     def _batches(self, needs: Sequence[Need], length: int) -> Iterator[Sequence[Need]]:
         """The prompts of one prefill after another."""
-        while needs:
-            count = self._fitting(needs[: self.batch_size], length)
-            yield needs[:count]
-            needs = needs[count:]
+        following, ahead = iter(needs), []
+        while True:
+            ahead += itertools.islice(following, self.lookahead - len(ahead))
+            if not ahead:
+                return
+            chosen = self._chosen(ahead, length)
+            yield [ahead[i] for i in chosen]
+            ahead = [need for i, need in enumerate(ahead) if i not in chosen]
+
+    def _chosen(self, needs: Sequence[Need], length: int) -> list[int]:
+        # Groups get equally many prompts and rows are planned for all of them, so only a single
+        # row has a choice that is simple.
+        if self._groups == rows_of(length) == 1:
+            return fullest([text for text, _, _ in needs], length, self._prompts)
+        return list(range(self._fitting(needs[: self.batch_size], length)))
 
     def _fitting(self, needs: Sequence[Need], length: int) -> int:
+        """How many prompts, in this order, fit."""
         for prompts in range(self._prompts, 1, -1):
             count = min(prompts * self._groups, len(needs))
             share = self.share_of(count)
@@ -231,6 +250,27 @@ class Packer:
             targets=0,
             segments=self._prompts,
         )
+
+
+def fullest(sizes: Sequence[int], capacity: int, most: int) -> list[int]:
+    """Indices of up to `most` sizes, 0 among them, with the largest sum that `capacity` allows.
+
+    Of several such choices, one of few and early sizes.
+    """
+    # Bit s of sums[i][n]: n of the first i + 1 sizes, the first among them, can have the sum s.
+    start = [0] * (most + 1)
+    start[1] = 1 << sizes[0]
+    sums, within = [start], (2 << capacity) - 1
+    for size in sizes[1:]:
+        less = sums[-1]
+        sums.append([0, *(less[n] | less[n - 1] << size & within for n in range(1, most + 1))])
+    total, count = max((bits.bit_length() - 1, -n) for n, bits in enumerate(sums[-1]))
+    count, chosen = -count, []
+    for i in range(len(sizes) - 1, 0, -1):
+        if not sums[i - 1][count] >> total & 1:
+            chosen.append(i)
+            total, count = total - sizes[i], count - 1
+    return [0, *reversed(chosen)]
 
 
 def _need(example: Example) -> Need:

@@ -77,15 +77,16 @@ class RequestQueue:
 
     def next_group(self) -> Group | None:
         """The next group of prompts; None when all are read."""
-        missing = self._packer.batch_size - len(self._ahead)
+        missing = self._packer.lookahead - len(self._ahead)
         self._ahead += itertools.islice(self._examples, missing)
         if not self._ahead:
             return None
-        count = self._packer.fitting([example for _, example in self._ahead])
-        part, self._ahead = self._ahead[:count], self._ahead[count:]
+        chosen = self._packer.choose([example for _, example in self._ahead])
+        part = [self._ahead[i] for i in chosen]
+        self._ahead = [ahead for i, ahead in enumerate(self._ahead) if i not in chosen]
         prompts, shape = self._packer.pack([example for _, example in part])
         requests = [request for request, _ in part]
-        return Group(requests, prompts, shape, self._packer.share_of(count))
+        return Group(requests, prompts, shape, self._packer.share_of(len(part)))
 
     def answer(self, request: GenerationRequest, texts: list[str]) -> None:
         self._answers[request.batch][request.position] = texts

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from saber_jax.data.examples import encode_record
 from saber_jax.data.records import clip_size
 from saber_jax.generate import prompts as generate_prompts
-from saber_jax.generate.prompts import Packer
+from saber_jax.generate.prompts import Packer, fullest
 from tests import synthetic
 
 
@@ -50,14 +51,38 @@ def test_a_prefill_reads_the_prompts_that_its_rows_hold(tokenizer, groups, monke
     assert reserved.rows == max(1, 500 // reserved.length)
     used, slots = 0, 0
     while ahead:
-        count = packer.fitting(ahead[: packer.batch_size])
-        batch, shape = packer.pack(ahead[:count])
+        chosen = packer.choose(ahead[: packer.lookahead])
+        assert chosen[0] == 0
+        part = [ahead[i] for i in chosen]
+        batch, shape = packer.pack(part)
         assert shape == reserved
-        share = -(-count // groups)
-        told = batch.lengths[:, :share].reshape(-1)[:count]
-        np.testing.assert_array_equal(told, [len(e.prompt.tokens) for e in ahead[:count]])
-        used, slots, ahead = used + told.sum(), slots + batch.text.tokens.size, ahead[count:]
-    assert used > 0.75 * slots
+        share = -(-len(part) // groups)
+        told = batch.lengths[:, :share].reshape(-1)[: len(part)]
+        np.testing.assert_array_equal(told, [len(e.prompt.tokens) for e in part])
+        used, slots = used + told.sum(), slots + batch.text.tokens.size
+        ahead = [example for i, example in enumerate(ahead) if i not in chosen]
+    # Several groups get equally many prompts, in their order.
+    assert used > (0.9 if groups == 1 else 0.7) * slots
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_the_fullest_choice_is_that_of_all_choices(most):
+    rng = np.random.default_rng(most)
+    for _ in range(20):
+        sizes = rng.integers(1, 40, 7).tolist()
+        capacity = int(rng.integers(sizes[0], 120))
+        chosen = fullest(sizes, capacity, most)
+        others = itertools.chain.from_iterable(
+            itertools.combinations(range(1, 7), n) for n in range(min(most, 7))
+        )
+        sums = [sizes[0] + sum(sizes[i] for i in other) for other in others]
+        assert chosen[0] == 0 and len(set(chosen)) == len(chosen) <= most
+        assert sum(sizes[i] for i in chosen) == max(total for total in sums if total <= capacity)
+
+
+def test_a_choice_is_of_few_and_early_sizes():
+    assert fullest([5, 4, 3, 2, 1, 4, 6], 10, 4) == [0, 2, 3]
+    assert fullest([5, 5, 5], 10, 2) == [0, 1]
 
 
 def test_rows_are_of_a_length_that_many_prompts_fill(tokenizer):
