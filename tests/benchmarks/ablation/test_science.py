@@ -8,7 +8,7 @@ away; that it gains has been refuted on this corpus, so its sign says nothing ab
 code.
 
 It trains two seeds of three arms anew, because results of before say nothing about a change either.
-That takes about an hour on two cores. SABER_ABLATION=DIR goes on in DIR instead, to finish one that
+That took 51 minutes on two cores. SABER_ABLATION=DIR goes on in DIR instead, to finish one that
 was interrupted or to judge what an ablation left there.
 """
 
