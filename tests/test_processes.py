@@ -116,7 +116,7 @@ def preempt(records, root, *, count, after, **more):
 
 def metrics_of(root, stage):
     lines = (root / stage / "metrics.jsonl").read_text().splitlines()
-    timing = ("seconds", "input_wait", "speed/")
+    timing = ("seconds", "input_wait", "speed/", "hosts/")
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(timing)} for line in lines
     ]
