@@ -319,12 +319,12 @@ def observers_of(
 def schedule(config: ConfigDict, inputs: RunInputs, first: int) -> StepSchedule:
     """Learning rate and epoch of the steps from `first` on."""
     row, usable = first * config.data.batch_rows, len(inputs.draw.usable)
-    seen = inputs.plan.position(row).epoch * usable + len(inputs.plan.begun(row))
+    passed = inputs.plan.position(row).epoch * usable + len(inputs.plan.begun(row))
     return StepSchedule(
         OptimizerConfig(**config.optimizer),
         config.steps,
         adapters=bool(config.lora.rank),
-        seen=seen,
+        passed=passed,
         examples=usable,
     )
 

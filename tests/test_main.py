@@ -225,7 +225,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_without_the_records(
     [line] = read_jsonl(tmp_path / "sft/nonfinite.jsonl")
     assert line["step"] == 3 and len(line["records"]) == 2
     *_, last = metrics_of(tmp_path, "sft")
-    assert last["left_out"] == 2
+    assert last["left_out"] == 2 and last["epoch"] == 1.0
 
 
 def write_pairs(path):

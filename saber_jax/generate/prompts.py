@@ -95,8 +95,8 @@ class Packer:
 
     @property
     def lookahead(self) -> int:
-        """Prompts that `choose` should see, if there are so many."""
-        return 2 * self.batch_size
+        """Prompts that `choose` should see, if there are so many. Several groups have no choice."""
+        return self.batch_size * (2 if self._groups == 1 else 1)
 
     def share_of(self, count: int) -> int:
         """Of so many prompts, those of each group; the last groups may have fewer."""

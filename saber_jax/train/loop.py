@@ -59,8 +59,9 @@ class Observers:
         values |= {"seconds": seconds, "input_wait": waited}
         values |= self.meter.measure(counted, seconds) | self.hosts()
         if self.schedule is not None:
-            examples = round(values["speed/examples_per_second"] * seconds)
-            values |= self.schedule.after(step, examples)
+            # Those that were left out are passed too, as they are in the plan of a resumed run.
+            passed = int(counted["examples"]) + int(counted["left_out"])
+            values |= self.schedule.after(step, passed)
         self.writer.write(step, values)
         self.console.add(step, values)
         if values["left_out"]:  # The same number in every process.

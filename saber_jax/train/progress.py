@@ -65,21 +65,22 @@ class StepSchedule:
     """The learning rate and epoch of each step, under TRL's names."""
 
     def __init__(
-        self, config: OptimizerConfig, steps: int, *, adapters: bool, seen: int, examples: int
+        self, config: OptimizerConfig, steps: int, *, adapters: bool, passed: int, examples: int
     ):
-        """`seen` counts the examples of all steps before, `examples` those of one epoch."""
+        """`passed` counts the examples of all steps before, `examples` those of one epoch; both
+        include those that could not be read."""
         group = "adapters" if adapters else "rest"
         # For all steps at once, because a schedule computes on the device.
         rates = jnp.broadcast_to(schedules(config, steps)[group](jnp.arange(steps)), steps)
         self._rates = jax.device_get(rates)
-        self._seen, self._examples = seen, examples
+        self._passed, self._examples = passed, examples
 
     def after(self, step: int, examples: int) -> dict[str, float]:
-        """{"learning_rate", "epoch"} when `step` has seen so many examples; called step by step."""
-        self._seen += examples
+        """{"learning_rate", "epoch"} after `step`, which had so many; called step by step."""
+        self._passed += examples
         return {
             "learning_rate": float(self._rates[step]),
-            "epoch": self._seen / self._examples,
+            "epoch": self._passed / self._examples,
         }
 
 

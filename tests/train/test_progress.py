@@ -7,8 +7,8 @@ from saber_jax.train.progress import StepSchedule
 from tests.train.test_optimizer import CONFIG
 
 
-def schedule(seen: int = 0, adapters: bool = False) -> StepSchedule:
-    return StepSchedule(CONFIG, 20, adapters=adapters, seen=seen, examples=8)
+def schedule(passed: int = 0, adapters: bool = False) -> StepSchedule:
+    return StepSchedule(CONFIG, 20, adapters=adapters, passed=passed, examples=8)
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -22,7 +22,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_a_resumed_run_says_the_same_epochs():
-    whole, resumed = schedule(), schedule(seen=3 * 4)
+    whole, resumed = schedule(), schedule(passed=3 * 4)
     epochs = [whole.after(step, 4)["epoch"] for step in range(6)]
     assert epochs == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert [resumed.after(step, 4)["epoch"] for step in range(3, 6)] == epochs[3:]
