@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import sft
-from saber_jax.data import media
+from saber_jax.data import emotions, media
 from saber_jax.data.examples import measure_record
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +47,8 @@ class Transfer:
         """
         outlines = [self.source.outline(index) for index in range(len(self.source))]
         _refuse_unlabelled(self.records, outlines)
-        agree = sum(saber_test.is_consistent(record.labels) for record in outlines)
+        labels = [emotions.canonical_labels(record.labels) for record in outlines]
+        agree = sum(map(saber_test.is_consistent, labels))
         folder = self.records.resolve()
         recipe = sft.get_config("tiny")
         return {

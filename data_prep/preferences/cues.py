@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from saber_jax.data import sed
+from saber_jax.data import emotions
 
 Channel = Literal["face", "voice", "words"]
 
@@ -64,11 +64,6 @@ _CUES = {
     modality: {family: re.compile(cues, re.IGNORECASE) for family, cues in table.items()}
     for modality, table in _TABLES.items()
 }
-_DENIED = re.compile(
-    r"(?:\b(?:no|not|without|never|hardly|nor)(?:\s+\w+)?|n't(?:\s+\w+)?|没有?|不|无)\s*$",
-    re.IGNORECASE,
-)
-
 _NAMES: dict[Channel, re.Pattern[str]] = {
     "face": re.compile(r"fac(?:e|ial)|expression|表情|脸|面部|神情", re.IGNORECASE),
     "voice": re.compile(r"voice|vocal|tone|声音|语气|语调|嗓音", re.IGNORECASE),
@@ -98,7 +93,7 @@ def suggested(text: str, modality: Channel) -> str | None:
     A cue is not counted if one of the two words before it is a negation.
     """
     counts = {
-        family: sum(not _DENIED.search(text[: hit.start()]) for hit in cues.finditer(text))
+        family: sum(not emotions.negated(text, hit.start()) for hit in cues.finditer(text))
         for family, cues in _CUES[modality].items()
     }
     most = max(counts.values())
@@ -109,7 +104,7 @@ def suggested(text: str, modality: Channel) -> str | None:
 def claimed(reasoning: str, modality: Channel) -> str | None:
     """The family of emotions that the reasoning says this modality shows; None if it says none."""
     for clause in _clauses(reasoning, modality):
-        if (said := emotion_in(clause)) is not None:
+        if (said := emotions.last_named(clause)) is not None:
             return FAMILIES[said]
         for family, sign in _SIGNS.items():
             if sign.search(clause):
@@ -119,7 +114,7 @@ def claimed(reasoning: str, modality: Channel) -> str | None:
 
 def named(reasoning: str, modality: Channel) -> str | None:
     """As `claimed`, but only of an emotion that is named: "words negative" names none."""
-    said = (emotion_in(clause) for clause in _clauses(reasoning, modality))
+    said = (emotions.last_named(clause) for clause in _clauses(reasoning, modality))
     return next((FAMILIES[emotion] for emotion in said if emotion is not None), None)
 
 
@@ -127,11 +122,6 @@ def _clauses(reasoning: str, modality: Channel) -> Iterator[str]:
     for clause in _CLAUSE.split(_HEADED.sub(r"\1 ", reasoning)):
         if clause and _NAMES[modality].search(clause):
             yield clause
-
-
-def emotion_in(text: str) -> str | None:
-    """The last emotion that a text names."""
-    return sed.conclusion(f"{sed.heading('sentiment_analysis')} {text}")
 
 
 def notes_conflict(reasoning: str) -> bool:

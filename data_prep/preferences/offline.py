@@ -33,10 +33,10 @@ from collections.abc import Mapping
 from data_prep.preferences import cues
 from data_prep.preferences.cues import Channel
 from data_prep.preferences.score import EVIDENCE, Scores
-from saber_jax.data import sed
+from saber_jax.data import emotions, sed
 from saber_jax.data.records import Record
 
-VERSION = "offline-2"
+VERSION = "offline-3"
 
 _SECTIONS: dict[Channel, tuple[str, ...]] = {
     "face": ("facial_exp_desc", "body_lang_desc"),
@@ -99,7 +99,7 @@ def _conflict(reasoning: str, shown: list[str | None], words: str | None) -> boo
 def _follows(
     reasoning: str, shown: list[str | None], words: str | None, conflict: bool
 ) -> float | None:
-    concluded = cues.emotion_in(reasoning)
+    concluded = emotions.last_named(reasoning)
     if concluded is None or not shown:
         return None
     family = cues.FAMILIES[concluded]

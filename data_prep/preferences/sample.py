@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.preferences import summary
 from data_prep.preferences.rounds import JobBatch, Line, Records, work_through
 from data_prep.preferences.score import Scorer, well_formed
-from saber_jax.data import sed, texts
+from saber_jax.data import emotions, sed, texts
 from saber_jax.data.conflicts import NO_CONFLICT
 from saber_jax.data.records import Record
 from saber_jax.runs import shares
@@ -109,13 +109,14 @@ def _line(record: Record) -> Line:
         "language": record.language,
         "conflict_type": record.labels.get("conflict_type"),
         "kappa": float(kappa) if kappa else None,
-        "emotion": record.labels.get("emotion"),
+        "emotion": emotions.canonical_labels(record.labels).get("emotion"),
     }
 
 
 def _answer(scorer: Scorer, record: Record, text: str) -> dict[str, Any]:
     """One answer with its scores, as written to a line; unparsable answers are not scored."""
-    concluded = None if unparsable(text) else sed.conclusion(text)
+    labels = emotions.in_labels([record.labels])
+    concluded = None if unparsable(text, labels) else sed.conclusion(text, labels)
     about = {"text": text, "conclusion": concluded, "consistency": None, "alignment": None}
     if concluded is None:
         return about | {"score": None}
@@ -124,15 +125,16 @@ def _answer(scorer: Scorer, record: Record, text: str) -> dict[str, Any]:
     return about | {"score": scores.total}
 
 
-def unparsable(text: str) -> str | None:
-    """Why no pair can have this answer, a key of UNPARSABLE; None if one can."""
+def unparsable(text: str, labels: Sequence[str] = ()) -> str | None:
+    """Why no pair can have this answer, a key of UNPARSABLE; None if one can. `labels` are emotions
+    that it may conclude besides those of `emotions`."""
     if not text.strip():
         return "empty"
     if texts.fault(text):
         return "special_token"
     if not well_formed(text):
         return "sections"
-    return "no_emotion" if sed.conclusion(text) is None else None
+    return "no_emotion" if sed.conclusion(text, labels) is None else None
 
 
 def spread(line: Line) -> float | None:

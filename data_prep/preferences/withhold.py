@@ -25,7 +25,7 @@ from typing import Any
 from data_prep.preferences import summary
 from data_prep.preferences.rounds import JobBatch, Records, work_through
 from data_prep.preferences.score import well_formed
-from saber_jax.data import sed, texts
+from saber_jax.data import emotions, sed, texts
 from saber_jax.data.records import Record
 from saber_jax.data.withhold import MODALITIES, Modality, has_modality, replace, withhold
 from saber_jax.runs import shares
@@ -71,24 +71,24 @@ Decision = dict[str, Any]
 
 def settled(record: Record, withheld: Modality) -> str | None:
     """Why no answer is needed, or None: then `judge` decides."""
-    target = _conclusion(record)
+    target = _target(record)
     if not has_modality(record, withheld):
         return "nothing_to_withhold"
     if target is None:
         return "no_target"
-    return "no_conflict" if record.labels.get(SEEN[withheld]) == target else None
+    return "no_conflict" if _suggested(record, withheld) == target else None
 
 
 def judge(record: Record, withheld: Modality, answer: str) -> str:
     """The decision about an answer given without one modality: a key of REASONS."""
     if texts.fault(answer) or not well_formed(answer):
         return "unparsable"
-    concluded, right = sed.conclusion(answer), _conclusion(record)
+    concluded, right = _concluded(record, answer), _target(record)
     if concluded is None:
         return "no_conclusion"
     if concluded == right:
         return "same_conclusion"
-    suggested = record.labels.get(SEEN[withheld])
+    suggested = _suggested(record, withheld)
     if suggested is None:
         return KEPT_WITHOUT_LABELS
     if suggested == right:
@@ -111,9 +111,9 @@ def decision(
         "withheld": withheld,
         "replaced_by": other,
         "why": why,
-        "conclusion": _conclusion(record),
-        "rejected_conclusion": None if answer is None else sed.conclusion(answer),
-        "suggested": record.labels.get(SEEN[withheld]),
+        "conclusion": _target(record),
+        "rejected_conclusion": None if answer is None else _concluded(record, answer),
+        "suggested": _suggested(record, withheld),
         "conflict_type": record.labels.get("conflict_type"),
         "kappa": None if kappa is None else float(kappa),
         "chosen": sed.target_text(record.annotation) if kept else None,
@@ -213,14 +213,14 @@ class StandIns:
             for withheld in MODALITIES:
                 if settled(record, withheld) is None:
                     alike = self._found.setdefault((record.language, withheld), {})
-                    alike.setdefault(_conclusion(record), []).append(index)
+                    alike.setdefault(_target(record), []).append(index)
 
     def behind(self, index: int, record: Record, withheld: Modality) -> int | None:
         """The next clip behind `index`, in a circle, that is in the same language and concludes
         something else than `record`; None if there is none."""
         nearest = []
         for conclusion, places in self._found.get((record.language, withheld), {}).items():
-            if conclusion != _conclusion(record):
+            if conclusion != _target(record):
                 nearest.append(places[bisect.bisect_right(places, index) % len(places)])
         return min(nearest, key=lambda place: (place - index) % self._count, default=None)
 
@@ -263,6 +263,15 @@ def summarise(decisions: Iterable[Decision]) -> dict[str, Any]:
     }
 
 
-def _conclusion(record: Record) -> str | None:
+def _target(record: Record) -> str | None:
     """The label if there is one, else the conclusion of the record's own reasoning."""
-    return record.labels.get("emotion") or sed.conclusion(sed.target_text(record.annotation))
+    labels = emotions.canonical_labels(record.labels)
+    return labels.get("emotion") or _concluded(record, sed.target_text(record.annotation))
+
+
+def _concluded(record: Record, answer: str) -> str | None:
+    return sed.conclusion(answer, emotions.in_labels([record.labels]))
+
+
+def _suggested(record: Record, withheld: Modality) -> str | None:
+    return emotions.canonical_labels(record.labels).get(SEEN[withheld])

@@ -19,6 +19,7 @@ from typing import Any
 from data_prep.raw import answers, wording
 from data_prep.raw.answers import EndpointSettings
 from data_prep.raw.shards import Outcome, Row
+from saber_jax.data import emotions
 from saber_jax.data.conflicts import NO_CONFLICT, OTHER_CONFLICT
 
 REASONS = answers.REASONS
@@ -161,7 +162,7 @@ _FARTHEST = math.dist(AFFECT["happy"], AFFECT["sad"])
 
 def known_cues(row: Row) -> dict[str, Cue] | None:
     """Cues of face and voice (and words) from labels of the corpus."""
-    labels, valence = row["labels"], row.get("valence", {})
+    labels, valence = emotions.canonical_labels(row["labels"]), row.get("valence", {})
     if labels.get("face") in AFFECT and labels.get("voice") in AFFECT:
         cues = {name: Cue(emotion=labels[name]) for name in ("face", "voice")}
         if (words := labels.get("words")) in AFFECT:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from saber_jax.data import chat
+from saber_jax.data import chat, emotions
 from saber_jax.data.records import FIELDS, LANGUAGES
 from saber_jax.data.tokenizer import Tokenizer
 
@@ -30,30 +30,6 @@ TITLES = {
 }
 """Titles of the sections, for display."""
 
-_WORDS = {
-    "happy": "开心",
-    "sad": "悲伤",
-    "angry": "愤怒",
-    "neutral": "平静",
-    "contempt": "轻蔑",
-    "sorrow": "哀伤",
-    "unease": "不安",
-    "fear": "恐惧",
-    "disgust": "厌恶",
-    "surprise": "惊讶",
-    "worried": "担忧",
-}
-EMOTIONS = tuple(_WORDS)
-"""The emotions that an answer may conclude: SABER's seven, and those that other corpora label."""
-_LEXICON = {
-    "en": {word: word for word in EMOTIONS},
-    "zh": {word: emotion for emotion, word in _WORDS.items()},
-}
-_PATTERNS = {
-    # (?![A-Za-z]) rather than \b: Chinese characters count as word characters.
-    "en": re.compile(rf"(?<![A-Za-z])(?:{'|'.join(EMOTIONS)})(?![A-Za-z])", re.IGNORECASE),
-    "zh": re.compile("|".join(_WORDS.values())),
-}
 _PROMPTS = {
     "en": (
         "You read emotion from video and audio.",
@@ -102,7 +78,7 @@ def spelled_out(language: str) -> str:
     """The request for a model without SED training, which lists the headings and emotions."""
     return _SPELLED_OUT[_known(language)].format(
         headings=" ".join(map(heading, FIELDS)),
-        emotions=(", " if language == "en" else "、").join(_LEXICON[language]),
+        emotions=(", " if language == "en" else "、").join(emotions.words(language)),
     )
 
 
@@ -143,17 +119,13 @@ def parse_response(text: str) -> dict[str, str]:
     return sections
 
 
-def conclusion(text: str, language: str | None = None) -> str | None:
-    """The emotion that an answer concludes: the last known emotion word of sentiment_analysis.
+def conclusion(text: str, labels: Sequence[str] = ()) -> str | None:
+    """The emotion that an answer concludes: the last one that its sentiment_analysis names.
 
-    Returns one of EMOTIONS, or None if the section is missing or names none of them. `language`
-    restricts the lexicon to "en" or "zh"; by default both are searched.
+    Returns one of `emotions.EMOTIONS` or of `labels`, which a data set has besides; None if the
+    section is missing or names none of them.
     """
-    section = parse_response(text)["sentiment_analysis"]
-    found = []
-    for name in [_known(language)] if language else LANGUAGES:
-        found += [(hit.start(), _LEXICON[name][hit[0].lower()]) for hit in _find(name, section)]
-    return max(found)[1] if found else None
+    return emotions.last_named(parse_response(text)["sentiment_analysis"], labels)
 
 
 def section_of_tokens(
@@ -190,10 +162,6 @@ def encode_prompt(
 ) -> chat.EncodedPrompt:
     """The encoded prompt of one clip with the media `shown`, in this order."""
     return chat.encode(tokenizer, messages(language, shown, instruction))
-
-
-def _find(language: str, text: str):
-    return _PATTERNS[language].finditer(text)
 
 
 def _known(language: str) -> str:

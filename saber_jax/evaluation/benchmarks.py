@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from saber_jax.data import emotions, sed
 from saber_jax.data.records import Record, RecordSource
 from saber_jax.evaluation import emer, emobench_m, emobench_m_scores, saber_test
 from saber_jax.evaluation.judge import Judge
@@ -30,7 +31,7 @@ class Benchmark:
 def _saber_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
     del settings  # Records were decoded when they were built.
     source = RecordSource(data, split)
-    names = _emotions(source.outline(i).labels for i in range(len(source)))
+    names = emotions.in_labels(source.outline(i).labels for i in range(len(source)))
 
     def row(_: int, record: Record | None, answer: str) -> Row:
         assert record is not None
@@ -38,18 +39,12 @@ def _saber_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
             "clip_id": record.clip_id,
             "language": record.language,
             "response": answer,
-            "conclusion": saber_test.conclusion(answer, names),
-            "labels": dict(record.labels),
+            "conclusion": sed.conclusion(answer, names),
+            "labels": emotions.canonical_labels(record.labels),
             "annotation": dict(record.annotation),
         }
 
     return BenchmarkClips(records=source, row=row)
-
-
-def _emotions(labels: Iterable[Mapping[str, str]]) -> list[str]:
-    """Every emotion that these clips' labels use."""
-    kinds = ("emotion", "face", "voice")
-    return sorted({each[kind] for each in labels for kind in kinds if each.get(kind)})
 
 
 def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
@@ -65,9 +60,11 @@ def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
             raise ValueError(
                 f"{path}:{number} lacks {', '.join(missing)}; give --data with the clips."
             )
-    names = _emotions(row["labels"] for row in rows)
+    names = emotions.in_labels(row["labels"] for row in rows)
     for row in rows:
-        row.setdefault("conclusion", saber_test.conclusion(row["response"], names))
+        row["labels"] = emotions.canonical_labels(row["labels"])
+        said = row["conclusion"] if "conclusion" in row else sed.conclusion(row["response"], names)
+        row["conclusion"] = said and emotions.canonical(said)
     return rows
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from saber_jax.data import sed
+from saber_jax.data import emotions, sed
 from saber_jax.evaluation import bootstrap, wheel
 from saber_jax.evaluation.judge import Judge
 
@@ -157,7 +157,7 @@ def named_words(text: str) -> list[str]:
     sentences = [part for part in re.split(r"[.!?。！？\n]+", text) if part.strip()]
     last = sentences[-1].lower() if sentences else ""
     words = [word for word in re.findall(r"[a-z][a-z-]*", last) if wheel.known(word)]
-    if concluded := sed.conclusion(f"{sed.heading('sentiment_analysis')} {text}"):
+    if concluded := emotions.last_named(text):
         words.append(concluded)
     return list(dict.fromkeys(words))
 

@@ -7,7 +7,6 @@ A prediction is one line of predictions.jsonl, see `saber_jax.evaluation.run`:
 An answer that names no emotion counts as wrong; nothing is dropped.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,23 +54,6 @@ def score(predictions: Sequence[Prediction], ratings: Ratings | None = None) -> 
     }
     scores["confusion"] = confusion(predictions)
     return scores
-
-
-def conclusion(response: str, names: Sequence[str]) -> str | None:
-    """The emotion that an answer concludes, among `names`: the labels that a benchmark uses.
-
-    The last one named in its sentiment_analysis section. Those of `sed` are also known by their
-    Chinese words, others as they are spelt.
-    """
-    if set(names) <= set(sed.EMOTIONS):
-        return sed.conclusion(response)
-    section = sed.parse_response(response)["sentiment_analysis"].lower()
-    found = []
-    for name in names:
-        # (?![a-z]) rather than \b: Chinese characters count as word characters.
-        pattern = rf"(?<![a-z]){re.escape(name.lower())}(?![a-z])"
-        found += [(hit.end(), len(name), name) for hit in re.finditer(pattern, section)]
-    return max(found)[2] if found else None
 
 
 def is_consistent(labels: Mapping[str, str]) -> bool:

@@ -1,7 +1,9 @@
+import re
+
 import numpy as np
 import pytest
 
-from saber_jax.data import chat, media, records, sed
+from saber_jax.data import chat, emotions, media, records, sed
 from saber_jax.data.tokenizer import train_sentencepiece
 
 ENGLISH = dict(
@@ -64,44 +66,24 @@ def test_malformed_answers_give_what_they_hold(response, found):
     assert sed.parse_response(response) == {**dict.fromkeys(records.FIELDS, ""), **found}
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "language", "expected"),
-    [
-        ("Emotion: contempt", None, "contempt"),
-        ("Happy face, ANGRY voice. Emotion: Contempt.", "en", "contempt"),
-        ("unhappy, sadness, angrily", "en", None),
-        ("表情开心，情绪：轻蔑。", None, "contempt"),
-        ("情绪:sad", "en", "sad"),
-        ("face happy 情绪：不安", None, "unease"),
-        ("face happy 情绪：不安", "en", "happy"),
-        ("face happy 情绪：不安", "zh", "unease"),
-        ("A surprise, then fear", "en", "fear"),
-        ("fearless, surprisingly", "en", None),
-        ("先是惊讶，情绪：厌恶", "zh", "disgust"),
-        ("不开心", "zh", "happy"),
-        ("", None, None),
-        ("nothing known", None, None),
-    ],
-)
-def test_the_conclusion_is_the_last_known_emotion_word(reasoning, language, expected):
-    text = f"[video_desc] sad 愤怒\n[sentiment_analysis] {reasoning}"
-    assert sed.conclusion(text, language) == expected
+def test_the_conclusion_is_what_the_reasoning_names_last():
+    text = "[video_desc] sad 愤怒\n[sentiment_analysis] A happy face. Emotion: Contempt."
+    assert sed.conclusion(text) == "contempt"
+    assert sed.conclusion(text.replace("Contempt", "boredom")) == "happy"
+    assert sed.conclusion(text.replace("Contempt", "Boredom"), ["boredom", "sad"]) == "boredom"
 
 
 def test_there_is_no_conclusion_without_the_reasoning_section():
     assert sed.conclusion("[video_desc] She is happy") is None
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "happy sad angry neutral contempt sorrow unease fear disgust surprise worried",
-        "开心 悲伤 愤怒 平静 轻蔑 哀伤 不安 恐惧 厌恶 惊讶 担忧",
-    ],
-)
-def test_every_emotion_is_read_back(words):
-    found = [sed.conclusion(f"[sentiment_analysis] x {word}。") for word in words.split()]
-    assert found == list(sed.EMOTIONS)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_emotions_that_a_request_spells_out_are_read_back(language):
+    asked = sed.spelled_out(language)
+    listed = re.split(": |：", asked)[-1] if language == "en" else asked.split("结尾：")[-1]
+    words = re.split("[,、] ?", listed.rstrip(".。"))
+    found = [sed.conclusion(f"[sentiment_analysis] x {word}。") for word in words]
+    assert found == list(emotions.EMOTIONS)
 
 
 def test_unknown_languages_are_refused():

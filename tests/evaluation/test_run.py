@@ -193,6 +193,26 @@ def test_predictions_made_elsewhere_are_joined_with_the_records(tmp_path, data):
     assert run.main([*command[:-1], str(tmp_path / "other"), "--data", str(data)]) == 1
 
 
+def test_conclusions_and_labels_are_compared_in_one_form(tmp_path):
+    said = ["她笑得很开心。", "She is bored.", "A sense of sadness."]
+    lines = [
+        {
+            "clip_id": str(number),
+            "language": "en",
+            "response": f"[sentiment_analysis] {text}",
+            "annotation": dict.fromkeys(FIELDS, "x"),
+            "labels": {"emotion": emotion, "face": emotion, "voice": emotion},
+        }
+        for number, (text, emotion) in enumerate(zip(said, ("joy", "bored", "sad"), strict=True))
+    ]
+    path = tmp_path / "made.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--benchmark", "saber_test", "--predictions", str(path), "--out", str(tmp_path / "o")]
+    assert run.main(flags) == 0
+    scores = json.loads((tmp_path / "o/scores.json").read_text())
+    assert scores["accuracy"]["value"] == 1.0
+
+
 def test_a_judge_is_asked_and_its_scores_stand_by_split(tmp_path, data, model):
     with chat_server(lambda *_: Answer(text=json.dumps(dict.fromkeys(FIELDS, 4)))) as server:
         flags = ("--judge", server.url, "--judge_model", "j")

@@ -31,6 +31,13 @@ def test_an_answer_is_kept_only_if_it_follows_the_modality_that_was_left(withhel
     assert withhold.judge(clip(), withheld, said) == why
 
 
+def test_labels_may_name_an_emotion_in_another_form_or_one_that_is_not_ours():
+    labels = {"emotion": "sadness", "face": "joy", "voice": "boredom"}
+    judged = [withhold.judge(clip(labels=labels), "audio", answer(w)) for w in ("happy", "sad")]
+    assert judged == ["kept", "same_conclusion"]
+    assert withhold.judge(clip(labels=labels), "video", answer("boredom")) == "kept"
+
+
 def test_without_labels_any_other_conclusion_is_kept_and_the_decision_says_so():
     record = clip(labels={})
     assert withhold.judge(record, "audio", answer("sad")) == "kept_without_labels"

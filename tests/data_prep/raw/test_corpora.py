@@ -10,7 +10,7 @@ pytest.importorskip("fsspec")
 from data_prep.raw import corpora, corpora_rows, ingest
 from data_prep.raw.ingest import Source
 from data_prep.raw.shards import ShardedStage
-from saber_jax.data import sed
+from saber_jax.data import emotions
 
 
 def touch(root: Path, *names: str) -> None:
@@ -317,4 +317,4 @@ def test_a_label_is_of_the_clip_at_its_path_and_never_of_another_of_the_same_nam
 
 
 def test_an_answer_can_conclude_every_emotion_that_a_corpus_labels():
-    assert set(corpora_rows.EMOTIONS.values()) <= set(sed.EMOTIONS)
+    assert set(corpora_rows.EMOTIONS.values()) <= set(emotions.EMOTIONS)
