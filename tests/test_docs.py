@@ -16,7 +16,7 @@ from saber_jax.tree import flatten
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 OURS = ("saber_jax", "data_prep", "benchmarks", "configs", "launch", "tests")
-FENCED = re.compile(r"^ *```\w*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^ *```[^`\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:python3? -m (?P<module>[\w.]+)|(?P<script>launch/\w+\.sh))(?P<rest>.*)")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

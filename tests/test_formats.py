@@ -34,7 +34,7 @@ def test_the_labels_are_read_and_every_key_is_described(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text(examples("labels")[0], encoding="utf-8")
     labels = clips.read_labels(path)
-    assert labels["B/001"]["kappa"] == "0.8" and set(LABELS) <= set(labels["B/001"])
+    assert labels["B/001"]["kappa"] == "1.0" and set(LABELS) <= set(labels["B/001"])
     assert all(f"`{key}`" in DOC for key in (*LABELS, "split", "language"))
 
 

@@ -68,7 +68,7 @@ def test_the_annotation_and_the_labels_that_readme_shows_are_taken(tmp_path):
     assert parse_annotation(json.loads(annotation))["speech_content"] == "That went really well."
     path = tmp_path / "labels.jsonl"
     path.write_text(labels)
-    assert clips.read_labels(path)["001"]["conflict_type"] == "sarcasm"
+    assert clips.read_labels(path)["001"]["conflict_type"] == "masking"
 
 
 @pytest.mark.slow
