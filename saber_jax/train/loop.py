@@ -1,5 +1,6 @@
 """The training loop: runs a jitted step over batches, fetches metrics one step late, and saves."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -113,7 +114,7 @@ def run(
 
     pending: tuple | None = None
     clock = time.perf_counter()
-    with Preemption() as preemption:
+    with Preemption() as preemption, contextlib.closing(observers.profile):
         first = int(state.step)
         for step in range(first, steps):
             if validation is not None and validation.due(step):
