@@ -89,7 +89,7 @@ class ReferenceCache:
             remedy="Delete the folder to compute them again, or choose another with "
             "--config.reference=DIR.",
         )
-        for path in self._files():
+        for path in listed(self.folder, "*.array_record"):
             try:
                 self.values |= _stored(path)
             except (RuntimeError, ValueError) as error:  # Of ArrayRecord's checksums, and of NumPy.
@@ -110,15 +110,15 @@ class ReferenceCache:
         self.values |= values
         if not values or jax.process_index() > 0:
             return
-        path = self.folder / f"{len(self._files()):05d}.array_record"
+        # Above all numbers, those of damaged files included: nothing is overwritten.
+        names = [path.name.split(".")[0] for path in listed(self.folder, "*.array_record*")]
+        number = max((int(name) for name in names if name.isdigit()), default=-1) + 1
+        path = self.folder / f"{number:05d}.array_record"
         with replacing(path) as partial:
             writer = ArrayRecordWriter(str(partial), "group_size:64")
             for key, value in values.items():
                 writer.write(key + value.astype("<f4").tobytes())
             writer.close()
-
-    def _files(self) -> list[Path]:
-        return listed(self.folder, "*.array_record")
 
 
 def _stored(path: Path) -> dict[bytes, Float[np.ndarray, " n"]]:

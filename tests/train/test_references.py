@@ -84,6 +84,19 @@ def test_a_damaged_file_is_named_kept_aside_and_computed_again(tmp_path, capsys,
         np.testing.assert_array_equal(again.values[key], values)
 
 
+def test_a_file_that_is_computed_again_overwrites_no_other(tmp_path):
+    for keys in (KEYS[:2], KEYS):
+        Model().fill(ReferenceCache(tmp_path, "whole", SOURCE), keys)
+    for damaged in (1, 2):  # The same pairs are damaged a second time.
+        file, _ = sorted((tmp_path / "whole").glob("*.array_record"))
+        file.write_bytes(b"")
+        model = Model()
+        model.fill(ReferenceCache(tmp_path, "whole", SOURCE))
+        assert len(list((tmp_path / "whole").glob("*.damaged"))) == damaged
+        assert len(model.asked) < len(KEYS)
+    assert Model().fill(ReferenceCache(tmp_path, "whole", SOURCE)) == 0
+
+
 def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(references, "FLUSH_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
