@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from saber_jax.data.quarantine import LeftOut
 from saber_jax.runs.console import log, warn
@@ -102,7 +103,8 @@ class NonFinite:
 
 
 def skipping(step_fn: Callable) -> Callable:
-    """Wraps a step so that non-finite loss or gradients change nothing but the step number.
+    """Wraps a step so that non-finite loss or gradients change nothing but the step number and the
+    schedule's count, so that the learning rate stays that of the step number.
 
     Jit it with the state donated: the selection is elementwise and in place.
     """
@@ -110,15 +112,23 @@ def skipping(step_fn: Callable) -> Callable:
     def step(state, batch):
         after, metrics = step_fn(state, batch)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        keep = lambda new, old: jnp.where(sound, new, old)  # noqa: E731
+
+        def keep(new, old):
+            return new if _is_schedule(new) else jnp.where(sound, new, old)
+
         kept = dataclasses.replace(
             after,
             trainable=jax.tree.map(keep, after.trainable, state.trainable),
-            opt_state=jax.tree.map(keep, after.opt_state, state.opt_state),
+            opt_state=jax.tree.map(keep, after.opt_state, state.opt_state, is_leaf=_is_schedule),
         )
         return kept, metrics
 
     return step
+
+
+def _is_schedule(node: Any) -> bool:
+    """Adam's count is in a state of another type: its bias correction counts updates."""
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def left_out(workdir: Path) -> list[LeftOut]:
