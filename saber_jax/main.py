@@ -178,7 +178,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: RunInputs, watchdog: Wat
     first, began = int(state.step), time.perf_counter()
     observers = observers_of(config, stage, base, inputs, first, watchdog)
     if observers.best is not None and first and (before := checkpoints.meta().get("best")):
-        observers.best.recall(before)
+        observers.best.recall(before, best.held(workdir))
     observers.console.begin()
     some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
     samples.show(observers.writer, first, some, inputs.usable_sizes, inputs.tokenizer)

@@ -3,10 +3,12 @@
     WORKDIR/best/       a checkpoint like any other: its weights are those of the best measurement
 
 Which measurement was best so far is saved with every checkpoint, so a resumed run decides as an
-uninterrupted one does.
+uninterrupted one does. The folder does not go back with the checkpoint: where it holds the weights
+of a later step, the best before them are gone, and the next measurement is kept.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,9 +96,25 @@ class Best:
         """JSON that `recall` takes."""
         return {"value": self.value, "step": self.step, "since": self.since}
 
-    def recall(self, state: dict[str, Any]) -> None:
-        """Continues from the state that a checkpoint holds."""
-        self.value, self.step, self.since = state["value"], state["step"], state["since"]
+    def recall(self, state: dict[str, Any], held: int | None) -> None:
+        """Continues from the state that a checkpoint holds, if the weights of its best measurement
+        are `held`: the step in WORKDIR/best."""
+        if state["step"] == held:
+            self.value, self.step, self.since = state["value"], state["step"], state["since"]
+        elif state["value"] is not None:
+            log(
+                f"{self.metric} was best at step {state['step']}, whose weights are gone: {FOLDER} "
+                f"holds {'none' if held is None else f'those of step {held}'}. The next "
+                "measurement is kept."
+            )
+
+
+def held(workdir: Path) -> int | None:
+    """The step whose weights WORKDIR/best holds. Every process must call it, and gets the answer of
+    the first: if they disagreed on the best, some would wait for the others to save."""
+    steps = saved.steps(workdir / FOLDER) if jax.process_index() == 0 else []
+    mine = json.dumps(int(steps[-1].name) if steps else None)
+    return json.loads(distributed.from_first(mine.encode()))
 
 
 def keeping(

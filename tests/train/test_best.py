@@ -12,7 +12,7 @@ def seen(metric, values, patience=0, **state):
     kept: list[int] = []
     best = Best(metric=metric, patience=patience, keep=lambda _, step: kept.append(step))
     if state:
-        best.recall(state)
+        best.recall(state, state["step"])
     for step, value in enumerate(values):
         if best.seen({f"validate/{metric}": value}, None, step):
             return kept, step
@@ -33,6 +33,31 @@ def test_the_run_ends_after_so_many_measurements_that_are_no_better():
 
 def test_a_resumed_run_counts_on():
     assert seen("nll", [2.0], patience=2, value=1.0, step=7, since=1) == ([], 0)
+
+
+@pytest.mark.parametrize("held", [150, None])
+def test_after_a_rollback_past_the_best_weights_the_next_are_kept(held, capsys):
+    kept: list[int] = []
+    best = Best(metric="nll", patience=2, keep=lambda _, step: kept.append(step))
+    best.recall({"value": 1.0, "step": 50, "since": 1}, held)
+    for step, value in ((100, 1.2), (150, 1.1), (200, 1.3)):
+        assert not best.seen({"validate/nll": value}, None, step)
+    assert kept == [100, 150]
+    place = "none" if held is None else "those of step 150"
+    assert f"best at step 50, whose weights are gone: best holds {place}" in capsys.readouterr().out
+
+
+def test_nothing_is_forgotten_where_nothing_was_measured(capsys):
+    best = Best(metric="nll", patience=0, keep=lambda *_: None)
+    best.recall({"value": None, "step": 0, "since": 0}, None)
+    assert not capsys.readouterr().out
+
+
+def test_the_weights_that_are_held_are_the_newest(tmp_path):
+    assert best.held(tmp_path) is None
+    for step in (50, 150):
+        (tmp_path / "best" / "checkpoints" / str(step)).mkdir(parents=True)
+    assert best.held(tmp_path) == 150
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are():
