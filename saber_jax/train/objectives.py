@@ -281,7 +281,7 @@ def cadpo_objective(
     total, count = masked_sum(loss, valid)
     sums = {f"loss/{name}": masked_sum(term, valid) for name, term in terms.items()}
     sums |= reward_metrics(policy["whole"], reference["whole"], batch, options.beta)
-    sums |= section_margins(log_probs, batch, options.beta)
+    sums |= section_margins(log_probs, batch, options)
     return total, count, sums
 
 
@@ -350,22 +350,26 @@ def reward_metrics(
     return sums
 
 
-def section_margins(log_probs: Float[Array, "B T"], batch: Batch, beta: float) -> WeightedSums:
-    """The contribution of each kind of evidence to the margin (their sum is `rewards/margins`), and
-    the distance from the reference over the tokens of each response, see `losses.ratio_kl`."""
+def section_margins(
+    log_probs: Float[Array, "B T"], batch: Batch, options: Preference
+) -> WeightedSums:
+    """The contribution of each kind of evidence to the margin, and the distance from the reference
+    over the tokens of each response, see `losses.ratio_kl`.
+
+    The contributions add up to `rewards/margins` of pairs whose answers have headings; an answer
+    without any is in no section and contributes to none.
+    """
     valid, branch = batch.pairs.valid, batch.targets.branch
-    real = batch.targets.weights > 0
     reference = batch.targets.reference[:, VIEWS.index("whole")]
-    rho = jnp.where(real, log_probs - reference, 0.0)
     sums: WeightedSums = {}
     for name, fields in EVIDENCE.items():
         inside = functools.reduce(
             jnp.logical_or, (batch.targets.section == FIELDS.index(f) + 1 for f in fields)
         )
-        chosen, rejected = losses.response_sums(
-            jnp.where(inside, rho, 0.0), batch.targets.segment, branch, valid.shape[1]
-        )
-        sums[f"margins/{name}"] = masked_sum(beta * (chosen - rejected), valid)
+        rho = jnp.where(inside, log_probs - reference, 0.0)
+        part = pair_scores(batch, rho, length_alpha=options.length_alpha)
+        sums[f"margins/{name}"] = masked_sum(options.beta * part.difference, valid)
+    real = batch.targets.weights > 0
     for name, other in (("chosen", Branch.REJECTED), ("rejected", Branch.CHOSEN)):
         sums[f"kl/{name}"] = losses.ratio_kl(log_probs, reference, real & (branch != other))
     return sums
