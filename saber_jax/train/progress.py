@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping
 
 import jax
@@ -119,9 +118,8 @@ class Console:
             self._since.clear()
         elif done % self.every == 0 or done == self.steps:
             mean = _means(self._since)
-            left = time.gmtime((self.steps - done) * mean["seconds"])
-            eta = time.strftime("%-H:%M:%S" if left.tm_hour else "%-M:%S", left)
-            log(f"{self._head(done)}  {_learning(mean)}  {self._speed(mean)}  {eta} to go")
+            left = _duration((self.steps - done) * mean["seconds"])
+            log(f"{self._head(done)}  {_learning(mean)}  {self._speed(mean)}  {left} to go")
             self._since.clear()
 
     def _head(self, done: int) -> str:
@@ -140,6 +138,13 @@ class Console:
         return "  ".join(
             [*parts, *([f"MFU {mean['speed/mfu']:.1%}"] if "speed/mfu" in mean else [])]
         )
+
+
+def _duration(seconds: float) -> str:
+    """8:30, 1:08:30 or 49:08:30: days are hours too."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _means(lines: list[Mapping[str, float]]) -> dict[str, float]:
