@@ -93,49 +93,58 @@ def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
     truth = _truth(rows, judge)
     words = _extracted(said, judge) if judge else [named_words(text) for text in said]
     scores["words"] = "judge" if judge else "last sentence"
+    # None is not "no emotion": nobody read these words, so they say nothing about the model.
+    known = [(t, w) for t, w in zip(truth, words, strict=True) if t is not None and w is not None]
+    dropped = len(rows) - len(known)
     if judge:
-        pairs = [
-            (", ".join(t or ["none"]), ", ".join(w or ["none"]))
-            for t, w in zip(truth, words, strict=True)
-        ]
-        scores["label_overlap"] = _mean(judge.overlap("labels", pairs))
-        union: list[list[str]] = [
-            sorted({*(t or []), *(w or [])}) for t, w in zip(truth, words, strict=True)
-        ]
-        scores["sets"] = set_scores(truth, words, judge.synonyms(union))
+        scores |= _judged_words(known, dropped, judge)
         scores["judge"] = judge.about
     else:
         scores["missing"].append("clue_overlap, label_overlap, sets: need a judge (--judge)")
-    known = [i for i, t in enumerate(truth) if t is not None]
     if known:
-        names = [str(i) for i in known]
         scores["wheel"] = wheel.score(
-            {name: truth[i] or [] for name, i in zip(names, known, strict=True)},
-            {name: words[i] or [] for name, i in zip(names, known, strict=True)},
+            {str(i): t for i, (t, _) in enumerate(known)},
+            {str(i): w for i, (_, w) in enumerate(known)},
         )
-        scores["wheel"] |= {"floor": wheel.FLOOR}
+        scores["wheel"] |= {"floor": wheel.FLOOR, "dropped": dropped}
+    elif judge:
+        scores["missing"].append("wheel: the judge gave no usable reply about the emotion words")
     else:
         scores["missing"].append(f"wheel: needs {OPENSET}, or a judge to find words in the truth")
     return scores
 
 
+def _judged_words(
+    known: Sequence[tuple[list[str], list[str]]], dropped: int, judge: Judge
+) -> dict[str, Any]:
+    """Scores of (truth, said) emotion words; of `dropped` more clips the words are not known."""
+    named = [(", ".join(t or ["none"]), ", ".join(w or ["none"])) for t, w in known]
+    overlap = _mean(judge.overlap("labels", named))
+    overlap["unscored"] += dropped
+    synonyms = judge.synonyms([sorted({*t, *w}) for t, w in known])
+    sets = set_scores([t for t, _ in known], [w for _, w in known], synonyms)
+    sets["dropped"] += dropped
+    return {"label_overlap": overlap, "sets": sets}
+
+
 def set_scores(
-    truth: Sequence[Sequence[str] | None],
-    said: Sequence[Sequence[str] | None],
+    truth: Sequence[Sequence[str]],
+    said: Sequence[Sequence[str]],
     groups: Sequence[Sequence[Sequence[str]] | None],
 ) -> dict[str, Any]:
     """Accuracy |G & P| / |P|, recall |G & P| / |G| and their mean, over clips.
 
     A word stands for the first word of its group, of the last group if it is in several. No word
-    said scores 0. Clips without words in the truth, or without groups, are counted as "dropped".
+    said scores 0. Clips without words in the truth, or with words said but without groups, are
+    counted as "dropped".
     """
     accuracy, recall = [], []
     for right, claimed, synonyms in zip(truth, said, groups, strict=True):
-        if not right or synonyms is None:
+        if not right or (claimed and synonyms is None):
             continue
-        first = {word: group[0] for group in synonyms for word in group}
+        first = {word: group[0] for group in synonyms or [] for word in group}
         g = {first.get(word, word) for word in right}
-        p = {first.get(word, word) for word in claimed or []}
+        p = {first.get(word, word) for word in claimed}
         accuracy.append(len(g & p) / len(p) if p else 0.0)
         recall.append(len(g & p) / len(g) if p else 0.0)
     both = np.array([accuracy, recall])

@@ -71,8 +71,8 @@ def test_words_of_the_last_sentence_are_those_that_a_wheel_knows():
 
 
 def test_set_scores_follow_the_official_rules():
-    truth = [["happy", "joyful"], ["sad"], ["angry"], [], ["calm"]]
-    said = [["joyful", "glad", "bored"], [], ["furious"], ["sad"], ["calm"]]
+    truth = [["happy", "joyful"], ["sad"], ["angry"], [], ["calm"], ["calm"]]
+    said = [["joyful", "glad", "bored"], [], ["furious"], ["sad"], ["calm"], []]
     groups = [
         [["happy", "joyful", "glad"], ["bored"]],
         [["sad"]],
@@ -80,12 +80,14 @@ def test_set_scores_follow_the_official_rules():
         [["angry", "furious"], ["rage", "furious"]],
         [["sad"]],
         None,
+        # Whatever the groups are, no word is none of them.
+        None,
     ]
     scores = emer.set_scores(truth, said, groups)
-    # (1/2 + 0 + 0) / 3 and (1 + 0 + 0) / 3; the last two are dropped and counted.
-    assert scores["accuracy"]["value"] == pytest.approx(1 / 6)
-    assert scores["recall"]["value"] == pytest.approx(1 / 3)
-    assert scores["mean"]["value"] == pytest.approx(1 / 4)
+    # (1/2 + 0 + 0 + 0) / 4 and (1 + 0 + 0 + 0) / 4; the fourth and fifth are dropped and counted.
+    assert scores["accuracy"]["value"] == pytest.approx(1 / 8)
+    assert scores["recall"]["value"] == pytest.approx(1 / 4)
+    assert scores["mean"]["value"] == pytest.approx(3 / 16)
     assert scores["dropped"] == 2
 
 
@@ -110,3 +112,44 @@ def test_with_a_judge_all_three_metrics_are_there():
     assert scores["wheel"]["level1"]["n"] == 3
     assert scores["judge"]["unscored"] == 3
     assert scores["missing"] == []
+
+
+def _refusing(*, words):
+    """A judge that gives `words` for every description but one with "joyful", and refuses that."""
+
+    def script(request, number):
+        prompt = request["messages"][0]["content"]
+        if prompt.startswith("Which emotions"):
+            return Answer(status=400, body="{}") if "joyful" in prompt else Answer(text=words)
+        if prompt.startswith("Put words"):
+            return Answer(text='[["happy"], ["sad", "lonely"], ["angry"]]')
+        return Answer(text="7")
+
+    return script
+
+
+def test_a_clip_that_the_judge_failed_on_is_left_out_and_counted():
+    with chat_server(_refusing(words="[sad]")) as server:
+        scores = emer.score(ROWS[:2], Judge(Endpoint(url=server.url, model="judge")))
+    assert (scores["label_overlap"]["n"], scores["label_overlap"]["unscored"]) == (1, 1)
+    assert (scores["sets"]["recall"]["value"], scores["sets"]["dropped"]) == (1.0, 1)
+    assert (scores["wheel"]["level1"]["n"], scores["wheel"]["dropped"]) == (1, 1)
+    assert scores["wheel"]["level1"]["recall"] > 0
+    assert scores["judge"]["unscored"] == 1
+    assert not [r for r in server.requests if "\nnone\n" in r["messages"][0]["content"]]
+
+
+def test_a_clip_in_which_the_judge_finds_no_emotion_scores_nothing():
+    with chat_server(_refusing(words="[]")) as server:
+        scores = emer.score(ROWS[1:], Judge(Endpoint(url=server.url, model="judge")))
+    assert (scores["sets"]["recall"]["value"], scores["sets"]["dropped"]) == (0.0, 0)
+    assert (scores["wheel"]["level1"]["value"], scores["wheel"]["dropped"]) == (0.0, 0)
+    assert (scores["label_overlap"]["n"], scores["judge"]["unscored"]) == (2, 0)
+
+
+def test_a_judge_that_fails_on_every_clip_leaves_all_scores_of_words_empty():
+    with chat_server(_refusing(words="")) as server:
+        scores = emer.score(ROWS[:1], Judge(Endpoint(url=server.url, model="judge")))
+    assert (scores["label_overlap"]["n"], scores["label_overlap"]["unscored"]) == (0, 1)
+    assert (scores["sets"]["mean"]["value"], scores["sets"]["dropped"]) == (None, 1)
+    assert scores["missing"] == ["wheel: the judge gave no usable reply about the emotion words"]
