@@ -7,7 +7,7 @@ count. Equal inputs give equal intervals: every call draws from the same seed.
 Axis letters: n, m items   R resamples   K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,12 @@ def mean(values: Bool[np.ndarray, "n"] | Float[np.ndarray, "n"]) -> Score:
     if not len(values):
         return dict(EMPTY)
     return score(len(values), float(values.mean()), means(values, _rng()))
+
+
+def mean_of_known(values: Sequence[float | None]) -> Score:
+    """`mean` of a judge's scores; "unscored" counts the items without one, which are left out."""
+    known = [value for value in values if value is not None]
+    return mean(np.array(known, float)) | {"unscored": len(values) - len(known)}
 
 
 def ratio(numerators: Int[np.ndarray, "n"], denominators: Int[np.ndarray, "n"]) -> Score:

@@ -89,7 +89,7 @@ def score(rows: Sequence[Row], judge: Judge | None) -> dict[str, Any]:
     scores: dict[str, Any] = {"n": len(rows), "empty": sum(empty), "missing": []}
     said = [reason_of(row["response"]) for row in rows]
     if judge:
-        scores["clue_overlap"] = _mean(judge.overlap("clues", _pair(rows, said)))
+        scores["clue_overlap"] = bootstrap.mean_of_known(judge.overlap("clues", _pair(rows, said)))
     truth = _truth(rows, judge)
     words = _extracted(said, judge) if judge else [named_words(text) for text in said]
     scores["words"] = "judge" if judge else "last sentence"
@@ -119,7 +119,7 @@ def _judged_words(
 ) -> dict[str, Any]:
     """Scores of (truth, said) emotion words; of `dropped` more clips the words are not known."""
     named = [(", ".join(t or ["none"]), ", ".join(w or ["none"])) for t, w in known]
-    overlap = _mean(judge.overlap("labels", named))
+    overlap = bootstrap.mean_of_known(judge.overlap("labels", named))
     overlap["unscored"] += dropped
     synonyms = judge.synonyms([sorted({*t, *w}) for t, w in known])
     sets = set_scores([t for t, _ in known], [w for _, w in known], synonyms)
@@ -196,11 +196,6 @@ def _last_list(text: str) -> str:
 
 def _pair(rows: Sequence[Row], said: Sequence[str]) -> list[tuple[str, str]]:
     return [(row["reason"], text or "(nothing)") for row, text in zip(rows, said, strict=True)]
-
-
-def _mean(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    return bootstrap.mean(np.array(known, float)) | {"unscored": len(values) - len(known)}
 
 
 def _columns(path: Path) -> list[str]:

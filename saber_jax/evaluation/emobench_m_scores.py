@@ -123,15 +123,18 @@ def generation(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def laughter(rows: Sequence[Row], judge: Judge) -> dict[str, Score]:
-    """A judge's 0..5 in two dimensions and their sum, over all rows."""
+    """A judge's 0..5 in two dimensions, and their sum, over the rows on which it replied."""
     pairs = [(str(row.get("reference") or ""), str(row.get("prediction") or "")) for row in rows]
     judged = judge.laughter(pairs)
-    columns = {
-        name: np.array([j[dimension] for j in judged], float)
+    columns: dict[str, list[int | None]] = {
+        name: [scores[dimension] for scores in judged]
         for name, dimension in zip(("logic", "association"), LAUGHTER, strict=True)
     }
-    columns["total"] = sum(columns.values(), np.zeros(len(rows)))
-    return {f"judge_{name}": bootstrap.mean(values) for name, values in columns.items()}
+    columns["total"] = [
+        None if logic is None or association is None else logic + association
+        for logic, association in zip(*columns.values(), strict=True)
+    ]
+    return {f"judge_{name}": bootstrap.mean_of_known(values) for name, values in columns.items()}
 
 
 def _dimensions(tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,8 +183,9 @@ class Judge:
         requests = (SYNONYMS.format(words=", ".join(w)) for w in words)
         return [self._usable(word_groups(text)) for text in self._ask(requests, len(words))]
 
-    def laughter(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, int]]:
-        """0..5 for both dimensions of LAUGHTER, for (reference, said). No usable score is 0."""
+    def laughter(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, int | None]]:
+        """0..5 for both dimensions of LAUGHTER, for (reference, said). A reply without the score is
+        0, as EmoBench-M counts; no reply is None."""
 
         def requests() -> Iterator[str]:
             for reference, said in pairs:
@@ -202,7 +203,12 @@ class Judge:
         scores = []
         for first in range(0, len(answers), len(LAUGHTER)):
             part = answers[first : first + len(LAUGHTER)]
-            scores.append({d: named_score(text, d) for d, text in zip(LAUGHTER, part, strict=True)})
+            scores.append(
+                {
+                    dimension: self._usable(named_score(text, dimension))
+                    for dimension, text in zip(LAUGHTER, part, strict=True)
+                }
+            )
         return scores
 
     def _usable(self, judgement: Any) -> Any:
@@ -256,9 +262,11 @@ def word_groups(text: str | None) -> list[list[str]] | None:
     return [[word.strip().lower() for word in group] for group in groups]
 
 
-def named_score(text: str | None, dimension: str) -> int:
-    """The number after "DIMENSION:", 0 without one, as EmoBench-M counts."""
-    match = re.search(rf"{re.escape(dimension)}:\s*(\d+)", text or "", re.IGNORECASE)
+def named_score(text: str | None, dimension: str) -> int | None:
+    """The number after "DIMENSION:", 0 without one, as EmoBench-M counts; None without a text."""
+    if text is None:
+        return None
+    match = re.search(rf"{re.escape(dimension)}:\s*(\d+)", text, re.IGNORECASE)
     return int(match[1]) if match else 0
 
 

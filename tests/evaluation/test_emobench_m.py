@@ -5,8 +5,11 @@ import pytest
 
 from saber_jax.data import sed
 from saber_jax.data.records import FIELDS
+from saber_jax.endpoint import Endpoint
 from saber_jax.evaluation import emobench_m, emobench_m_scores
 from saber_jax.evaluation.emobench_m import TASKS, answered
+from saber_jax.evaluation.judge import Judge
+from tests.loopback import Answer, chat_server
 
 OFFICIAL = Path(__file__).parent / "official"
 EXACT = {"abs": 1e-12, "rel": 0}
@@ -181,3 +184,27 @@ def test_an_average_without_a_dimension_is_none_and_unknown_tasks_are_refused():
     assert scores["tasks"]["MELD"]["accuracy_of_all"]["value"] == 0.0
     with pytest.raises(ValueError, match="no task"):
         emobench_m_scores.score([row | {"task": "MELT"}], None)
+
+
+def test_a_reason_that_the_judge_failed_on_is_left_out_and_counted():
+    rows = [{"task": "SMILE", "reference": "It fell.", "prediction": p} for p in ("a", "b", "c")]
+
+    def script(request, number):
+        prompt = request["messages"][0]["content"]
+        if "Model's reason: b" in prompt and "logical: cause" in prompt:
+            return Answer(status=429, body="{}")
+        # The official rule: a reply without the score is 0.
+        named = "Dimension: 4" if "Model's reason: c" not in prompt else "no idea"
+        kind = (
+            "Logical Judgment" if "logical: cause" in prompt else "Multimodal Content Association"
+        )
+        return Answer(text=f"{kind} {named}")
+
+    with chat_server(script) as server:
+        judge = Judge(Endpoint(url=server.url, model="judge", retries=0))
+        scores = emobench_m_scores.score(rows, judge)
+    smile = scores["tasks"]["SMILE"]
+    assert (smile["judge_logic"]["value"], smile["judge_logic"]["unscored"]) == (2.0, 1)
+    assert (smile["judge_association"]["n"], smile["judge_association"]["unscored"]) == (3, 0)
+    assert (smile["judge_total"]["value"], smile["judge_total"]["unscored"]) == (4.0, 1)
+    assert scores["judge"]["unscored"] == 1

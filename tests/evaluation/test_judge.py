@@ -92,10 +92,10 @@ def test_the_first_number_counts(text, number):
         ("**logical judgment dimension:**  4", 0),
         ("logical judgment dimension:  3/5", 3),
         ("4", 0),
-        (None, 0),
+        (None, None),
     ],
 )
-def test_the_score_of_a_reason_stands_after_its_dimension_or_is_0(text, score):
+def test_the_score_of_a_reason_stands_after_its_dimension_or_is_0_in_any_reply(text, score):
     assert judging.named_score(text, "Logical Judgment Dimension") == score
 
 
