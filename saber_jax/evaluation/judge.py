@@ -216,14 +216,20 @@ class Judge:
         return judgement
 
     def _ask(self, prompts: Iterator[str], total: int) -> Iterator[str | None]:
-        """Raises EndpointError if further requests would fail too."""
+        """The reply to each prompt, None for a failed request or an empty reply.
+
+        Raises EndpointError if further requests would fail too.
+        """
         requests = (
             ChatRequest(messages=[{"role": "user", "content": prompt}], settings=SETTINGS)
             for prompt in prompts
         )
         outcomes = self._endpoint.ask_all(requests)
         for outcome in tqdm(outcomes, total=total, desc="judge", unit="question"):
-            yield None if isinstance(outcome, EndpointError) else outcome.text
+            # A filter, or thoughts that took all tokens, leave a reply empty; the model that is
+            # judged has no part in that.
+            text = "" if isinstance(outcome, EndpointError) else outcome.text
+            yield text if text.strip() else None
 
 
 def section_scores(text: str | None) -> dict[str, float | None]:

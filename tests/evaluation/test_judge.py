@@ -110,6 +110,21 @@ def test_reasons_of_laughter_are_judged_in_two_dimensions():
     assert [list(score.values()) for score in scores] == [[4, 2], [4, 2]]
 
 
+@pytest.mark.parametrize(
+    "answer", [Answer(status=429, body="{}"), Answer(body="no JSON"), Answer(text=" \n")]
+)
+def test_a_request_without_a_reply_is_none_and_counted_whatever_is_asked(answer):
+    with chat_server(lambda *_: answer) as server:
+        judge = _judge(server, retries=0)
+        assert judge.rate_sections([(ANNOTATION, "x")]) == [dict.fromkeys(FIELDS)]
+        assert judge.overlap("clues", [("t", "s")]) == [None]
+        assert judge.emotion_words(["x"]) == [None]
+        assert judge.synonyms([["sad"]]) == [None]
+        (laughter,) = judge.laughter([("because", "why")])
+    assert list(laughter.values()) == [None, None]
+    assert judge.failures == len(FIELDS) + 5
+
+
 def test_groups_of_synonyms_are_lists_of_lists_or_nothing():
     assert judging.word_groups('So: [["Happy", "joyful"], ["sad"]].') == [
         ["happy", "joyful"],
