@@ -8,10 +8,10 @@ from typing import Any
 
 from saber_jax.data import emotions, sed
 from saber_jax.data.records import Record, RecordSource
-from saber_jax.evaluation import emer, emobench_m, emobench_m_scores, saber_test
+from saber_jax.evaluation import completeness, emer, emobench_m, emobench_m_scores, saber_test
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import BenchmarkClips, ClipFile, ClipFiles, Row, longest_first
-from saber_jax.runs.files import read_jsonl
+from saber_jax.runs.files import numbered_jsonl
 from saber_jax.runs.manifest import fingerprint
 
 Settings = dict[str, Any] | None
@@ -49,17 +49,14 @@ def _saber_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
 
 def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
     """Lines with clip_id and response; labels and annotation come from DATA if they lack them."""
-    rows, source = read_jsonl(path), RecordSource(data, split) if data else None
-    for number, row in enumerate(rows, start=1):
-        _check(path, number, row, ("clip_id", "response"))
-        if source and not {"labels", "annotation", "language"} <= set(row):
+    truth = ("labels", "annotation", "language")
+    rows = _lines(path, () if data else truth)
+    source = RecordSource(data, split) if data else None
+    for row in rows:
+        if source and not set(truth) <= set(row):
             record = source.outline(source.index(row["clip_id"]))
             row |= {"labels": dict(record.labels), "annotation": dict(record.annotation)}
             row["language"] = record.language
-        if missing := [key for key in ("labels", "annotation", "language") if key not in row]:
-            raise ValueError(
-                f"{path}:{number} lacks {', '.join(missing)}; give --data with the clips."
-            )
     names = emotions.in_labels(row["labels"] for row in rows)
     for row in rows:
         row["labels"] = emotions.canonical_labels(row["labels"])
@@ -103,24 +100,33 @@ def _video(data: Path, name: str) -> Path:
 def _emer_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
     """Lines with clip_id and response; the ground truth comes from DATA if they lack it."""
     del split
-    rows, clips = read_jsonl(path), {clip.clip_id: clip for clip in emer.read(data)} if data else {}
-    for number, row in enumerate(rows, start=1):
-        if "reason" not in row and row.get("clip_id") in clips:
-            row |= emer.row(clips[row["clip_id"]], row.get("response", ""))
-        if missing := [key for key in ("clip_id", "response", "reason") if key not in row]:
-            raise ValueError(
-                f"{path}:{number} lacks {', '.join(missing)}; give --data with the clips."
-            )
+    clips = {clip.clip_id: clip for clip in emer.read(data)} if data else {}
+    rows = _lines(path, () if data else ("reason",))
+    for row in rows:
+        if "reason" not in row:
+            row |= emer.row(clips[row["clip_id"]], row["response"])
         row.setdefault("openset", None)
     return rows
 
 
-def _check(path: Path, number: int, row: Row, keys: Sequence[str]) -> None:
-    if missing := [key for key in keys if key not in row]:
-        raise ValueError(
-            f"{path}:{number} lacks {', '.join(missing)}. A line has clip_id and response; the "
-            "ground truth comes from --data."
-        )
+def _lines(path: Path, truth: Sequence[str]) -> list[Row]:
+    """Answers with clip_id, response and the entries `truth`, one for each clip.
+
+    Raises ValueError naming the line of what lacks something, or is there twice.
+    """
+    rows, places = [], []
+    for number, row in numbered_jsonl(path):
+        if missing := [key for key in ("clip_id", "response", *truth) if key not in row]:
+            raise ValueError(
+                f"{path}:{number} lacks {', '.join(missing)}. A line has clip_id and response; "
+                "the ground truth comes from --data."
+            )
+        rows.append(row)
+        places.append(f"{path}:{number}")
+    completeness.check_once(
+        (row["clip_id"], place) for row, place in zip(rows, places, strict=True)
+    )
+    return rows
 
 
 def _emobench_clips(data: Path, split: str, settings: Settings) -> BenchmarkClips:
@@ -147,7 +153,10 @@ def _emobench_clips(data: Path, split: str, settings: Settings) -> BenchmarkClip
 def _emobench_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
     """Rows with predictions, or with a response from which they are read."""
     del data, split
-    rows = emobench_m.results(path)
+    results = emobench_m.results(path)
+    named = [(emobench_m.clip_name(row), place) for place, row in results]
+    completeness.check_once((clip, place) for clip, place in named if clip)
+    rows = [row for _, row in results]
     for row in rows:
         task = emobench_m.TASKS.get(row["task"])
         said = any(key.startswith("predict") for key in row)

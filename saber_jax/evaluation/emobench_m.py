@@ -119,14 +119,14 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
-def results(path: Path) -> list[Row]:
-    """Rows with predictions made elsewhere: official result files named by task in a folder, one
-    such file, or the predictions.jsonl of a run. Raises ValueError naming a row without a task."""
-    files = sorted(f for f in path.glob("*.json*") if f.stem in TASKS) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path} has no result file named after a task, like MELD.json.")
+def results(path: Path) -> list[tuple[str, Row]]:
+    """Rows with predictions made elsewhere, each after the place where it was found: official
+    result files named by task in a folder, one such file, or the predictions.jsonl of a run.
+
+    Raises ValueError naming a row without a task, or two files of one task.
+    """
     rows = []
-    for file in files:
+    for file in _result_files(path) if path.is_dir() else [path]:
         for number, row in enumerate(items(file), start=1):
             task = row.get("task") or (file.stem if file.stem in TASKS else None)
             if task is None:
@@ -134,8 +134,32 @@ def results(path: Path) -> list[Row]:
                     f'{file}, entry {number}, has no "task"; add it, or name the file after one: '
                     f"{', '.join(TASKS)}."
                 )
-            rows.append({"task": task} | row)
+            rows.append((f"{file}, entry {number}", {"task": task} | row))
     return rows
+
+
+def clip_name(row: Row) -> str | None:
+    """Everything that a row calls its clip, None if it names none, as official files may.
+
+    Not the clip_id alone: tasks have files of one name in several folders.
+    """
+    names = [str(row[key]) for key in ("clip_id", *MEDIA) if row.get(key)]
+    return " ".join([row["task"], *names]) if names else None
+
+
+def _result_files(folder: Path) -> list[Path]:
+    # Not "*.json*", which also finds the copies that editors leave, such as MELD.json~.
+    files = sorted(f for end in ("json", "jsonl") for f in folder.glob(f"*.{end}"))
+    files = [file for file in files if file.stem in TASKS]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no result file named after a task, like MELD.json.")
+    stems = [file.stem for file in files]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(
+            f"{folder} has two result files, .json and .jsonl, of {', '.join(twice)}, and each "
+            "would count. Keep one of each."
+        )
+    return files
 
 
 def items(path: Path) -> list[Row]:

@@ -158,8 +158,17 @@ def test_official_result_files_are_read_by_their_names(tmp_path):
     }
     (tmp_path / "MUSTARD.json").write_text(json.dumps(example))
     (tmp_path / "notes.json").write_text("[]")
-    (row,) = emobench_m.results(tmp_path)
+    (tmp_path / "MUSTARD.json~").write_text(json.dumps(example))
+    ((place, row),) = emobench_m.results(tmp_path)
+    assert place == f"{tmp_path / 'MUSTARD.json'}, entry 1"
     assert row == {"task": "MUSTARD", "expected_value": "true", "predicted_value": "false"}
+
+
+def test_two_result_files_of_one_task_are_refused(tmp_path):
+    for name in ("MELD.json", "MELD.jsonl", "SIMS.json"):
+        (tmp_path / name).write_text('[{"expected_value": "joy", "predicted_value": "joy"}]')
+    with pytest.raises(ValueError, match="of MELD, and each would count"):
+        emobench_m.results(tmp_path)
 
 
 def test_means_are_over_tasks_and_then_dimensions():
