@@ -12,6 +12,7 @@ and reference entries of these rows, "video" or "modal_path", and what is asked:
 videos/.
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -116,6 +117,11 @@ def read(folder: Path) -> list[Row]:
             f"{folder} has none of {', '.join(f'{name}.json' for name in TASKS)}. "
             "docs/evaluation.md shows the layout of EmoBench-M."
         )
+    counts = collections.Counter(row["clip_id"] for row in rows)
+    for row in rows:
+        if counts[row["clip_id"]] > 1:  # Files of one name, in several folders.
+            folders = str(Path(_media(row)).with_suffix("")).lstrip("/")
+            row["clip_id"] = f"{row['task']}/{folders}"
     return rows
 
 
@@ -147,6 +153,10 @@ def clip_name(row: Row) -> str | None:
     return " ".join([row["task"], *names]) if names else None
 
 
+def _media(row: Row) -> str:
+    return next((str(row[key]) for key in MEDIA if row.get(key)), "")
+
+
 def _result_files(folder: Path) -> list[Path]:
     # Not "*.json*", which also finds the copies that editors leave, such as MELD.json~.
     files = sorted(f for end in ("json", "jsonl") for f in folder.glob(f"*.{end}"))
@@ -176,10 +186,10 @@ def items(path: Path) -> list[Row]:
 
 def _item(folder: Path, name: str, file: Path, index: int, item: Row) -> Row:
     wanted = EXPECTED[TASKS[name].kind]
-    media = next((item[key] for key in MEDIA if item.get(key)), None)
-    if missing := [key for key in wanted if key not in item] + ["video"] * (media is None):
+    media = _media(item)
+    if missing := [key for key in wanted if key not in item] + ["video"] * (not media):
         raise ValueError(f"{file}, item {index}: no {', '.join(missing)}.")
-    media, base = str(media), Path(str(media)).name
+    base = Path(media).name
     places = [folder / media, folder / name / media, folder / name / base, folder / "videos" / base]
     found = next((str(place) for place in places if place.is_file()), str(places[0]))
     asked = item.get("instruction") or question(name, str(item.get("text") or ""))

@@ -164,6 +164,18 @@ def test_official_result_files_are_read_by_their_names(tmp_path):
     assert row == {"task": "MUSTARD", "expected_value": "true", "predicted_value": "false"}
 
 
+SAME_NAMES = [
+    {"video": f"videos/ch-simsv2s/{folder}/1.mp4", "expected_value": "neutral"} for folder in "ab"
+]
+
+
+def test_clips_of_one_file_name_have_ids_of_their_own(tmp_path):
+    other = {"video": "videos/ch-simsv2s/a/2.mp4", "expected_value": "neutral"}
+    (tmp_path / "SIMS.json").write_text(json.dumps([*SAME_NAMES, other]))
+    ids = [item["clip_id"] for item in emobench_m.read(tmp_path)]
+    assert ids == ["SIMS/videos/ch-simsv2s/a/1", "SIMS/videos/ch-simsv2s/b/1", "SIMS/2"]
+
+
 def test_two_result_files_of_one_task_are_refused(tmp_path):
     for name in ("MELD.json", "MELD.jsonl", "SIMS.json"):
         (tmp_path / name).write_text('[{"expected_value": "joy", "predicted_value": "joy"}]')
