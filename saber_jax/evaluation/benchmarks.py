@@ -51,12 +51,15 @@ def _saber_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
     """Lines with clip_id and response; labels and annotation come from DATA if they lack them."""
     truth = ("labels", "annotation", "language")
     rows = _lines(path, () if data else truth)
-    source = RecordSource(data, split) if data else None
-    for row in rows:
-        if source and not set(truth) <= set(row):
-            record = source.outline(source.index(row["clip_id"]))
-            row |= {"labels": dict(record.labels), "annotation": dict(record.annotation)}
-            row["language"] = record.language
+    if data:
+        source = RecordSource(data, split)
+        clips = [source.outline(i).clip_id for i in range(len(source))]
+        rows = completeness.completed({row["clip_id"]: row for row in rows}, clips, data)
+        for i, row in enumerate(rows):
+            if not set(truth) <= set(row):
+                record = source.outline(i)
+                row |= {"labels": dict(record.labels), "annotation": dict(record.annotation)}
+                row["language"] = record.language
     names = emotions.in_labels(row["labels"] for row in rows)
     for row in rows:
         row["labels"] = emotions.canonical_labels(row["labels"])
@@ -100,11 +103,15 @@ def _video(data: Path, name: str) -> Path:
 def _emer_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
     """Lines with clip_id and response; the ground truth comes from DATA if they lack it."""
     del split
-    clips = {clip.clip_id: clip for clip in emer.read(data)} if data else {}
     rows = _lines(path, () if data else ("reason",))
+    if data:
+        clips = emer.read(data)
+        answers = {row["clip_id"]: row for row in rows}
+        rows = completeness.completed(answers, [clip.clip_id for clip in clips], data)
+        for clip, row in zip(clips, rows, strict=True):
+            if "reason" not in row:
+                row |= emer.row(clip, row["response"])
     for row in rows:
-        if "reason" not in row:
-            row |= emer.row(clips[row["clip_id"]], row["response"])
         row.setdefault("openset", None)
     return rows
 
@@ -151,18 +158,38 @@ def _emobench_clips(data: Path, split: str, settings: Settings) -> BenchmarkClip
 
 
 def _emobench_elsewhere(path: Path, data: Path | None, split: str) -> list[Row]:
-    """Rows with predictions, or with a response from which they are read."""
-    del data, split
+    """Rows with predictions, or with a response from which they are read. What is expected comes
+    from DATA if they lack it."""
+    del split
     results = emobench_m.results(path)
-    named = [(emobench_m.clip_name(row), place) for place, row in results]
-    completeness.check_once((clip, place) for clip, place in named if clip)
-    rows = [row for _, row in results]
+    if data:
+        rows = _emobench_completed(results, data)
+    else:
+        named = [(emobench_m.clip_name(row), place) for place, row in results]
+        completeness.check_once((clip, place) for clip, place in named if clip)
+        rows = [row for _, row in results]
     for row in rows:
         task = emobench_m.TASKS.get(row["task"])
         said = any(key.startswith("predict") for key in row)
         if task and not said and "response" in row:
             row |= emobench_m.answered(row["task"], row["response"])
     return rows
+
+
+def _emobench_completed(results: Sequence[tuple[str, Row]], data: Path) -> list[Row]:
+    """A row for each of DATA's items of the tasks that these results are for."""
+    # One result file is for one task; the others then count as not done, not as done badly.
+    tasks = {row["task"] for _, row in results}
+    items = [item for item in emobench_m.read(data) if item["task"] in tasks]
+    clips = emobench_m.matched(results, items)
+    places = [place for place, _ in results]
+    completeness.check_once(zip(clips, places, strict=True))
+    answers = {clip: row for clip, (_, row) in zip(clips, results, strict=True)}
+    rows = completeness.completed(answers, [item["clip_id"] for item in items], data)
+    return [
+        {key: value for key, value in item.items() if key != "path"} | row
+        for item, row in zip(items, rows, strict=True)
+    ]
 
 
 def _tables(data: Path) -> str:

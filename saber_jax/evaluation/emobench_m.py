@@ -14,6 +14,7 @@ videos/.
 
 import collections
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,49 @@ def clip_name(row: Row) -> str | None:
     """
     names = [str(row[key]) for key in ("clip_id", *MEDIA) if row.get(key)]
     return " ".join([row["task"], *names]) if names else None
+
+
+def matched(results: Sequence[tuple[str, Row]], items: Sequence[Row]) -> list[str]:
+    """For each of `results` the clip_id of the item that it answers; without any, its own name.
+
+    An item is known by its clip_id, or by its file: of files with one name, the one in the same
+    folders. Raises ValueError naming a result that fits several items or names no clip.
+    """
+    own = {item["clip_id"] for item in items}
+    files: dict[tuple[str, str], list[Row]] = {}
+    for item in items:
+        files.setdefault((item["task"], Path(_media(item)).name), []).append(item)
+    clips = []
+    for place, row in results:
+        name = clip_name(row)
+        if name is None:
+            raise ValueError(
+                f"{place}, names no clip (video, modal_path or clip_id), so answers cannot be "
+                "compared with --data. Add the names, or leave out --data."
+            )
+        clip = row.get("clip_id")
+        if clip not in own:
+            fitting = _nearest(_media(row), files.get((row["task"], Path(_media(row)).name), []))
+            if len(fitting) > 1:
+                raise ValueError(
+                    f"{place}, fits several clips of --data: {', '.join(fitting)}. Name the file "
+                    "with its folders."
+                )
+            clip = fitting[0] if fitting else name
+        clips.append(str(clip))
+    return clips
+
+
+def _nearest(media: str, items: Sequence[Row]) -> list[str]:
+    """The clip_ids of those of `items` whose path ends most like `media`."""
+    tails = [_common_tail(Path(media), Path(_media(item))) for item in items]
+    return [i["clip_id"] for i, tail in zip(items, tails, strict=True) if tail == max(tails)]
+
+
+def _common_tail(one: Path, other: Path) -> int:
+    """How many parts two paths have in common at their ends."""
+    pairs = zip(reversed(one.parts), reversed(other.parts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _media(row: Row) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
-from saber_jax.evaluation import probes
+from saber_jax.evaluation import completeness, probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import BenchmarkClips, Row, SpelledOut, predict
@@ -27,6 +27,9 @@ from saber_jax.runs import shares
 from saber_jax.runs.files import exists, read_jsonl, write_json, write_jsonl
 from saber_jax.runs.journal import Journal
 from saber_jax.train import checkpoint
+
+LISTED = 20
+"""How many lines of a list are printed; scores.json has all."""
 
 
 class LazyGenerator:
@@ -74,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores = benchmark.score(rows, judge)
         if probed:
             scores["probes"] = probes.score(rows, probed)
-        unread = [row for row in rows if "error" in row]
-        scores["unreadable"] = [f"{row['clip_id']}: {row['error']}" for row in unread]
+        scores["unreadable"] = [f"{r['clip_id']}: {r['error']}" for r in rows if "error" in r]
+        scores["unanswered"] = [r["clip_id"] for r in rows if "unanswered" in r]
         finished = flags.out / "scores.json"
         write_json(finished, scores)
     except (ValueError, OSError, KeyError, EndpointError) as error:
@@ -84,9 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not flags.brief:
         show(scores)
     print(f"scores in {finished}")
+    return _report_gaps(scores, len(rows), flags.predictions)
+
+
+def _report_gaps(scores: dict[str, Any], clips: int, predictions: Path | None) -> int:
+    """Says which clips only count as empty answers; returns the exit code."""
+    unread, unanswered = scores["unreadable"], scores["unanswered"]
     if unread:
-        print(f"error: {len(unread)} of {len(rows)} clips could not be read", file=sys.stderr)
-    return 1 if unread else 0
+        print(f"error: {len(unread)} of {clips} clips could not be read", file=sys.stderr)
+    if unanswered:
+        print(
+            f"error: {len(unanswered)} of {clips} clips have no answer in {predictions} and count "
+            f"as empty answers: {completeness.named(unanswered)}",
+            file=sys.stderr,
+        )
+    return 1 if unread or unanswered else 0
 
 
 def _answered(
@@ -160,8 +175,10 @@ def show(scores: dict[str, Any], indent: str = "") -> None:
     """Scores with their intervals, one a line."""
     for name, value in scores.items():
         if isinstance(value, list):
-            for line in value:
+            for line in value[:LISTED]:
                 print(f"{indent}{name}: {line}")
+            if len(value) > LISTED:
+                print(f"{indent}{name}: and {len(value) - LISTED} more")
         elif not isinstance(value, dict):
             print(f"{indent}{name}: {value}")
         elif "value" not in value and "counts" not in value:

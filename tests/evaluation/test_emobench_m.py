@@ -176,6 +176,32 @@ def test_clips_of_one_file_name_have_ids_of_their_own(tmp_path):
     assert ids == ["SIMS/videos/ch-simsv2s/a/1", "SIMS/videos/ch-simsv2s/b/1", "SIMS/2"]
 
 
+@pytest.mark.parametrize(
+    ("named", "clip"),
+    [
+        ({"video": "/elsewhere/b/1.mp4"}, "SIMS/videos/ch-simsv2s/b/1"),
+        ({"modal_path": "videos/ch-simsv2s/a/1.mp4"}, "SIMS/videos/ch-simsv2s/a/1"),
+        ({"clip_id": "SIMS/videos/ch-simsv2s/a/1"}, "SIMS/videos/ch-simsv2s/a/1"),
+        ({"clip_id": "SIMS/1", "video": "b/1.mp4"}, "SIMS/videos/ch-simsv2s/b/1"),
+        ({"video": "3.mp4"}, "SIMS 3.mp4"),
+    ],
+)
+def test_results_are_matched_with_items_by_their_id_or_their_file(named, clip, tmp_path):
+    (tmp_path / "SIMS.json").write_text(json.dumps(SAME_NAMES))
+    items = emobench_m.read(tmp_path)
+    assert emobench_m.matched([("f, entry 1", {"task": "SIMS"} | named)], items) == [clip]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [({"video": "1.mp4"}, "entry 1, fits several clips"), ({}, "entry 1, names no clip")],
+)
+def test_results_that_fit_several_items_or_name_none_are_refused(named, message, tmp_path):
+    (tmp_path / "SIMS.json").write_text(json.dumps(SAME_NAMES))
+    with pytest.raises(ValueError, match=message):
+        emobench_m.matched([("f, entry 1", {"task": "SIMS"} | named)], emobench_m.read(tmp_path))
+
+
 def test_two_result_files_of_one_task_are_refused(tmp_path):
     for name in ("MELD.json", "MELD.jsonl", "SIMS.json"):
         (tmp_path / name).write_text('[{"expected_value": "joy", "predicted_value": "joy"}]')

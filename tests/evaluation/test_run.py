@@ -180,17 +180,47 @@ def test_a_foreign_voice_says_something_else_and_is_of_the_same_language():
     assert probes.donors(rows) == [3, 2, 3, 0]
 
 
-def test_predictions_made_elsewhere_are_joined_with_the_records(tmp_path, data):
+def _theirs(folder, data, clips, out="out"):
+    """Scores one answer, "contempt", for each of `clips`."""
     said = sed.target_text(dict.fromkeys(FIELDS, "x") | {"sentiment_analysis": "Contempt."})
-    lines = [{"clip_id": f"clip{i}", "response": said} for i in (4, 2)]
-    write_jsonl(tmp_path / "theirs.jsonl", lines)
-    command = ["--benchmark", "saber_test", "--predictions", str(tmp_path / "theirs.jsonl")]
-    command += ["--out", str(tmp_path / "out")]
-    assert run.main([*command, "--data", str(data)]) == 0
+    lines = [{"clip_id": f"clip{i}", "response": said} for i in clips]
+    write_jsonl(folder / "theirs.jsonl", lines)
+    command = ["--benchmark", "saber_test", "--predictions", str(folder / "theirs.jsonl")]
+    return run.main([*command, "--data", str(data), "--out", str(folder / out)])
+
+
+def test_predictions_made_elsewhere_are_joined_with_the_records(tmp_path, data, capsys):
+    assert _theirs(tmp_path, data, (4, 2, 0, 1, 3)) == 0
     scores = read_json(tmp_path / "out/scores.json")
-    assert (scores["n"], scores["inconsistent"]["accuracy"]["value"]) == (2, 0.5)
-    (tmp_path / "theirs.jsonl").write_text(json.dumps({"clip_id": "clip1"}) + "\n")
-    assert run.main([*command[:-1], str(tmp_path / "other"), "--data", str(data)]) == 1
+    assert (scores["n"], scores["unanswered"]) == (5, [])
+    assert scores["inconsistent"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert _theirs(tmp_path, data, (4, 2, 9), "other") == 1
+    assert "1 of 3 answers are for clips that are not in" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_clips_that_were_not_answered_elsewhere_count_and_are_named(tmp_path, data, capsys):
+    assert _theirs(tmp_path, data, (4, 2)) == 1
+    scores = read_json(tmp_path / "out/scores.json")
+    assert sorted(scores["unanswered"]) == ["clip0", "clip1", "clip3"]
+    err = capsys.readouterr().err
+    assert "3 of 5 clips have no answer in" in err
+    assert f"count as empty answers: {', '.join(scores['unanswered'])}\n" in err
+    assert (scores["n"], scores["unparsable"]) == (5, 3)
+    assert scores["inconsistent"]["accuracy"]["value"] == pytest.approx(1 / 3)
+    # Its answers may be scored again by themselves, and the gaps are still told.
+    written = str(tmp_path / "out/predictions.jsonl")
+    again = ["--benchmark", "saber_test", "--predictions", written, "--out", str(tmp_path / "two")]
+    assert run.main(again) == 1
+    assert (tmp_path / "two/scores.json").read_bytes() == (
+        tmp_path / "out/scores.json"
+    ).read_bytes()
+
+
+def test_long_lists_are_printed_by_their_first_lines(capsys):
+    run.show({"unanswered": [f"clip{i}" for i in range(25)]})
+    printed = capsys.readouterr().out.splitlines()
+    assert (len(printed), printed[-1]) == (21, "unanswered: and 5 more")
 
 
 def test_conclusions_and_labels_are_compared_in_one_form(tmp_path):
