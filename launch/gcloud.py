@@ -186,13 +186,18 @@ class Pod:
     def on_all(self, node: Node, command: str) -> tuple[int, dict[int, str]]:
         """(status of ssh, {worker: what `command` printed there})."""
         with tempfile.TemporaryDirectory() as out:
+            # gcloud (528) checks --output-directory and then writes to the folder `None` of the
+            # working directory. A version that does not is served as well.
+            (Path(out) / "None").mkdir()
             status = subprocess.run(
                 [*self._ssh(node, "all", command), f"--output-directory={out}"],
                 stdout=subprocess.DEVNULL,
+                cwd=out,
             ).returncode
             # Named after the worker, whatever else stands in the name.
             said = {
-                int(re.findall(r"\d+", p.stem)[-1]): p.read_text() for p in Path(out).rglob("*.log")
+                int(re.findall(r"\d+", p.stem)[-1]): p.read_text(errors="replace")
+                for p in Path(out).rglob("*.log")
             }
         return status, said
 

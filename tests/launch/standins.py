@@ -96,7 +96,9 @@ for home in workers:
         cwd=home, env=there | {"HOME": str(home)}, stdout=subprocess.PIPE, text=True,
     )
     if "output-directory" in flags:
-        (pathlib.Path(flags["output-directory"]) / f"{home.name}.log").write_text(done.stdout)
+        # Like gcloud 528: the folder has to exist, and is not the one that is written to.
+        assert pathlib.Path(flags["output-directory"]).is_dir()
+        pathlib.Path(f"None/{home.name}.log").write_text(done.stdout)
     else:
         print(done.stdout, end="")
     status = status or done.returncode

@@ -3,10 +3,12 @@
 import json
 import signal
 import subprocess
+import textwrap
 import time
 
 import pytest
 
+from launch import gcloud
 from tests.launch import standins
 
 WHERE = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "PROJECT": "lab"}
@@ -55,6 +57,20 @@ def test_all_workers_get_the_code_and_run_it_and_worker_0_is_heard(cloud):
     )
     assert follow[6:] == ["--worker=0", *FLAGS, "--command=cd saber_jax && launch/job.sh follow"]
     assert end[9] == "--command=cd saber_jax && launch/job.sh end"
+
+
+@pytest.mark.parametrize("folder", ["None", "."])
+def test_answers_are_found_wherever_gcloud_writes_them(cloud, monkeypatch, folder):
+    monkeypatch.setenv("PATH", cloud.environ()["PATH"])
+    written = f"""
+        import pathlib, sys
+        flags = dict(a[2:].split("=", 1) for a in sys.argv if a.startswith("--"))
+        out = pathlib.Path("." if {folder!r} == "None" else flags["output-directory"])
+        (out / {folder!r} / "11.log").write_text("hello")
+    """
+    cloud.add("gcloud", textwrap.dedent(written))
+    pod = gcloud.Pod("pod", "us-west4-a", "lab")
+    assert pod.on_all(gcloud.Node("pod", 12), "echo hello") == (0, {11: "hello"})
 
 
 def test_the_worst_worker_decides_and_is_quoted(cloud):
