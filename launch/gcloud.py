@@ -24,6 +24,9 @@ from launch import topology
 
 FOLDER = "saber_jax"  # On the worker, under the home directory.
 LOST = 255  # What ssh exits with when the connection breaks.
+# Printed before each answer: gcloud writes what ssh itself says into the same file, and appends to
+# it when it tries again.
+MARK = "saber-jax-answer"
 DESCRIBE_TRIES = 6
 
 # Otherwise gcloud would wait for answers to prompts, for example about making an ssh key.
@@ -69,6 +72,11 @@ class Node:
 
     name: str
     workers: int
+
+    @property
+    def hosts(self) -> list[tuple[str, int]]:
+        """All its workers, as (name, index)."""
+        return [(self.name, worker) for worker in range(self.workers)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +192,14 @@ class Pod:
         ).returncode
 
     def on_all(self, node: Node, command: str) -> tuple[int, dict[int, str]]:
-        """(status of ssh, {worker: what `command` printed there})."""
+        """(status of ssh, {worker: what `command` printed there}). A worker that `command` did not
+        reach is missing; what ssh said about it is printed."""
         with tempfile.TemporaryDirectory() as out:
             # gcloud (528) checks --output-directory and then writes to the folder `None` of the
             # working directory. A version that does not is served as well.
             (Path(out) / "None").mkdir()
             status = subprocess.run(
-                [*self._ssh(node, "all", command), f"--output-directory={out}"],
+                [*self._ssh(node, "all", f"echo {MARK}; {command}"), f"--output-directory={out}"],
                 stdout=subprocess.DEVNULL,
                 cwd=out,
             ).returncode
@@ -199,7 +208,11 @@ class Pod:
                 int(re.findall(r"\d+", p.stem)[-1]): p.read_text(errors="replace")
                 for p in Path(out).rglob("*.log")
             }
-        return status, said
+        answers = {worker: text.split(f"{MARK}\n")[1:] for worker, text in said.items()}
+        for worker in sorted(worker for worker, tries in answers.items() if not tries):
+            why = said[worker].strip().rpartition("\n")[2] or "nothing"
+            print(f"{node.name} worker {worker} is not reached; ssh says: {why}", file=sys.stderr)
+        return status, {worker: tries[-1].strip() for worker, tries in answers.items() if tries}
 
     def watch(self, node: Node) -> int:
         """Prints worker 0's output; returns the status of the connection."""
@@ -253,7 +266,13 @@ def ask(pod: Pod, nodes: list[Node], command: str) -> dict[tuple[str, int], str]
     """{(node, worker): answer}; a worker that does not answer is missing."""
     answers = everywhere(nodes, lambda node: pod.on_all(node, command)[1])
     return {
-        (nodes[i].name, worker): text.strip()
+        (nodes[i].name, worker): text
         for i, said in enumerate(answers)
         for worker, text in said.items()
     }
+
+
+def named(workers: Sequence[tuple[str, int]]) -> str:
+    """The first of these workers by name, and how many more there are."""
+    first = ", ".join(f"{name} worker {worker}" for name, worker in workers[:3])
+    return first + (f" and {len(workers) - 3} more" if len(workers) > 3 else "")

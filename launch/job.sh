@@ -5,7 +5,7 @@
 #   launch/job.sh state                        "running", "exit N" or "none"
 #   launch/job.sh follow                       prints the log until the run has ended
 #   launch/job.sh end                          waits for the end, prints "exit N", why if N is not 0
-#   launch/job.sh stop                         asks it to save and end
+#   launch/job.sh stop [ID]                    asks it to save and end, if it was started with JOB_ID=ID
 set -euo pipefail
 cd "$(dirname "$0")/.."
 job=runs/job
@@ -37,6 +37,7 @@ case "${1:-}" in
     mkdir -p $job
     rm -f $job/status
     boot > $job/boot
+    echo "${JOB_ID:-}" > $job/id
     # `pid` is this shell, which forwards SIGTERM and records the exit status of the run.
     # shellcheck disable=SC2016
     setsid bash -c '
@@ -68,6 +69,8 @@ case "${1:-}" in
     state
     if [[ "$(state)" != "exit 0" ]]; then tail -n 30 $job/log; fi
     ;;
-  stop) if alive; then kill -TERM "$(cat $job/pid)"; fi ;;
+  stop)
+    if alive && [[ $# == 1 || "$2" == "$(cat $job/id)" ]]; then kill -TERM "$(cat $job/pid)"; fi
+    ;;
   *) echo "usage: launch/job.sh start|state|follow|end|stop" >&2; exit 2 ;;
 esac

@@ -109,7 +109,7 @@ def preflight(pod: Pod, arguments: Arguments) -> int:
     problems, hints = judge(shape, nodes, answers)
     for title, found in (("PROBLEM", problems), ("hint", hints)):
         for text, workers in found.items():
-            print(f"{title}: {text}  [{_named(workers)}]")
+            print(f"{title}: {text}  [{gcloud.named(workers)}]")
     count = sum(node.workers for node in nodes)
     print(f"{count} workers looked at: {len(problems)} problems, {len(hints)} hints")
     return 1 if problems else 0
@@ -125,22 +125,21 @@ def judge(
     problems: Found = {}
     hints: Found = {}
     chips, pythons = {}, {}
+    for who in (who for node in nodes for who in node.hosts):
+        facts = _facts(answers.get(who, ""))
+        if facts is None:
+            last = answers.get(who, "").rpartition("\n")[2]
+            text = f"its answer cannot be used: {last}" if last else "does not answer over ssh"
+            problems.setdefault(text, []).append(who)
+            continue
+        chips[who] = int(facts["chips"])
+        pythons.setdefault(facts["python"], []).append(who)
+        for found, texts in zip((problems, hints), _of_worker(facts)):  # noqa: B905
+            for text in texts:
+                found.setdefault(text, []).append(who)
     for node in nodes:
-        for worker in range(node.workers):
-            who = (node.name, worker)
-            lines = answers.get(who, "").splitlines()
-            facts = {name: fact for name, _, fact in (line.partition(" ") for line in lines)}
-            if not facts:
-                problems.setdefault("does not answer over ssh", []).append(who)
-                continue
-            chips[who] = int(facts.get("chips", 0))
-            pythons.setdefault(facts["python"], []).append(who)
-            for found, texts in zip((problems, hints), _of_worker(facts)):  # noqa: B905
-                for text in texts:
-                    found.setdefault(text, []).append(who)
-    for node in nodes:
-        there = sum(n for (name, _), n in chips.items() if name == node.name)
-        if there != shape.chips:
+        there = sum(chips.get(who, 0) for who in node.hosts)
+        if there != shape.chips and all(who in chips for who in node.hosts):
             text = f"{there} chips are attached, the recipe is made for {shape.chips} ({shape})"
             problems.setdefault(text, []).extend(who for who in chips if who[0] == node.name)
     if len(pythons) > 1:
@@ -151,6 +150,14 @@ def judge(
         text = f"{len(nodes)} slices are there, the recipe is made for {shape.count} ({shape})"
         problems[text] = list(chips)
     return problems, hints
+
+
+def _facts(answer: str) -> dict[str, str] | None:
+    """What launch/preflight.sh printed; None if it is not all there."""
+    lines = answer.splitlines()
+    facts = {name: fact for name, _, fact in (line.partition(" ") for line in lines)}
+    numbers = (facts.get("chips", ""), facts.get("free_gib", ""))
+    return facts if "python" in facts and all(map(str.isdigit, numbers)) else None
 
 
 def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -171,11 +178,6 @@ def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     if facts.get("huge_pages", "always") != "always":
         hints.append("transparent huge pages are off; the run switches them on")
     return problems, hints
-
-
-def _named(workers: list[tuple[str, int]]) -> str:
-    first = ", ".join(f"{name} worker {worker}" for name, worker in workers[:3])
-    return first + (f" and {len(workers) - 3} more" if len(workers) > 3 else "")
 
 
 def watch(pod: Pod, arguments: Arguments) -> int:

@@ -10,12 +10,14 @@ lost connection or Ctrl-C, and the same command attaches to it again. Needs only
 from __future__ import annotations  # A laptop's Python may be older than ours.
 
 import re
+import secrets
 import shlex
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch import gcloud
@@ -24,6 +26,7 @@ from launch.gcloud import FOLDER, LOST, Node, Pod, ask, everywhere
 ROOT = Path(__file__).resolve().parent.parent
 PREEMPTED = 75
 UNPACK = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER}"
+STATE = f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh state || echo none"
 RECONNECTS = 20
 LASTING_SECONDS = 60
 
@@ -57,12 +60,20 @@ def ship(pod: Pod, nodes: list[Node]) -> None:
 def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
     """Copies and starts on all workers. Exits when any of them cannot."""
     ship(pod, nodes)
-    run = shlex.join(["launch/job.sh", "start", *arguments])
-    statuses = everywhere(nodes, lambda node: pod.on_all(node, f"{UNPACK} && {run}")[0])
-    if any(statuses):
-        ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
+    job = secrets.token_hex(4)
+    run = f"JOB_ID={job} {shlex.join(['launch/job.sh', 'start', *arguments])}"
+    # gcloud repeats a command whose connection broke, and somebody else may have been faster. The
+    # checkout of a run that goes on must stay as it is.
+    first = f'if [ "$({STATE})" = running ]; then echo running'
+    answers = ask(pod, nodes, f"{first}; else {UNPACK} && {run} && echo started; fi")
+    began = {who for who, said in answers.items() if re.search(r"(?m)^(started|running)$", said)}
+    if failed := [who for node in nodes for who in node.hosts if who not in began]:
+        for who in failed:
+            print(f"\n{gcloud.named([who])}:\n{answers.get(who, '')}", file=sys.stderr)
+        ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop {job}")
         sys.exit(
-            "launch/tpu_run.sh: not every worker could start, see above; the rest were stopped."
+            f"launch/tpu_run.sh: {gcloud.named(failed)} could not start, see above; those that did "
+            "were stopped."
         )
 
 
@@ -87,15 +98,23 @@ def verdict(nodes: list[Node], answers: dict[tuple[str, int], str]) -> int:
     for node in nodes:
         for worker in range(node.workers):
             answer = answers.get((node.name, worker), "")
-            match = re.match(r"exit (\d+)", answer)
+            match = re.search(r"(?m)^exit (\d+)$", answer)
             statuses.append(int(match[1]) if match else 1)
             if statuses[-1]:
-                why = answer.partition("\n")[2] if match else "it did not answer"
+                why = answer[match.end() :].strip() if match else "it did not answer"
                 said = f"{node.name} worker {worker} ended with status {statuses[-1]}"
                 print(f"\n{said}:\n{why}", file=sys.stderr)
     # Any other failure counts as worse than being stopped.
     failures = [status for status in statuses if status not in (0, PREEMPTED)]
     return max(failures, default=max(statuses))
+
+
+def states(answers: Mapping[tuple[str, int], str]) -> dict[tuple[str, int], str]:
+    """The state of each worker that gave one: "running", "none" or "exit N"."""
+    found = {
+        who: re.findall(r"(?m)^(running|none|exit \d+)$", said) for who, said in answers.items()
+    }
+    return {who: words[-1] for who, words in found.items() if words}
 
 
 def where(nodes: list[Node]) -> str:
@@ -104,9 +123,16 @@ def where(nodes: list[Node]) -> str:
 
 def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
     """Starts the run, or attaches to a running one; returns the worst worker's status."""
-    states = ask(pod, nodes, f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh state || echo none")
-    if any(state == "running" for state in states.values()):
+    there = states(ask(pod, nodes, STATE))
+    silent = [who for node in nodes for who in node.hosts if who not in there]
+    if "running" in there.values():
         print(f"a run is going on on {where(nodes)}; looking on", flush=True)
+    elif silent:
+        sys.exit(
+            f"launch/tpu_run.sh: {gcloud.named(silent)} did not say whether a run is going on "
+            "there, so nothing was started. Try again, or see why with gcloud compute tpus tpu-vm "
+            f"ssh {silent[0][0]} --worker={silent[0][1]}."
+        )
     else:
         start(pod, nodes, arguments)
     try:

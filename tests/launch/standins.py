@@ -83,7 +83,32 @@ assert workers, f"no worker {flags['worker']} of {node}"
 left = ("TPU_NAME", "ZONE", "PROJECT")
 there = {name: value for name, value in os.environ.items() if name not in left}
 status = 0
+
+def ssh(home, command, out, err):
+    # The status of ssh. HOME/known: the host key is known. HOME/unreachable: there is no
+    # connection. HOME/breaks: the connection of a command with these words breaks once, after it.
+    if (home / "unreachable").exists():
+        err.write("ssh: connect to host 10.0.0.1 port 22: Connection timed out\\n" * 10)
+        return 255
+    if not (home / "known").exists():
+        err.write("Warning: Permanently added '10.0.0.1' (ED25519) to the list of known hosts.\\n")
+        (home / "known").touch()
+    broken = (home / "breaks").exists() and (home / "breaks").read_text() in command
+    for breaks in (True, False) if broken else (False,):
+        err.flush()
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=home, env=there | {"HOME": str(home)}, stdout=out, stderr=err,
+        )
+        if breaks:
+            (home / "breaks").unlink()
+            err.write("client_loop: send disconnect: Broken pipe\\n")
+    return done.returncode
+
 for home in workers:
+    if verb == "scp" and (home / "unreachable").exists():
+        status = 255
+        continue
     if verb == "scp":
         shutil.copy(words[4], home / words[5].split(":")[1])
         continue
@@ -91,17 +116,14 @@ for home in workers:
     if "follow" in flags["command"] and drops.exists() and int(drops.read_text()) > 0:
         drops.write_text(str(int(drops.read_text()) - 1))
         sys.exit(255)
-    done = subprocess.run(
-        ["bash", "-c", flags["command"]],
-        cwd=home, env=there | {"HOME": str(home)}, stdout=subprocess.PIPE, text=True,
-    )
     if "output-directory" in flags:
         # Like gcloud 528: the folder has to exist, and is not the one that is written to.
         assert pathlib.Path(flags["output-directory"]).is_dir()
-        pathlib.Path(f"None/{home.name}.log").write_text(done.stdout)
+        with open(f"None/{home.name}.log", "w") as out:
+            ended = ssh(home, flags["command"], out, out)
     else:
-        print(done.stdout, end="")
-    status = status or done.returncode
+        ended = ssh(home, flags["command"], sys.stdout, sys.stderr)
+    status = status or ended
 sys.exit(status)
 """
 

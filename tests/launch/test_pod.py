@@ -168,6 +168,15 @@ def test_preflight_names_workers_with_another_python():
     }
 
 
+def test_preflight_names_workers_whose_answer_cannot_be_used():
+    answers = {("pod", 0): "chips 4\npython 3.12.3\nfree_gib 90", ("pod", 1): "tar: No space left"}
+    problems, _ = judge(topology.parse("v5e:2x4"), [gcloud.Node("pod", 3)], answers)
+    assert problems == {
+        "its answer cannot be used: tar: No space left": [("pod", 1)],
+        "does not answer over ssh": [("pod", 2)],
+    }
+
+
 def test_watch_gets_tpus_again_whenever_they_are_taken_back_and_gives_them_up_at_the_end(cloud):
     (cloud.folder / "create_refuses").write_text(NO_CAPACITY)
     (cloud.folder / "taken_back").touch()

@@ -1,6 +1,8 @@
 """From a laptop: what gcloud is asked to do, and what becomes of it on the workers."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -8,7 +10,7 @@ import time
 
 import pytest
 
-from launch import gcloud
+from launch import gcloud, remote
 from tests.launch import standins
 
 WHERE = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "PROJECT": "lab"}
@@ -52,11 +54,12 @@ def test_all_workers_get_the_code_and_run_it_and_worker_0_is_heard(cloud):
     assert copy[6:] == ["pod:saber_jax.tar.gz", "--worker=all", *FLAGS]
     _, start, follow, end = cloud.calls(*tpus, "ssh")
     assert start[5:9] == ["pod", "--worker=all", *FLAGS]
-    assert start[9].endswith(
-        "launch/job.sh start configs/sft.py:7b '--config.data.path=/data/it'\"'\"'s mine'"
+    assert (
+        "launch/job.sh start configs/sft.py:7b '--config.data.path=/data/it'\"'\"'s mine' "
+        in (start[9])
     )
     assert follow[6:] == ["--worker=0", *FLAGS, "--command=cd saber_jax && launch/job.sh follow"]
-    assert end[9] == "--command=cd saber_jax && launch/job.sh end"
+    assert end[9].endswith("; cd saber_jax && launch/job.sh end")
 
 
 @pytest.mark.parametrize("folder", ["None", "."])
@@ -66,7 +69,7 @@ def test_answers_are_found_wherever_gcloud_writes_them(cloud, monkeypatch, folde
         import pathlib, sys
         flags = dict(a[2:].split("=", 1) for a in sys.argv if a.startswith("--"))
         out = pathlib.Path("." if {folder!r} == "None" else flags["output-directory"])
-        (out / {folder!r} / "11.log").write_text("hello")
+        (out / {folder!r} / "11.log").write_text("{gcloud.MARK}\\nhello")
     """
     cloud.add("gcloud", textwrap.dedent(written))
     pod = gcloud.Pod("pod", "us-west4-a", "lab")
@@ -80,6 +83,49 @@ def test_the_worst_worker_decides_and_is_quoted(cloud):
     assert done.returncode == 3
     assert "pod worker 2 ended with status 3:\nchain with" in done.stderr
     assert "worker 1" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["job.sh state", "job.sh start", "job.sh end"])
+def test_what_ssh_says_and_gcloud_s_second_try_are_no_answers(cloud, command):
+    (cloud.folder / "pod/1/breaks").write_text(command)
+    done = launch(cloud, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert not (cloud.folder / "pod/1/breaks").exists()
+    assert (cloud.folder / "pod/1/saber_jax/runs/job/log").read_text().count("chain with") == 1
+
+
+def test_nothing_is_started_while_a_worker_does_not_say_whether_a_run_goes_on(cloud):
+    (cloud.folder / "pod/1/unreachable").touch()
+    done = launch(cloud, *RUN)
+    assert done.returncode == 1
+    assert "pod worker 1 is not reached; ssh says: ssh: connect to host" in done.stderr
+    assert "pod worker 1 did not say whether a run is going on there" in done.stderr
+    assert not cloud.calls("gcloud", "compute", "tpus", "tpu-vm", "scp")
+
+
+def test_a_start_that_fails_leaves_alone_what_was_running_before(cloud, monkeypatch):
+    for name, value in cloud.environ(SABER_PYTHON=cloud.python).items():
+        monkeypatch.setenv(name, value)
+    pod, node = gcloud.Pod("pod", "us-west4-a", "lab"), gcloud.Node("pod", 3)
+    for worker in range(2):
+        (cloud.folder / "pod" / str(worker) / "goes_on").touch()
+    (cloud.folder / "pod/2/saber_jax").touch()  # Nothing can be unpacked there.
+    # Somebody else starts a run on worker 1 after all workers said that there is none.
+    home = cloud.folder / "pod/1/saber_jax"
+    shutil.copytree(standins.ROOT / "launch", home / "launch")
+    job = ["launch/job.sh", "start", "theirs"]
+    subprocess.run(job, cwd=home, env={**os.environ, "HOME": str(home.parent)}, check=True)
+    with pytest.raises(SystemExit, match="pod worker 2 could not start"):
+        remote.start(pod, [node], ["configs/sft.py:7b"])
+    ours, theirs, _ = (cloud.folder / "pod" / str(w) / "saber_jax" for w in range(3))
+    subprocess.run(["launch/job.sh", "end"], cwd=ours, check=True)
+    assert state(theirs) == "running\n" and not (theirs / "saber_jax").exists()
+    (cloud.folder / "pod/1/goes_on").unlink()
+
+
+def state(checkout):
+    job = ["launch/job.sh", "state"]
+    return subprocess.run(job, cwd=checkout, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_lost_connection_is_taken_up_again(cloud):
@@ -111,6 +157,9 @@ def test_a_running_job_is_looked_on_at_and_stops_when_told_so(cloud):
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)  # The laptop is closed.
     first.wait()
+    # Another laptop does not know the workers yet, and ssh says so.
+    for worker in range(3):
+        (cloud.folder / "pod" / str(worker) / "known").unlink()
 
     second = subprocess.Popen(RUN, **options)
     assert second.stdout.readline() == "a run is going on on pod (3 workers); looking on\n"
@@ -143,14 +192,7 @@ def test_a_machine_that_was_started_anew_is_not_taken_for_one_that_runs(cloud):
     (job / "status").unlink()
     (job / "pid").write_text("1")  # Somebody else has that number now.
     (job / "boot").write_text("an earlier start")
-    state = subprocess.run(
-        ["launch/job.sh", "state"],
-        cwd=job.parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert state.stdout == "exit 137\n"
+    assert state(job.parent.parent) == "exit 137\n"
 
 
 @pytest.mark.parametrize(
