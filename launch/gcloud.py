@@ -27,6 +27,8 @@ LOST = 255  # What ssh exits with when the connection breaks.
 # Printed before each answer: gcloud writes what ssh itself says into the same file, and appends to
 # it when it tries again.
 MARK = "saber-jax-answer"
+# A host that is gone is noticed within two minutes. TCP alone would take hours.
+KEEPALIVE = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=6")
 DESCRIBE_TRIES = 6
 
 # Otherwise gcloud would wait for answers to prompts, for example about making an ssh key.
@@ -187,7 +189,10 @@ class Pod:
     def copy(self, node: Node, source: Path) -> int:
         command = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(source)]
         return subprocess.run(
-            [*command, f"{node.name}:{FOLDER}.tar.gz", "--worker=all", *self._where()],
+            [
+                *(*command, f"{node.name}:{FOLDER}.tar.gz", "--worker=all", *self._where()),
+                *(f"--scp-flag=-o{option}" for option in KEEPALIVE),
+            ],
             stdout=subprocess.DEVNULL,
         ).returncode
 
@@ -214,16 +219,28 @@ class Pod:
             print(f"{node.name} worker {worker} is not reached; ssh says: {why}", file=sys.stderr)
         return status, {worker: tries[-1].strip() for worker, tries in answers.items() if tries}
 
-    def watch(self, node: Node) -> int:
-        """Prints worker 0's output; returns the status of the connection."""
-        return subprocess.run(
-            self._ssh(node, "0", f"cd {FOLDER} && launch/job.sh follow")
-        ).returncode
+    def watch(self, node: Node) -> tuple[int, bool]:
+        """Prints worker 0's output; (status of the connection, whether it brought any output)."""
+        command = self._ssh(node, "0", f"cd {FOLDER} && launch/job.sh follow")
+        heard = False
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                # Not by lines: those of a progress bar do not end.
+                while piece := os.read(process.stdout.fileno(), 2**16):
+                    heard = True
+                    sys.stdout.buffer.write(piece)
+                    sys.stdout.buffer.flush()
+            except BaseException:
+                process.kill()
+                raise
+        return process.returncode, heard
 
     def _ssh(self, node: Node, worker: str, command: str) -> list[str]:
         return [
             *("gcloud", "compute", "tpus", "tpu-vm", "ssh", node.name),
             *(f"--worker={worker}", *self._where(), f"--command={command}"),
+            *(f"--ssh-flag=-o{option}" for option in KEEPALIVE),
         ]
 
 

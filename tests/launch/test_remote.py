@@ -51,14 +51,14 @@ def test_all_workers_get_the_code_and_run_it_and_worker_0_is_heard(cloud):
     tpus = ("gcloud", "compute", "tpus", "tpu-vm")
     assert cloud.calls(*tpus, "describe") == [[*tpus, "describe", "pod", *FLAGS, "--format=json"]]
     (copy,) = cloud.calls(*tpus, "scp")
-    assert copy[6:] == ["pod:saber_jax.tar.gz", "--worker=all", *FLAGS]
+    assert copy[6:10] == ["pod:saber_jax.tar.gz", "--worker=all", *FLAGS]
     _, start, follow, end = cloud.calls(*tpus, "ssh")
     assert start[5:9] == ["pod", "--worker=all", *FLAGS]
     assert (
         "launch/job.sh start configs/sft.py:7b '--config.data.path=/data/it'\"'\"'s mine' "
         in (start[9])
     )
-    assert follow[6:] == ["--worker=0", *FLAGS, "--command=cd saber_jax && launch/job.sh follow"]
+    assert follow[6:10] == ["--worker=0", *FLAGS, "--command=cd saber_jax && launch/job.sh follow"]
     assert end[9].endswith("; cd saber_jax && launch/job.sh end")
 
 
@@ -133,6 +133,27 @@ def test_a_lost_connection_is_taken_up_again(cloud):
     done = launch(cloud, *RUN)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("connection lost, the run goes on") == 2
+
+
+def test_a_host_that_is_gone_is_noticed_by_every_connection(cloud):
+    assert launch(cloud, *RUN).returncode == 0
+    options = ["ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=6"]
+    for verb, flag in (("scp", "--scp-flag"), ("ssh", "--ssh-flag")):
+        for call in cloud.calls("gcloud", "compute", "tpus", "tpu-vm", verb):
+            assert {f"{flag}=-o{option}" for option in options} <= set(call)
+
+
+def test_only_output_ends_a_row_of_failed_connections(monkeypatch, capsys):
+    monkeypatch.setenv("RECONNECT_SECONDS", "0")
+    flapping = (remote.RECONNECTS - 1) * [(255, False)]
+    failed_api = [(1, False)]
+    connections = [*flapping, (255, True), *flapping, *failed_api, (0, True)]
+    asked = iter(connections)
+    monkeypatch.setattr(gcloud.Pod, "watch", lambda *_: next(asked))
+    pod, node = gcloud.Pod("pod", "us-west4-a", "lab"), gcloud.Node("pod", 1)
+    with pytest.raises(SystemExit, match="no connection to pod"):
+        remote.follow(pod, node)
+    assert next(asked) == (0, True)
 
 
 def test_an_api_that_fails_for_a_moment_is_asked_again_and_a_refusal_is_quoted(cloud):
