@@ -21,6 +21,8 @@ NO_CAPACITY_SECONDS = 300
 # After so many failures in a row, the run itself is assumed to be at fault.
 MOST_FAILURES = 3
 LASTING_SECONDS = 3600
+# After so many in a row a host is assumed to be dead, though its TPU VM is READY.
+MOST_UNREACHED = 20
 LEAST_FREE_GIB = 20
 
 
@@ -214,14 +216,25 @@ def watch(pod: Pod, arguments: Arguments) -> int:
 
 
 def attempt(pod: Pod, arguments: Arguments) -> int:
-    """One start of the run; a SystemExit inside counts as its failure."""
-    try:
-        return remote.run(pod, pod.nodes(), arguments.run)
-    except SystemExit as stopped:
-        if isinstance(stopped.code, int):
-            return stopped.code
-        print(stopped.code, file=sys.stderr, flush=True)
-        return 1
+    """One start of the run, or a look at it while it runs; a SystemExit inside counts as its
+    failure. While workers cannot be reached it may go on, so that is no failure: tries again until
+    the TPUs are gone. Raises Unreached after MOST_UNREACHED tries."""
+    for tries in range(1, MOST_UNREACHED + 1):
+        try:
+            return remote.run(pod, pod.nodes(), arguments.run)
+        except SystemExit as stopped:
+            if isinstance(stopped.code, int):
+                return stopped.code
+            print(stopped.code, file=sys.stderr, flush=True)
+            return 1
+        except remote.Unreached as unreached:
+            if tries == MOST_UNREACHED:
+                raise
+            log(f"{unreached} Trying again.")
+        time.sleep(gcloud.pause())
+        if pod.state() != "READY":
+            break
+    return 1
 
 
 def taken_back(pod: Pod) -> bool:
@@ -272,8 +285,8 @@ def main(words: list[str]) -> int:
         else:
             there = pod.delete()
             print(f"{pod.name} {'is deleted' if there else 'was not there'}")
-    except gcloud.Refused as refused:
-        sys.exit(f"launch/pod.sh: {refused}")
+    except (gcloud.Refused, remote.Unreached) as error:
+        sys.exit(f"launch/pod.sh: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\nlaunch/pod.sh: interrupted; {pod.name} stays as it is. launch/pod.sh delete")
     return 0

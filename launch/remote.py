@@ -25,9 +25,14 @@ from launch.gcloud import FOLDER, LOST, Node, Pod, ask, everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
 PREEMPTED = 75
+INTERRUPTED = 130
 UNPACK = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER}"
 STATE = f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh state || echo none"
 RECONNECTS = 10  # Each of them is ten of gcloud's.
+
+
+class Unreached(Exception):
+    """Workers cannot be reached, so nothing is known about the run there: it may go on."""
 
 
 def pack(target: Path) -> None:
@@ -78,7 +83,7 @@ def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
 
 def follow(pod: Pod, node: Node) -> None:
     """Prints worker 0's output until it ends. Reconnects after lost connections, and gives up after
-    RECONNECTS in a row that brought no output."""
+    RECONNECTS in a row that brought no output. Raises Unreached then."""
     failures = 0
     while failures < RECONNECTS:
         status, heard = pod.watch(node)
@@ -89,7 +94,7 @@ def follow(pod: Pod, node: Node) -> None:
         failures = 0 if heard else failures + 1
         print("launch/tpu_run.sh: connection lost, the run goes on; connecting again", flush=True)
         time.sleep(gcloud.pause())
-    sys.exit(f"launch/tpu_run.sh: no connection to {node.name}. The run goes on without us.")
+    raise Unreached(f"no connection to {node.name}. The run goes on without us.")
 
 
 def verdict(nodes: list[Node], answers: dict[tuple[str, int], str]) -> int:
@@ -122,27 +127,30 @@ def where(nodes: list[Node]) -> str:
 
 
 def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
-    """Starts the run, or attaches to a running one; returns the worst worker's status."""
+    """Starts the run, or attaches to a running one; returns the worst worker's status. Raises
+    Unreached."""
     there = states(ask(pod, nodes, STATE))
     silent = [who for node in nodes for who in node.hosts if who not in there]
     if "running" in there.values():
         print(f"a run is going on on {where(nodes)}; looking on", flush=True)
     elif silent:
-        sys.exit(
-            f"launch/tpu_run.sh: {gcloud.named(silent)} did not say whether a run is going on "
-            "there, so nothing was started. Try again, or see why with gcloud compute tpus tpu-vm "
-            f"ssh {silent[0][0]} --worker={silent[0][1]}."
+        raise Unreached(
+            f"{gcloud.named(silent)} did not say whether a run is going on there, so nothing was "
+            "started. Try again, or see why with gcloud compute tpus tpu-vm ssh "
+            f"{silent[0][0]} --worker={silent[0][1]}."
         )
     else:
         start(pod, nodes, arguments)
     try:
         follow(pod, nodes[0])
+        status = verdict(nodes, ask(pod, nodes, f"cd {FOLDER} && launch/job.sh end"))
     except KeyboardInterrupt:
-        sys.exit(
-            "\nlaunch/tpu_run.sh: the run goes on. The same command looks on again; with --stop in "
-            "place of the config it is told to save and end."
+        print(
+            "\nlaunch/tpu_run.sh: the run goes on. The same command looks on again; "
+            "launch/tpu_run.sh --stop tells it to save and end.",
+            file=sys.stderr,
         )
-    status = verdict(nodes, ask(pod, nodes, f"cd {FOLDER} && launch/job.sh end"))
+        raise
     ending = f"the worst worker ended with status {status}" if status else "done"
     print(f"{where(nodes)}: {ending}")
     return status
@@ -158,7 +166,12 @@ def main(arguments: list[str]) -> int:
         ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
         print("told to stop; the command that started it shows how it ends")
         return 0
-    return run(pod, nodes, arguments)
+    try:
+        return run(pod, nodes, arguments)
+    except Unreached as unreached:
+        sys.exit(f"launch/tpu_run.sh: {unreached}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

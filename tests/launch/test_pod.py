@@ -1,9 +1,13 @@
 """A pod's life from a laptop: what gcloud is asked for, and what a person reads."""
 
+import os
+import signal
+import subprocess
+
 import pytest
 
-from launch import gcloud, topology
-from launch.pod import judge
+from launch import gcloud, remote, topology
+from launch.pod import MOST_UNREACHED, judge, read, watch
 from tests.launch import standins
 
 WHERE = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "PROJECT": "lab"}
@@ -198,6 +202,65 @@ def test_watch_gives_up_on_a_run_that_fails_by_itself_and_leaves_the_tpus(cloud)
     assert done.returncode == 3
     assert "failed 3 times in a row" in done.stdout
     assert (cloud.folder / "queued-resources-pod.json").exists()
+
+
+def test_ctrl_c_ends_watch_and_not_the_run(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    for worker in "01":
+        (cloud.folder / "pod" / worker / "goes_on").touch()
+    watching = subprocess.Popen(
+        ["launch/pod.sh", "watch", CONFIG],
+        cwd=standins.ROOT,
+        env=cloud.environ(**WHERE, **SMALL, SABER_PYTHON=cloud.python),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches all processes of the terminal.
+    )
+    assert watching.stdout is not None
+    while "chain with" not in watching.stdout.readline():
+        assert watching.poll() is None
+    os.killpg(watching.pid, signal.SIGINT)
+    said, complaints = watching.communicate(timeout=60)
+    assert watching.returncode == 1 and "the run goes on" in complaints
+    assert "starting it again" not in said
+    job = ["launch/job.sh", "state"]
+    for worker in "01":
+        home = cloud.folder / "pod" / worker
+        state = subprocess.run(job, cwd=home / "saber_jax", capture_output=True, check=True)
+        assert state.stdout == b"running\n"
+        (home / "goes_on").unlink()
+
+
+@pytest.fixture
+def unreached(monkeypatch):
+    """A pod that is READY, whose workers are reached at the given try."""
+
+    def tries(count):
+        outcomes = iter([*(count - 1) * [remote.Unreached("no connection to pod.")], 0])
+
+        def run(*_):
+            outcome = next(outcomes)
+            if outcome:
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(remote, "run", run)
+
+    monkeypatch.setenv("RECONNECT_SECONDS", "0")
+    monkeypatch.setattr(gcloud.Pod, "state", lambda _: "READY")
+    monkeypatch.setattr(gcloud.Pod, "nodes", lambda _: [gcloud.Node("pod", 2)])
+    return tries
+
+
+def test_a_pod_out_of_reach_is_no_failure_of_the_run(unreached, capsys):
+    where, arguments = gcloud.Pod("pod", "zone", "lab"), read(["configs/sft.py:7b-v5e-256"])
+    unreached(MOST_UNREACHED)
+    assert watch(where, arguments) == 0
+    assert "failed" not in capsys.readouterr().out
+    unreached(MOST_UNREACHED + 1)
+    with pytest.raises(remote.Unreached):
+        watch(where, arguments)
 
 
 def test_watch_does_not_start_again_what_a_person_stopped(cloud):

@@ -151,7 +151,7 @@ def test_only_output_ends_a_row_of_failed_connections(monkeypatch, capsys):
     asked = iter(connections)
     monkeypatch.setattr(gcloud.Pod, "watch", lambda *_: next(asked))
     pod, node = gcloud.Pod("pod", "us-west4-a", "lab"), gcloud.Node("pod", 1)
-    with pytest.raises(SystemExit, match="no connection to pod"):
+    with pytest.raises(remote.Unreached, match="no connection to pod"):
         remote.follow(pod, node)
     assert next(asked) == (0, True)
 
