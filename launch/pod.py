@@ -20,6 +20,7 @@ TAKEN_BACK_SECONDS = 180
 NO_CAPACITY_SECONDS = 300
 # After so many failures in a row, the run itself is assumed to be at fault.
 MOST_FAILURES = 3
+MOST_REQUESTS = 5
 LASTING_SECONDS = 3600
 # After so many in a row a host is assumed to be dead, though its TPU VM is READY.
 MOST_UNREACHED = 20
@@ -75,10 +76,8 @@ def log(text: str) -> None:
 
 
 def create(pod: Pod, arguments: Arguments) -> None:
-    shape = arguments.shape()
-    kind = "spot" if arguments.spot else "on demand"
-    log(f"asking for {shape} ({shape.accelerator_type}, {kind}) as {pod.name} in {pod.zone}")
-    pod.create(shape, spot=arguments.spot, disk=arguments.disk)
+    """Requests the TPUs and waits for them. Exits with a message if they do not come."""
+    request(pod, arguments)
     state = wait_for(pod)
     if state != "READY":
         sys.exit(
@@ -87,13 +86,20 @@ def create(pod: Pod, arguments: Arguments) -> None:
         )
 
 
+def request(pod: Pod, arguments: Arguments) -> None:
+    shape = arguments.shape()
+    kind = "spot" if arguments.spot else "on demand"
+    log(f"asking for {shape} ({shape.accelerator_type}, {kind}) as {pod.name} in {pod.zone}")
+    pod.create(shape, spot=arguments.spot, disk=arguments.disk)
+
+
 def wait_for(pod: Pod) -> str:
     """Returns when the TPUs are READY or gone, printing every change. If this is interrupted, the
     request stays in the queue."""
     before = ""
     while True:
         state = pod.state()
-        if state != before:
+        if state not in (before, "MISSING"):
             log(f"{pod.name} is {state}")
         if state == "READY" or state in GONE:
             return state
@@ -184,15 +190,10 @@ def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
 
 def watch(pod: Pod, arguments: Arguments) -> int:
     """Runs to the end through preemptions; returns the run's exit status."""
+    arguments.shape()  # Exits now, not after the first preemption, if it is not known.
     failures = 0
     while True:
-        state = pod.state()
-        if state in GONE:
-            renew(pod, arguments, state)
-            continue
-        if state != "READY":
-            wait_for(pod)
-            continue
+        make_ready(pod, arguments)
         began = time.monotonic()
         status = attempt(pod, arguments)
         if status == 0:
@@ -247,19 +248,40 @@ def taken_back(pod: Pod) -> bool:
     return True
 
 
-def renew(pod: Pod, arguments: Arguments, state: str) -> None:
-    """Deletes the old request and makes a new one, repeatedly while there is no capacity."""
-    if state != "MISSING":
-        pod.delete()
-    while True:
-        try:
-            create(pod, arguments)
-            return
-        except gcloud.Refused as refused:
-            if not refused.no_capacity:
-                raise
-            log(f"no capacity in {pod.zone}; asking again in a while")
-            time.sleep(min(NO_CAPACITY_SECONDS, 30 * gcloud.pause()))
+def make_ready(pod: Pod, arguments: Arguments) -> None:
+    """Returns when the TPUs are READY, requesting them whenever they are gone. Exits with a message
+    after MOST_REQUESTS requests that failed."""
+    failed = 0
+    while (state := wait_for(pod)) != "READY":
+        # An old request that failed is no reason to wait with a new one.
+        if state == "FAILED":
+            failed += 1
+        if failed > MOST_REQUESTS:
+            sys.exit(
+                f"launch/pod.sh: {MOST_REQUESTS} requests in a row failed; the last one is left. "
+                f"Look at it with gcloud compute tpus queued-resources describe {pod.name}"
+            )
+        if failed > 1:
+            log("the request failed; making another one in a while")
+            time.sleep(_long_pause())
+        renew(pod, arguments)
+
+
+def renew(pod: Pod, arguments: Arguments) -> None:
+    """Deletes what there is, even if only the request is left of it, and makes a new request,
+    unless there is no capacity."""
+    pod.delete()
+    try:
+        request(pod, arguments)
+    except gcloud.Refused as refused:
+        if not refused.no_capacity:
+            raise
+        log(f"no capacity in {pod.zone}; asking again in a while")
+        time.sleep(_long_pause())
+
+
+def _long_pause() -> float:
+    return min(NO_CAPACITY_SECONDS, 30 * gcloud.pause())
 
 
 def main(words: list[str]) -> int:

@@ -35,13 +35,15 @@ if verb == "describe":
     if not answer.exists():
         sys.exit(f"{error} NOT_FOUND: Resource not found")
     print(answer.read_text())
-    # A queued resource that waits is there at the next look.
+    # A queued resource that waits is, at the next look, what the first line of FOLDER/waits says.
     print_later = folder / "waits"
     if kind == "queued-resources" and print_later.exists():
-        print_later.unlink()
         made = json.loads(answer.read_text())
-        made["state"]["state"] = "ACTIVE"
-        answer.write_text(json.dumps(made))
+        if made["state"]["state"] == "WAITING_FOR_RESOURCES":
+            first, *more = print_later.read_text().splitlines()
+            print_later.write_text("\\n".join(more)) if more else print_later.unlink()
+            made["state"]["state"] = first
+            answer.write_text(json.dumps(made))
     sys.exit(0)
 if verb == "create":
     refusals = folder / "create_refuses"

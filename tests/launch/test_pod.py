@@ -1,6 +1,7 @@
 """A pod's life from a laptop: what gcloud is asked for, and what a person reads."""
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -86,7 +87,7 @@ def test_every_recipe_has_tpus_that_can_be_asked_for():
 
 
 def test_create_waits_in_the_queue_and_says_how_it_goes(cloud):
-    (cloud.folder / "waits").touch()
+    (cloud.folder / "waits").write_text("ACTIVE")
     done = pod(cloud, "create", CONFIG, "--spot", "--disk=records", **SMALL)
     assert done.returncode == 0, done.stderr
     assert "pod is WAITING_FOR_RESOURCES" in done.stdout and "pod is READY" in done.stdout
@@ -193,6 +194,31 @@ def test_watch_gets_tpus_again_whenever_they_are_taken_back_and_gives_them_up_at
     deletes = [call[5:] for call in cloud.calls(*QUEUED, "delete")]
     assert deletes == 2 * [["pod", *FLAGS, "--force", "--quiet"]]
     assert not (cloud.folder / "queued-resources-pod.json").exists()
+
+
+def test_watch_asks_again_when_a_request_is_taken_back_while_it_waits(cloud):
+    (cloud.folder / "waits").write_text("SUSPENDED\nFAILED\nFAILED")
+    done = pod(cloud, "watch", CONFIG, **SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pod is PREEMPTED" in done.stdout and "making another one in a while" in done.stdout
+    assert len(cloud.calls(*QUEUED, "create")) == 4
+
+
+def test_watch_gives_up_on_requests_that_always_fail(cloud):
+    (cloud.folder / "waits").write_text("FAILED\n" * 100)
+    done = pod(cloud, "watch", CONFIG, **SMALL, RECONNECT_SECONDS="0.01")
+    assert done.returncode == 1
+    assert "5 requests in a row failed" in done.stderr
+    assert (cloud.folder / "queued-resources-pod.json").exists()
+
+
+def test_watch_deletes_the_request_of_a_tpu_vm_that_is_gone(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    (cloud.folder / "tpu-vm-pod.json").unlink()
+    shutil.rmtree(cloud.folder / "pod")
+    done = pod(cloud, "watch", CONFIG, **SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(cloud.calls(*QUEUED, "delete")) == 1
 
 
 def test_watch_gives_up_on_a_run_that_fails_by_itself_and_leaves_the_tpus(cloud):
