@@ -29,7 +29,7 @@ LOST = 255  # What ssh exits with when the connection breaks.
 MARK = "saber-jax-answer"
 # A host that is gone is noticed within two minutes. TCP alone would take hours.
 KEEPALIVE = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=6")
-DESCRIBE_TRIES = 6
+API_TRIES = 6  # Over five minutes, see `_try`.
 
 # Otherwise gcloud would wait for answers to prompts, for example about making an ssh key.
 os.environ.setdefault("CLOUDSDK_CORE_DISABLE_PROMPTS", "1")
@@ -39,8 +39,11 @@ NO_CAPACITY = (
     *("no more capacity", "RESOURCE_EXHAUSTED", "Insufficient capacity", "stockout"),
     *("resources exhausted", "ZONE_RESOURCE_POOL_EXHAUSTED"),
 )
+NO_QUOTA = ("Quota limit", "QUOTA_EXCEEDED", "Quota exceeded")
+EXISTS = ("ALREADY_EXISTS", "already exists")
+NOT_THERE = ("NOT_FOUND", "not found")
 ADVICE = {
-    ("Quota limit", "QUOTA_EXCEEDED", "Quota exceeded"): (
+    NO_QUOTA: (
         "The project may not have that many chips of this kind here. Ask for quota (console, IAM & "
         "Admin, Quotas, `TPU`), take a smaller slice, or try --spot, which has a quota of its own."
     ),
@@ -48,7 +51,7 @@ ADVICE = {
         "There are no such TPUs free in this zone now. Try another zone, --spot, or "
         "launch/pod.sh watch, which goes on asking."
     ),
-    ("ALREADY_EXISTS", "already exists"): (
+    EXISTS: (
         "It exists already. Use it with launch/pod.sh run, or delete it with launch/pod.sh delete."
     ),
     ("PERMISSION_DENIED", "does not have permission"): (
@@ -56,7 +59,13 @@ ADVICE = {
         "the TPU API must be enabled: gcloud services enable tpu.googleapis.com"
     ),
 }
-FINAL = ("PERMISSION_DENIED", "INVALID_ARGUMENT", "UNAUTHENTICATED", "does not have permission")
+# After these another try is no use. Those of `REFUSALS` may mean too many requests a minute where
+# nothing was asked for but a look.
+FINAL = (
+    *("PERMISSION_DENIED", "INVALID_ARGUMENT", "UNAUTHENTICATED", "does not have permission"),
+    *("unrecognized arguments", *NOT_THERE),
+)
+REFUSALS = (*FINAL, *NO_CAPACITY, *NO_QUOTA, *EXISTS)
 
 
 class Refused(Exception):
@@ -95,17 +104,11 @@ class Pod:
     def describe(self, kind: str, name: str) -> dict[str, Any] | None:
         """`kind` is tpu-vm or queued-resources. None when there is none of that name."""
         command = ["gcloud", "compute", "tpus", kind, "describe", name, *self._where()]
-        for number in range(DESCRIBE_TRIES):
-            done = subprocess.run([*command, "--format=json"], capture_output=True, text=True)
-            if done.returncode == 0:
-                return json.loads(done.stdout)
-            if "NOT_FOUND" in done.stderr or "not found" in done.stderr:
-                return None
-            if any(word in done.stderr for word in FINAL):
-                break
-            # A watch takes days; a failure of the API for a minute must not end it.
-            if number + 1 < DESCRIBE_TRIES:
-                time.sleep(pause())
+        done, _ = _try([*command, "--format=json"], FINAL)
+        if done.returncode == 0:
+            return json.loads(done.stdout)
+        if any(word in done.stderr for word in NOT_THERE):
+            return None
         raise Refused(command, done.stderr)
 
     def create(self, shape: topology.Slices, *, spot: bool, disk: str = "") -> None:
@@ -139,8 +142,11 @@ class Pod:
 
     def _do(self, kind: str, verb: str, name: str, *flags: str) -> None:
         command = ["gcloud", "compute", "tpus", kind, verb, name, *self._where(), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        done, tries = _try(command, REFUSALS)
+        # An earlier try may have worked though its answer was lost.
+        worked = {"create": EXISTS, "delete": NOT_THERE}[verb]
+        repeated = tries > 1 and any(word in done.stderr for word in worked)
+        if done.returncode and not repeated:
             raise Refused(command, done.stderr)
 
     def state(self) -> str:
@@ -242,6 +248,18 @@ class Pod:
             *(f"--worker={worker}", *self._where(), f"--command={command}"),
             *(f"--ssh-flag=-o{option}" for option in KEEPALIVE),
         ]
+
+
+def _try(command: Sequence[str], final: Sequence[str]) -> tuple[subprocess.CompletedProcess, int]:
+    """(the last try, how many there were). A watch takes days, and the API may fail for minutes;
+    `final` are words of errors that another try does not help."""
+    for number in range(API_TRIES):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0 or any(word in done.stderr for word in final):
+            return done, number + 1
+        if number + 1 < API_TRIES:
+            time.sleep(pause() * 2**number)
+    return done, API_TRIES
 
 
 def node_names(name: str, resource: dict[str, Any]) -> list[str]:

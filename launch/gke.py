@@ -41,6 +41,8 @@ PODS = "jobset.sigs.k8s.io/jobset-name={}"
 FIRST = f"{PODS},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 SPEC = "saber-jax/spec"
 LAST_LINES = 30
+# Ten minutes and more: a zonal cluster does not answer while its control plane is upgraded.
+LOOK_TRIES = 60
 # Mount options of Cloud Storage FUSE: implicit folders, renaming of whole folders, and no metadata
 # cache, because other hosts may replace files.
 MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0"
@@ -136,13 +138,23 @@ def kubectl(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
     return subprocess.run(["kubectl", *arguments], text=True, **options)
 
 
-def look(name: str) -> dict[str, Any] | None:
-    """The JobSet as the cluster has it; None when there is none of that name."""
-    done = kubectl("get", "jobset", name, "-o", "json", capture_output=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout)
-    if "NotFound" in done.stderr or "not found" in done.stderr:
-        return None
+def pause() -> float:
+    """Seconds between two looks."""
+    return float(os.environ.get("RECONNECT_SECONDS", "10"))
+
+
+def look(name: str, tries: int = 1) -> dict[str, Any] | None:
+    """The JobSet as the cluster has it; None when there is none of that name. Exits with a message
+    when the cluster does not answer `tries` times."""
+    for number in range(1, tries + 1):
+        done = kubectl("get", "jobset", name, "-o", "json", capture_output=True)
+        if done.returncode == 0:
+            return json.loads(done.stdout)
+        if "NotFound" in done.stderr or "not found" in done.stderr:
+            return None
+        if number == tries or "Forbidden" in done.stderr:
+            break
+        time.sleep(pause())
     sys.exit(f"launch/tpu_run.sh: JobSet {name} cannot be looked at: {done.stderr.strip()}")
 
 
@@ -216,12 +228,11 @@ def follow(name: str) -> str:
 
     The first host's pod comes and goes with restarts; the JobSet says when all is over.
     """
-    pause = float(os.environ.get("RECONNECT_SECONDS", "10"))
     waited_for: set[str] = set()
     failed: set[str] = set()
     first = FIRST.format(name)
     while True:
-        jobset = look(name)
+        jobset = look(name, LOOK_TRIES)
         if jobset is None:
             return "deleted"
         quote_failures(name, failed)
@@ -235,7 +246,7 @@ def follow(name: str) -> str:
             kubectl("logs", "--follow", f"--selector={first}", "--tail=-1")
         else:
             log_why_it_waits(name, waited_for)
-        time.sleep(pause)
+        time.sleep(pause())
 
 
 def main(arguments: list[str]) -> int:

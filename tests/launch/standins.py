@@ -22,8 +22,8 @@ if words[0] == "storage":  # cp - gs://BUCKET/FILE and rm gs://BUCKET/FILE
     bucket = words[-1].split("/")[2]
     sys.exit(f"ERROR: 403 no storage.objects.create in {bucket}" if bucket == "locked" else 0)
 kind, verb = words[2:4]
-fails = folder / "describe_fails"
-if verb == "describe" and fails.exists():
+fails = folder / f"{verb}_fails"
+if fails.exists():
     times, message = fails.read_text().split("\\n")
     fails.write_text(f"{int(times) - 1}\\n{message}")
     if int(times) > 0:
@@ -45,6 +45,14 @@ if verb == "describe":
             made["state"]["state"] = first
             answer.write_text(json.dumps(made))
     sys.exit(0)
+lost = folder / f"{verb}_answer_is_lost"
+
+def end():
+    if lost.exists():
+        lost.unlink()
+        sys.exit(f"{error} UNAVAILABLE: 503 backend error")
+    sys.exit(0)
+
 if verb == "create":
     refusals = folder / "create_refuses"
     if refusals.exists():
@@ -67,7 +75,7 @@ if verb == "create":
             (folder / node / str(worker)).mkdir(parents=True)
         about = {"state": "READY", "networkEndpoints": [{"ipAddress": "10.0.0.1"}] * workers}
         (folder / f"tpu-vm-{node}.json").write_text(json.dumps(about))
-    sys.exit(0)
+    end()
 if verb == "delete":
     if not answer.exists():
         sys.exit(f"{error} NOT_FOUND: Resource not found")
@@ -77,7 +85,7 @@ if verb == "delete":
     for machine in folder.glob(f"tpu-vm-{words[4]}*.json"):
         machine.unlink()
         shutil.rmtree(folder / machine.stem[len("tpu-vm-"):])
-    sys.exit(0)
+    end()
 node = words[5].split(":")[0] if verb == "scp" else words[4]
 workers = sorted(p for p in (folder / node).iterdir() if flags["worker"] in ("all", p.name))
 assert workers, f"no worker {flags['worker']} of {node}"
@@ -159,6 +167,9 @@ elif verb == "get" and rest[0] == "jobset":
         sys.exit('Error from server (Forbidden): jobsets.jobset.x-k8s.io "saber" is forbidden')
     if not applied.exists():
         sys.exit('Error from server (NotFound): jobsets.jobset.x-k8s.io "saber" not found')
+    if states.read_text().startswith("unavailable\\n"):
+        states.write_text(states.read_text().partition("\\n")[2])
+        sys.exit("Unable to connect to the server: net/http: TLS handshake timeout")
     first, *rest = states.read_text().split("\\n")
     if rest:
         states.write_text("\\n".join(rest))

@@ -104,6 +104,13 @@ def test_the_run_is_applied_and_followed_to_its_end(cluster):
     ]
 
 
+def test_a_cluster_that_does_not_answer_for_a_while_ends_nothing(cluster):
+    (cluster.folder / "states").write_text("unavailable\nunavailable\n\nCompleted")
+    done = cluster.run(*RUN, **WHERE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("JobSet saber: Completed\n")
+
+
 def test_a_failed_jobset_is_a_failure_that_quotes_the_pods_that_failed(cluster):
     (cluster.folder / "states").write_text("\nFailed")
     (cluster.folder / "failed_pods").write_text("saber-slice-0-7-abcde")

@@ -297,6 +297,24 @@ def test_watch_does_not_start_again_what_a_person_stopped(cloud):
     assert done.returncode == 75 and "told to stop" in done.stdout
 
 
+@pytest.mark.parametrize("kind", ["fails", "answer_is_lost"])
+def test_an_api_that_fails_for_a_moment_ends_no_watch(cloud, kind):
+    for verb in ("create", "delete"):
+        (cloud.folder / f"{verb}_{kind}").write_text("2\nERROR: UNAVAILABLE: 503 backend error")
+    done = pod(cloud, "watch", CONFIG, "--delete", **SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pod is deleted" in done.stdout
+    tries = 3 if kind == "fails" else 2
+    assert len(cloud.calls(*QUEUED, "create")) == len(cloud.calls(*QUEUED, "delete")) == tries
+    assert not (cloud.folder / "queued-resources-pod.json").exists()
+
+
+def test_a_refusal_is_final(cloud):
+    (cloud.folder / "create_refuses").write_text(NO_CAPACITY)
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 1
+    assert len(cloud.calls(*QUEUED, "create")) == 1
+
+
 def test_delete_gives_back_what_is_there(cloud):
     assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
     assert pod(cloud, "delete").stdout == "pod is deleted\n"
