@@ -5,7 +5,8 @@
 #   launch/job.sh state                        "running", "exit N" or "none"
 #   launch/job.sh follow                       prints the log until the run has ended
 #   launch/job.sh end                          waits for the end, prints "exit N", why if N is not 0
-#   launch/job.sh stop [ID]                    asks it to save and end, if it was started with JOB_ID=ID
+#   launch/job.sh stop [ID]                    asks it to save and end, if it was started with JOB_ID=ID;
+#                                              says "told", or "none" if there is no such run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 job=runs/job
@@ -70,7 +71,12 @@ case "${1:-}" in
     if [[ "$(state)" != "exit 0" ]]; then tail -n 30 $job/log; fi
     ;;
   stop)
-    if alive && [[ $# == 1 || "$2" == "$(cat $job/id)" ]]; then kill -TERM "$(cat $job/pid)"; fi
+    if alive && [[ $# == 1 || "$2" == "$(cat $job/id)" ]]; then
+      kill -TERM "$(cat $job/pid)"
+      echo told
+    else
+      echo none
+    fi
     ;;
   *) echo "usage: launch/job.sh start|state|follow|end|stop" >&2; exit 2 ;;
 esac

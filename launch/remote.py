@@ -156,6 +156,24 @@ def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
     return status
 
 
+def stop(pod: Pod, nodes: list[Node]) -> int:
+    """Tells the run to save and end; returns 1 if not every worker could be asked, else 0."""
+    answers = ask(pod, nodes, f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh stop || echo none")
+    told = [who for who, said in answers.items() if re.search("(?m)^told$", said)]
+    here = {who for who, said in answers.items() if re.search("(?m)^(told|none)$", said)}
+    if told:
+        print("told to stop; the command that started it shows how it ends")
+    elif here:
+        print("no run is going on on the workers that answered")
+    if missing := [who for node in nodes for who in node.hosts if who not in here]:
+        print(
+            f"launch/tpu_run.sh: not told to stop, because not reached: {gcloud.named(missing)}. "
+            "Try again.",
+            file=sys.stderr,
+        )
+    return 1 if missing else 0
+
+
 def main(arguments: list[str]) -> int:
     pod = gcloud.from_environment()
     try:
@@ -163,9 +181,7 @@ def main(arguments: list[str]) -> int:
     except gcloud.Refused as refused:
         sys.exit(f"launch/tpu_run.sh: {refused}")
     if arguments == ["--stop"]:
-        ask(pod, nodes, f"cd {FOLDER} && launch/job.sh stop")
-        print("told to stop; the command that started it shows how it ends")
-        return 0
+        return stop(pod, nodes)
     try:
         return run(pod, nodes, arguments)
     except Unreached as unreached:

@@ -191,6 +191,16 @@ def test_a_running_job_is_looked_on_at_and_stops_when_told_so(cloud):
     assert len(cloud.calls("gcloud", "compute", "tpus", "tpu-vm", "scp")) == 1
 
 
+def test_stop_names_the_workers_that_it_did_not_reach(cloud):
+    done = launch(cloud, "launch/tpu_run.sh", "--stop")
+    assert done.returncode == 0 and "no run is going on" in done.stdout
+    for worker in "02":
+        (cloud.folder / "pod" / worker / "unreachable").touch()
+    done = launch(cloud, "launch/tpu_run.sh", "--stop")
+    assert done.returncode == 1 and "told to stop;" not in done.stdout
+    assert "not told to stop, because not reached: pod worker 0, pod worker 2." in done.stderr
+
+
 def test_a_queued_resource_is_all_of_its_slices(cloud):
     about = {
         "state": {"state": "ACTIVE"},
