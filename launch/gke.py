@@ -75,6 +75,11 @@ def settings(environ: Mapping[str, str], config: str) -> dict[str, str]:
         shape = topology.wanted(config, asked)
     except ValueError as error:
         sys.exit(f"launch/tpu_run.sh: {error}")
+    if slices and int(slices) != shape.count:  # Without TPU_TYPE the shape is the recipe's.
+        sys.exit(
+            f"launch/tpu_run.sh: SLICES is {slices}, but {config} is made for {shape}. Leave "
+            "SLICES away, or choose another recipe (configs/pods.py)."
+        )
     bucket = environ.get("BUCKET", "").removeprefix("gs://").rstrip("/")
     return {
         "NAME": name_of(environ),

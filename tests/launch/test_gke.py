@@ -205,6 +205,14 @@ def test_a_run_in_a_bucket_needs_no_mount_and_acts_as_the_service_account(cluste
     assert volume == {"name": "runs", "emptyDir": {}}
 
 
+@pytest.mark.parametrize(("recipe", "slices"), [("7b-v5e-256", "2"), ("7b-2xv5e-128", "1")])
+def test_slices_that_the_recipe_is_not_made_for_are_refused(cluster, recipe, slices):
+    run = ("launch/tpu_run.sh", f"configs/cadpo.py:{recipe}", "--config.root=gs://runs/7b")
+    done = cluster.run(*run, GKE_IMAGE="registry/saber:1", SLICES=slices)
+    assert done.returncode == 1 and not cluster.calls("kubectl")
+    assert f"SLICES is {slices}, but configs/cadpo.py:{recipe} is made for" in done.stderr
+
+
 def test_several_slices_talk_over_the_network_of_their_nodes(cluster):
     _, _, pod = parts(rendered(cluster))
     assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
