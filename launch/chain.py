@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 
 from configs.command_line import CONFIG, parse_flags
 from launch import hardware, hours, outcome, processes, turns
-from launch.steps import Step, steps, until, with_own_workdir
+from launch.steps import Step, stage_1, steps, until, with_own_workdir
 from saber_jax.data.records import splits_of
 from saber_jax.runs import distributed, manifest, platforms
 from saber_jax.runs.distributed import PREEMPTED
 from saber_jax.runs.files import exists, read_json, write_json
-from saber_jax.runs.identity import MAY_CHANGE, identity
+from saber_jax.runs.identity import LATER, MAY_CHANGE, identity
 
 TERMINATED = 128 + signal.SIGTERM
 BAR_SECONDS = 30  # Between two states of a progress bar in a log.
@@ -234,25 +234,35 @@ def _split_of(step: Step) -> str | None:
 
 
 def refuse_taken(config: ConfigDict, settings: tuple[str, ...]) -> None:
-    """Checks before anything runs that the work directory has no run with other settings."""
+    """Checks before anything runs that the work directories have no runs with other settings."""
     config, _ = with_own_workdir(config, settings)
+    start = stage_1(config)
+    carried = ""
+    if start is not None:
+        other = Path(config.root).parent / "NAME"
+        _refuse_other_run(start, f"Stage 1 is another one, so add --config.root={other}.")
+        if exists(Path(start.workdir) / "summary.json"):
+            carried = "; stage 1, the pairs and their evaluation are used again"
+    other = Path(config.workdir).parent / "NAME"
+    _refuse_other_run(
+        config,
+        f"To keep both, add --config.workdir={other}: what this run leaves goes there{carried}.",
+    )
+
+
+def _refuse_other_run(config: ConfigDict, remedy: str) -> None:
     taken = Path(config.workdir) / "config.json"
     if not exists(taken):
         return
     # An unfinished run may go on with some other settings; saber_jax.main logs the change.
     may = () if exists(taken.with_name("summary.json")) else MAY_CHANGE
-    carried = "; stage 1, the pairs and their evaluation are used again" * ("pairs" in config.data)
+    there, here = LATER | identity(read_json(taken)), identity(config)
     try:
         manifest.check(
-            *(
-                {name: value for name, value in identity(held).items() if name not in may}
-                for held in (read_json(taken), config)
-            ),
+            {name: value for name, value in there.items() if name not in may},
+            {name: value for name, value in here.items() if name not in may},
             what=f"{config.workdir} holds a run with other settings",
-            remedy=(
-                f"To keep both, add --config.workdir={Path(config.workdir).parent / 'NAME'}: what "
-                f"this run leaves goes there{carried}."
-            ),
+            remedy=remedy,
         )
     except ValueError as error:
         sys.exit(f"launch/tpu_run.sh: {error}")

@@ -57,13 +57,13 @@ def steps(config: ConfigDict, name: str, settings: tuple[str, ...]) -> list[Step
     """
     root, data = Path(config.root), Path(config.data.path)
     config, settings = with_own_workdir(config, settings)
-    own_records = data != root / "records"
+    own_records = _own_records(config)
     chain = [] if own_records or not config.embedded else _embedded_corpus(config, root)
     after = ("records",) if chain else ()
     if "pairs" not in config.data:
         return [*chain, _train(config, name, settings, after)]
-    if Path(config.init.checkpoint) == root / "sft":
-        chain.append(_stage_1(config, own_records, after))
+    if (start := stage_1(config)) is not None:
+        chain.append(_train_stage_1(config, start, after))
     if Path(config.data.pairs) == root / "pairs":
         chain.append(_pairs(config, data))
     stage_2 = _train(config, name, settings, ("sft", "pairs"))
@@ -113,13 +113,25 @@ def _train(
     )
 
 
-def _stage_1(config: ConfigDict, own_records: bool, after: tuple[str, ...]) -> Step:
-    """The step that trains stage 1 for this stage 2, with the matching config."""
+def _own_records(config: ConfigDict) -> bool:
+    return Path(config.data.path) != Path(config.root) / "records"
+
+
+def stage_1(config: ConfigDict) -> ConfigDict | None:
+    """The config of the stage 1 that the chain trains for this stage 2, if it does."""
+    if "pairs" not in config.data or Path(config.init.checkpoint) != Path(config.root) / "sft":
+        return None
     start = sft.get_config(config.variant)
     start.root, start.seed = config.root, config.seed
-    inherited = [f"--config.root={config.root}"]
-    if own_records:
+    if _own_records(config):
         start.data.path = config.data.path
+    return start
+
+
+def _train_stage_1(config: ConfigDict, start: ConfigDict, after: tuple[str, ...]) -> Step:
+    """The step that trains `start`, with the settings that it takes over from stage 2."""
+    inherited = [f"--config.root={config.root}"]
+    if _own_records(config):
         inherited.append(f"--config.data.path={config.data.path}")
     if config.seed:
         inherited.append(f"--config.seed={config.seed}")
@@ -180,7 +192,7 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
     scores = {"sft": root / "eval/sft", "cadpo": place / "eval" / "cadpo"}
     names = {"sft": "evaluate_sft", "cadpo": f"evaluate_{trained}"}
     after: dict[str, tuple[str, ...]] = {"sft": ("sft",), "cadpo": (trained,)}
-    if base := _base(config, root):
+    if base := _base(config):
         stages = {"base": base} | stages
         scores["base"], names["base"], after["base"] = root / "eval/base", "evaluate_base", ()
     evaluations = []
@@ -231,13 +243,10 @@ def _results(config: ConfigDict, root: Path, data: Path, trained: str) -> list[S
     return [*evaluations, export, report]
 
 
-def _base(config: ConfigDict, root: Path) -> str:
+def _base(config: ConfigDict) -> str:
     """The starting checkpoint of stage 1, if the chain trains stage 1 and it has one."""
-    if Path(config.init.checkpoint) != root / "sft":
-        return ""
-    start = sft.get_config(config.variant)
-    start.root = config.root
-    return start.init.checkpoint
+    start = stage_1(config)
+    return "" if start is None else start.init.checkpoint
 
 
 def _mining(config: ConfigDict) -> tuple[str, ...]:

@@ -296,27 +296,6 @@ def test_two_work_directories_are_two_runs_though_their_settings_are_equal():
     assert does != stamps(cadpo.get_config("tiny"))["cadpo"][1]
 
 
-def test_a_work_directory_of_other_settings_is_refused_before_anything_is_run(tmp_path):
-    config = cadpo.get_config("tiny")
-    config.root = str(tmp_path)
-    chain.refuse_taken(config, ())
-    (tmp_path / "cadpo").mkdir()
-    (tmp_path / "cadpo/config.json").write_text(config.to_json())
-    chain.refuse_taken(config, ())
-    peak = config.optimizer.peak_lr
-    config.optimizer.peak_lr = 1e-6
-    chain.refuse_taken(config, ())  # The run there is unfinished, and may go on with another.
-    (tmp_path / "cadpo/summary.json").touch()
-    with pytest.raises(SystemExit, match=r"optimizer.peak_lr"):
-        chain.refuse_taken(config, ())
-    config.optimizer.peak_lr = peak
-    config.loss.beta = 0.5
-    with pytest.raises(SystemExit, match=r"loss.beta: 0.1 there, 0.5 here.*--config.workdir="):
-        chain.refuse_taken(config, ())
-    config.lora.rank = 8
-    chain.refuse_taken(config, ("--config.lora.rank=8",))
-
-
 HOST = """
 import json, sys
 from pathlib import Path
