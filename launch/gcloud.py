@@ -79,10 +79,11 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One slice: a TPU VM of `workers` hosts."""
+    """One slice: a TPU VM of `workers` hosts. `kind` is its accelerator type."""
 
     name: str
     workers: int
+    kind: str = ""
 
     @property
     def hosts(self) -> list[tuple[str, int]]:
@@ -190,7 +191,7 @@ class Pod:
         if machine is None or machine.get("state") != "READY":
             state = machine.get("state", "in no known state") if machine else "missing"
             sys.exit(f"launch/tpu_run.sh: TPU VM {name} is {state}, not READY.")
-        return Node(name, len(machine["networkEndpoints"]))
+        return Node(name, len(machine["networkEndpoints"]), machine.get("acceleratorType", ""))
 
     def copy(self, node: Node, source: Path) -> int:
         command = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(source)]

@@ -307,7 +307,7 @@ def main(words: list[str]) -> int:
         else:
             there = pod.delete()
             print(f"{pod.name} {'is deleted' if there else 'was not there'}")
-    except (gcloud.Refused, remote.Unreached) as error:
+    except (gcloud.Refused, remote.Unreached, remote.OtherTpus) as error:
         sys.exit(f"launch/pod.sh: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\nlaunch/pod.sh: interrupted; {pod.name} stays as it is. launch/pod.sh delete")

@@ -9,6 +9,7 @@ lost connection or Ctrl-C, and the same command attaches to it again. Needs only
 
 from __future__ import annotations  # A laptop's Python may be older than ours.
 
+import os
 import re
 import secrets
 import shlex
@@ -20,7 +21,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch import gcloud
+from launch import gcloud, topology
 from launch.gcloud import FOLDER, LOST, Node, Pod, ask, everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,10 @@ RECONNECTS = 10  # Each of them is ten of gcloud's.
 
 class Unreached(Exception):
     """Workers cannot be reached, so nothing is known about the run there: it may go on."""
+
+
+class OtherTpus(Exception):
+    """The TPUs that are there are not those that the run is made for."""
 
 
 def pack(target: Path) -> None:
@@ -114,6 +119,24 @@ def verdict(nodes: list[Node], answers: dict[tuple[str, int], str]) -> int:
     return max(failures, default=max(statuses))
 
 
+def check_kind(nodes: list[Node], config: str) -> None:
+    """Raises OtherTpus unless the slices are those of TPU_TYPE, or else of the config's recipe."""
+    asked = os.environ.get("TPU_TYPE", "")
+    try:
+        shape = topology.parse(asked) if asked else topology.of_recipe(config)
+    except ValueError as error:
+        raise OtherTpus(f"TPU_TYPE {error}") from None
+    kinds = [node.kind for node in nodes if node.kind]
+    if shape is None or not kinds or kinds == shape.count * [shape.accelerator_type]:
+        return
+    made_for = f"TPU_TYPE is {shape}" if asked else f"{config} is made for {shape}"
+    raise OtherTpus(
+        f"{', '.join(node.name for node in nodes)} has {' and '.join(kinds)}, but {made_for} "
+        f"({shape.accelerator_type}). Name another TPU VM with TPU_NAME, or delete this one with "
+        "launch/pod.sh delete. To use it nevertheless, set TPU_TYPE to what it is."
+    )
+
+
 def states(answers: Mapping[tuple[str, int], str]) -> dict[tuple[str, int], str]:
     """The state of each worker that gave one: "running", "none" or "exit N"."""
     found = {
@@ -128,7 +151,8 @@ def where(nodes: list[Node]) -> str:
 
 def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
     """Starts the run, or attaches to a running one; returns the worst worker's status. Raises
-    Unreached."""
+    Unreached and OtherTpus."""
+    check_kind(nodes, arguments[0])
     there = states(ask(pod, nodes, STATE))
     silent = [who for node in nodes for who in node.hosts if who not in there]
     if "running" in there.values():
@@ -184,8 +208,8 @@ def main(arguments: list[str]) -> int:
         return stop(pod, nodes)
     try:
         return run(pod, nodes, arguments)
-    except Unreached as unreached:
-        sys.exit(f"launch/tpu_run.sh: {unreached}")
+    except (Unreached, OtherTpus) as error:
+        sys.exit(f"launch/tpu_run.sh: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -74,6 +74,7 @@ if verb == "create":
         for worker in range(workers):
             (folder / node / str(worker)).mkdir(parents=True)
         about = {"state": "READY", "networkEndpoints": [{"ipAddress": "10.0.0.1"}] * workers}
+        about["acceleratorType"] = flags["accelerator-type"]
         (folder / f"tpu-vm-{node}.json").write_text(json.dumps(about))
     end()
 if verb == "delete":

@@ -309,6 +309,22 @@ def test_an_api_that_fails_for_a_moment_ends_no_watch(cloud, kind):
     assert not (cloud.folder / "queued-resources-pod.json").exists()
 
 
+@pytest.mark.parametrize("verb", ["watch", "run"])
+def test_a_pod_of_another_recipe_is_refused(cloud, verb):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    done = pod(cloud, verb, "configs/cadpo.py:7b-lora-v5e-16")
+    assert done.returncode == 1
+    made_for = "configs/cadpo.py:7b-lora-v5e-16 is made for v5e:4x4 (v5litepod-16)"
+    assert f"pod has v5litepod-8, but {made_for}" in done.stderr
+    assert not cloud.calls("gcloud", "compute", "tpus", "tpu-vm", "ssh")
+
+
+def test_the_rest_of_a_run_may_be_done_on_a_smaller_machine_that_is_named(cloud):
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    done = pod(cloud, "run", "configs/cadpo.py:7b-v5e-256", **SMALL)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_refusal_is_final(cloud):
     (cloud.folder / "create_refuses").write_text(NO_CAPACITY)
     assert pod(cloud, "create", CONFIG, **SMALL).returncode == 1
