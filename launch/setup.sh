@@ -182,19 +182,24 @@ for name in "${apart[@]}"; do
   fi
 done
 
-# Installs jax for the accelerator of this machine, at the pinned version.
+# Installs jax for the accelerator of this machine, at the pinned version: `add_jax EXTRA FILE ...`,
+# where the files have the pins. libtpu's is that of the compiler of saber_jax.aot, whose executables
+# the TPU then loads.
 add_jax() {
-  local extra=$1 stamp="$venv/.installed-jax-$1" want
-  want=$(sha256sum requirements.txt | cut -c1-16)
+  local extra=$1 stamp="$venv/.installed-jax-$1" want file
+  local -a pins=()
+  shift
+  want=$(cat "$@" | sha256sum | cut -c1-16)
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$want" ]]; then
     echo "setup: adding jax[$extra]" >&2
-    install -c requirements.txt "jax[$extra]"
+    for file in "$@"; do pins+=(-c "$file"); done
+    install "${pins[@]}" "jax[$extra]"
     echo "$want" > "$stamp"
   fi
 }
 if [[ $image_for_tpus ]] || has_tpu; then
-  add_jax tpu
+  add_jax tpu requirements.txt requirements-tpu.txt
 elif has_nvidia; then
-  add_jax "cuda$(cuda_of_driver)"
+  add_jax "cuda$(cuda_of_driver)" requirements.txt
 fi
 echo "$venv/bin/python"

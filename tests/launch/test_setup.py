@@ -68,6 +68,9 @@ def test_a_tpu_vm_gets_libtpu_once(machine):
     for slot in "0123":
         plug(machine, slot, "0x1ae0\n", "0x0063\n")
     assert installed(machine) == ["requirements.txt", "jax[tpu]"]
+    last = machine.calls("venv_python", "-m", "pip", "install")[-1]
+    pins = ["-c", "requirements.txt", "-c", "requirements-tpu.txt"]  # Also libtpu's.
+    assert last[-5:] == [*pins, "jax[tpu]"]
     assert len(installed(machine)) == 2
     count = machine.run("bash", "-c", "source launch/hardware.sh; tpu_chips")
     assert count.stdout == "4\n"
