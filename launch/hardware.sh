@@ -35,3 +35,18 @@ huge_pages() {
   { echo always > "$switch" || echo always | sudo -n tee "$switch"; } >/dev/null 2>&1 ||
     echo "transparent huge pages stay off ($switch); TPUs start more slowly" >&2
 }
+
+# Mounts the disk that `launch/pod.sh create --disk` attached to a TPU VM, for reading, on
+# /mnt/disks/data. DEVICES and DISKS replace /dev and /mnt/disks in tests.
+mount_disk() {
+  local folder=${DISKS:-/mnt/disks}/data device
+  if ! has_tpu || mountpoint -q "$folder"; then return 0; fi
+  for device in "${DEVICES:-/dev}"/{disk/by-id/google-persistent-disk-1,sdb,nvme0n2}; do
+    if [[ ! -e $device ]]; then continue; fi
+    # ext4 would replay its journal, which it cannot write; other file systems have no `noload`.
+    { sudo -n mkdir -p "$folder" && { sudo -n mount -o ro,noload "$device" "$folder" ||
+      sudo -n mount -o ro "$device" "$folder"; }; } >/dev/null 2>&1 ||
+      echo "the disk $device could not be mounted on $folder" >&2
+    return 0
+  done
+}

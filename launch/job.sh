@@ -9,6 +9,8 @@
 #                                              says "told", or "none" if there is no such run
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/hardware.sh
+source launch/hardware.sh
 job=runs/job
 
 # Identifies the boot of this machine, because process ids are reused after a reboot.
@@ -35,6 +37,7 @@ case "${1:-}" in
   start)
     shift
     if alive; then echo "launch/job.sh: a run is going on already" >&2; exit 1; fi
+    mount_disk
     mkdir -p $job
     rm -f $job/status
     boot > $job/boot

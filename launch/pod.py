@@ -38,8 +38,19 @@ class Arguments:
 
     @property
     def root(self) -> str:
-        settings = [a for a in self.run if a.startswith("--config.root=")]
-        return settings[-1].partition("=")[2] if settings else ""
+        return self._setting("root")
+
+    @property
+    def inputs(self) -> list[str]:
+        """What has to be there before the run: the checkpoint that it starts from, and records."""
+        tiny = not self.run or self.run[0].endswith(":tiny")
+        start = "" if tiny or not self.root else f"{self.root.rstrip('/')}/init"
+        given = (self._setting("init.checkpoint") or start, self._setting("data.path"))
+        return [path for path in given if path]
+
+    def _setting(self, name: str) -> str:
+        values = [a for a in self.run if a.startswith(f"--config.{name}=")]
+        return values[-1].partition("=")[2] if values else ""
 
     def shape(self) -> topology.Slices:
         """TPU_TYPE, or the topology of the recipe. Exits with a message without either."""
@@ -112,7 +123,7 @@ def preflight(pod: Pod, arguments: Arguments) -> int:
     nodes = pod.nodes()
     shape = arguments.shape()
     remote.ship(pod, nodes)
-    command = shlex.join(["launch/preflight.sh", *([arguments.root] if arguments.root else [])])
+    command = shlex.join(["launch/preflight.sh", arguments.root, *arguments.inputs])
     answers = gcloud.ask(pod, nodes, f"{remote.UNPACK} && {command}")
     problems, hints = judge(shape, nodes, answers)
     for title, found in (("PROBLEM", problems), ("hint", hints)):
@@ -172,6 +183,8 @@ def _of_worker(facts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     problems, hints = [], []
     if facts.get("root", "ok") != "ok":
         problems.append(f"the run's folder: {facts['root']}")
+    for path in facts.get("missing", "").split():
+        problems.append(f"there is no {path}, or it cannot be read")
     if int(facts["free_gib"]) < LEAST_FREE_GIB:
         problems.append(
             f"less than {LEAST_FREE_GIB} GiB are free in the home directory; the environment and "

@@ -11,8 +11,9 @@
 #
 # create     requests the TPUs of the recipe as a queued resource and waits for them. For a config
 #            without a recipe set TPU_TYPE=v5e:16x16 (or 2*v5e:8x16). --disk attaches a disk of the
-#            zone to every worker, read-only.
-# preflight  checks every worker: chips, Python, disk, huge pages, and write access to the bucket.
+#            zone to every worker, read-only; a run mounts it on /mnt/disks/data.
+# preflight  checks every worker: chips, Python, disk, huge pages, write access to the bucket, and
+#            whether the starting checkpoint (ROOT/init) and config.data.path are there.
 # run        runs launch/tpu_run.sh there; with --stop in place of a config it saves and ends the run.
 # watch      creates the TPUs if there are none and runs; repeats both after every preemption. With
 #            --delete it deletes the TPUs when all is done.

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Prints facts about one worker for launch/pod.sh, one per line: name and value.
 #
-#   launch/preflight.sh [ROOT]    ROOT is the run's folder or gs://BUCKET/PATH
+#   launch/preflight.sh [ROOT [INPUT ...]]    the run's folder, and what has to be there before it;
+#                                             each is a path or gs://BUCKET/PATH
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/hardware.sh
 source launch/hardware.sh
 
 root=${1:-}
+shift $(($# > 0))
 echo "chips $(tpu_chips)"
 pythons=
 for candidate in python3.12 python3.11 python3; do
@@ -33,3 +35,13 @@ case "$root" in
     if said=$(mkdir -p "$root" && touch "$root/$mark" && rm "$root/$mark" 2>&1); then
       echo "root ok"; else echo "root cannot write to $root: ${said##*$'\n'}"; fi ;;
 esac
+
+mount_disk
+missing=
+for input; do
+  case "$input" in
+    gs://*) gcloud storage ls "$input" >/dev/null 2>&1 || missing+=" $input" ;;
+    *) [[ -e $input ]] || missing+=" $input" ;;
+  esac
+done
+if [[ $missing ]]; then echo "missing$missing"; fi

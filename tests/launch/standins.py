@@ -18,7 +18,10 @@ arguments = sys.argv[1:]
 flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
 words = [a for a in arguments if not a.startswith("--")]
 folder = pathlib.Path(os.environ["STANDIN_FOLDER"])
-if words[0] == "storage":  # cp - gs://BUCKET/FILE and rm gs://BUCKET/FILE
+if words[0] == "storage":  # cp - gs://BUCKET/FILE, and rm and ls of such a path
+    absent = folder / "absent"
+    if words[1] == "ls" and absent.exists() and absent.read_text() == words[2]:
+        sys.exit("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
     bucket = words[-1].split("/")[2]
     sys.exit(f"ERROR: 403 no storage.objects.create in {bucket}" if bucket == "locked" else 0)
 kind, verb = words[2:4]

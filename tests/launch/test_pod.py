@@ -1,5 +1,6 @@
 """A pod's life from a laptop: what gcloud is asked for, and what a person reads."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,13 @@ QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
 SMALL = {"TPU_TYPE": "v5e:2x4"}  # Two workers of the stand-in.
 CONFIG = "configs/sft.py:7b"
 NO_CAPACITY = 'RESOURCE_EXHAUSTED: There is no more capacity in the zone "us-west4-a"'
+
+SUDO = """
+import os, pathlib, sys
+
+if sys.argv[2] == "mount":
+    (pathlib.Path(os.environ["STANDIN_FOLDER"]) / "mounted").write_text(sys.argv[-1])
+"""
 
 
 @pytest.fixture
@@ -149,6 +157,37 @@ def test_preflight_names_the_workers_with_each_problem(cloud):
     both = "[pod worker 0, pod worker 1]"
     assert f"403 no storage.objects.create in locked  {both}" in done.stdout
     assert f"0 chips are attached, the recipe is made for 8 (v5e:2x4)  {both}" in done.stdout
+
+
+@pytest.mark.parametrize("absent", ["gs://runs/7b/init", "/no/records"])
+def test_preflight_looks_for_what_the_run_starts_from(cloud, absent):
+    plug_chips(cloud, 4)
+    assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
+    (cloud.folder / "absent").write_text(absent)
+    records = "/no/records" if absent == "/no/records" else "/"
+    settings = ("--config.root=gs://runs/7b", f"--config.data.path={records}")
+    done = pod(cloud, "preflight", CONFIG, *settings, **SMALL)
+    assert done.returncode == 1
+    (problem,) = [line for line in done.stdout.splitlines() if "PROBLEM" in line]
+    assert f"there is no {absent}, or it cannot be read  [pod worker 0, pod worker 1]" in problem
+
+
+def test_a_disk_is_mounted_once_for_reading(cloud):
+    plug_chips(cloud, 4)
+    cloud.add("sudo", SUDO)
+    cloud.add("mountpoint", standins.MOUNTPOINT)
+    (cloud.folder / "dev").mkdir()
+    (cloud.folder / "dev/sdb").touch()
+    places = {"DEVICES": str(cloud.folder / "dev"), "DISKS": str(cloud.folder / "disks")}
+    assert pod(cloud, "create", CONFIG, "--disk=records", **SMALL).returncode == 0
+    shutil.rmtree(cloud.folder / "pod/1")  # One worker, because both have the same folders here.
+    about = {"state": "READY", "networkEndpoints": [{"ipAddress": "10.0.0.1"}]}
+    (cloud.folder / "tpu-vm-pod.json").write_text(json.dumps(about))
+    for _ in range(2):
+        assert pod(cloud, "run", CONFIG, **SMALL, **places).returncode == 0
+    mounts = [call for call in cloud.calls("sudo") if "mount" in call]
+    device, folder = f"{cloud.folder}/dev/sdb", f"{cloud.folder}/disks/data"
+    assert mounts == [["sudo", "-n", "mount", "-o", "ro,noload", device, folder]]
 
 
 def test_preflight_names_the_worker_whose_disk_is_full(cloud):
