@@ -232,8 +232,9 @@ def watch(pod: Pod, arguments: Arguments) -> int:
 def attempt(pod: Pod, arguments: Arguments) -> int:
     """One start of the run, or a look at it while it runs; a SystemExit inside counts as its
     failure. While workers cannot be reached it may go on, so that is no failure: tries again until
-    the TPUs are gone. Raises Unreached after MOST_UNREACHED tries."""
-    for tries in range(1, MOST_UNREACHED + 1):
+    the TPUs are gone. Raises Unreached after MOST_UNREACHED tries in a row."""
+    failed = 0
+    while True:
         try:
             return remote.run(pod, pod.nodes(), arguments.run)
         except SystemExit as stopped:
@@ -242,13 +243,13 @@ def attempt(pod: Pod, arguments: Arguments) -> int:
             print(stopped.code, file=sys.stderr, flush=True)
             return 1
         except remote.Unreached as unreached:
-            if tries == MOST_UNREACHED:
+            failed = 1 if unreached.heard else failed + 1
+            if failed == MOST_UNREACHED:
                 raise
             log(f"{unreached} Trying again.")
         time.sleep(gcloud.pause())
         if pod.state() != "READY":
-            break
-    return 1
+            return 1
 
 
 def taken_back(pod: Pod) -> bool:

@@ -33,7 +33,12 @@ RECONNECTS = 10  # Each of them is ten of gcloud's.
 
 
 class Unreached(Exception):
-    """Workers cannot be reached, so nothing is known about the run there: it may go on."""
+    """Workers cannot be reached, so nothing is known about the run there: it may go on. `heard`
+    says whether worker 0 was reached before."""
+
+    def __init__(self, text: str, *, heard: bool = False):
+        super().__init__(text)
+        self.heard = heard
 
 
 class OtherTpus(Exception):
@@ -89,9 +94,10 @@ def start(pod: Pod, nodes: list[Node], arguments: list[str]) -> None:
 def follow(pod: Pod, node: Node) -> None:
     """Prints worker 0's output until it ends. Reconnects after lost connections, and gives up after
     RECONNECTS in a row that brought no output. Raises Unreached then."""
-    failures = 0
+    failures, ever = 0, False
     while failures < RECONNECTS:
         status, heard = pod.watch(node)
+        ever = ever or heard
         # Without output, another status than LOST is of gcloud, which could not ask the API.
         if status == 0 or (heard and status != LOST):
             return
@@ -99,7 +105,7 @@ def follow(pod: Pod, node: Node) -> None:
         failures = 0 if heard else failures + 1
         print("launch/tpu_run.sh: connection lost, the run goes on; connecting again", flush=True)
         time.sleep(gcloud.pause())
-    raise Unreached(f"no connection to {node.name}. The run goes on without us.")
+    raise Unreached(f"no connection to {node.name}. The run goes on without us.", heard=ever)
 
 
 def verdict(nodes: list[Node], answers: dict[tuple[str, int], str]) -> int:

@@ -299,10 +299,14 @@ def test_ctrl_c_ends_watch_and_not_the_run(cloud):
 
 @pytest.fixture
 def unreached(monkeypatch):
-    """A pod that is READY, whose workers are reached at the given try."""
+    """A pod that is READY, whose workers are reached at the given try, and lost again if more
+    numbers follow."""
 
-    def tries(count):
-        outcomes = iter([*(count - 1) * [remote.Unreached("no connection to pod.")], 0])
+    def tries(*counts):
+        silent, lost = (remote.Unreached("no connection to pod.", heard=h) for h in (False, True))
+        rows = [[*(count - 1) * [silent], lost] for count in counts]
+        *failures, _ = (outcome for row in rows for outcome in row)
+        outcomes = iter([*failures, 0])
 
         def run(*_):
             outcome = next(outcomes)
@@ -323,6 +327,8 @@ def test_a_pod_out_of_reach_is_no_failure_of_the_run(unreached, capsys):
     unreached(MOST_UNREACHED)
     assert watch(where, arguments) == 0
     assert "failed" not in capsys.readouterr().out
+    unreached(MOST_UNREACHED, MOST_UNREACHED - 1)  # Only those in a row count.
+    assert watch(where, arguments) == 0
     unreached(MOST_UNREACHED + 1)
     with pytest.raises(remote.Unreached):
         watch(where, arguments)

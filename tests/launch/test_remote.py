@@ -151,8 +151,9 @@ def test_only_output_ends_a_row_of_failed_connections(monkeypatch, capsys):
     asked = iter(connections)
     monkeypatch.setattr(gcloud.Pod, "watch", lambda *_: next(asked))
     pod, node = gcloud.Pod("pod", "us-west4-a", "lab"), gcloud.Node("pod", 1)
-    with pytest.raises(remote.Unreached, match="no connection to pod"):
+    with pytest.raises(remote.Unreached, match="no connection to pod") as lost:
         remote.follow(pod, node)
+    assert lost.value.heard
     assert next(asked) == (0, True)
 
 
