@@ -100,7 +100,8 @@ status = 0
 
 def ssh(home, command, out, err):
     # The status of ssh. HOME/known: the host key is known. HOME/unreachable: there is no
-    # connection. HOME/breaks: the connection of a command with these words breaks once, after it.
+    # connection. HOME/breaks: a command with these words is refused a connection, which then breaks
+    # after it, so that it is run twice.
     if (home / "unreachable").exists():
         err.write("ssh: connect to host 10.0.0.1 port 22: Connection timed out\\n" * 10)
         return 255
@@ -108,6 +109,8 @@ def ssh(home, command, out, err):
         err.write("Warning: Permanently added '10.0.0.1' (ED25519) to the list of known hosts.\\n")
         (home / "known").touch()
     broken = (home / "breaks").exists() and (home / "breaks").read_text() in command
+    if broken:
+        err.write("ssh: connect to host 10.0.0.1 port 22: Connection refused\\n")
     for breaks in (True, False) if broken else (False,):
         err.flush()
         done = subprocess.run(
