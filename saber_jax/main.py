@@ -180,7 +180,7 @@ def run_stage(config: ConfigDict, stage: Stage, inputs: RunInputs, watchdog: Wat
     if observers.best is not None and first and (before := checkpoints.meta().get("best")):
         observers.best.recall(before, best.held(workdir))
     observers.console.begin()
-    some = [inputs.examples[i] for i in inputs.draw.usable[: samples.MOST_EXAMPLES]]
+    some = inputs.examples.readable(inputs.draw.usable, samples.MOST_EXAMPLES)
     samples.show(observers.writer, first, some, inputs.usable_sizes, inputs.tokenizer)
     # Also while the last checkpoint is being written: SIGTERM must not interrupt that.
     with distributed.Preemption():

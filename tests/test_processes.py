@@ -8,16 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from data_prep.records import dataset
-from saber_jax.data.records import RecordSource, write_outlines
 from saber_jax.runs import distributed
 from saber_jax.train.references import ReferenceCache, ReferenceInputs
 from saber_jax.tree import flatten
 from tests import synthetic
 from tests.finished_run import load
 from tests.processes import running
+from tests.torn import tear
 
 pytestmark = pytest.mark.slow
 
@@ -46,14 +45,7 @@ def torn(records, tmp_path_factory):
     """The same records, but record 5 is truncated in a file whose outlines still have its size."""
     out = tmp_path_factory.mktemp("torn")
     shutil.copytree(records, out, dirs_exist_ok=True)
-    source = RecordSource(out, "train")
-    write_outlines(source)
-    [file] = source.directory.glob("*-train.array_record-*")
-    stored = ArrayRecordReader(str(file)).read_all()
-    writer = ArrayRecordWriter(str(file), "group_size:1")
-    for index, data in enumerate(stored):
-        writer.write(data[: len(data) // 2] if index == 5 else data)
-    writer.close()
+    tear(out, "train", 5)
     return out
 
 

@@ -1,5 +1,6 @@
 """Random access to encoded examples: one per record, or one per preference pair."""
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterable
@@ -74,7 +75,7 @@ class Examples:
         position = self.record_of(index)
         try:
             if index in self._skipped:
-                raise BadRecordError("it was left out before this run was resumed")
+                raise BadRecordError("it was left out before")
             record = self.source[position]
             if self._frame_pairs is not None and len(record.frames) > 2 * self._frame_pairs[index]:
                 record = thinned(record, int(self._frame_pairs[index]))
@@ -138,6 +139,16 @@ class Examples:
                     continue
                 found.append(encode_record(record, self._tokenizer, responses=()))
                 break
+        return found
+
+    def readable(self, indices: Iterable[int], most: int) -> list[Example]:
+        """The first `most` of `indices` that can be used, encoded."""
+        found = []
+        for index in indices:
+            if len(found) == most:
+                break
+            with contextlib.suppress(BadRecordError):
+                found.append(self[index])
         return found
 
     def entry(self, index: int, reason: str, detail: str) -> LeftOut:

@@ -194,6 +194,12 @@ def test_a_bad_record_leaves_an_empty_segment_and_its_name(tokenizer, examples, 
         np.testing.assert_array_equal(a.text.tokens, b.text.tokens)
 
 
+def test_the_first_that_can_be_used_are_found_behind_those_that_cannot(tokenizer):
+    examples = examples_of(tokenizer, Source(6, broken=[0, 3])).without([1])
+    assert [e.clip_id for e in examples.readable(range(6), 2)] == ["clip2", "clip4"]
+    assert [e.clip_id for e in examples.readable([0, 1, 5], 2)] == ["clip5"]
+
+
 @pytest.mark.parametrize("error", [TypeError("oops"), StopIteration("over")])
 def test_a_fault_of_the_program_names_the_record_and_never_looks_like_the_end(
     tokenizer, plan, error
