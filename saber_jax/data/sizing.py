@@ -192,14 +192,15 @@ def select(measured: Measurements, budget: Budget) -> Selection:
     frame_patches = measured.frame_patches
     a_pair = np.maximum(frame_patches, 1)
     units = np.maximum(a_pair // 4, 1)
+    shown = patches > 0  # A request without video does not shrink with the frames.
     excess = np.maximum(
         -(-(patches.max(0) - budget.patches) // a_pair),
-        -(-(text.max(0) - budget.length) // units),
+        -(-(np.where(shown, text, 0).max(0) - budget.length) // units),
     ).clip(0)
     fewer = (excess > 0) & (pairs - excess >= LEAST_PAIRS)
     drop = np.where(fewer, excess, 0)
-    text -= drop * units
-    patches -= drop * a_pair
+    text -= shown * drop * units
+    patches -= shown * drop * a_pair
     good = (sizes >= 0).all((0, 2)) & np.all([fits(asked, budget) for asked in sizes], 0)
     if budget.frame_patches is not None:
         good &= frame_patches <= budget.frame_patches
@@ -233,6 +234,7 @@ def _entry(
     ]
     if budget.frame_patches is not None and frame_patches > budget.frame_patches:
         over.append(f"frame_patches {frame_patches} > {budget.frame_patches}")
+    assert over, f"example {index} was left out for no reason: {sizes.tolist()}"
     return examples.entry(index, "too_large", ", ".join(over))
 
 

@@ -11,6 +11,7 @@ from saber_jax.data.examples import encode_record, measure_record, size_of, thin
 from saber_jax.data.packing import Budget
 from saber_jax.data.quarantine import LeftOut, Quarantine, TooManyBadError
 from saber_jax.data.records import BadRecordError
+from saber_jax.data.tasks import Mixture
 from tests import synthetic
 from tests.data.test_loader import Source, examples_of
 
@@ -45,6 +46,18 @@ def test_a_clip_too_long_for_a_row_keeps_fewer_frames_and_all_of_its_sound(selec
     assert tuple(selection.sizes[0, 3]) == tuple(vars(size_of(kept)).values())
     # It still lasts as long: positions reach (nearly) as far in time.
     assert kept.prompt.positions[0].max() >= whole.prompt.positions[0].max() - 20
+
+
+def test_a_request_without_video_keeps_its_size_where_others_keep_fewer_frames(tokenizer):
+    mixture = Mixture({"sed": 1.0, "speech_content": 1.0}, alone=True, seed=3)
+    assert [request.only for request in mixture.requests] == [None, "audio"]
+    examples = examples_of(tokenizer, Uneven(4), requests=mixture.requests)
+    selection = sizing.select(sizing.measure(examples, 4, range(4)), BUDGET)
+    assert selection.usable.tolist() == [0, 1, 2, 3] and selection.thinned.tolist() == [3]
+    kept = examples.with_frame_pairs(selection.frame_pairs)
+    for asked in range(len(mixture.requests)):
+        sizes = dataclasses.astuple(size_of(kept[3 + 4 * asked]))
+        assert tuple(selection.sizes[asked, 3]) == sizes
 
 
 def test_what_is_left_out_is_named_with_file_index_and_reason(selected):
