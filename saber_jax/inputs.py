@@ -86,12 +86,11 @@ class RunInputs:
 
     def resumed(self, state: dict[str, Any]) -> "RunInputs":
         """Resumes from `GlobalBatches.state`: the same rows, and the same records left out."""
-        position, quarantined = state["position"], state["quarantined"]
-        self.quarantine.recall(quarantined)
+        self.quarantine.recall(state["quarantined"])
         return dataclasses.replace(
             self,
-            examples=self.examples.without(quarantined),
-            plan=self.plan.entered(Position(**position)),
+            examples=self.examples.without(self.quarantine.indices),
+            plan=self.plan.entered(Position(**state["position"])),
         )
 
     def batches(
@@ -152,6 +151,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         total=len(examples),
         limit=d.max_bad_fraction,
         writes=jax.process_index() == 0,
+        resumes=bool(saved.steps(workdir)),
     )
     quarantine.add(selection.left_out(row, examples))
     record_of = np.array([examples.record_of(int(i)) for i in selection.usable])

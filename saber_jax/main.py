@@ -254,6 +254,7 @@ def first_state(
         params.forget()  # Both at once may not fit.
         state = checkpoints.restore(start.layout(stage, base), meta)
     if state is None:
+        inputs.quarantine.recall([])  # No checkpoint is left that has left anything out.
         state = stage.begin(params())
     else:
         inputs = inputs.resumed(checkpoints.meta()["data"])

@@ -4,44 +4,59 @@ import pytest
 
 from configs import sft
 from saber_jax import main
-from saber_jax.data.records import RecordSource
+from saber_jax.data.records import RecordSource, write_outlines
+from saber_jax.inputs import open_inputs
 from saber_jax.runs.files import read_jsonl
-from tests.test_main import build_records, compiled_once, config_for, metrics_of
+from tests.test_main import build_records, compiled_once, config_for, metrics_of, train_until_killed
 from tests.torn import tear
 
 __all__ = ["compiled_once"]  # Imported for pytest, which applies it to every test here.
 
-TORN = 0
-"""The first record, which is also one of those that TensorBoard shows."""
-
-
-@pytest.fixture(scope="module")
-def torn(tmp_path_factory, tokenizer):
-    out = build_records(tmp_path_factory.mktemp("torn"), tokenizer, 8)
-    for split in ("train", "preference"):
-        tear(out, split, TORN)
-    return out
-
 
 def config_of(module, records, root):
     config = config_for(module, records, root)
-    config.data.max_bad_fraction = 0.25
+    config.data.max_bad_fraction = 0.5
     return config
 
 
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, tokenizer):
+    """Eight records, the last of which cannot even be measured. Two are torn that were measured:
+    the first, which TensorBoard would show, and one of the first step. With the clips of the two.
+    """
+    out = build_records(tmp_path_factory.mktemp("bad"), tokenizer, 8)
+    for split in ("train", "preference"):
+        tear(out, split, 7)
+        write_outlines(RecordSource(out, split))
+    planned = open_inputs(config_of(sft, out, out), tmp_path_factory.mktemp("plan"), None).plan
+    indices = [0, planned.row(0)[0] % 8]
+    clips = [RecordSource(out, "train").outline(i).clip_id for i in indices]
+    for split in ("train", "preference"):
+        tear(out, split, *indices)
+    assert indices[1]
+    return out, clips
+
+
 def named(root, stage):
-    """The clips of quarantine.jsonl by their index."""
-    entries = read_jsonl(root / stage / "quarantine.jsonl")
-    return {entry["index"]: entry["clip_id"] for entry in entries}
+    return [entry["clip_id"] for entry in read_jsonl(root / stage / "quarantine.jsonl")]
 
 
 @pytest.fixture(scope="module")
-def whole(torn, tmp_path_factory):
+def whole(bad, tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
-    main.train(config_of(sft, torn, root))
+    main.train(config_of(sft, bad[0], root))
     return root
 
 
-def test_a_run_trains_without_a_torn_record_although_it_is_the_first(torn, whole):
-    assert sum(line["left_out"] for line in metrics_of(whole, "sft")) == 1
-    assert named(whole, "sft") == {TORN: RecordSource(torn, "train").outline(TORN).clip_id}
+def test_a_run_trains_without_torn_records_and_names_them(bad, whole):
+    assert metrics_of(whole, "sft")[0]["left_out"] == 1
+    assert named(whole, "sft") == [*bad[1], ""]
+
+
+def test_a_killed_run_still_knows_their_names(bad, whole, tmp_path, monkeypatch):
+    config = config_of(sft, bad[0], tmp_path)
+    train_until_killed(config, monkeypatch)
+    main.train(config)
+    assert metrics_of(tmp_path, "sft") == metrics_of(whole, "sft")
+    lists = [read_jsonl(root / "sft/quarantine.jsonl") for root in (tmp_path, whole)]
+    assert lists[0] == lists[1]

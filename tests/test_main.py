@@ -224,6 +224,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_without_the_records(
     assert "resuming sft at step 2" in capsys.readouterr().out
     [line] = read_jsonl(tmp_path / "sft/nonfinite.jsonl")
     assert line["step"] == 3 and len(line["records"]) == 2
+    assert read_jsonl(tmp_path / "sft/quarantine.jsonl") == line["records"]
     *_, last = metrics_of(tmp_path, "sft")
     assert last["left_out"] == 2 and last["epoch"] == 1.0
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.records import dataset
+from saber_jax.data.records import RecordSource, write_outlines
 from saber_jax.runs import distributed
 from saber_jax.train.references import ReferenceCache, ReferenceInputs
 from saber_jax.tree import flatten
@@ -45,6 +46,7 @@ def torn(records, tmp_path_factory):
     """The same records, but record 5 is truncated in a file whose outlines still have its size."""
     out = tmp_path_factory.mktemp("torn")
     shutil.copytree(records, out, dirs_exist_ok=True)
+    write_outlines(RecordSource(out, "train"))
     tear(out, "train", 5)
     return out
 

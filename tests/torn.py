@@ -4,14 +4,12 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from saber_jax.data.records import RecordSource, write_outlines
+from saber_jax.data.records import RecordSource
 
 
 def tear(folder: Path, split: str, *indices: int) -> None:
-    """Truncates these records of a split, whose outlines still have their sizes."""
-    source = RecordSource(folder, split)
-    write_outlines(source)
-    [file] = source.directory.glob(f"*-{split}.array_record-*")
+    """Truncates these records of a split, whose outlines, if there are any, keep their sizes."""
+    [file] = RecordSource(folder, split).directory.glob(f"*-{split}.array_record-*")
     stored = ArrayRecordReader(str(file)).read_all()
     writer = ArrayRecordWriter(str(file), "group_size:1")
     for index, data in enumerate(stored):

@@ -40,10 +40,18 @@ class TooManyBadError(ValueError):
 class Quarantine:
     """The list of left-out examples, stored in `path` by the process with `writes`."""
 
-    def __init__(self, path: Path, *, total: int, limit: float, writes: bool):
-        """`limit` is the most that may be left out, as a share of `total` examples."""
+    def __init__(
+        self, path: Path, *, total: int, limit: float, writes: bool, resumes: bool = False
+    ):
+        """`limit` is the most that may be left out, as a share of `total` examples. A run that
+        `resumes` has a checkpoint, and will `recall` what was left out before it."""
         self._path, self._total, self._limit, self._writes = path, total, limit, writes
         self._entries: dict[int, LeftOut] = {}
+        self._listed = _read(path)
+        self._before = self._listed or {}
+        # Only the checkpoint tells which of them count. If the run is stopped again before it is
+        # read, their names must still be in the list.
+        self._undecided = self._before if resumes else {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -54,26 +62,23 @@ class Quarantine:
 
     def recall(self, indices: Iterable[int]) -> None:
         """Leaves out the examples `indices` that were left out before the run was resumed."""
-        known = read_jsonl(self._path) if exists(self._path) else []
-        entries = {row["index"]: LeftOut(**row) for row in known}
         for index in indices:
             lost = LeftOut(index=index, clip_id="", file="", reason="bad_record", detail="")
-            self._entries[index] = entries.get(index, lost)
+            self._entries.setdefault(index, self._before.get(index, lost))
+        self._undecided = {}
+        self._write()
 
     def note(self, entries: Iterable[LeftOut]) -> None:
-        """Adds entries without checking the limit."""
+        """Adds entries and writes the list, without checking the limit."""
         for entry in entries:
             self._entries[entry.index] = entry
+        self._write()
 
     def add(self, entries: Iterable[LeftOut]) -> None:
         """Adds entries and writes the list; raises TooManyBadError if there are too many then."""
-        before = len(self._entries)
         for entry in entries:
             self._entries.setdefault(entry.index, entry)
-        if self._writes and (len(self._entries) > before or not exists(self._path)):
-            make_folder(self._path.parent)
-            rows = [dataclasses.asdict(self._entries[index]) for index in self.indices]
-            write_jsonl(self._path, rows)
+        self._write()
         if len(self._entries) > self._limit * self._total:
             first = self._entries[self.indices[0]]
             raise TooManyBadError(
@@ -84,3 +89,19 @@ class Quarantine:
                 "config.data (python -m saber_jax.data.budgets prints some that suit), or raise "
                 "the share."
             )
+
+    def _write(self) -> None:
+        """Writes the list if it is not what the file has."""
+        entries = self._undecided | self._entries
+        if self._writes and entries != self._listed:
+            make_folder(self._path.parent)
+            rows = [dataclasses.asdict(entries[index]) for index in sorted(entries)]
+            write_jsonl(self._path, rows)
+            self._listed = entries
+
+
+def _read(path: Path) -> dict[int, LeftOut] | None:
+    """The entries of an earlier start by index; None if there is no list."""
+    if not exists(path):
+        return None
+    return {row["index"]: LeftOut(**row) for row in read_jsonl(path)}

@@ -127,14 +127,40 @@ def test_quarantine_lists_everything_and_ends_the_run_past_its_limit(tmp_path):
     assert len(path.read_text().splitlines()) == 3  # On the disk before the error.
 
 
+def quarantine_of(path, *, resumes: bool) -> Quarantine:
+    return Quarantine(path, total=200, limit=0.1, writes=True, resumes=resumes)
+
+
+def listed(path) -> list[str]:
+    return [json.loads(line)["clip_id"] for line in path.read_text().splitlines()]
+
+
 def test_a_resumed_quarantine_knows_what_was_left_out_before(tmp_path):
     path = tmp_path / "quarantine.jsonl"
-    Quarantine(path, total=200, limit=0.1, writes=True).add([entry(7), entry(3)])
-    resumed = Quarantine(path, total=200, limit=0.1, writes=True)
-    resumed.recall([3])  # 7 was found after the checkpoint and will be found again.
-    assert resumed.indices == [3]
+    quarantine_of(path, resumes=False).add([entry(7), entry(3), entry(1)])
+    resumed = quarantine_of(path, resumes=True)
+    resumed.add([entry(1)])  # Which measuring finds at every start.
+    assert listed(path) == ["c1", "c3", "c7"]  # Should the run be killed now.
+    resumed.recall([1, 3])  # 7 was found after the checkpoint and will be found again.
+    assert resumed.indices == [1, 3] and listed(path) == ["c1", "c3"]
     resumed.add([entry(8)])
-    assert [json.loads(line)["clip_id"] for line in path.read_text().splitlines()] == ["c3", "c8"]
+    assert listed(path) == ["c1", "c3", "c8"]
+
+
+def test_the_list_of_a_start_that_was_refused_does_not_outlive_it(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine_of(path, resumes=False).add([entry(7)])
+    quarantine_of(path, resumes=False).add([])  # Its record has been repaired.
+    assert listed(path) == []
+
+
+def test_what_is_left_out_after_a_rollback_is_listed(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = quarantine_of(path, resumes=False)
+    quarantine.note([entry(5)])
+    assert listed(path) == ["c5"]
+    quarantine.add([entry(5)])
+    assert listed(path) == ["c5"]
 
 
 def test_unigram_entropy_of_a_fair_coin_is_log_two():
