@@ -76,8 +76,9 @@ class RunInputs:
 
     @property
     def usable(self) -> Int[np.ndarray, " M"]:
-        """Examples to train on and held out ones, in order."""
-        return np.sort(np.concatenate([self.draw.usable, self.held_out]))
+        """Examples to train on and held out ones, in order, without those that turned out bad."""
+        planned = np.concatenate([self.draw.usable, self.held_out])
+        return np.setdiff1d(planned, self.quarantine.indices)
 
     @property
     def usable_sizes(self) -> Int[np.ndarray, "M D"]:
@@ -101,9 +102,8 @@ class RunInputs:
         *,
         first: int = 0,
         withhold: float = 0.0,
-        quarantine: bool = False,
     ) -> loader.GlobalBatches:
-        """`rows` from step `first` on; without `quarantine` a record must not turn out bad."""
+        """`rows` from step `first` on. Records that turn out bad leave empty segments."""
         place = sharding.batch_sharding(mesh)
         total = sharding.batch_rows(config.data.batch_rows, mesh)
         local = loader.local_rows(total, place)
@@ -116,7 +116,7 @@ class RunInputs:
             withhold=withhold,
             seed=config.seed,
         )
-        return loader.GlobalBatches(stream, self.quarantine if quarantine else None, place, total)
+        return loader.GlobalBatches(stream, self.quarantine, place, total)
 
 
 def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> RunInputs:
@@ -175,7 +175,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         plan.rows(steps * d.batch_rows).plan()
     return RunInputs(
         tokenizer=tokenizer,
-        provenance=dict(sources.outline(int(examples.record_of(usable[0]))).provenance),
+        provenance=examples.provenance(usable),
         examples=examples.with_frame_pairs(selection.frame_pairs),
         plan=plan,
         draw=draw,

@@ -301,7 +301,7 @@ def observers_of(
         meter=Meter(stage),
         profile=Profile(config.profile.steps, workdir, steps=config.steps),
         batches=inputs.batches(
-            config, stage.mesh, rows, first=first, withhold=config.data.withhold, quarantine=True
+            config, stage.mesh, rows, first=first, withhold=config.data.withhold
         ),
         clock=watchdog.clock,
         attempt=attempt,
@@ -336,8 +336,7 @@ def validated(config: ConfigDict, stage: Stage, inputs: RunInputs) -> Validation
         return None
     rows = inputs.plan.rows_of(inputs.held_out)
     return Validation(
-        # Records that turn out bad leave empty segments, as in training.
-        batches=lambda: inputs.batches(config, stage.mesh, rows, quarantine=True),
+        batches=lambda: inputs.batches(config, stage.mesh, rows),
         measure=stage.measurement(),
         every=config.validate.every,
         steps=config.steps,

@@ -46,9 +46,8 @@ def run(config: ConfigDict) -> None:
     base = start.base_checkpoint(config, stage, workdir)
     start.describe(config, stage, base, inputs)
     weights = start.weights_digest(config, stage, base)
-    with_references(
-        config, weights, start.Weights(config, stage, base), inputs, stage, PhaseClock()
-    )
+    params = start.Weights(config, stage, base)
+    inputs = with_references(config, weights, params, inputs, stage, PhaseClock())
     views, count = ", ".join(stage.reference_views), len(inputs.usable)
     log(f"{config.reference} holds log pi_ref of {count} pairs, by view: {views}")
 

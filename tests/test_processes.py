@@ -46,8 +46,9 @@ def torn(records, tmp_path_factory):
     """The same records, but record 5 is truncated in a file whose outlines still have its size."""
     out = tmp_path_factory.mktemp("torn")
     shutil.copytree(records, out, dirs_exist_ok=True)
-    write_outlines(RecordSource(out, "train"))
-    tear(out, "train", 5)
+    for split in ("train", "preference"):
+        write_outlines(RecordSource(out, split))
+        tear(out, split, 5)
     return out
 
 
@@ -150,19 +151,23 @@ def test_microbatches_of_two_processes_equal_the_whole_batch(records, alone, tmp
         assert_same_run(tmp_path, alone, stage)
 
 
-def test_processes_complete_a_reference_cache_and_keep_what_it_held(records, alone, tmp_path):
-    def cache(root):
-        manifest = json.loads((alone / "reference/whole/manifest.json").read_text())
-        return ReferenceCache(root / "reference", "whole", ReferenceInputs(**manifest))
+def reference_inputs(root):
+    return ReferenceInputs(**json.loads((root / "reference/whole/manifest.json").read_text()))
 
-    whole = cache(alone).values
+
+def references(root):
+    return ReferenceCache(root / "reference", "whole", reference_inputs(root))
+
+
+def test_processes_complete_a_reference_cache_and_keep_what_it_held(records, alone, tmp_path):
+    whole, inputs = references(alone).values, reference_inputs(alone)
     assert len(whole) == 16
     # Marked, so that computing them again would show.
     held = {key: whole[key] + np.float32(1) for key in sorted(whole)[::2]}
-    cache(tmp_path).add(held)
+    ReferenceCache(tmp_path / "reference", "whole", inputs).add(held)
     trained = alone / "sft"
     train("cadpo", records, tmp_path, count=2, program="reference", init__checkpoint=trained)
-    got = cache(tmp_path).values
+    got = references(tmp_path).values
     assert got.keys() == whole.keys()
     for key, values in got.items():
         np.testing.assert_allclose(values, held.get(key, whole[key]), rtol=2e-5, err_msg=key.hex())
@@ -211,8 +216,8 @@ def test_an_error_in_one_process_ends_all(records, tmp_path):
         assert "data.length: 256 there, 96 here" in processes.logs[1].read_text()
 
 
-def quarantined(root):
-    lines = (root / "sft/quarantine.jsonl").read_text().splitlines()
+def quarantined(root, stage="sft"):
+    lines = (root / stage / "quarantine.jsonl").read_text().splitlines()
     return [(entry["index"], entry["reason"]) for entry in map(json.loads, lines)]
 
 
@@ -226,6 +231,16 @@ def test_hosts_agree_on_a_torn_record_and_leave_it_out_after_a_resume_too(torn, 
     assert quarantined(alone) == quarantined(shared)
     assert sum(step["left_out"] for step in metrics_of(shared, "sft")) >= 4  # Once an epoch.
     assert_same_run(shared, alone, "sft")
+
+
+def test_hosts_agree_on_the_pair_of_a_torn_record(torn, tmp_path):
+    kept = []
+    for count in (1, 2):
+        root, most = tmp_path / str(count), {"data__max_bad_fraction": 0.1}
+        train("cadpo", torn, root, count=count, init__checkpoint="", **most)
+        kept.append((quarantined(root, "cadpo"), sorted(references(root).values)))
+    assert kept[0] == kept[1] and len(kept[0][1]) == 15
+    assert_same_run(tmp_path / "2", tmp_path / "1", "cadpo")
 
 
 def test_more_torn_records_than_allowed_end_every_process(torn, tmp_path):

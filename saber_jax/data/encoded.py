@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -150,6 +150,13 @@ class Examples:
             with contextlib.suppress(BadRecordError):
                 found.append(self[index])
         return found
+
+    def provenance(self, indices: Iterable[int]) -> dict[str, Any]:
+        """Of the record of the first of `indices` that can be read."""
+        for index in indices:
+            with contextlib.suppress(BadRecordError):
+                return dict(self.source.outline(self.record_of(index)).provenance)
+        return {}
 
     def entry(self, index: int, reason: str, detail: str) -> LeftOut:
         """An example's entry for quarantine.jsonl; a damaged record has no known clip id."""

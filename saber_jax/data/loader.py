@@ -281,15 +281,12 @@ def stream(rows: HostRows, *args, **options) -> Iterator[HostBatch]:
 
 
 class GlobalBatches:
-    """The stream as global arrays over the whole mesh, with its state for checkpoints.
-
-    Without a quarantine, a record that cannot be used raises BadRecordError.
-    """
+    """The stream as global arrays over the whole mesh, with its state for checkpoints."""
 
     def __init__(
         self,
         batches: Iterator[HostBatch],
-        quarantine: Quarantine | None,
+        quarantine: Quarantine,
         place: NamedSharding,
         rows: int,
     ):
@@ -306,15 +303,14 @@ class GlobalBatches:
 
     def __next__(self) -> Batch[jax.Array]:
         batch, about = next(self._stream)
-        if about.left_out and self._quarantine is None:
-            raise BadRecordError(about.left_out[0].detail)
         self._left_out += about.left_out
         self._position = about.position
         places = sharding.batch_shardings(batch, self._place.mesh)
         return to_global(batch, places, self._rows, self._local)
 
-    def agree(self) -> None:
-        """Exchanges between all processes the examples that were left out, and lists them.
+    def agree(self) -> list[LeftOut]:
+        """Exchanges between all processes the examples that were left out since the last call,
+        lists them and returns those of all.
 
         All processes have to call this at the same step, which they recognise by the count that is
         part of every batch. Raises TooManyBadError in all of them.
@@ -326,15 +322,14 @@ class GlobalBatches:
         padded[: len(mine)] = mine
         parts = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
         texts = [part[:n].tobytes() for part, n in zip(parts, lengths, strict=True)]
-        entries = [entry for text in texts for entry in json.loads(text)]
+        entries = [LeftOut(**entry) for text in texts for entry in json.loads(text)]
         self._left_out = []
-        assert self._quarantine is not None, "without one, __next__ has raised"
-        self._quarantine.add(LeftOut(**entry) for entry in entries)
+        self._quarantine.add(entries)
+        return entries
 
     def state(self) -> dict[str, Any]:
         """JSON from which the stream can resume after the last yielded batch."""
-        quarantined = self._quarantine.indices if self._quarantine else []
-        return {"position": self._position, "quarantined": quarantined}
+        return {"position": self._position, "quarantined": self._quarantine.indices}
 
 
 def to_global(

@@ -14,7 +14,7 @@ added to existing ones. Inputs that are not in the key have to match, or the cac
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from saber_jax.batch import Batch
 from saber_jax.data.examples import Example
+from saber_jax.data.loader import GlobalBatches
+from saber_jax.data.quarantine import LeftOut
 from saber_jax.data.steps import Rows
 from saber_jax.data.withhold import VIEWS, View
 from saber_jax.inputs import RunInputs
@@ -150,7 +152,7 @@ def complete(
     keys: Sequence[bytes],
     counts: Int[np.ndarray, "N"],
     plan: Callable[[list[int]], Rows],
-    batches: Callable[[Rows], Iterator[Batch]],
+    batches: Callable[[Rows], Iterator[tuple[Batch, Container[int]]]],
     log_probs: Callable[[Batch], Float[Array, "B T"]],
     *,
     batch_rows: int,
@@ -159,7 +161,8 @@ def complete(
 
     `counts[i]` is the number of targets of pair i. `plan` assigns the missing pairs to rows,
     `batches` makes batches of `batch_rows` rows, which may end with empty rows, and `log_probs`
-    scores the targets of a batch.
+    scores the targets of a batch. With a batch come its pairs that could not be read; they are not
+    in it and stay missing.
     """
     _share(cache, keys, counts)
     missing = [i for i, key in enumerate(keys) if key not in cache.values]
@@ -172,12 +175,13 @@ def complete(
         unit="pair",
         disable=jax.process_index() != 0 or not missing,
     ) as bar:
-        for batch in batches(rows):
+        for batch, lost in batches(rows):
             values = multihost_utils.process_allgather(log_probs(batch), tiled=True)
             mine = rows[first : first + batch_rows]
             for row, indices in zip(np.asarray(values), mine, strict=False):
-                parts = np.split(row, np.cumsum(counts[indices]))
-                found |= {keys[i]: part for i, part in zip(indices, parts, strict=False)}
+                held = [i for i in indices if i not in lost]
+                parts = np.split(row, np.cumsum(counts[held]))
+                found |= {keys[i]: part for i, part in zip(held, parts, strict=False)}
                 bar.update(len(indices))
             first += batch_rows
             if time.monotonic() - saved > FLUSH_SECONDS:
@@ -221,16 +225,14 @@ def with_references(
     stage: Stage,
     clock: PhaseClock,
 ) -> RunInputs:
-    """`inputs` with the reference log-probs of its pairs, in the views that the stage needs.
+    """`inputs` with the reference log-probs of its pairs, in the views that the stage needs, and
+    without the pairs whose records cannot be read.
 
     Log-probs that config.reference lacks are computed with the starting weights, whose digest is
     `weights`. `params` loads them, and is called only if some are missing.
     """
-    usable = inputs.usable
     source = reference_inputs(inputs, weights, stage.compute.dtype)
     keys = [inputs.examples.key(i) for i in range(len(inputs.examples))]
-    # The cache numbers only the usable pairs.
-    number = {int(i): n for n, i in enumerate(usable)}
 
     def log_probs(view: View) -> Callable[[Batch], Float[Array, "B T"]]:
         step = stage.reference_step(view)
@@ -242,9 +244,18 @@ def with_references(
 
         return of_batch
 
-    caches = []
-    for view in stage.reference_views:
-        cache = ReferenceCache(Path(config.reference), view, source)
+    def completed(view: View) -> ReferenceCache:
+        cache, usable = ReferenceCache(Path(config.reference), view, source), inputs.usable
+        # The cache numbers only the usable pairs.
+        number = {int(i): n for n, i in enumerate(usable)}
+
+        def batches(rows: Rows) -> Iterator[tuple[Batch, set[int]]]:
+            made = inputs.batches(
+                config, stage.mesh, [[int(usable[n]) for n in row] for row in rows]
+            )
+            for batch in made:
+                yield batch, {number[entry.index] for entry in _left_out(made, batch)}
+
         complete(
             cache,
             [keys[i] for i in usable],
@@ -252,12 +263,19 @@ def with_references(
             lambda missing: [
                 [number[i] for i in row] for row in inputs.plan.rows_of(usable[missing])
             ],
-            lambda rows: inputs.batches(
-                config, stage.mesh, [[int(usable[n]) for n in row] for row in rows]
-            ),
+            batches,
             log_probs(view),
             batch_rows=config.data.batch_rows,
         )
-        caches.append(cache)
-    references = References(caches, keys)
-    return dataclasses.replace(inputs, examples=inputs.examples.with_references(references))
+        return cache
+
+    # One after another: a pair that one view could not read is not usable in the next.
+    references = References([completed(view) for view in stage.reference_views], keys)
+    examples = inputs.examples.with_references(references)
+    return dataclasses.replace(inputs, examples=examples.without(inputs.quarantine.indices))
+
+
+def _left_out(batches: GlobalBatches, last: Batch) -> list[LeftOut]:
+    """The examples of the `last` of `batches` that could not be read, in any process."""
+    counts = multihost_utils.process_allgather(last.left_out, tiled=True)
+    return batches.agree() if np.sum(counts) else []

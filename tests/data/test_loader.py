@@ -200,6 +200,17 @@ def test_the_first_that_can_be_used_are_found_behind_those_that_cannot(tokenizer
     assert [e.clip_id for e in examples.readable([0, 1, 5], 2)] == ["clip5"]
 
 
+def test_the_provenance_is_that_of_a_record_that_can_be_read(tokenizer):
+    class Unreadable(Source):
+        def outline(self, index: int):
+            if index == 0:
+                raise BadRecordError("bad block")
+            return dataclasses.replace(super().outline(index), provenance={"from": index})
+
+    examples = examples_of(tokenizer, Unreadable(3))
+    assert examples.provenance(range(3)) == {"from": 1} and examples.provenance([0]) == {}
+
+
 @pytest.mark.parametrize("error", [TypeError("oops"), StopIteration("over")])
 def test_a_fault_of_the_program_names_the_record_and_never_looks_like_the_end(
     tokenizer, plan, error

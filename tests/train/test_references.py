@@ -24,8 +24,8 @@ class Model:
     """Scores target t of pair i with -(10 i + t), two pairs a row, two rows a batch and
     an empty one."""
 
-    def __init__(self, stop_after=None):
-        self.asked, self._stop_after = [], stop_after
+    def __init__(self, stop_after=None, lost=()):
+        self.asked, self._stop_after, self._lost = [], stop_after, lost
 
     def plan(self, indices):
         return [indices[i : i + 2] for i in range(0, len(indices), 2)]
@@ -34,7 +34,8 @@ class Model:
         for i in range(0, len(rows), 2):
             if i // 2 == self._stop_after:
                 raise KeyboardInterrupt
-            yield [*rows[i : i + 2], [], []][:3]
+            read = [[i for i in row if i not in self._lost] for row in rows[i : i + 2]]
+            yield [*read, [], []][:3], self._lost
 
     def log_probs(self, batch):
         values = np.zeros((3, 9), np.float32)
@@ -62,6 +63,17 @@ def test_a_full_cache_asks_the_model_nothing_and_new_pairs_only_for_themselves(t
     assert model.fill(ReferenceCache(tmp_path, "whole", SOURCE)) == 2
     assert model.asked == [3, 4]
     assert Model(stop_after=0).fill(ReferenceCache(tmp_path, "whole", SOURCE)) == 0
+
+
+def test_a_pair_that_cannot_be_read_stays_missing_and_its_neighbours_keep_their_own(tmp_path):
+    cache = ReferenceCache(tmp_path, "whole", SOURCE)
+    Model(lost=(0, 3)).fill(cache)
+    assert cache.values.keys() == {KEYS[i] for i in (1, 2, 4)}
+    for i in (1, 2, 4):
+        np.testing.assert_array_equal(cache.values[KEYS[i]], -(10.0 * i + np.arange(COUNTS[i])))
+    again = Model()
+    again.fill(cache)
+    assert again.asked == [0, 3]
 
 
 @pytest.mark.parametrize("where", [0.05, 0.4, 0.8])
