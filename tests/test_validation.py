@@ -1,5 +1,6 @@
 """Validation in a whole run: which examples it is about, when it happens, and that it resumes."""
 
+import dataclasses
 import json
 import math
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from configs import cadpo, sft
-from saber_jax import main
+from saber_jax import main, sharding
+from saber_jax.data.records import FIELDS
 from saber_jax.inputs import open_inputs
-from saber_jax.runs.files import write_jsonl
+from saber_jax.runs.files import read_jsonl, write_jsonl
+from saber_jax.train import stage as stages
 from saber_jax.train import validate
 from saber_jax.tree import flatten
 from tests import synthetic
@@ -87,6 +90,23 @@ def test_no_training_row_holds_a_clip_that_is_held_out(records, tmp_path):
     trained = {i % 12 for row in inputs.plan.rows(40) for i in row}
     assert trained == set(range(12)) - set(inputs.held_out.tolist())
     assert np.concatenate(inputs.plan.rows_of(inputs.held_out)).size == 4
+
+
+def test_held_out_clips_that_cannot_be_read_are_counted_and_named(records, tmp_path):
+    config = validated(sft, records, tmp_path)
+    config.data.max_bad_fraction = 0.5
+    stage = stages.build(config, sharding.make_mesh(**config.mesh))
+    inputs = open_inputs(config, tmp_path, None)
+    gone = inputs.held_out[:3].tolist()
+    inputs = dataclasses.replace(inputs, examples=inputs.examples.without(gone))
+    validation = main.validated(config, stage, inputs)
+    ones = np.ones(len(FIELDS), np.float32)
+    measure = lambda _, batch: validate.BatchSums(  # noqa: E731 - Without a network.
+        nll=ones, tokens=ones, left_out=batch.left_out.sum()
+    )
+    values = dataclasses.replace(validation, measure=measure).run(None, 0)
+    assert values["validate/left_out"] == 3
+    assert [entry["index"] for entry in read_jsonl(tmp_path / "quarantine.jsonl")] == sorted(gone)
 
 
 def test_pairs_start_from_an_even_choice_and_are_measured_against_their_lengths(

@@ -9,15 +9,16 @@ hosts and devices, up to the order of floating-point sums.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from saber_jax.batch import Batch, Branch
+from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.records import FIELDS
 from saber_jax.data.withhold import VIEWS
 from saber_jax.models.config import SaberConfig
@@ -39,11 +40,12 @@ PAIR_METRICS = ("accuracy", "length_balanced_accuracy", "margin", "loss", "displ
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchSums:
-    """Sums of one batch: -log pi and number of targets of each section, and for stage 2 the table
-    of pairs for `pair_metrics`."""
+    """Sums of one batch: -log pi and number of targets of each section, the number of examples that
+    could not be read, and for stage 2 the table of pairs for `pair_metrics`."""
 
     nll: Float[Array, " F"]
     tokens: Float[Array, " F"]
+    left_out: Int[Array, ""]
     pairs: "PairTable | None" = None
 
 
@@ -91,7 +93,7 @@ def _sections(
     log_probs: Float[Array, "B T"], weights: Float[Array, "B T"], batch: Batch
 ) -> BatchSums:
     nll, tokens = losses.section_nll(log_probs, weights, batch.targets.section, len(FIELDS))
-    return BatchSums(nll=nll, tokens=tokens)
+    return BatchSums(nll=nll, tokens=tokens, left_out=batch.left_out.sum())
 
 
 def metrics(found: Sequence[BatchSums], beta: float) -> dict[str, float]:
@@ -103,6 +105,8 @@ def metrics(found: Sequence[BatchSums], beta: float) -> dict[str, float]:
     values = {f"nll/{field}": nll[i] / tokens[i] for i, field in enumerate(FIELDS) if tokens[i]}
     if tokens.sum():
         values["nll"] = nll.sum() / tokens.sum()
+    if left_out := sum(int(m.left_out) for m in found):
+        values["left_out"] = left_out
     tables = [m.pairs for m in found if m.pairs is not None]
     if tables:
         values |= pair_metrics(_joined(tables), beta)
@@ -157,7 +161,7 @@ class Validation:
     `warn_displacement` is in nats per token, 0 for no warning.
     """
 
-    batches: Callable[[], Iterable[Batch]]
+    batches: Callable[[], GlobalBatches]
     measure: Callable[[Any, Batch], BatchSums]
     every: int
     steps: int
@@ -169,9 +173,15 @@ class Validation:
         return step % self.every == 0 or step == self.steps
 
     def run(self, state: Any, step: int) -> dict[str, float]:
-        """The metrics of these weights; warnings about them are printed."""
-        found = [jax.device_get(self.measure(state, batch)) for batch in self.batches()]
+        """The metrics of these weights; warnings about them are printed.
+
+        Examples that could not be read are listed. Raises TooManyBadError if there are too many.
+        """
+        batches = self.batches()
+        found = [jax.device_get(self.measure(state, batch)) for batch in batches]
         values = metrics(found, self.beta)
+        if PREFIX + "left_out" in values:  # In every process, because the sums are over all.
+            batches.agree()
         log(f"validation at step {step}: {_line(values)}")
         for warning in self.warnings(values, step):
             log(f"warning: {warning}")
@@ -204,4 +214,6 @@ class Validation:
 def _line(values: dict[str, float]) -> str:
     shown = ("nll", "accuracy", "length_balanced_accuracy", "longer_wins", "margin")
     parts = [f"{n} {values[PREFIX + n]:.3f}" for n in shown if PREFIX + n in values]
+    if left_out := values.get(PREFIX + "left_out"):
+        parts.append(f"{left_out:.0f} left_out")
     return "  ".join(part.replace("_", " ") for part in parts) or "nothing to measure"

@@ -60,19 +60,20 @@ def _table(columns, valid):
     return PairTable(**rows, valid=np.asarray([valid], np.float32))
 
 
+def _sums(nll, tokens, left_out=0, **pairs):
+    return BatchSums(nll=nll, tokens=tokens, left_out=np.int32(left_out), **pairs)
+
+
 def test_batches_add_up_and_padding_counts_nowhere():
     counts = np.array([2.0, 0, 0, 0, 0, 6.0])
     found = [
-        BatchSums(
-            nll=counts * 3.0, tokens=counts, pairs=_table(_columns([1, -9], [8, 1], [5, 1]), [1, 0])
-        ),
-        BatchSums(
-            nll=counts * 1.0, tokens=counts, pairs=_table(_columns([1, 1], [5, 5], [8, 8]), [1, 1])
-        ),
+        _sums(counts * 3.0, counts, 2, pairs=_table(_columns([1, -9], [8, 1], [5, 1]), [1, 0])),
+        _sums(counts * 1.0, counts, 1, pairs=_table(_columns([1, 1], [5, 5], [8, 8]), [1, 1])),
     ]
     values = metrics(found, beta=1.0)
     assert values["validate/nll"] == values[f"validate/nll/{FIELDS[0]}"] == 2.0
     assert f"validate/nll/{FIELDS[1]}" not in values
+    assert values["validate/left_out"] == 3
     assert values["validate/pairs"] == 3 and values["validate/accuracy"] == 1.0
     assert values["validate/longer_wins"] == pytest.approx(1 / 3)
     assert values == pytest.approx(metrics(found[::-1], beta=1.0))
@@ -80,7 +81,7 @@ def test_batches_add_up_and_padding_counts_nowhere():
 
 def test_the_metrics_that_a_stage_names_are_those_that_it_measures():
     counts, pairs = np.ones(len(FIELDS)), _table(_columns([1, -9], [8, 1], [5, 2]), [1, 1])
-    found = BatchSums(nll=counts, tokens=counts, pairs=pairs)
+    found = _sums(counts, counts, pairs=pairs)
     facts = {"validate/pairs", "validate/longer_wins"}
     named = {f"validate/{name}" for name in CaDpo.validated}
     assert set(metrics([found], beta=1.0)) == named | facts
@@ -90,7 +91,7 @@ def test_the_metrics_that_a_stage_names_are_those_that_it_measures():
 
 def test_stage_1_has_no_pair_metrics():
     counts = np.ones(len(FIELDS))
-    values = metrics([BatchSums(nll=counts, tokens=counts)], beta=0.0)
+    values = metrics([_sums(counts, counts)], beta=0.0)
     assert set(values) == {"validate/nll", *(f"validate/nll/{field}" for field in FIELDS)}
 
 
@@ -104,12 +105,7 @@ def test_it_measures_before_the_first_step_every_n_and_after_the_last():
 
 def _found(**columns):
     return metrics(
-        [
-            BatchSums(
-                nll=np.zeros(6), tokens=np.zeros(6), pairs=_table(_columns(**columns), [1, 1, 1])
-            )
-        ],
-        beta=1.0,
+        [_sums(np.zeros(6), np.zeros(6), pairs=_table(_columns(**columns), [1, 1, 1]))], beta=1.0
     )
 
 
@@ -128,3 +124,21 @@ def test_displacement_is_warned_of_with_the_options_that_help():
     assert "fell by 1.20 nats a token" in warning and "config.loss.anchor" in warning
     assert not _validation(warn_displacement=1.5).warnings(fallen, step=5)
     assert not _validation().warnings(fallen, step=5)
+
+
+class Batches(list):
+    """A stand-in for GlobalBatches that counts how often all processes exchange names."""
+
+    agreed = 0
+
+    def agree(self):
+        self.agreed += 1
+
+
+@pytest.mark.parametrize("left_out", [0, 2])
+def test_processes_exchange_the_names_of_what_they_left_out_if_there_is_any(left_out, capsys):
+    batches, ones = Batches([None, None]), np.ones(len(FIELDS))
+    measure = lambda *_: _sums(ones, ones, left_out)  # noqa: E731
+    values = Validation(batches=lambda: batches, measure=measure, every=5, steps=12).run(None, 5)
+    assert batches.agreed == (left_out > 0) == ("validate/left_out" in values)
+    assert ("4 left out" in capsys.readouterr().out) == (left_out > 0)
