@@ -27,13 +27,14 @@ from saber_jax.train.stage import budget
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What `open_inputs` found. `examples` without the pairs that cannot be used; `steps` are those
-    of the run."""
+    """What `open_inputs` found. `examples` without the pairs that cannot be used; `fill` as
+    `Plan.fill` measures it; `steps` are those of the run."""
 
     tokenizer: Tokenizer
     provenance: dict[str, Any]
     examples: encoded.Examples
     plan: Plan
+    fill: dict[str, float]
     draw: Draw
     held_out: Int[np.ndarray, " H"]
     quarantine: Quarantine
@@ -43,7 +44,7 @@ class RunInputs:
 
     def describe(self) -> str:
         """A console line: number of examples, their sources, and how full rows are."""
-        fill = ", ".join(f"{name} {share:.0%}" for name, share in self.plan.fill().items())
+        fill = ", ".join(f"{name} {share:.0%}" for name, share in self.fill.items())
         parts = [f"{len(self.draw.usable)} examples an epoch; budgets filled: {fill}"]
         if len(self.draw.names) > 1:
             counts = self.draw.counts(0)
@@ -61,8 +62,7 @@ class RunInputs:
         epochs = self.plan.position(steps * batch_rows).epoch
         begun = self.plan.begun(steps * batch_rows) % len(self.examples)
         drawn = np.bincount(self.examples.source_of()[begun], minlength=len(self.draw.names))
-        for epoch in range(epochs):
-            drawn += [*self.draw.counts(epoch).values()]
+        drawn += self.draw.taken(epochs)
         return {
             "examples": len(self.examples),
             "examples_thinned": self.thinned,
@@ -70,7 +70,7 @@ class RunInputs:
             "examples_held_out": len(self.held_out),
             "epochs_finished": epochs,
             "drawn": dict(zip(self.draw.names, drawn.tolist(), strict=True)),
-            "fill": self.plan.fill(),
+            "fill": self.fill,
             "unigram_entropy": sizing.unigram_entropy(self.measured.token_counts),
         }
 
@@ -178,6 +178,7 @@ def open_inputs(config: ConfigDict, workdir: Path, pairs: list[Pair] | None) -> 
         provenance=examples.provenance(usable),
         examples=examples.with_frame_pairs(selection.frame_pairs),
         plan=plan,
+        fill=plan.fill(),
         draw=draw,
         held_out=held_out,
         quarantine=quarantine,

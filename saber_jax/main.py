@@ -319,14 +319,14 @@ def observers_of(
 
 def schedule(config: ConfigDict, inputs: RunInputs, first: int) -> StepSchedule:
     """Learning rate and epoch of the steps from `first` on."""
-    row, usable = first * config.data.batch_rows, len(inputs.draw.usable)
-    passed = inputs.plan.position(row).epoch * usable + len(inputs.plan.begun(row))
+    row = first * config.data.batch_rows
+    finished = inputs.draw.taken(inputs.plan.position(row).epoch)
     return StepSchedule(
         OptimizerConfig(**config.optimizer),
         config.steps,
         adapters=bool(config.lora.rank),
-        passed=passed,
-        examples=usable,
+        passed=int(finished.sum()) + len(inputs.plan.begun(row)),
+        epochs=inputs.draw.epochs,
     )
 
 

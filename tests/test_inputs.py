@@ -1,5 +1,6 @@
 """What a run says about its data."""
 
+import dataclasses
 import shutil
 from collections import Counter
 
@@ -8,6 +9,8 @@ import pytest
 
 from configs import cadpo, sft
 from data_prep.records import dataset
+from saber_jax import main
+from saber_jax.data import planning
 from saber_jax.data.pairs import Pair
 from saber_jax.inputs import open_inputs
 from saber_jax.train.references import reference_inputs
@@ -38,10 +41,44 @@ def test_the_summary_counts_the_examples_that_each_source_gave(config, tmp_path,
     assert abs(count["few"] / len(given) - 0.25) < 0.05 or steps < 40
 
 
+def resumed(inputs, row):
+    """As if a checkpoint had been made before this row."""
+    position = dataclasses.asdict(inputs.plan.position(row))
+    return inputs.resumed({"position": position, "quarantined": []})
+
+
+def test_a_resumed_run_sums_its_data_up_as_an_uninterrupted_one(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "WINDOW", 8)
+    inputs, rows = open_inputs(config, tmp_path, None), config.data.batch_rows
+    later = resumed(inputs, 39 * rows)
+    assert later.plan.position(39 * rows).window  # Not the first one of its epoch.
+    assert later.summary(40, rows) == inputs.summary(40, rows)
+
+
+def test_a_resumed_run_says_the_epochs_of_an_uninterrupted_one_and_they_end_whole(config, tmp_path):
+    """An epoch of 23 examples from two equal sources has 24 or 22: half of 23 is rounded."""
+    config.data.mixture = (f"{tmp_path}/many:train:1", f"{tmp_path}/few:train:1")
+    config.validate.examples, config.data.batch_rows, config.steps = 1, 1, 60
+    inputs = open_inputs(config, tmp_path, None)
+    assert len(inputs.draw.usable) == 23
+    lengths = [len(inputs.plan.row(r)) for r in range(60)]
+    whole = main.schedule(config, inputs, 0)
+    epochs = [whole.after(r, lengths[r])["epoch"] for r in range(60)]
+    ends = [
+        r for r in range(59) if inputs.plan.position(r).epoch < inputs.plan.position(r + 1).epoch
+    ]
+    assert [epochs[r] for r in ends] == list(range(1, len(ends) + 1)) and len(ends) > 2
+    for first in (ends[0] + 1, ends[1] + 2):
+        rest = main.schedule(config, resumed(inputs, first), first)
+        assert [rest.after(r, lengths[r])["epoch"] for r in range(first, 60)] == epochs[first:]
+
+
 @pytest.fixture
 def pairs_of(tokenizer, tmp_path):
-    """Inputs of stage 2 with so many pairs, about records that lie in `folders`."""
-    for name, seeds in {"many": range(6), "few": range(100, 103), "other": range(50, 53)}.items():
+    """Inputs of stage 2 with so many pairs about records of the first of `folders`, and one pair
+    about each other one."""
+    sizes = {"many": range(6), "few": range(100, 103), "other": range(50, 53)}
+    for name, seeds in sizes.items():
         (tmp_path / name).mkdir()
         dataset.write(tmp_path / name, {"preference": seeds}, synthetic.record)
         shutil.copy(tokenizer.path, tmp_path / name)
@@ -52,9 +89,9 @@ def pairs_of(tokenizer, tmp_path):
         if len(folders) > 1:
             config.data.mixture = tuple(f"{tmp_path}/{name}:preference:1" for name in folders)
         answers = [f"[video_desc] a {thing}" for thing in ("room", "street", "garden", "door")]
+        clips = [*range(count), *(sizes[name][0] for name in folders[1:])]
         pairs = [
-            Pair(clip_id=f"clip{i}", chosen=answers[i % 3], rejected=answers[3])
-            for i in range(count)
+            Pair(clip_id=f"clip{i}", chosen=answers[i % 3], rejected=answers[3]) for i in clips
         ]
         workdir = tmp_path / "-".join((str(count), *folders))
         workdir.mkdir()

@@ -288,8 +288,8 @@ class Plan:
         return plan_rows(self.sizes, np.asarray(indices, np.int64), self.budget)
 
     def fill(self) -> dict[str, float]:
-        """Share of each budget that is used, over the first window."""
-        _, rows = self._window_of(self._planned[0][0].row if self._planned else self._next.row)
+        """Share of each budget that is used, over the first window of the run."""
+        _, rows = self._window_of(0)
         return fill(self.sizes, rows, self.budget)
 
     def fingerprint(self) -> str:

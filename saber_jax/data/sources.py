@@ -133,7 +133,27 @@ class Draw:
 
     def counts(self, epoch: int) -> dict[str, int]:
         """Examples that an epoch takes from each source."""
-        return {name: len(self._of(k, epoch)) for k, name in enumerate(self.names)}
+        taken = self.taken(epoch + 1) - self.taken(epoch)
+        return dict(zip(self.names, taken.tolist(), strict=True))
+
+    def taken(self, epochs: int) -> Int[np.ndarray, " S"]:
+        """Examples that the first `epochs` epochs take from each source."""
+        # Rounding the running total, not each epoch's part, keeps the shares over many epochs.
+        return np.rint(epochs * len(self.usable) * self.shares).astype(np.int64)
+
+    def epochs(self, examples: int) -> float:
+        """How many epochs the first so many examples are.
+
+        A whole number where an epoch ends, although rounding gives one epoch a few examples more
+        than another.
+        """
+        epoch = examples // len(self.usable)
+        while self.taken(epoch).sum() > examples:
+            epoch -= 1
+        while self.taken(epoch + 1).sum() <= examples:
+            epoch += 1
+        first, last = (int(self.taken(e).sum()) for e in (epoch, epoch + 1))
+        return epoch + (examples - first) / (last - first)
 
     def _of(self, k: int, epoch: int) -> Int[np.ndarray, " m"]:
         own = self.usable[self.source_of == k]
@@ -141,8 +161,7 @@ class Draw:
             return own
         if not len(own):
             raise ValueError(f"{self.names[k]} has no usable example; take it out of the mixture.")
-        # Rounding the running total, not each epoch's part, keeps the shares over many epochs.
-        first, last = (round(e * len(self.usable) * self.shares[k]) for e in (epoch, epoch + 1))
+        first, last = (int(self.taken(e)[k]) for e in (epoch, epoch + 1))
         passes = range(first // len(own), -(-last // len(own)))
         rngs = [np.random.default_rng([self.seed, _STREAM, k, number]) for number in passes]
         orders = np.concatenate([rng.permutation(own) for rng in rngs] or [own[:0]])

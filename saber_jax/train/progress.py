@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -64,22 +64,28 @@ class StepSchedule:
     """The learning rate and epoch of each step, under TRL's names."""
 
     def __init__(
-        self, config: OptimizerConfig, steps: int, *, adapters: bool, passed: int, examples: int
+        self,
+        config: OptimizerConfig,
+        steps: int,
+        *,
+        adapters: bool,
+        passed: int,
+        epochs: Callable[[int], float],
     ):
-        """`passed` counts the examples of all steps before, `examples` those of one epoch; both
-        include those that could not be read."""
+        """`passed` counts the examples of all steps before, including those that could not be
+        read; `epochs` tells how many epochs so many examples are."""
         group = "adapters" if adapters else "rest"
         # For all steps at once, because a schedule computes on the device.
         rates = jnp.broadcast_to(schedules(config, steps)[group](jnp.arange(steps)), steps)
         self._rates = jax.device_get(rates)
-        self._passed, self._examples = passed, examples
+        self._passed, self._epochs = passed, epochs
 
     def after(self, step: int, examples: int) -> dict[str, float]:
         """{"learning_rate", "epoch"} after `step`, which had so many; called step by step."""
         self._passed += examples
         return {
             "learning_rate": float(self._rates[step]),
-            "epoch": self._passed / self._examples,
+            "epoch": self._epochs(self._passed),
         }
 
 

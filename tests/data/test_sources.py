@@ -35,6 +35,20 @@ def test_every_source_gets_its_share_however_many_epochs_it_takes():
     assert named == {f"s{k}:train": count for k, count in counts.items()}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "weights"), [((9,), (1.0,)), ((5, 4), (1.0, 1.0)), ((2, 1, 1), (1.0, 1.0, 0.1))]
+)
+def test_epochs_are_whole_where_they_end_however_many_examples_rounding_gives_them(sizes, weights):
+    draw, passed, seen = draw_of(sizes, weights), 0, [0.0]
+    for epoch in range(12):
+        assert draw.epochs(passed) == epoch
+        length = len(draw(epoch))
+        assert sum(draw.counts(epoch).values()) == length
+        seen += [draw.epochs(passed + n) for n in range(1, length + 1)]
+        passed += length
+    assert seen == sorted(set(seen)) and draw.taken(12).sum() == passed
+
+
 def test_an_upweighted_source_repeats_no_example_before_all_were_seen():
     draw = draw_of((50, 20), (1.0, 3.0))
     small = np.concatenate([draw(epoch) for epoch in range(7)])

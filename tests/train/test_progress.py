@@ -8,7 +8,7 @@ from tests.train.test_optimizer import CONFIG
 
 
 def schedule(passed: int = 0, adapters: bool = False) -> StepSchedule:
-    return StepSchedule(CONFIG, 20, adapters=adapters, passed=passed, examples=8)
+    return StepSchedule(CONFIG, 20, adapters=adapters, passed=passed, epochs=lambda n: n / 8)
 
 
 def test_the_learning_rate_warms_up_and_decays():
