@@ -56,7 +56,8 @@ def _place(source: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with storage.local_copy(source) as path, replacing(target) as partial:
         try:
-            os.link(path, partial)
+            # os.link gives a symlink a second name, from which a relative one points elsewhere.
+            os.link(path.resolve(), partial)
         except OSError:  # Another disk.
             shutil.copyfile(path, partial)
 
