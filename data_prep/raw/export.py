@@ -21,13 +21,16 @@ REASONS = {"missing": "the clip is no longer where it was"}
 
 
 def work(rows: list[Row], folder: str) -> Iterator[Outcome]:
-    """The stage, shard by shard; `folder` is OUT/saber, on a local disk."""
+    """The stage, shard by shard; `folder` is OUT/saber, on a local disk.
+
+    Raises OSError for a clip that is there but cannot be read or written.
+    """
     for row in rows:
         suffix = Path(row["file"]).suffix
         target = Path(folder) / "clips" / f"{row['clip_id']}{suffix}"
         try:
             _place(row["file"], target)
-        except OSError as error:
+        except FileNotFoundError as error:
             yield Dropped(row=row, reason="missing", detail=str(error))
             continue
         text = json.dumps(row["annotation"], ensure_ascii=False, indent=2) + "\n"

@@ -1,5 +1,7 @@
 """The export: which files stand in OUT/saber, and what they hold."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 pytest.importorskip("fsspec")
 
 from data_prep.raw import export
-from data_prep.raw.shards import Row
+from data_prep.raw.shards import Dropped, Row
 
 
 def make_row(path: Path, **more) -> Row:
@@ -36,3 +38,19 @@ def test_a_clip_that_is_a_symlink_is_exported_as_the_file_it_points_to(tmp_path)
     assert kept["clip_id"] == "a"
     exported = tmp_path / "saber/clips/a.mp4"
     assert not exported.is_symlink() and exported.samefile(tmp_path / "blobs/3f2a")
+
+
+def test_a_lost_clip_is_dropped_and_a_full_disk_stops_the_export(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    rows = [make_row(tmp_path / "lost.mp4"), make_row(tmp_path / "a.mp4")]
+    lost, kept = export.work(rows, str(tmp_path / "new"))
+    assert isinstance(lost, Dropped) and lost.reason == "missing" and "lost.mp4" in lost.detail
+    assert kept == rows[1]
+    monkeypatch.setattr(export.os, "link", full_disk)
+    monkeypatch.setattr(export.shutil, "copyfile", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device.*a\.mp4"):
+        list(export.work(rows[1:], str(tmp_path / "full")))
+
+
+def full_disk(*_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
