@@ -6,6 +6,7 @@ OUT/saber/clips/ID.mp4           the clips (links where the disk allows it)
           provenance.jsonl       per clip and field: the tool, model, prompt and parameters
 """
 
+import filecmp
 import json
 import os
 import shutil
@@ -54,15 +55,17 @@ def build_command(folder: str, out: str, more: tuple[str, ...]) -> tuple[str, ..
 
 
 def _place(source: str, target: Path) -> None:
-    if target.exists():
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with storage.local_copy(source) as path, replacing(target) as partial:
-        try:
-            # os.link gives a symlink a second name, from which a relative one points elsewhere.
-            os.link(path.resolve(), partial)
-        except OSError:  # Another disk.
-            shutil.copyfile(path, partial)
+    with storage.local_copy(source) as path:
+        # An earlier run may have put another clip under this name. A link is recognised unread.
+        if target.exists() and filecmp.cmp(path, target):
+            return
+        with replacing(target) as partial:
+            try:
+                # os.link gives a symlink a second name, from which a relative one points elsewhere.
+                os.link(path.resolve(), partial)
+            except OSError:  # Another disk.
+                shutil.copyfile(path, partial)
 
 
 def _labels(row: Row) -> dict[str, str]:

@@ -54,3 +54,21 @@ def test_a_lost_clip_is_dropped_and_a_full_disk_stops_the_export(tmp_path, monke
 
 def full_disk(*_) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_clip_of_an_earlier_run_is_replaced_and_the_same_clip_is_not(
+    tmp_path, monkeypatch, linked
+):
+    if not linked:
+        monkeypatch.setattr(export.os, "link", full_disk)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").write_bytes(f"{name} film".encode())
+    exported = tmp_path / "saber/clips/a.mp4"
+    made = []
+    for name in ("old", "new", "new"):
+        list(export.work([make_row(tmp_path / name / "a.mp4")], str(tmp_path / "saber")))
+        assert exported.read_text() == f"{name} film"
+        made.append(exported.stat().st_ino)
+    assert made[1] == made[2]
