@@ -4,21 +4,41 @@ OUT/saber/clips/ID.mp4           the clips (links where the disk allows it)
           annotations/ID.json    SABER JSON
           labels.jsonl           split, language, emotion, face, voice, conflict_type, kappa ...
           provenance.jsonl       per clip and field: the tool, model, prompt and parameters
+
+Clips and annotations that the last run did not keep are deleted. labels.jsonl is written last.
 """
 
 import filecmp
+import functools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data_prep.raw import storage
+from data_prep.raw import shards, storage
 from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 from saber_jax.data.records import LABELS
 from saber_jax.runs.files import replacing
 
 REASONS = {"missing": "the clip is no longer where it was"}
+
+
+def run(stage: ShardedStage, source: ShardedStage, folder: str) -> dict[str, Any]:
+    """Runs the stage; `folder` is OUT/saber, on a local disk. Returns the summary."""
+    stage.claim(source.fingerprint())
+    labels = f"{folder}/labels.jsonl"
+    if stage.missing():
+        # Until all clips are those of this run, data_prep.build has to fail: with labels of an
+        # earlier one it would train on every clip that these do not name, test clips included.
+        storage.delete(labels)
+    summary = shards.run(stage, source, functools.partial(work, folder=folder))
+    if removed := _remove_others(stage, Path(folder)):
+        print(f"export: deleted {removed} files of clips that are not kept any more", flush=True)
+    storage.write_lines(f"{folder}/provenance.jsonl", map(_provenance, stage.rows()))
+    storage.write_lines(labels, map(_labels, stage.rows()))
+    return summary
 
 
 def work(rows: list[Row], folder: str) -> Iterator[Outcome]:
@@ -27,22 +47,43 @@ def work(rows: list[Row], folder: str) -> Iterator[Outcome]:
     Raises OSError for a clip that is there but cannot be read or written.
     """
     for row in rows:
-        suffix = Path(row["file"]).suffix
-        target = Path(folder) / "clips" / f"{row['clip_id']}{suffix}"
         try:
-            _place(row["file"], target)
+            _place(row["file"], Path(folder) / "clips" / _clip_name(row))
         except FileNotFoundError as error:
             yield Dropped(row=row, reason="missing", detail=str(error))
             continue
         text = json.dumps(row["annotation"], ensure_ascii=False, indent=2) + "\n"
-        storage.write_text(f"{folder}/annotations/{row['clip_id']}.json", text)
+        storage.write_text(f"{folder}/annotations/{_annotation_name(row)}", text)
         yield row
 
 
-def write(stage: ShardedStage, folder: str) -> None:
-    """labels.jsonl and provenance.jsonl of all kept rows."""
-    storage.write_lines(f"{folder}/labels.jsonl", map(_labels, stage.rows()))
-    storage.write_lines(f"{folder}/provenance.jsonl", map(_provenance, stage.rows()))
+def _clip_name(row: Row) -> str:
+    return f"{row['clip_id']}{Path(row['file']).suffix}"
+
+
+def _annotation_name(row: Row) -> str:
+    return f"{row['clip_id']}.json"
+
+
+def _remove_others(stage: ShardedStage, folder: Path) -> int:
+    """Deletes files of clips that an earlier run kept and this one does not; returns how many.
+
+    A clip that this stage dropped keeps its file, which may be the last copy of a lost one. Without
+    an annotation, data_prep.build refuses it.
+    """
+    wanted: dict[str, set[str]] = {"clips": set(), "annotations": set()}
+    for shard in range(stage.shards):
+        for row in stage.kept(shard):
+            wanted["clips"].add(_clip_name(row))
+            wanted["annotations"].add(_annotation_name(row))
+        wanted["clips"].update(_clip_name(item["row"]) for item in stage.dropped(shard))
+    removed = 0
+    for part, names in wanted.items():
+        for name in storage.names(str(folder / part)) - names:
+            if not (path := folder / part / name).is_dir():
+                path.unlink()
+                removed += 1
+    return removed
 
 
 def build_command(folder: str, out: str, more: tuple[str, ...]) -> tuple[str, ...]:

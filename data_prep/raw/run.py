@@ -165,8 +165,7 @@ def _export(settings: Settings, stage: ShardedStage, source: ShardedStage) -> di
     if not storage.is_local(settings.out):
         raise ValueError("export writes to a local disk; copy the stage before it there first.")
     folder = storage.join(settings.out, "saber")
-    done = shards.run(stage, source, functools.partial(export.work, folder=folder))
-    export.write(stage, folder)
+    done = export.run(stage, source, folder)
     records = storage.join(settings.out, "records")
     print(f"Next: {shlex.join(export.build_command(folder, records, settings.export.build))}")
     return done
