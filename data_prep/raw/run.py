@@ -87,7 +87,8 @@ def run_stage(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def _segment(settings: Settings, stage: ShardedStage, source: ShardedStage) -> dict[str, Any]:
-    clips = storage.join(settings.out, "clips")
+    # Inside the stage's folder, so that they are deleted with it: they depend on its settings.
+    clips = stage.file("clips")
     work = functools.partial(segment.work, settings=settings.segment, clips=clips)
     return shards.run(stage, source, work, _workers(settings))
 

@@ -7,6 +7,8 @@ separate files, it is joined with the video.
 
     rows gain    start, end (seconds in `video`); `file` is the new clip, `video` the source
 
+    OUT/segment/clips/ID-0000.mp4    the new clips
+
 Files are read in a process of its own (saber_jax.data.isolation), so that one that crashes its
 decoder is dropped alone.
 """
