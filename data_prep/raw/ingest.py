@@ -11,6 +11,8 @@ Rows of one source video are in the same shard, so that clips cut from it stay t
 import collections
 import dataclasses
 import hashlib
+import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +27,10 @@ REASONS = {
     "duplicate_id": "another file gives the same clip_id",
     "missing": "the corpus lists a file that is not there",
 }
+
+
+_FILES = ("file", "sound")
+"""The keys of a row that name a file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +52,16 @@ class Source:
         if self.language and self.language not in LANGUAGES:
             raise ValueError(f"Unknown language {self.language!r}; use one of {LANGUAGES}.")
 
+    @property
+    def name(self) -> str:
+        """The folder and what it is read as."""
+        return f"{self.folder} as {self.corpus}" if self.corpus else self.folder
+
     def found_by_workers(self, row: Row) -> Row:
         """The row with the addresses that a cluster uses."""
         if not self.url:
             return row
-        keys = [key for key in ("file", "sound") if key in row]
+        keys = [key for key in _FILES if key in row]
         inside = {key: Path(row[key]).relative_to(self.folder).as_posix() for key in keys}
         return {**row, **{key: storage.join(self.url, path) for key, path in inside.items()}}
 
@@ -70,32 +81,72 @@ class Source:
 
 
 def ingest(stage: ShardedStage, sources: Iterable[Source]) -> dict[str, Any]:
-    """Runs the stage, which reads no media. Returns the summary."""
-    stage.claim("")
-    if not stage.missing():
-        return stage.summarise()
+    """Runs the stage, which reads no media. Returns the summary.
+
+    A finished stage lists its sources again: ValueError if clips or labels have changed since.
+    """
+    unfinished = bool(stage.missing())
     parts: list[list[Row]] = [[] for _ in range(stage.shards)]
     outcomes: list[list[Outcome]] = [[] for _ in range(stage.shards)]
     seen: dict[str, str] = {}
+    inputs: dict[str, Any] = {}
     for source in sources:
+        listing = _Listing()
         for row in source.rows():
-            shard = shard_of(row, stage.shards)
-            parts[shard].append(row)
-            first = seen.setdefault(row["clip_id"], row["file"])
-            outcome: Outcome = source.found_by_workers(row)
-            if first != row["file"]:
-                outcome = Dropped(row=row, reason="duplicate_id", detail=first)
-            elif lost := _lost(row):
-                outcome = Dropped(row=row, reason="missing", detail=lost)
-            outcomes[shard].append(outcome)
-    for shard in range(stage.shards):
+            listing.add(row)
+            if unfinished:
+                shard = shard_of(row, stage.shards)
+                parts[shard].append(row)
+                outcomes[shard].append(_outcome(row, source, seen))
+        inputs[source.name] = listing.summary()
+    stage.claim("", inputs)
+    for shard in range(stage.shards) if unfinished else ():
         stage.write(shard, parts[shard], outcomes[shard])
     return stage.summarise()
 
 
+class _Listing:
+    """What the rows of a source were made from, in a few values that change with it."""
+
+    def __init__(self):
+        self._clips = 0
+        self._files, self._labels = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, row: Row) -> None:
+        self._clips += 1
+        for key in _FILES:
+            if key in row:
+                self._files.update(ascii((row[key], _size_and_time(row[key]))).encode())
+        known = {key: row[key] for key in row if key not in (*_FILES, "provenance")}
+        self._labels.update(json.dumps(known, sort_keys=True).encode())
+
+    def summary(self) -> dict[str, Any]:
+        """Digests of the files' names, sizes and times, and of what labels and tables say."""
+        files, labels = self._files.hexdigest()[:16], self._labels.hexdigest()[:16]
+        return {"clips": self._clips, "files": files, "labels": labels}
+
+
+def _size_and_time(file: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _outcome(row: Row, source: Source, seen: dict[str, str]) -> Outcome:
+    """The row for the workers, or dropped. `seen` is the file of every clip_id so far."""
+    first = seen.setdefault(row["clip_id"], row["file"])
+    if first != row["file"]:
+        return Dropped(row=row, reason="duplicate_id", detail=first)
+    if lost := _lost(row):
+        return Dropped(row=row, reason="missing", detail=lost)
+    return source.found_by_workers(row)
+
+
 def _lost(row: Row) -> str | None:
     """A listed file that does not exist, the clip or its separate sound; None if all exist."""
-    files = (row[key] for key in ("file", "sound") if key in row)
+    files = (row[key] for key in _FILES if key in row)
     return next((file for file in files if not Path(file).is_file()), None)
 
 

@@ -23,7 +23,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -116,12 +116,15 @@ class ShardedStage:
         """Changes with the settings of this stage and of every one before it."""
         return manifest.digest(storage.read_json(self.file("manifest.json")))
 
-    def claim(self, after: str) -> None:
-        """Writes the manifest; ValueError if the folder was made from other inputs."""
-        # Through JSON, so that tuples and lists compare equal.
-        ours = json.loads(
-            json.dumps({"settings": self.settings, "shards": self.shards, "after": after})
-        )
+    def claim(self, after: str, inputs: Mapping[str, Any] | None = None) -> None:
+        """Writes the manifest; ValueError if the folder was made from other inputs or settings.
+
+        `after` is the fingerprint of the stage before; `inputs` is what else the stage reads.
+        """
+        ours = {"settings": self.settings, "shards": self.shards, "after": after}
+        if inputs:
+            ours["inputs"] = inputs
+        ours = json.loads(json.dumps(ours))  # So that tuples and lists compare equal.
         path = self.file("manifest.json")
         if not storage.exists(path):
             storage.write_json(path, ours)
@@ -129,7 +132,7 @@ class ShardedStage:
         manifest.check(
             storage.read_json(path),
             ours,
-            what=f"{self.folder} was made with other settings",
+            what=f"{self.folder} was made from other inputs or settings",
             remedy="Delete it and the later stages to make it again, or choose another `out`.",
         )
 
