@@ -125,12 +125,14 @@ class Endpoint:
         most_tokens: int | None = None,
         most_cost: float | None = None,
         prices: tuple[float, float] = (0.0, 0.0),
+        stopped: threading.Event | None = None,
     ):
         """At most `concurrency` questions are under way at a time, however many threads ask.
         `timeout` is in seconds per attempt; a retry waits twice as long as the one before it, up
         to 8 s, or what the endpoint's Retry-After says, up to two minutes. `requests_per_minute`
         counts retries too. With `most_tokens` or `most_cost`, no question is begun once that much
-        was used; `prices` are per million prompt and completion tokens.
+        was used; `prices` are per million prompt and completion tokens. Once `stopped` is set, no
+        request is begun, retries included.
         """
         if concurrency < 1 or retries < 0 or timeout <= 0:
             raise ValueError(
@@ -139,6 +141,7 @@ class Endpoint:
             )
         self.url, self.model = url, model
         self.usage = Usage()
+        self.stopped = stopped or threading.Event()
         self._concurrency, self._retries, self._most_tokens = concurrency, retries, most_tokens
         self._most_cost, self._prices = most_cost, prices
         self._cache = Path(cache) if cache else None
@@ -160,7 +163,7 @@ class Endpoint:
         return sum(tokens * price for tokens, price in zip(used, self._prices, strict=True)) / 1e6
 
     def ask(self, messages: Sequence[Message], *, draw: int = 0, **settings: Any) -> Reply:
-        """One answer. Raises EndpointError."""
+        """One answer. Raises EndpointError, or CancelledError when the endpoint is stopped."""
         request = ChatRequest(messages=messages, settings=settings, draw=draw)
         if (known := self._cached(request)) is not None:
             self._count(cached=1)
@@ -221,7 +224,7 @@ class Endpoint:
                     # No chain: the library's own errors may quote the key.
                     raise EndpointError(failed.reason, self._without_key(failed.detail)) from None
             self._count(retries=1)
-            time.sleep(pause)
+            self.stopped.wait(pause)
         raise AssertionError("unreachable")
 
     def _attempt(self, request: ChatRequest) -> Reply:
@@ -250,7 +253,8 @@ class Endpoint:
                 raise EndpointError("budget_spent", detail)
             start = max(self._next_start, time.monotonic())
             self._next_start = start + self._pause
-        time.sleep(max(0.0, start - time.monotonic()))
+        if self.stopped.wait(max(0.0, start - time.monotonic())):
+            raise concurrent.futures.CancelledError
 
     def _cached(self, request: ChatRequest) -> Reply | None:
         if not self._cache or not (path := self._cache_path(request)).exists():

@@ -1,6 +1,7 @@
 import concurrent.futures
 import email.utils
 import json
+import threading
 import time
 
 import pytest
@@ -216,9 +217,13 @@ def test_retries_are_requests_too_and_wait_for_their_minute():
     assert client.usage.retries == 3
 
 
-def test_a_pause_doubles_unless_the_endpoint_names_one(monkeypatch):
+def test_a_pause_doubles_unless_the_endpoint_names_one():
+    class NoWaiting(threading.Event):
+        def wait(self, timeout=None):
+            pauses.append(timeout)
+            return False
+
     pauses = []
-    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
     later = email.utils.formatdate(time.time() + 30)
     script = [
         *[Answer(status=503, body="")] * 6,
@@ -227,12 +232,34 @@ def test_a_pause_doubles_unless_the_endpoint_names_one(monkeypatch):
         Answer(text="5"),
     ]
     with chat_server(lambda _, number: script[number]) as server:
-        Endpoint(url=server.url, model="judge", retries=8).ask(QUESTION)
+        Endpoint(url=server.url, model="judge", retries=8, stopped=NoWaiting()).ask(QUESTION)
     waited = [pause for pause in pauses if pause]
     for pause, longest in zip(waited, [0.5, 1.0, 2.0, 4.0, 8.0, 8.0], strict=False):
         assert 0.75 * longest <= pause <= longest
     assert waited[6] == 7.0
     assert waited[7] == pytest.approx(30, abs=2.0)
+
+
+@pytest.mark.parametrize("waits_for", ["its turn", "its retry"])
+def test_a_stopped_endpoint_begins_no_request_that_is_waiting(waits_for):
+    def script(*_):
+        if waits_for == "its retry":
+            stopped.set()
+            return Answer(status=503, body="", headers=(("Retry-After", "100"),))
+        return Answer(text="5")
+
+    stopped = threading.Event()
+    with chat_server(script) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        client = Endpoint(url=server.url, model="judge", requests_per_minute=0.1, stopped=stopped)
+        if waits_for == "its turn":
+            client.ask(QUESTION)
+        waiting = pool.submit(client.ask, QUESTION)
+        if waits_for == "its turn":
+            stopped.set()
+        with pytest.raises(concurrent.futures.CancelledError):
+            waiting.result()
+    assert len(server.requests) == 1
+    assert client.usage.failed == 0
 
 
 def test_an_endpoint_that_asks_for_a_long_wait_is_not_waited_for():
