@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from data_prep.raw import storage, wording
 from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage, run
@@ -20,6 +20,7 @@ from saber_jax import endpoint
 from saber_jax.endpoint import Endpoint, EndpointError, Message
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 Clients = Mapping[str, Endpoint]
 """The endpoints of a stage, by purpose."""
@@ -76,8 +77,8 @@ class EndpointSettings:
                 'url = "http://localhost:8000/v1", model = "Qwen/Qwen2.5-Omni-7B".'
             )
 
-    def open(self, cache: str) -> Endpoint:
-        """A client that caches answers in the local folder `cache`."""
+    def open(self, cache: str, stopped: threading.Event | None = None) -> Endpoint:
+        """A client that caches answers in the local folder `cache` and ends with `stopped`."""
         return Endpoint(
             url=self.url,
             model=self.model,
@@ -89,6 +90,7 @@ class EndpointSettings:
             most_tokens=self.most_tokens,
             most_cost=self.most_cost,
             prices=self.prices,
+            stopped=stopped,
         )
 
     def of_request(self) -> dict[str, Any]:
@@ -168,6 +170,32 @@ def extract_json(text: str) -> dict[str, Any]:
     raise NoJsonError("there is no complete JSON object in it.")
 
 
+class RequestThreads(concurrent.futures.ThreadPoolExecutor):
+    """The threads of one run that make requests.
+
+    The first error of any call sets `stopped`, and so does the run when it ends early. Calls that
+    have not begun then raise CancelledError.
+    """
+
+    def __init__(self, count: int):
+        super().__init__(count)
+        self.stopped = threading.Event()
+
+    def submit(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]:
+        def call() -> T:
+            if self.stopped.is_set():
+                raise concurrent.futures.CancelledError
+            try:
+                return fn(*args, **kwargs)
+            except BaseException:
+                self.stopped.set()
+                raise
+
+        return super().submit(call)
+
+
 def each_row(
     rows: list[Row],
     answer: Callable[[Row], Outcome],
@@ -175,26 +203,20 @@ def each_row(
 ) -> Iterator[Outcome]:
     """The outcomes of `answer`, in order; a row without an answer is dropped with the reason.
 
-    A fatal EndpointError ends the iteration; requests that were not started are not sent.
+    Any other error ends the iteration, and with RequestThreads those of the whole run.
     """
-    stopped = threading.Event()
 
     def outcome(row: Row) -> Outcome:
-        if stopped.is_set():
-            raise concurrent.futures.CancelledError
         try:
             return answer(row)
         except Unanswered as error:
             return Dropped(row=row, reason=error.reason, detail=str(error))
-        except EndpointError:
-            stopped.set()
-            raise
 
     futures = [pool.submit(outcome, row) for row in rows]
-    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    errors = [error for future in done if (error := future.exception()) is not None]
+    concurrent.futures.wait(futures)
+    # Rows that were cancelled tell nothing; the error that cancelled them is raised if it is here.
+    errors = [error for future in futures if (error := future.exception()) is not None]
     for error in sorted(errors, key=lambda e: isinstance(e, concurrent.futures.CancelledError)):
-        concurrent.futures.wait(futures)
         raise error
     yield from (future.result() for future in futures)
 
@@ -208,15 +230,24 @@ def run_with(
     """Runs a stage that uses endpoints; appends their usage to STAGE/usage.jsonl.
 
     One process sends all requests, so that limits are exact. It works on two shards at a time, so
-    that the last clips of a shard do not leave the endpoint idle.
+    that the last clips of a shard do not leave the endpoint idle. If the run ends early, the
+    requests under way are finished and no others are begun.
     """
     # Next to the shards, or in the current folder if those are in a bucket.
     cache = Path(stage.out if storage.is_local(stage.out) else ".") / "answers" / stage.name
-    clients = {name: settings.open(str(cache)) for name, settings in endpoints.items()}
     threads = sum(settings.concurrency for settings in endpoints.values())
-    with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
+    with RequestThreads(max(1, threads)) as pool:
+        clients = {
+            name: settings.open(str(cache), pool.stopped) for name, settings in endpoints.items()
+        }
         try:
-            return run(stage, source, lambda rows: work(rows, clients, pool), at_once=2)
+            return run(
+                stage,
+                source,
+                lambda rows: work(rows, clients, pool),
+                at_once=2,
+                stopped=pool.stopped,
+            )
         finally:
             for name, client in clients.items():
                 _add_usage(stage, name, client)

@@ -196,10 +196,12 @@ def run(
     workers: Workers = Workers(),
     *,
     at_once: int = 1,
+    stopped: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Makes the unfinished shards of `stage` from those of `source`; returns the summary.
 
-    Threads of this process work on `at_once` shards, for work that mostly waits.
+    Threads of this process work on `at_once` shards, for work that mostly waits. If the run ends
+    early, `stopped` is set, which has to make `work` end with CancelledError.
     """
     stage.claim(source.fingerprint())
     todo = stage.missing()
@@ -209,7 +211,7 @@ def run(
     if workers.processes > 1 or workers.beam:
         _run_beam(job, todo, workers)
     else:
-        _run_here(job, todo, at_once)
+        _run_here(job, todo, at_once, stopped or threading.Event())
     return stage.summarise()
 
 
@@ -247,16 +249,24 @@ class ShardJob:
         return shard
 
 
-def _run_here(job: ShardJob, todo: Sequence[int], at_once: int) -> None:
+def _run_here(job: ShardJob, todo: Sequence[int], at_once: int, stopped: threading.Event) -> None:
+    cancelled = concurrent.futures.CancelledError
+    futures: list[concurrent.futures.Future[int]] = []
     with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
-        futures = [threads.submit(job, shard) for shard in todo]
         try:
+            for shard in todo:
+                futures.append(threads.submit(job, shard))
             finished = concurrent.futures.as_completed(futures)
             for future in tqdm(finished, total=len(todo), desc=job.stage.name, unit="shard"):
                 future.result()
-        except BaseException:
+        except BaseException as error:
+            stopped.set()
             for future in futures:
                 future.cancel()
+            if isinstance(error, cancelled):  # Another shard has stopped this one and says why.
+                for future in futures:
+                    if not future.cancelled() and not isinstance(future.exception(), cancelled):
+                        future.result()
             raise
 
 

@@ -1,9 +1,11 @@
 """Stages, shards, and what is left when work is interrupted."""
 
+import concurrent.futures
 import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +81,21 @@ def test_an_interrupted_run_goes_on_from_its_finished_shards(tmp_path):
     shards.run(stage, source, lambda rows: rest.append(rows) or drop_odd(rows))
     assert len(rest) == 2
     assert len(list(stage.rows())) == 10
+
+
+def test_a_shard_that_another_one_stopped_does_not_hide_why(tmp_path):
+    stopped = threading.Event()
+
+    def work(rows: list[Row]) -> Iterator[Outcome]:
+        if rows[0]["n"] == 0:  # As if a request had been cancelled.
+            raise concurrent.futures.CancelledError
+        assert stopped.wait(60)
+        raise OSError("the disk is full")
+        yield
+
+    source, stage = make_source(tmp_path), make_stage("even", tmp_path)
+    with pytest.raises(OSError, match="the disk is full"):
+        shards.run(stage, source, work, at_once=2, stopped=stopped)
 
 
 @pytest.mark.parametrize(
