@@ -48,6 +48,9 @@ def annotate(
                     dropped.append(outcome)
                 else:
                     write_json(futures[future], outcome["annotation"])
+        except BaseException:
+            client.stopped.set()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
     return dropped
@@ -101,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, EndpointError) as error:
         print(f"data_prep.annotate: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command continues from here.", file=sys.stderr)
+        return 130
     print(f"{len(todo) - len(dropped)} of {len(todo)} clips annotated, in {flags.out}")
     for one in dropped:
         print(f"{one.row['clip_id']}: {one.reason}: {one.detail}", file=sys.stderr)

@@ -1,10 +1,12 @@
 """A folder of clips, annotated by an endpoint on loopback."""
 
 import json
+import threading
 
 import pytest
 
 from data_prep import annotate
+from saber_jax.endpoint import Endpoint
 from tests import loopback, media_files
 
 ANNOTATION = {
@@ -57,3 +59,26 @@ def test_a_clip_without_a_usable_answer_is_named(folder, capsys):
     said = capsys.readouterr()
     assert "0 of 2 clips annotated" in said.out
     assert "a/001: not_json" in said.err and "b/001: not_json" in said.err
+
+
+def test_ctrl_c_finishes_the_requests_under_way_and_begins_no_other(folder, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        both.wait(60)
+        raise KeyboardInterrupt
+
+    def kept(**settings):
+        clients.append(Endpoint(**settings))
+        return clients[0]
+
+    def refuse(*_):
+        both.wait(60)
+        assert clients[0].stopped.wait(60)
+        return loopback.Answer(text="I would rather not.")  # The model would be asked again.
+
+    both, clients = threading.Barrier(3), []
+    monkeypatch.setattr(annotate, "tqdm", interrupted)
+    monkeypatch.setattr("data_prep.raw.answers.Endpoint", kept)
+    with loopback.chat_server(refuse) as server:
+        assert run(folder, server.url) == 130
+    assert len(server.requests) == 2
+    assert "the same command continues" in capsys.readouterr().err
