@@ -23,6 +23,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.frame import PictureType
 
 from data_prep.raw import measure, storage
@@ -112,10 +113,14 @@ def length(path: Path) -> float | None:
 
 
 def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[float]]:
-    """(intervals of speech, times of scene changes) of a whole video. Raises MediaError."""
+    """(intervals of speech, times of scene changes) of a whole video, counted from its start.
+
+    Raises MediaError.
+    """
     sound: list[np.ndarray] = []
     changes: list[float] = []
     with opened(path) as container:
+        begun = _start(container)
         video = playable(container.streams.video)[0]
         streams = [video, *playable(container.streams.audio)[:1]]
         resampler = av.AudioResampler(format="s16", layout="mono", rate=measure.SAMPLE_RATE)
@@ -134,7 +139,7 @@ def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[
             graph.push(frame)
             for seen in measure.pulled(graph):
                 if "lavfi.scd.time" in seen.metadata:
-                    changes.append(float(seen.metadata["lavfi.scd.time"]))
+                    changes.append(float(seen.metadata["lavfi.scd.time"]) - begun)
     whole = np.concatenate(sound) if sound else np.zeros(0, np.int16)
     return measure.speech(whole.astype(np.float32) / 32768), changes
 
@@ -258,9 +263,14 @@ def _encode(path: Path, heard: Path, target: Path, span: Span) -> None:
         out.mux(audio.encode())
 
 
-def _frames(container, stream, span: Span) -> Iterator[Any]:
+def _start(container: InputContainer) -> float:
+    """Seconds of the first timestamp; a recording of MPEG-TS may begin hours after zero."""
+    return (container.start_time or 0) / av.time_base
+
+
+def _frames(container: InputContainer, stream, span: Span) -> Iterator[Any]:
     """Decoded frames that begin within the span, times counted from the container's start."""
-    offset = (container.start_time or 0) / av.time_base
+    offset = _start(container)
     if span[0] > 1:
         container.seek(int((span[0] + offset - 0.5) * av.time_base))
     for frame in container.decode(stream):

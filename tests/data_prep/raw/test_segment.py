@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("faster_whisper", reason="requirements-prep.txt is not installed")
@@ -11,7 +12,7 @@ from data_prep.raw import run, segment, storage
 from data_prep.raw.ingest import Source
 from data_prep.raw.segment import SegmentSettings
 from data_prep.raw.settings import Settings
-from tests.media_files import gray_frames, tone, write_clip
+from tests.media_files import copy_packets, gray_frames, tone, write_clip
 
 
 def test_other_settings_cut_other_clips_once_the_folder_of_the_stage_is_deleted(
@@ -31,3 +32,20 @@ def test_other_settings_cut_other_clips_once_the_folder_of_the_stage_is_deleted(
         assert (row["start"], row["end"]) == span
         seconds = segment.length(Path(row["file"]))
         assert seconds == pytest.approx(span[1] - span[0], abs=0.1)
+
+
+def write_recording(path: Path) -> Path:
+    """A recording of 4 s, black and after 2 s white, whose timestamps begin at 600 s."""
+    frames = np.zeros((100, 84, 84, 3), np.uint8)
+    frames[50:] = 255
+    rate = {"fps": 25, "rate": 48_000, "codecs": ("mpeg2video", "aac"), "pixels": "yuv420p"}
+    whole = write_clip(path.with_name(f"whole{path.suffix}"), frames=frames, audio=tone(4), **rate)
+    return copy_packets(whole, path, shift=600.0)
+
+
+def test_scenes_change_where_they_do_in_a_recording_whose_time_begins_late(tmp_path):
+    path = write_recording(tmp_path / "late.ts")
+    _, changes = segment.boundaries(path, SegmentSettings())
+    assert changes == [pytest.approx(2.0, abs=0.05)]
+    segment.write_clip(path, path, tmp_path / "cut.mp4", (changes[0], 4.0))
+    assert segment.length(tmp_path / "cut.mp4") == pytest.approx(2.0, abs=0.1)
