@@ -25,6 +25,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import PictureType
+from jaxtyping import Float
 
 from data_prep.raw import measure, storage
 from data_prep.raw.shards import Dropped, Outcome, Row
@@ -117,13 +118,12 @@ def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[
 
     Raises MediaError.
     """
-    sound: list[np.ndarray] = []
     changes: list[float] = []
     with opened(path) as container:
         begun = _start(container)
         video = playable(container.streams.video)[0]
         streams = [video, *playable(container.streams.audio)[:1]]
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=measure.SAMPLE_RATE)
+        sound = _Sound(begun)
         graph = measure.filters(
             lambda graph: graph.add_buffer(template=video, time_base=video.time_base),
             [
@@ -134,14 +134,36 @@ def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[
         )
         for frame in container.decode(*streams):
             if isinstance(frame, av.AudioFrame):
-                sound += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+                sound.add(frame)
                 continue
             graph.push(frame)
             for seen in measure.pulled(graph):
                 if "lavfi.scd.time" in seen.metadata:
                     changes.append(float(seen.metadata["lavfi.scd.time"]) - begun)
-    whole = np.concatenate(sound) if sound else np.zeros(0, np.int16)
-    return measure.speech(whole.astype(np.float32) / 32768), changes
+    return measure.speech(sound.joined()), changes
+
+
+class _Sound:
+    """A track in 16 kHz mono from `start` on, silent where it starts late or pauses.
+
+    A film's sound takes 2 bytes a sample here; saber_jax.data.sound keeps it as it was decoded.
+    """
+
+    def __init__(self, start: float):
+        self._until = start
+        self._pieces = [np.zeros(0, np.int16)]
+        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=measure.SAMPLE_RATE)
+
+    def add(self, frame: av.AudioFrame) -> None:
+        hole = (frame.time or 0.0) - self._until
+        if hole > TOLERANCE:
+            self._pieces.append(np.zeros(round(hole * measure.SAMPLE_RATE), np.int16))
+            self._until += hole
+        self._until += frame.samples / frame.sample_rate
+        self._pieces += [part.to_ndarray()[0] for part in self._resampler.resample(frame)]
+
+    def joined(self) -> Float[np.ndarray, " n"]:
+        return np.concatenate(self._pieces).astype(np.float32) / 32768
 
 
 def plan(

@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("faster_whisper", reason="requirements-prep.txt is not installed")
 
-from data_prep.raw import run, segment, storage
+from data_prep.raw import measure, run, segment, storage
 from data_prep.raw.ingest import Source
 from data_prep.raw.segment import SegmentSettings
 from data_prep.raw.settings import Settings
-from tests.media_files import copy_packets, gray_frames, tone, write_clip
+from tests.media_files import RATE, copy_packets, gray_frames, tone, write_clip
 
 
 def test_other_settings_cut_other_clips_once_the_folder_of_the_stage_is_deleted(
@@ -49,3 +49,24 @@ def test_scenes_change_where_they_do_in_a_recording_whose_time_begins_late(tmp_p
     assert changes == [pytest.approx(2.0, abs=0.05)]
     segment.write_clip(path, path, tmp_path / "cut.mp4", (changes[0], 4.0))
     assert segment.length(tmp_path / "cut.mp4") == pytest.approx(2.0, abs=0.1)
+
+
+SILENCE = np.zeros(2 * RATE, np.int16)
+
+
+@pytest.mark.parametrize(
+    ("audio", "stamps", "expected"),
+    [
+        (tone(1), {"audio_start": 2.0}, 2.0),
+        (np.concatenate([SILENCE, tone(1)]), {"hole": (1.5, 1.0)}, 3.0),
+    ],
+    ids=["late", "with a pause"],
+)
+def test_speech_is_where_the_timestamps_of_the_sound_say(
+    tmp_path, monkeypatch, audio, stamps, expected
+):
+    path = write_clip(tmp_path / "a.mkv", frames=gray_frames(48), audio=audio, **stamps)
+    heard = []
+    monkeypatch.setattr(measure, "speech", lambda sound: heard.append(sound) or [])
+    segment.boundaries(path, SegmentSettings())
+    assert np.flatnonzero(np.abs(heard[0]) > 0.1)[0] / RATE == pytest.approx(expected, abs=0.07)
