@@ -119,3 +119,19 @@ def copy_packets(
                 packet.stream = track[packet.stream.index]
                 out.mux(packet)
     return target
+
+
+def write_late_recording(path: Path) -> Path:
+    """Writes 4 s, black and after 1 s white, whose timestamps begin at 600 s."""
+    frames = np.zeros((100, 84, 84, 3), np.uint8)
+    frames[25:] = 255
+    whole = write_clip(
+        path.with_name(f"whole{path.suffix}"),
+        frames=frames,
+        audio=tone(4),
+        fps=25,
+        codecs=("mpeg2video", "aac"),
+        pixels="yuv420p",
+        rate=48_000,
+    )
+    return copy_packets(whole, path, shift=600.0)

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data_prep.raw import storage
 from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
-from saber_jax.data import isolation
+from saber_jax.data import isolation, timeline
 from saber_jax.data.frame_sampling import MediaError
 from saber_jax.data.timeline import opened, playable
 
@@ -199,6 +200,6 @@ def _decode_middle(path: Path) -> Image.Image:
     """The picture in the middle, as large as a tile holds. Raises MediaError or OSError."""
     with opened(path) as container:
         stream = playable(container.streams.video)[0]
-        if container.duration:
-            container.seek(container.duration // 2)
+        if seconds := timeline.stated_length(container):
+            container.seek(round((timeline.start(container) + seconds / 2) * av.time_base))
         return ImageOps.contain(next(container.decode(stream)).to_image(), (TILE - 4, TILE - 4))

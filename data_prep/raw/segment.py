@@ -29,7 +29,7 @@ from jaxtyping import Float
 
 from data_prep.raw import measure, storage
 from data_prep.raw.shards import Dropped, Outcome, Row
-from saber_jax.data import isolation
+from saber_jax.data import isolation, timeline
 from saber_jax.data.decode import display_matrix
 from saber_jax.data.frame_sampling import MediaError
 from saber_jax.data.sound import TOLERANCE
@@ -107,8 +107,8 @@ def length(path: Path) -> float | None:
         pictures = playable(container.streams.video)
         if not pictures:
             return None
-        if container.duration:
-            return container.duration / av.time_base
+        if seconds := timeline.stated_length(container):
+            return seconds
         packets = container.demux(pictures[0])
         return float(sum((p.duration or 0) * p.time_base for p in packets if p.time_base))
 
@@ -120,7 +120,7 @@ def boundaries(path: Path, settings: SegmentSettings) -> tuple[list[Span], list[
     """
     changes: list[float] = []
     with opened(path) as container:
-        begun = _start(container)
+        begun = timeline.start(container)
         video = playable(container.streams.video)[0]
         streams = [video, *playable(container.streams.audio)[:1]]
         sound = _Sound(begun)
@@ -285,14 +285,9 @@ def _encode(path: Path, heard: Path, target: Path, span: Span) -> None:
         out.mux(audio.encode())
 
 
-def _start(container: InputContainer) -> float:
-    """Seconds of the first timestamp; a recording of MPEG-TS may begin hours after zero."""
-    return (container.start_time or 0) / av.time_base
-
-
 def _frames(container: InputContainer, stream, span: Span) -> Iterator[Any]:
     """Decoded frames that begin within the span, times counted from the container's start."""
-    offset = _start(container)
+    offset = timeline.start(container)
     if span[0] > 1:
         container.seek(int((span[0] + offset - 0.5) * av.time_base))
     for frame in container.decode(stream):

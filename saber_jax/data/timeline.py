@@ -124,7 +124,21 @@ def opened(path: Path) -> Iterator[InputContainer]:
 def stated_seconds(path: Path) -> float:
     """How long a container says it is, 0 if it says nothing. Raises MediaError or OSError."""
     with opened(path) as container:
-        return (container.duration or 0) / av.time_base
+        return stated_length(container)
+
+
+def stated_length(container: InputContainer) -> float:
+    """The seconds from the first timestamp on that a header names, 0 if it names none."""
+    seconds = (container.duration or 0) / av.time_base
+    # Matroska and ASF count them from time zero, also when they start later.
+    if container.format.name.startswith(("matroska", "asf")):
+        seconds -= max(0.0, start(container))
+    return max(0.0, seconds)
+
+
+def start(container: InputContainer) -> float:
+    """The first timestamp in seconds. A recording of MPEG-TS may begin hours after zero."""
+    return (container.start_time or 0) / av.time_base
 
 
 def packets(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Packet]:

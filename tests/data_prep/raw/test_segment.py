@@ -12,7 +12,7 @@ from data_prep.raw import measure, run, segment, storage
 from data_prep.raw.ingest import Source
 from data_prep.raw.segment import SegmentSettings
 from data_prep.raw.settings import Settings
-from tests.media_files import RATE, copy_packets, gray_frames, tone, write_clip
+from tests.media_files import RATE, gray_frames, tone, write_clip, write_late_recording
 
 
 def test_other_settings_cut_other_clips_once_the_folder_of_the_stage_is_deleted(
@@ -34,21 +34,12 @@ def test_other_settings_cut_other_clips_once_the_folder_of_the_stage_is_deleted(
         assert seconds == pytest.approx(span[1] - span[0], abs=0.1)
 
 
-def write_recording(path: Path) -> Path:
-    """A recording of 4 s, black and after 2 s white, whose timestamps begin at 600 s."""
-    frames = np.zeros((100, 84, 84, 3), np.uint8)
-    frames[50:] = 255
-    rate = {"fps": 25, "rate": 48_000, "codecs": ("mpeg2video", "aac"), "pixels": "yuv420p"}
-    whole = write_clip(path.with_name(f"whole{path.suffix}"), frames=frames, audio=tone(4), **rate)
-    return copy_packets(whole, path, shift=600.0)
-
-
 def test_scenes_change_where_they_do_in_a_recording_whose_time_begins_late(tmp_path):
-    path = write_recording(tmp_path / "late.ts")
+    path = write_late_recording(tmp_path / "late.ts")
     _, changes = segment.boundaries(path, SegmentSettings())
-    assert changes == [pytest.approx(2.0, abs=0.05)]
+    assert changes == [pytest.approx(1.0, abs=0.05)]
     segment.write_clip(path, path, tmp_path / "cut.mp4", (changes[0], 4.0))
-    assert segment.length(tmp_path / "cut.mp4") == pytest.approx(2.0, abs=0.1)
+    assert segment.length(tmp_path / "cut.mp4") == pytest.approx(3.0, abs=0.1)
 
 
 SILENCE = np.zeros(2 * RATE, np.int16)
@@ -70,3 +61,9 @@ def test_speech_is_where_the_timestamps_of_the_sound_say(
     monkeypatch.setattr(measure, "speech", lambda sound: heard.append(sound) or [])
     segment.boundaries(path, SegmentSettings())
     assert np.flatnonzero(np.abs(heard[0]) > 0.1)[0] / RATE == pytest.approx(expected, abs=0.07)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".asf", ".ts", ".mp4"])
+def test_a_video_is_not_longer_for_a_time_that_begins_late(tmp_path, suffix):
+    path = write_late_recording(tmp_path / f"late{suffix}")
+    assert segment.length(path) == pytest.approx(4.0, abs=0.2)
