@@ -57,6 +57,8 @@ def conversation(row: Row) -> dict[str, Any]:
     request = Request(**row["request"])
     fields = annotations.parse_annotation(row["annotation"])
     system, _ = sed.prompt(row["language"])
+    # Importers look for relative paths beside conversations.jsonl, or in their own folder.
+    file = storage.absolute(row["file"])
     asked = f"<video><audio>{request.instruction(row['language'])}"
     return {
         "messages": [
@@ -64,8 +66,8 @@ def conversation(row: Row) -> dict[str, Any]:
             {"role": "user", "content": asked},
             {"role": "assistant", "content": sed.target_text(fields, request.sections)},
         ],
-        "videos": [row["file"]],
-        "audios": [row["file"]],
+        "videos": [file],
+        "audios": [file],
         "clip_id": row["clip_id"],
         "task": request.task,
         "split": row["split"],

@@ -26,6 +26,11 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
+def absolute(path: str) -> str:
+    """The path for readers in any folder; an address in a bucket is one already."""
+    return os.path.abspath(path) if is_local(path) else path
+
+
 def exists(path: str) -> bool:
     fs, name = fsspec.core.url_to_fs(path)
     return fs.exists(name)

@@ -163,7 +163,7 @@ def test_conversations_of_our_own_instructions_stage_round_trip(folder, tokenize
             "clip_id": f"clip{i}",
             "split": "test" if i == 3 else "train",
             "language": "en",
-            "file": "a.mkv",
+            "file": str(folder / "a.mkv"),
             "annotation": annotation,
         }
         for i in range(4)
