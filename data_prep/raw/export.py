@@ -29,15 +29,18 @@ def run(stage: ShardedStage, source: ShardedStage, folder: str) -> dict[str, Any
     """Runs the stage; `folder` is OUT/saber, on a local disk. Returns the summary."""
     stage.claim(source.fingerprint())
     labels = f"{folder}/labels.jsonl"
-    if stage.missing():
+    # Where nothing is left to do, the file stays as it is: data_prep.build goes by its time.
+    unfinished = bool(stage.missing()) or not storage.exists(labels)
+    if unfinished:
         # Until all clips are those of this run, data_prep.build has to fail: with labels of an
         # earlier one it would train on every clip that these do not name, test clips included.
         storage.delete(labels)
     summary = shards.run(stage, source, functools.partial(work, folder=folder))
     if removed := _remove_others(stage, Path(folder)):
         print(f"export: deleted {removed} files of clips that are not kept any more", flush=True)
-    storage.write_lines(f"{folder}/provenance.jsonl", map(_provenance, stage.rows()))
-    storage.write_lines(labels, map(_labels, stage.rows()))
+    if unfinished:
+        storage.write_lines(f"{folder}/provenance.jsonl", map(_provenance, stage.rows()))
+        storage.write_lines(labels, map(_labels, stage.rows()))
     return summary
 
 

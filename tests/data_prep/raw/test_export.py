@@ -129,6 +129,13 @@ def test_an_export_that_is_interrupted_cannot_be_built_until_it_is_finished(out,
     assert set(found(out).clips.values()) == set(found(out).labels) == {"b", "c"}
 
 
+def test_a_repeated_export_leaves_the_files_whose_time_a_build_goes_by(out):
+    run(out, "ab")
+    before = {path: path.stat().st_mtime_ns for path in (out / "saber").rglob("*")}
+    export.run(make_stage("export", out), make_stage("split", out), str(out / "saber"))
+    assert {path: path.stat().st_mtime_ns for path in (out / "saber").rglob("*")} == before
+
+
 def interrupted(*_) -> None:
     raise KeyboardInterrupt
 
