@@ -44,6 +44,7 @@ UNUSED = {
     "files": "files were ignored because they are neither clips nor annotations",
     "annotations": "annotations have no clip",
     "labels": "labels have no clip",
+    "unlabelled": "clips have no line in the labels and take the split of --split",
 }
 
 

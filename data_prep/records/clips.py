@@ -130,12 +130,14 @@ class ClipInputs:
     others: list[str]
 
     def unused(self) -> dict[str, list[str]]:
-        """Files that are neither, and annotations and labels that no clip has, by kind."""
+        """Files that are neither, annotations and labels that no clip has, and clips that have no
+        labels where others have, by kind."""
         names = set(self.clips.values())
         return {
             "files": self.others,
             "annotations": sorted(f"{name}.json" for name in self.annotations if name not in names),
             "labels": sorted(name for name in self.labels if name not in names),
+            "unlabelled": sorted(names - self.labels.keys()) if self.labels else [],
         }
 
 
