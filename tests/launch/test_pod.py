@@ -269,6 +269,16 @@ def test_watch_gives_up_on_a_run_that_fails_by_itself_and_leaves_the_tpus(cloud)
     assert (cloud.folder / "queued-resources-pod.json").exists()
 
 
+@pytest.fixture
+def heard():
+    """Children hear SIGINT, also where these tests run in the background of a shell, which lets all
+    its children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_ends_watch_and_not_the_run(cloud):
     assert pod(cloud, "create", CONFIG, **SMALL).returncode == 0
     for worker in "01":

@@ -20,7 +20,7 @@ NAME = "vision/w_patch"
 
 def optimizer():
     config = dataclasses.replace(CONFIG, vocabulary_steps=0, clip_norm=1e9)
-    schedule = StepSchedule(config, STEPS, adapters=False, passed=0, examples=1)
+    schedule = StepSchedule(config, STEPS, adapters=False, passed=0, epochs=float)
     rates = [schedule.after(step, 1)["learning_rate"] for step in range(STEPS)]
     return make_optimizer(config, STEPS, ROLES), rates
 
