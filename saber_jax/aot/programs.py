@@ -83,8 +83,10 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
         lambda leaf: of((new, *leaf.shape[1:]), leaf.dtype, place),
         (given.text, given.vision, given.audio),
     )
-    slots = of((groups, new // groups), jnp.int32, place)
-    batch = Prompts(text=text, vision=vision, audio=audio, ends=slots, lengths=slots)
+    each = of((groups, new // groups), jnp.int32, place)
+    batch = Prompts(
+        text=text, vision=vision, audio=audio, ends=each, lengths=each, next_positions=each
+    )
     source = of((groups, places // groups), jnp.int32, place)
     answers = of((new,), jnp.uint32, place)
     program = dataclasses.replace(program, max_frame_patches=compute.frame_patches)

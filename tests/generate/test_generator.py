@@ -43,6 +43,14 @@ RECORDS = [
     _record(3, frames=0, samples=40_000),
 ]
 
+# Its video goes on after its sound, beyond the positions of the short question that follows both.
+INTERLEAVED = dataclasses.replace(
+    _record(7, frames=4, samples=9000),
+    seconds_per_grid=1.9,
+    audio_in_video=True,
+    question="Sarcasm?",
+)
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -73,9 +81,11 @@ def _generator(params, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def greedy(params, tokenizer):
-    """Greedy tokens without a kv cache: the whole sequence is run again for every token."""
-    examples = [encode_record(record, tokenizer, responses=()) for record in RECORDS]
+def uncached(params, tokenizer):
+    """Greedy tokens for RECORDS and INTERLEAVED without a kv cache: the whole sequence is run
+    again for every token."""
+    records = [*RECORDS, INTERLEAVED]
+    examples = [encode_record(record, tokenizer, responses=()) for record in records]
     sizes = [size_of(example) for example in examples]
     budget = packing.Budget(
         length=max(size.text for size in sizes) + NEW_TOKENS,
@@ -89,7 +99,7 @@ def greedy(params, tokenizer):
     def logits(batch):
         return saber.logits(params, saber.hidden(params, batch, saber_config("tiny")))
 
-    tokens: list[list[int]] = [[] for _ in RECORDS]
+    tokens: list[list[int]] = [[] for _ in records]
     for step in range(NEW_TOKENS):
         rows = [
             [dataclasses.replace(example, responses=(_response(said),))]
@@ -101,6 +111,11 @@ def greedy(params, tokenizer):
     return tokens
 
 
+@pytest.fixture(scope="module")
+def greedy(uncached):
+    return uncached[: len(RECORDS)]
+
+
 def _response(tokens: list[int]) -> Response:
     ids = np.array(tokens, np.int32)
     return Response(tokens=ids, sections=np.ones_like(ids))
@@ -110,6 +125,13 @@ def test_greedy_equals_the_full_forward_repeated_for_every_token(params, tokeniz
     answers = _generator(params, tokenizer).respond(RECORDS)
     assert answers == [tokenizer.decode(tokens) for tokens in greedy]
     assert len(set(answers)) == len(answers)
+
+
+def test_an_answer_goes_on_after_frames_later_than_the_text(params, tokenizer, uncached):
+    prompt = encode_record(INTERLEAVED, tokenizer, responses=()).prompt
+    assert prompt.next_position > prompt.positions[0, -1] + 1
+    answers = _generator(params, tokenizer).respond([RECORDS[0], INTERLEAVED])
+    assert answers == [tokenizer.decode(uncached[i]) for i in (0, len(RECORDS))]
 
 
 class _OtherEnd:
@@ -315,19 +337,6 @@ def test_a_tiny_top_p_takes_the_likeliest_token(params, tokenizer):
     generator = _generator(params, tokenizer)
     narrow = decoding.Sampling(temperature=1.0, top_p=1e-6)
     assert generator.respond(RECORDS, sampling=narrow) == generator.respond(RECORDS)
-
-
-def test_top_p_draws_only_from_the_smallest_sufficient_set():
-    # The two likeliest hold 0.75 of the probability, so 0.7 needs both and nothing else.
-    logits = jnp.log(jnp.array([0.1, 0.45, 0.15, 0.3]))
-    keys = jax.random.split(jax.random.key(0), 200)
-    drawn = decoding.sample(jnp.tile(logits, (200, 1)), keys, jnp.array(1.0), jnp.array(0.7))
-    assert set(drawn.tolist()) == {1, 3}
-
-
-def test_impossible_sampling_is_refused():
-    with pytest.raises(ValueError, match=r"top_p in \(0, 1\]"):
-        decoding.Sampling(temperature=1.0, top_p=0.0)
 
 
 def test_after_reserving_nothing_is_compiled_again(params, tokenizer):
