@@ -154,6 +154,7 @@ class Generator:
                 added = False
                 while group := following.result():
                     if running is None or (not running.live and running.outgrown(group.shape)):
+                        running = None  # Frees its kv cache before the larger one is allocated.
                         running = self._running(group.shape, samples, sampling)
                     if running.outgrown(group.shape) or not running.has_room(group.share):
                         break
