@@ -152,7 +152,7 @@ class _LazyGenerator:
         yield from self._load().sample_batches(
             batches,
             flags.samples,
-            sampling=Sampling(temperature=flags.temperature, top_p=flags.top_p, seed=flags.seed),
+            sampling=_sampling(flags),
         )
 
     def _load(self) -> Generator:
@@ -205,6 +205,10 @@ def _verdict(
     return 1
 
 
+def _sampling(flags: argparse.Namespace) -> Sampling:
+    return Sampling(temperature=flags.temperature, top_p=flags.top_p, seed=flags.seed)
+
+
 def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="withhold")
@@ -244,6 +248,10 @@ def _flags(argv: Sequence[str] | None) -> argparse.Namespace:
             "a pair needs --samples of at least 2 and a --temperature above 0, got "
             f"{flags.samples} and {flags.temperature:g}"
         )
+    try:
+        _sampling(flags)
+    except ValueError as error:
+        parser.error(str(error).rstrip("."))
     if flags.margin < 0:
         parser.error(f"--margin must be at least 0, got {flags.margin:g}")
     if flags.scorer == "judge" and not (flags.judge and flags.judge_model):

@@ -27,6 +27,8 @@ from saber_jax.models.kernels import Kernel
 from saber_jax.models.text import Block, Cache, LayerCache
 from saber_jax.sharding import Device
 
+SEEDS = 2**32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -42,11 +44,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                "temperature and seed must be at least 0 and top_p in (0, 1], got "
-                f"{self.temperature}, {self.seed} and {self.top_p}."
+                "temperature must be at least 0 and top_p in (0, 1], got "
+                f"{self.temperature} and {self.top_p}."
             )
+        if not 0 <= self.seed < SEEDS:  # A device has 32 bits for it.
+            raise ValueError(f"seed must be at least 0 and below {SEEDS}, got {self.seed}.")
 
 
 GREEDY = Sampling()

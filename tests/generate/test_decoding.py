@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from saber_jax import sharding
@@ -42,3 +43,7 @@ def test_top_p_draws_only_from_the_smallest_sufficient_set():
 def test_impossible_sampling_is_refused():
     with pytest.raises(ValueError, match=r"top_p in \(0, 1\]"):
         decoding.Sampling(temperature=1.0, top_p=0.0)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=f"seed must be .* got {seed}"):
+            decoding.Sampling(temperature=1.0, seed=seed)
+    assert np.uint32(decoding.Sampling(seed=2**32 - 1).seed) == 2**32 - 1

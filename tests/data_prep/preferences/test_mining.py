@@ -116,6 +116,11 @@ def test_sampled_pairs_are_what_training_reads_and_another_margin_asks_for_nothi
     ("typed", "said"),
     [
         (("--method", "sample", "--samples", "1"), "--samples of at least 2"),
+        (
+            ("--method", "sample", "--seed", str(2**32)),
+            "seed must be at least 0 and below",
+        ),
+        (("--method", "sample", "--top_p", "0"), "top_p in"),
         (("--method", "sample", "--temperature", "0"), "a --temperature above 0"),
         (("--scorer", "judge"), "needs --judge URL and --judge_model NAME"),
         (("--judge", "http://localhost"), "are for --scorer judge"),
