@@ -278,15 +278,19 @@ def log_mel(pcm: Int16[np.ndarray, " n"] | Float[np.ndarray, " n"]) -> Float[np.
     valid frames of transformers' WhisperFeatureExtractor, but without padding to 300 s first.
     """
     wave = pcm.astype(np.float32) / 32768 if pcm.dtype == np.int16 else pcm.astype(np.float32)
-    wave = wave[: MAX_AUDIO_SECONDS * SAMPLE_RATE]
+    most = MAX_AUDIO_SECONDS * SAMPLE_RATE
+    wave = wave[:most]
     count = mel_frames(len(wave))
     if count == 0:
         return np.zeros((0, MELS), np.float32)
-    # The windows of two frames past the end still contain sound and affect the maximum below.
-    frames = count + 2
+    # The windows of two frames past the end still contain sound and affect the maximum below. The
+    # extractor has no frames after 300 s, and reflects the sound there as it does at its beginning.
+    frames = min(count + 2, most // HOP)
     padded = np.zeros(FFT // 2 + frames * HOP + FFT, np.float32)
     padded[FFT // 2 : FFT // 2 + len(wave)] = wave
     padded[: FFT // 2] = padded[FFT // 2 + 1 : FFT + 1][::-1]
+    if frames == most // HOP:
+        padded[FFT // 2 + most : FFT + most] = padded[most - 1 : FFT // 2 + most - 1][::-1]
     windows = np.lib.stride_tricks.sliding_window_view(padded, FFT)[::HOP][:frames]
     power = np.abs(np.fft.rfft(windows * _hann(), axis=1)) ** 2
     mel = np.log10(np.maximum(power @ _mel_filters(), 1e-10))

@@ -194,6 +194,24 @@ def test_log_mel_equals_whispers(samples):
     np.testing.assert_allclose(got, batch["input_features"][0, :, :valid].T, atol=1e-4)
 
 
+@pytest.mark.parametrize("left_out", [330, 30, 0, -16_000])
+@pytest.mark.parametrize("loud", [True, False])
+def test_log_mel_equals_whispers_up_to_300_s(left_out, loud):
+    pytest.importorskip("torch")
+    whisper = pytest.importorskip("transformers").WhisperFeatureExtractor(
+        feature_size=128, sampling_rate=16_000, hop_length=160, n_fft=400, chunk_length=300
+    )
+    most = 300 * 16_000
+    pcm = sound(most - left_out)
+    if not loud:  # But in its last moment, which a frame after 300 s would be centred on.
+        pcm[: most - max(left_out, 0) - 20] = 0
+    wave = (pcm.astype(np.float32) / 32768)[:most]
+    exact = whisper._np_extract_fbank_features(np.pad(wave, (0, most - len(wave)))[None], "cpu")
+    got = media.log_mel(pcm)
+    assert len(got) == min(30_000, -(-len(pcm) // 160))
+    np.testing.assert_allclose(got, exact[0, :, : len(got)].T, atol=1e-6)
+
+
 def test_silence_has_the_floor_everywhere():
     np.testing.assert_allclose(media.log_mel(np.zeros(3200, np.int16)), -1.5)
 
