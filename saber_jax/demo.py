@@ -32,6 +32,8 @@ LOOPBACK = "127.0.0.1"
 NAMES = [LOOPBACK, "localhost"]
 """The host names that a browser may send in its Host header."""
 MOST_EXAMPLES = 6
+UPLOAD_SECONDS = 3600
+"""Uploaded clips older than this are deleted, once in as long."""
 SENSES = {
     (True, True): "sound and picture",
     (True, False): "sound alone",
@@ -63,6 +65,10 @@ class Describer:
         most = min(settings.get("max_seconds", limits.clip_seconds), limits.clip_seconds)
         self._settings = settings | {"max_seconds": most}
         self._stops: dict[str, threading.Event] = {}
+        # One thread for all: an answer that was given up goes on until its next text, and another
+        # one beside it would need as much memory again. The thread keeps its decoding process.
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
 
     def describe(
         self, path: str, language: str, *, sound: bool, picture: bool, visitor: str = ""
@@ -73,11 +79,13 @@ class Describer:
         if size > self._limits.megabytes << 20:
             detail = f"{size / 2**20:.0f} MB, allowed are {self._limits.megabytes} MB"
             raise decode.MediaError("too_long", detail)
-        record = record_of_clip(path, language, self._settings)
-        if not sound:
-            record = withhold(record, "audio")
-        if not picture:
-            record = withhold(record, "video")
+
+        def record() -> Record:
+            found = record_of_clip(path, language, self._settings)
+            if not sound:
+                found = withhold(found, "audio")
+            return found if picture else withhold(found, "video")
+
         yield from self._stream(record, visitor)
 
     def stop(self, visitor: str = "") -> None:
@@ -85,24 +93,34 @@ class Describer:
         if stopped := self._stops.get(visitor):
             stopped.set()
 
-    def _stream(self, record: Record, visitor: str) -> Iterator[str]:
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+
+    def _stream(self, decoded: Callable[[], Record], visitor: str) -> Iterator[str]:
         texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         stopped = self._stops[visitor] = threading.Event()
 
-        def hear(_: int, text: str) -> None:
+        def check() -> None:
             if stopped.is_set():
                 raise Stopped
+
+        def hear(_: int, text: str) -> None:
+            check()
             texts.put(text)
 
         def answer() -> None:
             try:
+                check()
+                record = decoded()
+                check()
                 texts.put(self._generator.respond([record], on_text=hear)[0])
                 texts.put(None)
             except Exception as error:  # Whatever it is, it belongs to whoever waits.
                 texts.put(error)
 
-        threading.Thread(target=answer, daemon=True).start()
         end = time.monotonic() + self._limits.answer_seconds
+        self._jobs.put(answer)
         try:
             while (text := texts.get(timeout=max(0.0, end - time.monotonic()))) is not None:
                 if isinstance(text, BaseException):
@@ -172,7 +190,10 @@ def build(describer: Describer, *, name: str = "", examples: Sequence[Path] = ()
     import gradio as gr
 
     run, halt = _handlers(describer)
-    with gr.Blocks(title="SABER-LLM", analytics_enabled=False) as page:
+    # Without `delete_cache`, every clip that was uploaded would be kept.
+    with gr.Blocks(
+        title="SABER-LLM", analytics_enabled=False, delete_cache=(UPLOAD_SECONDS, UPLOAD_SECONDS)
+    ) as page:
         gr.Markdown(
             "# SABER-LLM\nDrop a clip. The model states what it sees, what it hears, and only then "
             "concludes. Take away the sound or the picture: does it still conclude the same?"

@@ -1,5 +1,6 @@
 """The demo in a real browser, with a real clip and a model that tells what it was given."""
 
+import concurrent.futures
 import itertools
 import json
 import socket
@@ -115,20 +116,73 @@ def test_stopping_ends_the_answer_of_one_visitor_alone(model, clip):
         describer.describe(str(clip), "en", sound=True, picture=True, visitor=visitor)
         for visitor in ("anna", "ben")
     )
-    steps = threading.Semaphore(2)
+    steps = threading.Semaphore(0)
     model.wait = lambda: steps.acquire(timeout=30)
     try:
-        next(anna), next(ben)
+        next(anna)
         describer.stop("anna")
         describer.stop("nobody")
         model.wait = None
         steps.release(1000)
         with pytest.raises(demo.Stopped):
             list(anna)
+        assert next(ben)
+        describer.stop("anna")
         assert sed.conclusion(list(ben)[-1]) == "contempt"
     finally:
         model.wait = None
         steps.release(1000)
+
+
+@pytest.fixture
+def slow_decoder(monkeypatch):
+    """Two events: the decoding of a clip has begun, and it may end."""
+
+    def decoded(*args):
+        begun.set()
+        assert may_end.wait(30)
+        return original(*args)
+
+    original, begun, may_end = demo.record_of_clip, threading.Event(), threading.Event()
+    monkeypatch.setattr(demo, "record_of_clip", decoded)
+    yield begun, may_end
+    may_end.set()
+
+
+def test_stopping_while_a_clip_is_decoded_asks_the_model_nothing(model, clip, slow_decoder):
+    begun, may_end = slow_decoder
+    describer, asked = demo.Describer(model, None, demo.Limits()), len(model.records)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(_describe, describer, clip, visitor="anna")
+        assert begun.wait(30)
+        describer.stop("anna")
+        may_end.set()
+        with pytest.raises(demo.Stopped):
+            answer.result(30)
+    assert len(model.records) == asked
+
+
+def test_the_time_for_an_answer_covers_decoding(model, clip, slow_decoder):
+    del slow_decoder  # It never ends by itself.
+    with pytest.raises(TimeoutError, match=r"0\.2 s"):
+        _describe(demo.Describer(model, None, demo.Limits(answer_seconds=0.2)), clip)
+
+
+def test_an_answer_that_was_given_up_delays_the_next_and_those_given_up_later_never_begin(clip):
+    model, may_end = _Model(), threading.Event()
+    model.wait = lambda: may_end.wait(30)
+    describer = demo.Describer(model, None, demo.Limits(answer_seconds=0.2))
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            _describe(describer, clip)
+    may_end.set()
+    describer._limits = demo.Limits()
+    assert sed.conclusion(_describe(describer, clip)[-1]) == "contempt"
+    assert len(model.records) <= 2 and model.finished == 1
+
+
+def test_uploaded_clips_are_deleted_after_an_hour(model):
+    assert demo.build(demo.Describer(model, None, demo.Limits())).delete_cache == (3600, 3600)
 
 
 def _status(url, body=None, host=None):
