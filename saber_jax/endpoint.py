@@ -152,8 +152,21 @@ class Endpoint:
         self._key = os.environ.get(KEY_VARIABLE, "")
         import openai  # Takes a second, for which no command's --help shall wait.
 
+        def begin(request: httpx2.Request) -> None:
+            request.extensions["end"] = time.monotonic() + timeout
+
+        def bound(response: httpx2.Response) -> None:
+            assert isinstance(response.stream, httpx2.SyncByteStream)
+            response.stream = _BoundStream(response.stream, response.request)
+
         self._client = openai.OpenAI(
-            base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout
+            base_url=url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [begin], "response": [bound]}
+            ),
         )
 
     @property
@@ -280,6 +293,26 @@ class Endpoint:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "<key>") if self._key else text
+
+
+class _BoundStream(httpx2.SyncByteStream):
+    """The body of a response, which has to arrive before the end of the attempt.
+
+    The library's own timeout is for each read, so a server that sends a byte now and then would
+    hold its slot for ever.
+    """
+
+    def __init__(self, stream: httpx2.SyncByteStream, request: httpx2.Request):
+        self._stream, self._request = stream, request
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            if time.monotonic() > self._request.extensions["end"]:
+                raise httpx2.ReadTimeout("the body takes too long", request=self._request)
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 @dataclasses.dataclass

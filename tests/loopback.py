@@ -12,13 +12,15 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """`text` as a chat completion; or `body` as it is. `cut` breaks the connection midway."""
+    """`text` as a chat completion; or `body` as it is. `cut` breaks the connection midway, and
+    `drip` is the pause before each byte of the body."""
 
     text: str = ""
     body: str | None = None
     status: int = 200
     delay: float = 0.0
     cut: bool = False
+    drip: float = 0.0
     finish_reason: str = "stop"
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -70,7 +72,11 @@ def chat_server(script: Callable[[dict[str, Any], int], Answer]) -> Iterator[Cha
                 self.send_header(name, value)
             self.end_headers()
             with contextlib.suppress(ConnectionError):  # The client may have given up.
-                self.wfile.write(body[: len(body) // 2] if answer.cut else body)
+                body = body[: len(body) // 2] if answer.cut else body
+                size = 1 if answer.drip else max(1, len(body))
+                for i in range(0, len(body), size):
+                    time.sleep(answer.drip)
+                    self.wfile.write(body[i : i + size])
             self.close_connection = answer.cut
 
         def log_message(self, format, *args):

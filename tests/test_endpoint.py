@@ -72,6 +72,8 @@ def test_a_broken_connection_and_a_slow_answer_are_tried_again():
         (Answer(status=502, body="{}", headers=(NOW,)), "server_error", 2),
         (Answer(body="not JSON"), "malformed", 2),
         (Answer(text="much too late", delay=1.0), "timeout", 2),
+        (Answer(text="byte by byte", drip=0.05), "timeout", 2),
+        (Answer(status=502, body="x" * 100, drip=0.05), "timeout", 2),
         (Answer(text="never whole", cut=True), "disconnected", 2),
         # Asking again would not help these.
         (Answer(status=400, body='{"error": {"message": "too long"}}'), "rejected", 1),
