@@ -134,10 +134,15 @@ def _place(device: Device) -> tuple[int, ...]:
 
 
 def _torus(devices: Sequence[Device]) -> tuple[int, int, int]:
-    """Extent of one slice along z, y and x; devices without a torus lie along x."""
+    """Extent of one slice along z, y and x.
+
+    Of devices without a torus, as many lie along x as the largest power of two that divides their
+    number. Widths are multiples of powers of two, so these share all weights whatever the rest is.
+    """
     # GPUs have coordinates too, but no torus.
     if not hasattr(devices[0], "core_on_chip"):
-        return 1, 1, len(devices)
+        along_x = len(devices) & -len(devices)
+        return len(devices) // along_x, 1, along_x
     x, y, z = np.max([device.coords for device in devices], axis=0) + 1
     cores = len({device.core_on_chip for device in devices})
     return int(z), int(y), int(x) * cores
@@ -161,27 +166,45 @@ def _along_torus(fsdp: int, torus: tuple[int, int, int], inner: int) -> tuple[in
 
 
 def parameter_spec(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """The rules for one parameter. A size that its mesh axes do not divide stays whole."""
+    """The rules for one parameter.
+
+    A size that its mesh axes do not divide is sharded over the inner ones that do: on 2 x 16 x 16
+    chips a width of 1280 over 256, and the two halves of the mesh hold the same. Without any such
+    axis it stays whole.
+    """
     spec: list[str | tuple[str, ...] | None] = []
+    taken: set[str | tuple[str, ...]] = set()
     for axis, size in zip(axes, shape, strict=True):
         if axis not in AXIS_RULES:
             raise ValueError(
                 f"Logical axis {axis!r} is not in AXIS_RULES: {sorted(map(str, AXIS_RULES))}."
             )
         name = AXIS_RULES[axis]
-        usable = name is not None and name not in spec and size % shards(name, mesh) == 0
-        spec.append(name if usable else None)
+        found = None if name is None or name in taken else _dividing(name, size, mesh)
+        spec.append(found)
+        if found and name:
+            taken.add(name)
     return PartitionSpec(*spec)
 
 
-def shards(axes: str | tuple[str, ...], mesh: Mesh) -> int:
+def _dividing(
+    axes: str | tuple[str, ...], size: int, mesh: Mesh | AbstractMesh
+) -> str | tuple[str, ...] | None:
+    """`axes`, without as many of the outermost as it takes until they divide `size`."""
+    if size % shards(axes, mesh) == 0:
+        return axes
+    inner = axes[1:] if isinstance(axes, tuple) else ()
+    return _dividing(inner, size, mesh) if inner and shards(inner, mesh) > 1 else None
+
+
+def shards(axes: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     """The number of shards of a dimension over these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def parameter_shardings(axes: dict, abstract: dict, mesh: Mesh) -> dict:
+def parameter_shardings(axes: dict, abstract: dict, mesh: Mesh | AbstractMesh) -> dict:
     """Same tree as `abstract`, of NamedSharding. `axes` holds a tuple of logical names per leaf."""
     return jax.tree.map(
         lambda leaf, names: NamedSharding(mesh, parameter_spec(names, leaf.shape, mesh)),

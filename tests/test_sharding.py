@@ -5,7 +5,7 @@ from typing import cast
 
 import jax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from saber_jax import sharding
 
@@ -27,6 +27,23 @@ def test_a_size_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=1)
     spec = sharding.parameter_spec(("layers", "embed", "embed"), (3, 128, 7), mesh)
     assert spec == PartitionSpec(None, sharding.FSDP, None)
+
+
+@pytest.mark.parametrize(
+    ("torus", "width", "axes"),
+    [
+        ((1, 16, 16), 1280, sharding.FSDP),
+        ((2, 16, 16), 3584, sharding.FSDP),
+        ((2, 16, 16), 1280, sharding.FSDP[1:]),
+        ((1, 32, 32), 1280, sharding.FSDP[2:]),
+        ((1, 1, 12), 1280, None),
+    ],
+)
+def test_a_size_is_sharded_over_the_inner_axes_that_divide_it(torus, width, axes):
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | dict(zip(sharding.FSDP, torus, strict=False))
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    spec = sharding.parameter_spec(("layers", "embed", "head_dim"), (3, width, 80), mesh)
+    assert spec == PartitionSpec(None, axes, None)
 
 
 def test_an_unknown_axis_name_is_refused():
@@ -92,4 +109,5 @@ class Gpu:
 def test_gpus_have_coordinates_and_no_torus():
     gpus = cast("list[jax.Device]", [Gpu(0), Gpu(1)])
     assert sharding._torus(gpus) == (1, 1, 2)
+    assert sharding._torus([Gpu(i) for i in range(24)]) == (3, 1, 8)
     sharding.check_topology("v5e:16x16", gpus)

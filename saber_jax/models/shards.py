@@ -44,18 +44,18 @@ def shards_of(
         return ()
     spec = sharding.parameter_spec(names, shape, mesh)
     return tuple(
-        (dimension - len(shape), _rings(mesh))
+        (dimension - len(shape), _rings(axes, mesh))
         for dimension, axes in enumerate(spec)
-        if axes == sharding.FSDP and sharding.shards(axes, mesh) > 1
+        if isinstance(axes, tuple) and sharding.shards(axes, mesh) > 1
     )
 
 
-def _rings(mesh: Mesh) -> tuple[Ring, ...]:
-    """The rings of FSDP, outermost first. The sequence axis and the FSDP axis before it lie on the
-    same ring, and one collective over both is faster than two over parts of it."""
+def _rings(axes: tuple[str, ...], mesh: Mesh) -> tuple[Ring, ...]:
+    """The rings of these FSDP axes, outermost first. The sequence axis and the FSDP axis before it
+    lie on the same ring, and one collective over both is faster than two over parts of it."""
     *outer, beside = sharding.FSDP[:-1]
     rings = (*((axis,) for axis in outer), (beside, sharding.SEQUENCE))
-    used = (tuple(axis for axis in ring if mesh.shape[axis] > 1) for ring in rings)
+    used = (tuple(axis for axis in ring if axis in axes and mesh.shape[axis] > 1) for ring in rings)
     return tuple(ring for ring in used if ring)
 
 
