@@ -7,7 +7,7 @@ slots of a row, see models/sequence.py.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -211,6 +211,31 @@ def parameter_shardings(axes: dict, abstract: dict, mesh: Mesh | AbstractMesh) -
         abstract,
         axes,
     )
+
+
+def shared_by_fewer(
+    params: Mapping[str, Any], widths: Mapping[str, int], mesh: Mesh | AbstractMesh
+) -> list[str]:
+    """What to say about each tower whose weights fewer devices share than FSDP has.
+
+    `params` are arrays, or shapes, with their shardings by tower; `widths` are the towers'.
+    """
+    wanted, found = shards(FSDP, mesh), []
+    for tower, width in widths.items():
+        axes = _dividing(FSDP, width, mesh)
+        ways = shards(axes, mesh) if axes else 1
+        if ways == wanted:
+            continue
+        held = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(params[tower])
+        )
+        found.append(
+            f"The weights of the {tower} tower are cut {ways} ways, not {wanted} "
+            f"(config.mesh.fsdp), and take {held / 2**30:.2g} GiB of each device, because {wanted} "
+            f"does not divide its width of {width}. Powers of two up to {width & -width} do."
+        )
+    return found
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -4,8 +4,9 @@ import re
 from typing import cast
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from saber_jax import sharding
 
@@ -40,10 +41,31 @@ def test_a_size_that_does_not_divide_stays_whole():
     ],
 )
 def test_a_size_is_sharded_over_the_inner_axes_that_divide_it(torus, width, axes):
-    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | dict(zip(sharding.FSDP, torus, strict=False))
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    mesh = _abstract_mesh(torus)
     spec = sharding.parameter_spec(("layers", "embed", "head_dim"), (3, width, 80), mesh)
     assert spec == PartitionSpec(None, axes, None)
+
+
+def _abstract_mesh(torus):
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | dict(zip(sharding.FSDP, torus, strict=False))
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def test_a_tower_that_fewer_devices_share_is_named_with_what_a_device_holds():
+    mesh, widths = _abstract_mesh((2, 16, 16)), {"text": 3584, "vision": 1280}
+    params = {
+        tower: jax.ShapeDtypeStruct(
+            (width, 2**20),
+            np.float32,
+            sharding=NamedSharding(
+                mesh, sharding.parameter_spec(("embed", None), (width, 8), mesh)
+            ),
+        )
+        for tower, width in widths.items()
+    }
+    [said] = sharding.shared_by_fewer(params, widths, mesh)
+    assert "vision tower are cut 256 ways, not 512" in said
+    assert "0.02 GiB of each device" in said and "Powers of two up to 256 do" in said
 
 
 def test_an_unknown_axis_name_is_refused():

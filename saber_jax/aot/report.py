@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from saber_jax import sharding
 from saber_jax.aot import cost, hlo, memory, programs
 from saber_jax.aot.chips import GIB
 from saber_jax.aot.targets import Target
+from saber_jax.models import saber
 from saber_jax.models.remat import BY_MEMORY
 from saber_jax.train.stage import Stage
 
@@ -50,6 +52,9 @@ def figures(
         ],
         "roofline": roofline(costs, target, stage.mesh.shape),
         "largest_buffers": memory.largest(module, 8, uncounted=uncounted),
+        "shared_by_fewer": sharding.shared_by_fewer(
+            stage.state.params, stage.cfg.widths, stage.mesh
+        ),
     }
     if name == "train":
         asked = programs.full_row_cost(stage)
@@ -146,6 +151,7 @@ def text(figures: Mapping[str, Any]) -> str:
             for size, shape, scope in figures["largest_buffers"]
         ),
     ]
+    lines += [line for said in figures["shared_by_fewer"] for line in ("", said)]
     if m["headroom"] < HEADROOM:
         lines += [
             "",
@@ -213,7 +219,19 @@ def suggestions(config: ConfigDict, stage: Stage, name: str = "train") -> list[s
         tries.append("--config.compute.kernel=auto")
     if memory.per_device(stage.state.opt_state) > memory.per_device(stage.state.frozen):
         tries.append("--config.lora.rank=64")
-    return [*tries, larger]
+    if rows > 1 or _weights(stage, twice=True) < _weights(stage):
+        tries.append(larger)
+    return tries or ["devices with more memory"]
+
+
+def _weights(stage: Stage, *, twice: bool = False) -> int:
+    """Numbers of weights that a device holds, or would hold among twice as many."""
+    sizes = dict(stage.mesh.shape)
+    sizes["fsdp_z"] *= 2 if twice else 1
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    shapes, places = saber.abstract(stage.cfg), saber.shardings(stage.cfg, mesh)
+    held = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)), shapes, places)
+    return sum(jax.tree.leaves(held))
 
 
 def side_by_side(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

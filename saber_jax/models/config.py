@@ -182,6 +182,11 @@ class SaberConfig:
                     f"words share one sequence; got {tower.out_width} and {self.text.width}."
                 )
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of each tower, which FSDP cuts."""
+        return {name: getattr(self, name).width for name in ("text", "vision", "audio")}
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON."""
         return dataclasses.asdict(self)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -93,7 +93,7 @@ def abstract(cfg: SaberConfig) -> Params:
     return params | {lora.ADAPTERS: adapters}
 
 
-def shardings(cfg: SaberConfig, mesh: Mesh) -> Params:
+def shardings(cfg: SaberConfig, mesh: Mesh | AbstractMesh) -> Params:
     """The tree of `init`, with a NamedSharding per parameter."""
     return sharding.parameter_shardings(axes(cfg), abstract(cfg), mesh)
 

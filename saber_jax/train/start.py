@@ -11,11 +11,12 @@ import jax
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from saber_jax import sharding
 from saber_jax.inputs import RunInputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.runs import files, manifest
-from saber_jax.runs.console import log
+from saber_jax.runs.console import log, warn
 from saber_jax.train import best, checkpoint, nonfinite, profile, saved
 from saber_jax.train.stage import Stage
 from saber_jax.train.step import TrainState
@@ -52,6 +53,8 @@ def describe(config: ConfigDict, stage: Stage, base: Path | None, inputs: RunInp
         about["base"] = checkpoint.describe_base(workdir, base)
     if jax.process_index() == 0:
         checkpoint.write_model_files(workdir, stage.cfg, inputs.tokenizer, **about)
+        for said in sharding.shared_by_fewer(stage.state.params, stage.cfg.widths, stage.mesh):
+            warn(said)
     log(f"{config.stage}: {inputs.describe()}")
 
 

@@ -1,10 +1,12 @@
 """The train step as the TPU compiler makes it: what must not be in it."""
 
+import dataclasses
 import re
 
 import jax
 import pytest
 from etils import epath
+from jax.sharding import AbstractMesh
 
 from configs import cadpo, sft
 from saber_jax import sharding
@@ -122,6 +124,15 @@ def test_what_does_not_fit_is_told_with_settings_that_would_help(step):
     )
     said = report.refusal("INTERNAL: Mosaic", config, stage, chips.parse_topology("v5e:2x2"))
     assert said == "the compiler refused the program: INTERNAL: Mosaic"
+
+
+def test_more_devices_are_no_remedy_once_no_weight_is_shared_by_more_of_them(step):
+    config, stage, *_ = step
+    assert "8 devices or more" in report.suggestions(config, stage)[-1]
+    sizes = dict(stage.mesh.shape) | {"fsdp_z": stage.cfg.text.width}
+    many = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    tried = report.suggestions(config, dataclasses.replace(stage, mesh=many))
+    assert tried and not any("devices or more" in setting for setting in tried)
 
 
 @pytest.mark.parametrize(
