@@ -133,13 +133,11 @@ class Prompts(NetworkInputs[ArrayT]):
     """The input of generation: prompts packed into rows, in G groups of equal size.
 
     `ends` [G, P] is the slot behind each of a group's P prompts, counted from the start of the
-    group; `lengths` [G, P] are their tokens, and `next_positions` [G, P] where the first token of
-    the answer lies on all three axes.
+    group; `lengths` [G, P] are their tokens.
     """
 
     ends: ArrayT
     lengths: ArrayT
-    next_positions: ArrayT
 
 
 def empty(rows: int, budget: Any) -> Batch[np.ndarray]:

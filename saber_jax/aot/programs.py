@@ -83,10 +83,8 @@ def _generation(name: str, config: ConfigDict, stage: Stage) -> jax.stages.Lower
         lambda leaf: of((new, *leaf.shape[1:]), leaf.dtype, place),
         (given.text, given.vision, given.audio),
     )
-    each = of((groups, new // groups), jnp.int32, place)
-    batch = Prompts(
-        text=text, vision=vision, audio=audio, ends=each, lengths=each, next_positions=each
-    )
+    slots = of((groups, new // groups), jnp.int32, place)
+    batch = Prompts(text=text, vision=vision, audio=audio, ends=slots, lengths=slots)
     source = of((groups, places // groups), jnp.int32, place)
     answers = of((new,), jnp.uint32, place)
     program = dataclasses.replace(program, max_frame_patches=compute.frame_patches)

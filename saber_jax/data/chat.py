@@ -170,7 +170,9 @@ def encode(
         positions=positions.astype(np.int32),
         media_kind=kind,
         media_slot=slot,
-        next_position=int(positions.max()) + 1,
+        # As when the answer is part of the conversation: not behind frames of a video that lie
+        # later than the text after it, though rope_deltas of transformers says so.
+        next_position=int(positions[0, -1]) + 1,
     )
 
 

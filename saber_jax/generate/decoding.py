@@ -24,7 +24,7 @@ from saber_jax.batch import Prompts
 from saber_jax.models import saber
 from saber_jax.models.config import SaberConfig
 from saber_jax.models.kernels import Kernel
-from saber_jax.models.text import Block, Cache, LayerCache
+from saber_jax.models.text import Block, Cache, LayerCache, last_slots
 from saber_jax.sharding import Device
 
 SEEDS = 2**32
@@ -161,7 +161,7 @@ def admit(
     `source` is, for each place of a group, the index of the group's new prompt that takes it, or -1
     for none. `answers` are the indices of the m = n * samples new answers.
     """
-    samples = program.samples
+    ends, samples = batch.ends, program.samples
     last, new = saber.prefill(
         params,
         batch,
@@ -173,10 +173,10 @@ def admit(
         max_frame_patches=program.max_frame_patches,
         kernel=program.kernel,
     )
-    # Not the last slot's position plus one: frames of a video with its sound may lie later.
-    positions = batch.next_positions.reshape(-1)
+    # A prompt ends in text, whose three positions are equal.
+    positions = last_slots(batch.text.positions[:, 0], ends, 1)[:, 0]
     positions, last = (jnp.repeat(x, samples, axis=0) for x in (positions, last))
-    counts = jnp.ones(batch.ends.size, jnp.int32)
+    counts = jnp.ones(ends.size, jnp.int32)
     tokens = next_token(params, last, answers, jnp.repeat(counts - 1, samples), choice, program)
 
     def put(old: Array, new: Array) -> Array:
@@ -197,7 +197,7 @@ def admit(
     state = State(
         slot=state["slot"],
         tokens=put(state["tokens"], tokens),
-        positions=put(state["positions"], positions),
+        positions=put(state["positions"], positions + 1),
         answers=put(state["answers"], answers),
         first=put(state["first"], program.prompt_slots - batch.lengths.reshape(-1)),
         begun=put(state["begun"], counts * state["slot"]),

@@ -149,20 +149,14 @@ class Packer:
         batch = packing.pack_rows([[examples[i] for i in row] for row in rows], self._budget(shape))
         # A prompt that does not exist is read from the first slot of its group, and never answered.
         ends = np.ones((self._groups, self._prompts), np.int32)
-        lengths, next_positions = np.ones_like(ends), np.ones_like(ends)
+        lengths = np.ones_like(ends)
         for number, row in enumerate(rows):
             texts = [needs[i][0] for i in row]
             at = [i // share * self._prompts + i % share for i in row]
             lengths.flat[at] = texts
-            next_positions.flat[at] = [examples[i].prompt.next_position for i in row]
             ends.flat[at] = number % shape.rows * shape.length + np.cumsum(texts, dtype=np.int32)
         prompts = Prompts(
-            text=batch.text,
-            vision=batch.vision,
-            audio=batch.audio,
-            ends=ends,
-            lengths=lengths,
-            next_positions=next_positions,
+            text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
         )
         return prompts, shape
 

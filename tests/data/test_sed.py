@@ -168,14 +168,12 @@ def test_text_goes_on_after_the_media_clock(tokenizer):
     np.testing.assert_array_equal(video[0] - video[0, 0], [0, 50])
     after = int(np.flatnonzero(encoded.media_kind == chat.VISION)[-1]) + 1
     np.testing.assert_array_equal(encoded.positions[:, after], [video[0, 1] + 1] * 3)
-    # Text ends the prompt, so nothing of this video lies later.
-    assert encoded.next_position == encoded.positions[0, -1] + 1
 
 
-def test_an_answer_begins_after_every_frame_of_a_video_with_its_sound(tokenizer):
+def test_an_answer_goes_on_from_the_text_before_it(tokenizer):
     video = chat.Video(grid=(2, 4, 6), seconds_per_grid=1.9)
     woven = chat.AudioInVideo(video=video, audio=chat.Audio(frames=50))
     encoded = sed.encode_prompt(tokenizer, "en", [woven], "Sarcasm?")
     # The text goes on after the sound, and ends before the last frame.
     assert encoded.positions[0, -1] < encoded.positions[0].max()
-    assert encoded.next_position == encoded.positions.max() + 1
+    assert encoded.next_position == encoded.positions[0, -1] + 1

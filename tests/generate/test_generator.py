@@ -127,9 +127,9 @@ def test_greedy_equals_the_full_forward_repeated_for_every_token(params, tokeniz
     assert len(set(answers)) == len(answers)
 
 
-def test_an_answer_goes_on_after_frames_later_than_the_text(params, tokenizer, uncached):
+def test_an_answer_goes_on_from_the_text_where_frames_lie_later(params, tokenizer, uncached):
     prompt = encode_record(INTERLEAVED, tokenizer, responses=()).prompt
-    assert prompt.next_position > prompt.positions[0, -1] + 1
+    assert prompt.next_position <= prompt.positions.max()
     answers = _generator(params, tokenizer).respond([RECORDS[0], INTERLEAVED])
     assert answers == [tokenizer.decode(uncached[i]) for i in (0, len(RECORDS))]
 

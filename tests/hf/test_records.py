@@ -29,6 +29,10 @@ KINDS = {
     "sound in video": dataclasses.replace(
         synthetic.record(2, frames=6, seconds=3.1), seconds_per_grid=1.25, audio_in_video=True
     ),
+    # The video's last frame lies later than the text behind it.
+    "short sound in video": dataclasses.replace(
+        synthetic.record(6, frames=4, seconds=0.2), seconds_per_grid=1.9, audio_in_video=True
+    ),
     "picture": dataclasses.replace(synthetic.record(3, frames=1), audio=np.zeros(0, np.int16)),
     "picture and sound": synthetic.record(4, frames=1, seconds=0.7),
     "sound": synthetic.record(5, frames=0, seconds=2.2),
@@ -43,7 +47,7 @@ def examples(tokenizer):
 @pytest.fixture(scope="module")
 def packed(examples):
     """Logits of all kinds side by side in one row, and where each begins and ends."""
-    budget = Budget(length=768, patches=360, chunks=8, targets=512, segments=len(examples))
+    budget = Budget(length=896, patches=432, chunks=8, targets=512, segments=len(examples))
     batch = pack_rows([list(examples.values())], budget)
     hidden = jax.jit(functools.partial(saber.hidden, cfg=CFG))(weights.tree(CFG), batch)
     logits = np.asarray(saber.logits(weights.tree(CFG), hidden))[0]

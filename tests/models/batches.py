@@ -174,17 +174,10 @@ def pack(
     return batch
 
 
-def prompts(
-    batch: Batch, ends: np.ndarray, lengths: np.ndarray, next_positions: np.ndarray
-) -> Prompts:
+def prompts(batch: Batch, ends: np.ndarray, lengths: np.ndarray) -> Prompts:
     """The parts of a packed batch that generation reads."""
     return Prompts(
-        text=batch.text,
-        vision=batch.vision,
-        audio=batch.audio,
-        ends=ends,
-        lengths=lengths,
-        next_positions=next_positions,
+        text=batch.text, vision=batch.vision, audio=batch.audio, ends=ends, lengths=lengths
     )
 
 

@@ -15,8 +15,7 @@ def greedy(params: saber.Params, talks: Sequence[Conversation]) -> np.ndarray:
     """Int [conversations, NEW_TOKENS]; the prompts share one packed row."""
     lengths = np.array([len(talk.tokens) for talk in talks])
     batch = pack([list(talks)], length=224, patches=160, chunks=5)
-    following = np.array([[talk.positions.max() + 1 for talk in talks]], np.int32)
-    batch = prompts(batch, np.cumsum(lengths)[None], lengths[None], following)
+    batch = prompts(batch, np.cumsum(lengths)[None], lengths[None])
     count = len(talks)
     program = decoding.Program(
         cfg=CONFIG,

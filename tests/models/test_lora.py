@@ -97,7 +97,7 @@ def test_decoding_uses_the_adapters():
     params = drawn(cfg)
 
     def next_hidden(params, cfg):
-        batch = prompts(BATCH, *[jnp.array([[12]])] * 3)
+        batch = prompts(BATCH, jnp.array([[12]]), jnp.array([[12]]))
         _, cache = saber.prefill(params, batch, cfg, prompt_slots=12, answer_slots=1)
         one = jnp.full((1,), 77)
         return saber.decode(
