@@ -111,7 +111,7 @@ class Checkpoints:
         Frozen weights that were not saved are returned as in `abstract`. Raises ValueError if
         `meta` differs in anything but the step. Raises DamagedError for a damaged step if `strict`,
         or if only this one of several processes sees the damage; the step is renamed in that case
-        too.
+        too. Raises UnreachableError, and renames nothing, if storage does not answer.
         """
         while (step := self.latest()) is not None:
             try:

@@ -10,6 +10,7 @@ found by comparing digests when its arrays are read.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -37,13 +38,27 @@ MARKS = {
 NAMED = 3
 """Number of damaged arrays that a message names; the others are counted."""
 
-PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
+OUTAGES = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
+PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", *map(os.strerror, OUTAGES))
+"""Texts of errors of the storage or the machine, which say nothing about what is stored."""
 PAUSES = (1, 4, 16)
 """Seconds between attempts to read."""
 
 
 class DamagedError(ValueError):
     """A stored step differs from what was saved. The message names the folder and the fault."""
+
+
+class UnreachableError(OSError):
+    """A stored step could not be read, which says nothing about its contents."""
 
 
 def steps(workdir: str | Path) -> list[Path]:
@@ -177,7 +192,8 @@ def report(step: Path, differ: list[str]) -> None:
 
 @contextlib.contextmanager
 def readable(step: Path) -> Iterator[None]:
-    """Converts exceptions of Orbax and TensorStore to DamagedError with advice."""
+    """Converts exceptions of Orbax and TensorStore to DamagedError with advice, or to
+    UnreachableError."""
     console.quiet_orbax()
     try:
         yield
@@ -194,7 +210,7 @@ def reading(read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Exception as error:
-            if not any(word in str(error) for word in PASSING):
+            if not is_outage(error):
                 raise
             print(f"storage: {brief(error)}; trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
@@ -202,13 +218,40 @@ def reading(read: Callable[[], Any]) -> Any:
 
 
 def damage(step: Path, error: BaseException) -> str:
-    """A message about the damage of a step. Raises `error` again if it is not about stored data.
+    """A message about the damage of a step.
 
+    Raises UnreachableError if storage failed, and `error` again if it is about this machine.
     For damaged files Orbax and TensorStore raise exceptions of many types, even AttributeError.
     """
-    if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    mine = isinstance(error, PermissionError | MemoryError | UnreachableError)
+    if mine or "RESOURCE_EXHAUSTED" in str(error):
         raise error
+    if is_outage(error):
+        raise UnreachableError(
+            f"{step} could not be read: {cause(error)}. Nothing says that it is damaged, so it "
+            "stays; the same command tries again. If it can never be read, rename it to "
+            f"{step.name}.damaged to use the step before."
+        ) from error
     return f"{step} is damaged: {brief(error)}."
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether `error` or one of its causes comes from storage that did not answer or from a limit
+    of this machine, so that the same read may succeed later."""
+    return any(
+        (isinstance(link, OSError) and link.errno in OUTAGES)
+        or isinstance(link, TimeoutError | ConnectionError)
+        or any(word in str(link) for word in PASSING)
+        for link in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, what caused it, and so on."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def brief(error: BaseException) -> str:
@@ -219,13 +262,11 @@ def brief(error: BaseException) -> str:
 
 def cause(error: BaseException) -> str:
     """The operating system's error message if it is among the causes, else the first line."""
-    found: BaseException | None = error
-    text = str(error)
-    while found is not None:
+    text = ""
+    for found in _causes(error):
         if isinstance(found, OSError) and found.strerror:
             return f"{found.strerror} ({found.filename})" if found.filename else found.strerror
         text += str(found)
-        found = found.__cause__ or found.__context__
     known = map(os.strerror, files.DISK_ERRORS)
     return next((reason for reason in known if reason in text), brief(error))
 

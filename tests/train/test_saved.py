@@ -1,6 +1,8 @@
 """What a disk damaged is named, never used, and costs the steps since the checkpoint before it."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 
@@ -205,3 +207,54 @@ def test_reading_is_tried_again_while_storage_is_out_of_reach(monkeypatch):
         return "read"
 
     assert saved.reading(read) == "read" and not left
+
+
+def caused_by(error):
+    """An error of a library that hides what the disk said."""
+    try:
+        raise error
+    except OSError:
+        try:
+            raise ValueError("params/text/w could not be assembled")
+        except ValueError as hiding:
+            return hiding
+
+
+OUTAGES = {
+    "a bucket": lambda: ValueError(
+        "UNAVAILABLE: Error reading gs://b/x: 503 [source locations='x']"
+    ),
+    "a library": lambda: caused_by(OSError(errno.EIO, os.strerror(errno.EIO), "d/0")),
+    "a client": lambda: OSError(errno.EIO, "HttpError: backend error", "d/0"),
+    "a timeout": lambda: TimeoutError("no answer"),
+    **{
+        errno.errorcode[code]: lambda code=code: OSError(code, os.strerror(code))
+        for code in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT)
+    },
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", OUTAGES)
+def test_an_outage_of_storage_ends_the_run_and_renames_no_step(workdir, monkeypatch, name, count):
+    monkeypatch.setattr(saved, "PAUSES", (0, 0))
+    checkpoints = Checkpoints(workdir, every=2)
+
+    def broken(*args, **options):
+        del args, options
+        raise OUTAGES[name]()
+
+    with monkeypatch.context() as during:
+        during.setattr(checkpoints._manager, "restore", broken)
+        during.setattr(jax, "process_count", lambda: count)
+        with pytest.raises(saved.UnreachableError, match=r"checkpoints/4 could not be read: \w+"):
+            checkpoints.restore(state(0), {"plan": "abc"})
+    checkpoints.close()
+    assert names(workdir) == ["2", "4"]
+    assert int(restore(workdir).step) == 4
+
+
+def test_a_reader_does_not_call_a_step_damaged_that_storage_withholds(workdir):
+    step = saved.newest(workdir)
+    with pytest.raises(saved.UnreachableError, match="stays"), saved.readable(step):
+        raise OUTAGES["a bucket"]()
