@@ -68,8 +68,8 @@ class Examples:
         """Encodes an example, with the modality `hidden` withheld if given; its size is the same.
         The only modality that a request shows is not withheld.
 
-        Raises BadRecordError if the record cannot be used, and RuntimeError if the code fails for
-        another reason; both name the record.
+        Raises BadRecordError if the record cannot be used, OSError if storage fails, and
+        RuntimeError if the code fails for another reason; all name the record.
         """
         asked, index = divmod(int(index), len(self))
         position = self.record_of(index)
@@ -92,6 +92,8 @@ class Examples:
                 ignored=pair.withheld,
                 reference=None if self._references is None else self._references[index],
             )
+        except OSError:
+            raise
         except Exception as error:
             raise self._named(position, error) from error
 
@@ -107,6 +109,8 @@ class Examples:
                 measure_record(outline, self._tokenizer, request=request, responses=responses)
                 for request in self.requests
             ]
+        except OSError:
+            raise
         except Exception as error:
             raise self._named(position, error) from error
         sizes, tokens = zip(*measured, strict=True)

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import runpy
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int16, UInt8
 
-from saber_jax.data import bucket_records
+from saber_jax.data import bucket_records, reading
 from saber_jax.runs import buckets, files
 from saber_jax.runs.files import replacing
 from saber_jax.runs.manifest import fingerprint
@@ -137,9 +136,6 @@ ClipSize = tuple[str, str, int, int, int, int, float]
 CHECKSUMS = "SHA256SUMS"
 """File next to the shards; `sha256sum --check SHA256SUMS` verifies a copy of them."""
 
-ATTEMPTS = 3
-"""Number of attempts to read a record before an error is raised."""
-
 
 class RecordSource:
     """Random access to one split of built records. Picklable; safe to use from many processes."""
@@ -162,12 +158,15 @@ class RecordSource:
         return sum(self._shards)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadRecordError if the stored bytes are not a valid record."""
+        """Raises BadRecordError if the stored bytes are not a valid record, and OSError if storage
+        does not return them."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Record {index} of {len(self)} in split {self.split!r}.")
         index = int(index) % len(self)
         try:
             return from_example(self._read(index))
+        except OSError:
+            raise
         except Exception as error:
             detail = f"{type(error).__name__}: {error}"
             raise BadRecordError(f"{self.where(index)} cannot be read: {detail}") from error
@@ -265,14 +264,13 @@ class RecordSource:
             )
 
     def _read(self, index: int) -> Mapping[str, Any]:
-        for attempt in range(ATTEMPTS):
-            try:
-                return self._source[index]
-            except OSError:  # A temporary storage error; damaged records raise other exceptions.
-                if attempt + 1 == ATTEMPTS:
-                    raise
-                time.sleep(2**attempt)
-        raise AssertionError("unreachable")
+        return reading.tried_again(
+            lambda: self._source[index], forget=self._close, what=self.where(index)
+        )
+
+    def _close(self) -> None:
+        # Other threads may be reading; they keep what they hold.
+        self.__dict__.pop("_source", None)
 
     @functools.cached_property
     def _source(self):

@@ -12,6 +12,7 @@ added to existing ones. Inputs that are not in the key have to match, or the cac
 """
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from saber_jax.batch import Batch
+from saber_jax.data import reading
 from saber_jax.data.examples import Example
 from saber_jax.data.loader import GlobalBatches
 from saber_jax.data.quarantine import LeftOut
@@ -79,7 +81,7 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, view: View, source: ReferenceInputs):
         """Opens or creates FOLDER/VIEW. Raises ValueError, naming the difference, if it was
-        computed from other inputs."""
+        computed from other inputs, and OSError if storage fails."""
         self.folder, self.view = folder / view, view
         self.values: dict[bytes, Float[np.ndarray, " n"]] = {}
         if jax.process_index() > 0:
@@ -93,7 +95,9 @@ class ReferenceCache:
         )
         for path in listed(self.folder, "*.array_record"):
             try:
-                self.values |= _stored(path)
+                self.values |= reading.tried_again(
+                    functools.partial(_stored, path), forget=tuple, what=str(path)
+                )
             except (RuntimeError, ValueError) as error:  # Of ArrayRecord's checksums, and of NumPy.
                 aside = move(path, path.with_name(f"{path.name}.damaged"))
                 reason = str(error).splitlines()[0][:200] if str(error) else "unreadable"

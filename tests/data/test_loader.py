@@ -220,6 +220,13 @@ def test_a_fault_of_the_program_names_the_record_and_never_looks_like_the_end(
         batches(broken, plan, steps=6)
 
 
+def test_a_record_that_storage_withholds_ends_the_run_and_is_not_left_out(tokenizer, plan):
+    error = OSError(5, "storage failed 3 times", "shard-00000-of-00001[5]")
+    broken = examples_of(tokenizer, Source(17, broken=[5], error=error))
+    with pytest.raises(OSError, match=r"failed 3 times: 'shard-00000-of-00001\[5\]'"):
+        batches(broken, plan, steps=6)
+
+
 def test_a_stream_that_ends_too_soon_is_an_error(monkeypatch, examples, plan):
     stream = loader.stream(loader.HostRows(plan.rows(6), 2), examples, plan.budget, threads=1)
     next(stream)

@@ -1,11 +1,15 @@
+import contextlib
+import dataclasses
 import json
 import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from saber_jax.data import annotations, records
+from saber_jax.data import annotations, reading, records
 from saber_jax.runs import buckets, objects
 from tests.bucket import bucket
 
@@ -136,18 +140,88 @@ def test_a_damaged_record_is_named_by_file_and_place_and_marked_in_the_outlines(
             read(2)
 
 
-def test_a_read_that_fails_twice_is_tried_again(written, monkeypatch):
-    monkeypatch.setattr(records.time, "sleep", lambda seconds: None)
-    source, failures = opened(written), iter([OSError("busy"), OSError("busy")])
+@dataclasses.dataclass
+class Shard:
+    """Instructions of tensorflow-datasets to read a whole file."""
 
-    class Busy(list):
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+@pytest.fixture
+def shard(written, tmp_path, monkeypatch):
+    """The file of all records of `written`, read by ArrayRecord as tensorflow-datasets does."""
+    file = tmp_path / "shard"
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for example in written.examples:
+        writer.write(pickle.dumps(example))
+    writer.close()
+
+    class Source:
+        def __init__(self):
+            self._stored = ArrayRecordDataSource([Shard(str(file), 0, 3, 3)])
+
         def __getitem__(self, index):
-            for error in failures:
-                raise error
-            return super().__getitem__(index)
+            return pickle.loads(self._stored[index])
 
-    source.__dict__["_source"] = Busy(written.examples)
+    builder = SimpleNamespace(as_data_source=lambda split: Source())
+    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", lambda folder: builder)
+    return file
+
+
+def test_a_read_that_storage_fails_twice_is_tried_again_with_a_new_reader(
+    written, shard, monkeypatch
+):
+    away, pauses = shard.with_name("away"), []
+    shard.rename(away)
+
+    def passing(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            away.rename(shard)
+
+    monkeypatch.setattr(reading.time, "sleep", passing)
+    source = records.RecordSource(written.path, "train")
+    assert source[1].clip_id == "y" and pauses == [1, 2]
+    assert source[2].clip_id == "z"
+
+
+def test_a_record_that_storage_withholds_is_no_bad_record(written, shard, monkeypatch):
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
+    away = shard.with_name("away")
+    shard.rename(away)
+    shard.mkdir()  # Reading it fails: "read() failed: Is a directory".
+    source = records.RecordSource(written.path, "train")
+    for read in (source.__getitem__, source.outline):
+        with pytest.raises(OSError, match=r"failed 3 times: read\(\) failed.*-train\.\*-00001"):
+            read(1)
+    with pytest.raises(OSError, match="failed 3 times"):
+        records.write_outlines(source)
+    shard.rmdir()
+    away.rename(shard)
     assert source[1].clip_id == "y"
+
+
+@pytest.mark.parametrize("place", [0, 65_536 + 24, 65_536 + 600, -1])
+def test_a_flipped_bit_in_a_shard_is_damage_and_read_once(written, shard, place, monkeypatch):
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    raw = bytearray(shard.read_bytes())
+    raw[place] ^= 4
+    shard.write_bytes(raw)
+    source = records.RecordSource(written.path, "train")
+    for index, name in enumerate("xyz"):
+        with contextlib.suppress(records.BadRecordError):
+            assert source[index].clip_id == name
+
+
+@pytest.mark.parametrize("size", [0, 1000, 65_536, 70_000])
+def test_a_shard_that_was_cut_off_is_damage(written, shard, size, monkeypatch):
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(records.BadRecordError):
+        records.RecordSource(written.path, "train")[2]
 
 
 def test_a_record_is_found_by_name_and_by_number(written):

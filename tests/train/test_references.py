@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from saber_jax import sharding
+from saber_jax.data import reading
 from saber_jax.data.examples import encode_record
 from saber_jax.data.withhold import VIEWS
 from saber_jax.models.config import saber_config
@@ -94,6 +95,22 @@ def test_a_damaged_file_is_named_kept_aside_and_computed_again(tmp_path, capsys,
         Model().fill(again)
     for key, values in whole.values.items():
         np.testing.assert_array_equal(again.values[key], values)
+
+
+def test_a_file_that_storage_withholds_is_not_renamed_and_read_later(tmp_path, monkeypatch):
+    whole = ReferenceCache(tmp_path, "whole", SOURCE)
+    Model().fill(whole)
+    [file] = sorted((tmp_path / "whole").glob("*.array_record"))
+    away, pauses = file.with_name("away"), []
+    monkeypatch.setattr(reading.time, "sleep", pauses.append)
+    file.rename(away)
+    file.mkdir()  # Reading it fails: "read() failed: Is a directory".
+    with pytest.raises(OSError, match=f"failed 3 times: .*{file.name}"):
+        ReferenceCache(tmp_path, "whole", SOURCE)
+    assert pauses == [1, 2] and not list(file.parent.glob("*.damaged"))
+    file.rmdir()
+    away.rename(file)
+    assert ReferenceCache(tmp_path, "whole", SOURCE).values.keys() == whole.values.keys()
 
 
 def test_a_file_that_is_computed_again_overwrites_no_other(tmp_path):
