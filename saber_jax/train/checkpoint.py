@@ -49,6 +49,7 @@ class SaveError(Exception):
 class Checkpoints:
     """Saves asynchronously, keeps the last two, and restores onto any mesh.
 
+    Removes what killed saves left, so only the holder of the work directory's lock may make one.
     With `frozen` False the frozen weights, which are in the base, are neither saved nor restored.
     With `strict` a damaged step is an error; otherwise it is renamed and the one before is used.
     """
@@ -59,6 +60,8 @@ class Checkpoints:
         self._workdir, self._every = Path(workdir), every
         self._frozen, self._strict = frozen, strict
         console.quiet_orbax()
+        if jax.process_index() == 0:
+            saved.remove_unfinished(self._workdir)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             enable_async_checkpointing=True,

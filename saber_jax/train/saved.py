@@ -6,7 +6,8 @@
     checkpoints/60.damaged/   a damaged step, which is not used any more
 
 A folder is complete if Orbax finished it and no item is missing. Whether its bytes have changed is
-found by comparing digests when its arrays are read.
+found by comparing digests when its arrays are read. A killed save leaves STEP.orbax-checkpoint-tmp
+on a disk, and in a bucket STEP without its commit_success.txt.
 """
 
 import contextlib
@@ -35,6 +36,8 @@ MARKS = {
     **dict.fromkeys(("meta", DIGESTS), "metadata"),
 }
 """A file that exists in every complete item of this name."""
+PARTIAL = ".orbax-checkpoint-tmp"
+"""In the name of a folder that Orbax writes to before it renames it."""
 NAMED = 3
 """Number of damaged arrays that a message names; the others are counted."""
 
@@ -83,16 +86,32 @@ def _open(item: Path) -> bool:
 
 
 def newest(workdir: str | Path) -> Path:
-    """The newest step, for commands that only read.
+    """The newest finished step, for commands that only read.
 
     Raises FileNotFoundError if there is none, DamagedError if it is incomplete.
     """
-    found = steps(workdir)
+    found = [step for step in steps(workdir) if not unfinished(step)]
     if not found:
         raise FileNotFoundError(f"{workdir} has no finished checkpoint yet; train it first.")
     if why := problem(found[-1]):
         raise DamagedError(f"{found[-1]} is damaged: {why}. {advice(found[-1])}")
     return found[-1]
+
+
+def unfinished(step: Path) -> bool:
+    """Whether `step` is in a bucket and is being saved, or its save was killed."""
+    if not buckets.mounted(step) or files.exists(step / buckets.COMMITTED):
+        return False
+    # A step of weights only (checkpoint.save_params) has commits of its items alone.
+    training = any(files.exists(step / item) for item in ("opt_state", "meta"))
+    return training or not files.exists(step / "params" / buckets.COMMITTED)
+
+
+def remove_unfinished(workdir: Path) -> None:
+    """Removes what killed saves left, which would fill the disk. Nobody else may save there."""
+    for folder in files.listed(workdir / "checkpoints"):
+        if PARTIAL in folder.name or (folder.name.isdigit() and unfinished(folder)):
+            files.remove_folder(folder, ignore_errors=True)
 
 
 def advice(step: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from saber_jax.runs import buckets
+from saber_jax.runs import buckets, files, objects
+from saber_jax.train import saved
 from tests.bucket import bucket
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,8 +100,6 @@ def test_a_kill_in_the_middle_of_a_save_costs_that_step_alone(monkeypatch):
         said = finished(start(made, 6))
         assert "found 2" in said
         monkeypatch.setenv(buckets.MOUNTS, made.environ[buckets.MOUNTS])
-        from saber_jax.train import saved
-
         assert saved.newest(made.mount / "7b/sft").name == "6"
 
 
@@ -107,12 +107,36 @@ def test_a_step_whose_end_nobody_wrote_is_not_taken_for_whole(monkeypatch):
     with bucket("runs") as made:
         finished(start(made, 2))
         monkeypatch.setenv(buckets.MOUNTS, made.environ[buckets.MOUNTS])
-        from saber_jax.train import saved
-
         step = saved.newest(made.mount / "7b/sft")
         (step / "params" / buckets.COMMITTED).unlink()
         with pytest.raises(saved.DamagedError, match=r"params/commit_success.txt missing"):
             saved.newest(made.mount / "7b/sft")
+
+
+def test_what_a_killed_save_left_in_a_bucket_is_not_read_and_removed_by_the_next_run(
+    tmp_path, monkeypatch
+):
+    with bucket("runs") as made:
+        finished(start(made, 2, 4))
+        for variable, value in made.environ.items():
+            monkeypatch.setenv(variable, value)
+        workdir = made.mount / "7b/sft"
+        folder = workdir / "checkpoints"
+        # Of imported weights, which have no commit of the whole step; and a step set aside.
+        for source, target in (
+            ("2/params", "0/params"),
+            ("2/digests", "0/digests"),
+            ("4", "9.bad"),
+        ):
+            copied = shutil.copytree(folder / source, tmp_path / target)
+            objects.upload_folder(folder / target, copied)
+        files.remove(folder / "4" / buckets.COMMITTED)  # It is written last.
+        files.remove(folder / "9.bad" / buckets.COMMITTED)
+        files.write_text(folder / "6/params/_sharding", "{}")
+        assert saved.newest(workdir).name == "2"
+        assert "found 2" in finished(start(made))
+        assert {path.name for path in files.listed(folder)} == {"0", "2", "9.bad"}
+        assert not saved.unfinished(folder / "0")
 
 
 CACHED = """

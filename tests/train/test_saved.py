@@ -155,6 +155,16 @@ def test_when_all_are_damaged_the_run_begins_again(workdir, capsys):
     assert names(workdir) == ["2.damaged", "4.damaged"]
 
 
+def test_what_killed_saves_left_is_removed_and_nothing_else(workdir):
+    checkpoints = workdir / "checkpoints"
+    for name in ("6.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-17"):
+        shutil.copytree(checkpoints / "4", checkpoints / name)
+    (checkpoints / "3.damaged").mkdir()
+    (checkpoints / "mine").mkdir()
+    assert int(restore(workdir).step) == 4
+    assert names(workdir) == ["2", "3.damaged", "4", "mine"]
+
+
 def test_a_step_damaged_twice_keeps_both(workdir):
     (workdir / "checkpoints/4.damaged").mkdir()
     shutil.rmtree(workdir / "checkpoints/4/meta")
