@@ -3,8 +3,8 @@
 A host that hangs, in a collective that another host never joins or on a disk that does not respond,
 still sends heartbeats. A thread on every host therefore measures how long its main thread has been
 in one phase of one step. If that takes too long on any host, all hosts write the stacks of all
-their threads to WORKDIR/stacks/host_N.txt and to stderr, name the host that is behind the others,
-and exit with status STALLED. The next start resumes.
+their threads to stderr and to WORKDIR/stacks/host_N.txt, name the host that is behind the others,
+and exit with status STALLED, also if the disk is what hangs. The next start resumes.
 
 The hosts communicate through the key-value store of jax.distributed in the first host's process.
 They also use it to report the durations of their steps and of their waits for input.
@@ -16,6 +16,7 @@ import faulthandler
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,11 @@ LONG_SECONDS = 3600
 EVERY_SECONDS = 5.0
 # How long a host waits for the stacks of the others.
 STACKS_SECONDS = 15.0
+# How long a host waits for its own to be written to the work directory.
+FILE_SECONDS = 5.0
 LAST_SECONDS = 1.0
+# A host that cannot even report leaves after this time: longer than all of the above together.
+LEAVE_SECONDS = 60.0
 
 
 class SharedStore:
@@ -173,9 +178,13 @@ class Watchdog:
 
     def _alarm(self, reason: str) -> None:
         """Writes the stacks of all hosts, names the slowest host, and exits."""
+        # What is printed may go to a file on the disk that hangs.
+        unreported = threading.Timer(LEAVE_SECONDS, self._leave, (STALLED,))
+        unreported.daemon = True
+        unreported.start()
         with contextlib.suppress(Exception):
             self._store.put("alarm", self._host, reason)
-        self._write_stacks()
+        where = self._keep_stacks(self._print_stacks())
         with contextlib.suppress(Exception):
             self._store.put("stacks", self._host, "written")
         # The watchdogs of these hosts do not respond either.
@@ -183,7 +192,7 @@ class Watchdog:
         print(f"watchdog: no progress: {reason}.", file=sys.stderr)
         print(f"watchdog: {self._slowest(silent)}", file=sys.stderr)
         print(
-            f"watchdog: stacks of every thread are in {self._folder}. Exit status {STALLED}; the "
+            f"watchdog: stacks of every thread are above and {where}. Exit status {STALLED}; the "
             "same command goes on from the last checkpoint.",
             file=sys.stderr,
             flush=True,
@@ -198,19 +207,42 @@ class Watchdog:
         else:
             with contextlib.suppress(Exception):
                 self._store.put("left", self._host, "yes")
+        unreported.cancel()
         self._leave(STALLED)
 
-    def _write_stacks(self) -> None:
-        path = self._folder / f"host_{self._host}.txt"
+    def _print_stacks(self) -> str:
+        """Prints the stacks of all threads and returns them."""
+        # faulthandler keeps Python's lock while it writes: on a disk that hangs, everything would.
         try:
-            files.make_folder(self._folder)
-            with files.replacing(path) as partial:
-                with partial.open("w") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
-                print(partial.read_text(), file=sys.stderr)
-        except OSError as error:  # The disk may be what hangs or fails.
-            print(f"watchdog: {path} cannot be written: {error}", file=sys.stderr)
+            with tempfile.TemporaryFile("w+") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                stacks = file.read()
+        except OSError as error:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            return f"They are only on stderr: {error}\n"
+        print(stacks, file=sys.stderr, flush=True)
+        return stacks
+
+    def _keep_stacks(self, stacks: str) -> str:
+        """Writes the stacks to the work directory and says where they are. The disk may be what
+        hangs, and a thread that waits for it cannot be ended, so it is left behind."""
+        path = self._folder / f"host_{self._host}.txt"
+        failed = []
+
+        def write() -> None:
+            try:
+                files.make_folder(self._folder)
+                files.write_text(path, stacks)
+            except Exception as error:
+                failed.append(f"it cannot be written: {error}")
+
+        writing = threading.Thread(target=write, daemon=True, name="stacks")
+        writing.start()
+        writing.join(FILE_SECONDS)
+        if writing.is_alive():
+            failed.append(f"its disk did not answer for {FILE_SECONDS:g} s")
+        return f"not in {path}, because {failed[0]}" if failed else f"in {self._folder}"
 
     def _wait_for(self, folder: str, hosts: list[int]) -> list[int]:
         """The `hosts` that did not write to `folder` in time."""

@@ -48,6 +48,40 @@ def test_a_stalled_step_leaves_with_stacks_of_every_thread(tmp_path, left, capfd
     assert stacks.count("hread 0x") >= 3 and "test_watchdog.py" in stacks
 
 
+@pytest.mark.parametrize("hanging", ["make_folder", "write_text"])
+def test_a_disk_that_hangs_does_not_hold_the_watchdog(tmp_path, left, capfd, monkeypatch, hanging):
+    leave, happened, statuses = left
+    answers = threading.Event()
+    monkeypatch.setattr(watchdog, "FILE_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog.files, hanging, lambda *args: answers.wait(PATIENCE))
+    dog = Watchdog(tmp_path, least_seconds=0.05, every=0.02, leave=leave)
+    try:
+        with dog.watching():
+            whole_step(dog.clock, 7)
+            assert happened.wait(PATIENCE)
+            assert not answers.is_set()
+    finally:
+        answers.set()
+    said = capfd.readouterr().err
+    assert statuses == [STALLED] and "test_watchdog.py" in said
+    assert "its disk did not answer" in said and "in phase 'input' of step 8" in said
+
+
+def test_a_host_that_cannot_even_print_leaves(tmp_path, left, monkeypatch):
+    leave, happened, statuses = left
+    answers = threading.Event()
+    monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 0.05)
+    dog = Watchdog(tmp_path, least_seconds=0.05, every=0.02, leave=leave)
+    monkeypatch.setattr(dog, "_print_stacks", lambda: answers.wait(PATIENCE) and "")
+    try:
+        with dog.watching():
+            whole_step(dog.clock, 7)
+            assert happened.wait(PATIENCE)
+            assert not answers.is_set() and statuses == [STALLED]
+    finally:
+        answers.set()
+
+
 def test_what_moves_on_or_may_take_long_is_left_alone(tmp_path, left, monkeypatch):
     leave, _, statuses = left
     dog = Watchdog(tmp_path, least_seconds=30, leave=leave)
