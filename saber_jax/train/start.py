@@ -15,7 +15,7 @@ from saber_jax import sharding
 from saber_jax.inputs import RunInputs
 from saber_jax.models import lora, saber
 from saber_jax.models.config import SaberConfig
-from saber_jax.runs import files, manifest
+from saber_jax.runs import distributed, files, manifest
 from saber_jax.runs.console import log, warn
 from saber_jax.train import best, checkpoint, nonfinite, profile, saved
 from saber_jax.train.stage import Stage
@@ -69,6 +69,10 @@ def base_checkpoint(config: ConfigDict, stage: Stage, workdir: Path) -> Path | N
         return Path(config.init.checkpoint)
     base, bare = workdir / "base", _bare(stage.cfg)
     if not files.exists(base / checkpoint.MODEL_FILE):
+        if jax.process_index() == 0:
+            # Orbax refuses to overwrite what a killed attempt left.
+            files.remove_folder(base, ignore_errors=True)
+        distributed.barrier("the base has room")
         shardings = saber.without_lora(stage.param_shardings)
         init = jax.jit(functools.partial(saber.init, bare), out_shardings=shardings)
         checkpoint.save_params(base, init(_key(config)), bare)
