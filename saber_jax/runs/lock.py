@@ -1,6 +1,7 @@
 """A lock file that allows one run per work directory and names its holder.
 
-    {"host": "node3", "machine": "5c1e...", "pid": 4711, "since": "8123", "beat": "00000042"}
+    {"id": "9f0c...", "host": "node3", "machine": "5c1e...", "pid": 4711, "since": "8123",
+     "beat": "00000042"}
 
 The holder increments `beat` every few seconds. Another run that finds the lock checks on the same
 machine whether the process exists, and on another machine whether `beat` changes, which does not
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ def held(
     made = not files.exists(folder)
     files.make_folder(folder)
     while not _create(path, ours):
-        _wait_until_stale(path, folder, stale)
-        _remove_stale(path)
+        found = _wait_until_stale(path, folder, stale)
+        _remove_stale(path, folder, found)
     keeper = threading.Thread(
         target=_keep, args=(path, ours, beat, ended), name="lock", daemon=True
     )
@@ -62,8 +64,8 @@ def held(
                 folder.rmdir()
 
 
-def _wait_until_stale(path: Path, folder: Path, stale: float) -> None:
-    """Returns when nobody holds the lock. Raises BusyError when somebody does."""
+def _wait_until_stale(path: Path, folder: Path, stale: float) -> dict[str, Any] | None:
+    """Returns what the lock holds when nobody holds it. Raises BusyError when somebody does."""
     found = _read(path)
     if found is not None and found.get("machine") == _machine():
         if _since(found["pid"]) == found["since"]:
@@ -73,11 +75,12 @@ def _wait_until_stale(path: Path, folder: Path, stale: float) -> None:
         while time.monotonic() < until:
             time.sleep(min(0.5, stale / 10))
             if not files.exists(path):
-                return
+                return found
             if _read(path) != found:
                 raise BusyError(_busy(folder, _read(path) or found or {}))
     who = f"process {found['pid']} on {found['host']}" if found else "a run that was killed"
     print(f"{folder}: taking over the lock of {who}, which is gone.", file=sys.stderr, flush=True)
+    return found
 
 
 def _busy(folder: Path, holder: dict[str, Any]) -> str:
@@ -92,20 +95,39 @@ def _create(path: Path, ours: dict[str, Any]) -> bool:
     try:
         files.create(path, _line(ours, 0))
     except FileExistsError:
-        return False
+        # The answer of a bucket may get lost; the request is repeated and finds our own lock.
+        return _same(_read(path), ours)
     return True
 
 
-def _remove_stale(path: Path) -> None:
-    # Several runs may find the same stale lock. On a disk, only one of them can move it. In a
-    # bucket, one may remove the new lock of another, which then ends: see `_keep`.
+def _remove_stale(path: Path, folder: Path, stale: dict[str, Any] | None) -> None:
+    """Removes the lock that holds `stale`. Raises BusyError if it holds something else by now."""
+    # Several runs may find the same stale lock. On a disk, only one of them can move it, and one
+    # that moves the new lock of another puts it back. In a bucket, one may remove the new lock of
+    # another, which then ends: see `_keep`.
     with contextlib.suppress(FileNotFoundError):
         if buckets.mounted(path):
             files.remove(path)
-        else:
-            gone = path.with_name(f"{LOCK_FILE}.{os.getpid()}.stale")
-            os.replace(path, gone)
-            gone.unlink()
+            return
+        gone = path.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex[:12]}.stale")
+        os.replace(path, gone)
+        moved = _read(gone)
+        if moved != stale:
+            _put_back(gone, path)
+            raise BusyError(_busy(folder, moved or {}))
+        gone.unlink()
+
+
+def _put_back(gone: Path, path: Path) -> None:
+    """Moves `gone` back unless there is a third lock by now, whose holder then goes on."""
+    try:
+        os.link(gone, path)
+    except FileExistsError:
+        pass
+    except OSError:  # Not every file system has hard links.
+        os.replace(gone, path)
+        return
+    gone.unlink()
 
 
 def _keep(path: Path, ours: dict[str, Any], beat: float, ended: threading.Event) -> None:
@@ -150,6 +172,7 @@ def _same(found: dict[str, Any] | None, ours: dict[str, Any]) -> bool:
 def _ourselves() -> dict[str, Any]:
     pid = os.getpid()
     return {
+        "id": uuid.uuid4().hex,  # One process may try to hold a lock twice.
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": pid,

@@ -93,6 +93,59 @@ def test_a_lock_that_a_kill_cut_short_is_taken_over(tmp_path, content):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_fresh_lock_in_the_place_of_a_stale_one_is_put_back(tmp_path, monkeypatch, links):
+    stale, fresh = elsewhere(tmp_path), {}
+    watched = lock._wait_until_stale
+
+    def others_were_faster(path, folder, seconds):
+        found = watched(path, folder, seconds)
+        fresh.update(stale | {"id": "another", "host": "near"})
+        path.write_text(json.dumps(fresh))
+        return found
+
+    def refused(*args):
+        raise PermissionError(1, "no hard links here")
+
+    monkeypatch.setattr(lock, "_wait_until_stale", others_were_faster)
+    if not links:
+        monkeypatch.setattr(lock.os, "link", refused)
+    with pytest.raises(lock.BusyError, match="on near"), lock.held(tmp_path, stale=0.1):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert json.loads((tmp_path / "lock").read_text()) == fresh
+
+
+def test_a_lock_whose_holder_woke_up_is_put_back(tmp_path, monkeypatch):
+    stale = elsewhere(tmp_path)
+    watched = lock._wait_until_stale
+
+    def wakes(path, folder, seconds):
+        found = watched(path, folder, seconds)
+        path.write_text(json.dumps(stale | {"beat": "00000009"}))
+        return found
+
+    monkeypatch.setattr(lock, "_wait_until_stale", wakes)
+    with pytest.raises(lock.BusyError, match="on far"), lock.held(tmp_path, stale=0.1):
+        pass
+    assert json.loads((tmp_path / "lock").read_text())["beat"] == "00000009"
+
+
+def test_a_repeated_request_that_finds_our_own_lock_holds_it(tmp_path, monkeypatch):
+    create = lock.files.create
+
+    def answer_lost(path, text):
+        create(path, text)
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(lock.files, "create", answer_lost)
+    with lock.held(tmp_path / "run"):
+        monkeypatch.undo()
+        with pytest.raises(lock.BusyError), lock.held(tmp_path / "run"):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_holder_beats(tmp_path):
     with lock.held(tmp_path, beat=0.01):
         first = (tmp_path / "lock").read_text()
