@@ -1,33 +1,65 @@
-"""Chip-hours of the steps of a chain, including failed attempts.
+"""Chip-hours of the steps of a chain, including failed and killed attempts.
 
-ROOT/hours.json is a list with an entry for each time that a step ran; the first host writes it:
+ROOT/hours.json is a list with an entry for each time that a step ran; the first host writes it when
+the step begins, every minute, and at the end:
 
-    {"step": "sft", "seconds": 5210.4, "chips": 256, "done": true}
+    {"step": "sft", "began": 1790000000.0, "seconds": 5210.4, "chips": 256, "done": true}
 
 All chips of the pod count, whether a step uses them or waits.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from saber_jax.runs.files import exists, read_json, write_json
+
+UPDATE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
 def counted(root: Path, step: str, chips: int) -> Iterator[None]:
-    """Records the duration of the block, also if it fails. If the disk fails, only the record is
-    lost, not the step."""
-    began, done = time.monotonic(), False
+    """Records the duration of the block, also if it fails or is killed. If the disk fails, only the
+    record is lost, not the step."""
+    began, ended = time.monotonic(), threading.Event()
+    entry: dict[str, Any] = {
+        "step": step,
+        "began": time.time(),
+        "seconds": 0.0,
+        "chips": chips,
+        "done": False,
+    }
+
+    def record() -> None:
+        entry["seconds"] = round(time.monotonic() - began, 1)
+        _record(root, entry)
+
+    def keep() -> None:
+        while not ended.wait(UPDATE_SECONDS):
+            record()
+
+    record()
+    keeper = threading.Thread(target=keep, name="hours", daemon=True)
+    keeper.start()
     try:
         yield
-        done = True
+        entry["done"] = True
     finally:
-        seconds = round(time.monotonic() - began, 1)
-        with contextlib.suppress(OSError):
-            entry = {"step": step, "seconds": seconds, "chips": chips, "done": done}
-            write_json(root / "hours.json", [*entries(root), entry])
+        ended.set()
+        keeper.join()
+        record()
+
+
+def _record(root: Path, entry: dict[str, Any]) -> None:
+    """Adds the entry, or replaces what an earlier call wrote of it."""
+    # ValueError: the file is damaged.
+    with contextlib.suppress(OSError, ValueError):
+        mine = (entry["step"], entry["began"])
+        others = [e for e in entries(root) if (e["step"], e.get("began")) != mine]
+        write_json(root / "hours.json", [*others, entry])
 
 
 def entries(root: Path) -> list[dict]:

@@ -7,8 +7,9 @@ end:
      "seconds": {"start": 95.1, "compile": 240.3, "input": 2.2, "step": 3180.0, "save": 31.9}}
 
 Goodput is the share of the time from the first start to the last record that was spent on steps
-that were kept. Steps lost by an interruption are not in any record, so they count as time between
-records, like the time without a machine.
+that were kept. Steps lost by an interruption are mostly not in any record, so they count as time
+between records, like the time without a machine. If a later start begins before the `last` of a
+record, because that checkpoint was never finished or was damaged, the steps in between are lost.
 """
 
 import collections
@@ -117,13 +118,17 @@ class Attempt:
 def goodput(workdir: Path) -> dict[str, Any]:
     """{"goodput": 0.93, "starts": 2, "wall_seconds": ..., "chip_hours": ..., "seconds": {...}}.
 
-    `seconds` has the phases and "between", the time between the records of two starts. {} where
-    nothing was recorded.
+    `seconds` has the phases, "lost", the time of recorded steps that a later start did again, and
+    "between", the time between the records of two starts. {} where nothing was recorded.
     """
     records = [read_json(path) for path in _records(Path(workdir) / "attempts")]
     if not records:
         return {}
-    seconds = {name: sum(r["seconds"].get(name, 0.0) for r in records) for name in PHASES}
+    seconds: dict[str, float] = {
+        name: sum(r["seconds"].get(name, 0.0) for r in records) for name in PHASES
+    }
+    seconds["lost"] = sum(_lost(r, records[i + 1 :]) for i, r in enumerate(records))
+    seconds["step"] -= seconds["lost"]
     gaps = itertools.pairwise(records)
     seconds["between"] = sum(max(0.0, after["began"] - r["until"]) for r, after in gaps)
     wall = sum(seconds.values())
@@ -135,6 +140,16 @@ def goodput(workdir: Path) -> dict[str, Any]:
         "chip_hours": used / 3600,
         "seconds": seconds,
     }
+
+
+def _lost(record: dict[str, Any], later: list[dict[str, Any]]) -> float:
+    """Seconds of the steps of `record` that `later` starts did again."""
+    firsts = [after["first"] for after in later if "first" in after]
+    if not firsts or record.get("last", 0) <= record.get("first", 0):
+        return 0.0
+    first, last = record["first"], record["last"]
+    kept = min(last, max(first, min(firsts)))
+    return record["seconds"].get("step", 0.0) * (last - kept) / (last - first)
 
 
 def _records(folder: Path) -> list[Path]:

@@ -101,6 +101,25 @@ def test_a_second_attempt_of_one_process_counts_no_second_twice(let_pass, tmp_pa
     assert found["seconds"]["step"] == 80 and found["seconds"]["between"] == 20
 
 
+@pytest.mark.parametrize(
+    ("firsts", "kept"),
+    [((0, 100), 100 + 100), ((0, 200), 200 + 100), ((0, 0), 100), ((0, 100, 50), 50 + 0 + 100)],
+)
+def test_steps_that_a_later_start_did_again_are_lost(tmp_path, firsts, kept):
+    """A kill while step `last` was committing, or a damaged checkpoint; every step takes 1 s."""
+    (tmp_path / "attempts").mkdir()
+    lengths = [200, *[100] * (len(firsts) - 1)]
+    for number, (first, steps) in enumerate(zip(firsts, lengths, strict=True), start=1):
+        record = {"began": 300.0 * number, "until": 300.0 * number + steps, "chips": 1}
+        record |= {"first": first, "last": first + steps, "seconds": {"step": float(steps)}}
+        write_json(tmp_path / f"attempts/{number}.json", record)
+    found = goodput(tmp_path)
+    assert found["seconds"]["step"] == pytest.approx(kept)
+    assert found["seconds"]["lost"] == pytest.approx(sum(lengths) - kept)
+    assert found["goodput"] == pytest.approx(kept / found["wall_seconds"])
+    assert found["wall_seconds"] == pytest.approx(300 * (len(firsts) - 1) + 100)
+
+
 def test_the_tenth_start_comes_after_the_ninth(tmp_path):
     (tmp_path / "attempts").mkdir()
     for number in range(1, 11):
