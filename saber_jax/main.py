@@ -66,7 +66,7 @@ def run(config: ConfigDict) -> None:
         start.refuse_large_model_on_cpu(config)
         with distributed.ending_early():
             train(config)
-    except loop.Preempted as stopped:
+    except distributed.Preempted as stopped:
         log(f"{config.stage}: {stopped}. The same command goes on from there.")
         sys.exit(distributed.PREEMPTED)
     except (ValueError, OSError, FloatingPointError, checkpoint.SaveError) as error:

@@ -60,7 +60,11 @@ def _main(argv: list[str]) -> None:
         distributed.initialize(heartbeat_seconds=CONFIG.value.heartbeat_seconds)
         with distributed.failing_together():
             start.refuse_large_model_on_cpu(CONFIG.value)
-            run(CONFIG.value)
+            try:
+                run(CONFIG.value)
+            except distributed.Preempted as stopped:
+                log(f"saber_jax.reference: {stopped}. The same command goes on from there.")
+                sys.exit(distributed.PREEMPTED)
     except (ValueError, OSError, FloatingPointError, SaveError) as error:
         sys.exit(f"saber_jax.reference: {error}")
 

@@ -104,7 +104,7 @@ def test_held_out_clips_that_cannot_be_read_are_counted_and_named(records, tmp_p
     measure = lambda _, batch: validate.BatchSums(  # noqa: E731 - Without a network.
         nll=ones, tokens=ones, left_out=batch.left_out.sum()
     )
-    values = dataclasses.replace(validation, measure=measure).run(None, 0)
+    values = dataclasses.replace(validation, measure=measure).run(None, 0, bool)
     assert values["validate/left_out"] == 3
     assert [entry["index"] for entry in read_jsonl(tmp_path / "quarantine.jsonl")] == sorted(gone)
 

@@ -11,6 +11,7 @@ collectives would wait for it forever. The next start resumes.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -33,7 +34,12 @@ JOIN_SECONDS = 600
 PREEMPTED = os.EX_TEMPFAIL
 """75, the exit status of a run that saved and stopped after SIGTERM and can be resumed."""
 
+_questions = itertools.count(1)
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class Preempted(Exception):
+    """The run received SIGTERM; what it had to save is saved."""
 
 
 def place() -> tuple[int, int]:
@@ -125,7 +131,8 @@ def ending_early() -> Iterator[None]:
     """SIGTERM inside ends this process at once with PREEMPTED: there is nothing to save yet, and
     files are written atomically. A `Preemption` inside replaces it.
 
-    With several processes, jax's own listener receives the signal, and the first step checks it.
+    With several processes, jax's own listener receives the signal. They have to leave together, so
+    they go on to the next place that asks `told_to_stop`.
     """
     if jax.process_count() > 1:
         yield
@@ -157,6 +164,15 @@ def ending_early() -> Iterator[None]:
         waking.close()
 
 
+def told_to_stop() -> bool:
+    """Whether one of several processes received SIGTERM.
+
+    The processes agree on a call that returns True in all of them, so that none is left in a
+    collective. All of them have to make the same calls, once for each step or batch.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_questions))
+
+
 class Preemption:
     """Whether any process of this run received SIGTERM while the context is open. Preempted cloud
     machines and evicted pods get this signal half a minute in advance."""
@@ -175,9 +191,9 @@ class Preemption:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def reached(self, step: int) -> bool:
-        """True on every process at the same `step`. Ask once a step."""
-        return self._asked or multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Whether to stop here, with the same answer in every process; see `told_to_stop`."""
+        return self._asked or told_to_stop()
 
     def _ask(self, *_) -> None:
         self._asked = True

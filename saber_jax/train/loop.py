@@ -10,7 +10,7 @@ import jax
 
 from saber_jax.batch import Batch
 from saber_jax.data.loader import GlobalBatches
-from saber_jax.runs.distributed import Preemption
+from saber_jax.runs.distributed import Preempted, Preemption
 from saber_jax.runs.phases import Attempt, PhaseClock
 from saber_jax.train.best import Best
 from saber_jax.train.checkpoint import Checkpoints
@@ -20,10 +20,6 @@ from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console, Counts, Meter, StepSchedule
 from saber_jax.train.step import Metrics, TrainState
 from saber_jax.train.validate import Validation
-
-
-class Preempted(Exception):
-    """The run received SIGTERM; its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +64,15 @@ class Observers:
         if values["left_out"]:  # The same number in every process.
             self.batches.agree()
 
-    def validate(self, validation: Validation, state: TrainState, step: int) -> bool:
+    def validate(
+        self, validation: Validation, state: TrainState, step: int, preemption: Preemption
+    ) -> bool | None:
         """Runs validation on the weights after `step` steps and reports its metrics. Returns
-        whether the run should end early."""
+        whether the run should end early, None if SIGTERM ended the validation."""
         self.clock.enter("validate")
-        values = validation.run(state, step)
+        values = validation.run(state, step, preemption.reached)
+        if values is None:
+            return None
         self.writer.write(step, values)
         return self.best is not None and self.best.seen(values, state, step)
 
@@ -97,7 +97,7 @@ def run(
     The run ends before `steps` if `observers.best` says so.
 
     Raises what `observers.nonfinite` raises for a step with non-finite values, and Preempted after
-    SIGTERM, once the state is saved.
+    SIGTERM, between two steps or two batches of validation, once the state is saved.
     """
 
     def save(done: int) -> None:
@@ -121,8 +121,12 @@ def run(
                 if pending is not None:
                     observers.report(*pending)
                     pending = None
-                if observers.validate(validation, state, step):
+                enough = observers.validate(validation, state, step, preemption)
+                if enough or (enough is None and step > first):
                     save(step)
+                if enough is None:
+                    raise Preempted(f"stopped in the validation at step {step}")
+                if enough:
                     return state
                 clock = time.perf_counter()
             waiting = time.perf_counter()
@@ -145,7 +149,7 @@ def run(
             clock = now
             observers.profile.after(step, state)
             done = step + 1
-            stop = preemption.reached(done)
+            stop = preemption.reached()
             if stop or done == steps or checkpoints.due(done):
                 # Checked before saving, because a restart trusts the last checkpoint.
                 observers.report(*pending)
@@ -153,6 +157,9 @@ def run(
                 save(done)
             if stop and done < steps:
                 raise Preempted(f"stopped after step {done} of {steps} and saved it")
-        if validation is not None:
-            observers.validate(validation, state, steps)
+        if (
+            validation is not None
+            and observers.validate(validation, state, steps, preemption) is None
+        ):
+            raise Preempted(f"stopped in the validation at step {steps}")
     return state

@@ -35,7 +35,7 @@ from saber_jax.data.steps import Rows
 from saber_jax.data.withhold import VIEWS, View
 from saber_jax.inputs import RunInputs
 from saber_jax.models import saber
-from saber_jax.runs import buckets, manifest
+from saber_jax.runs import buckets, distributed, manifest
 from saber_jax.runs.console import warn
 from saber_jax.runs.files import listed, move, replacing
 from saber_jax.runs.manifest import fingerprint
@@ -167,6 +167,9 @@ def complete(
     `batches` makes batches of `batch_rows` rows, which may end with empty rows, and `log_probs`
     scores the targets of a batch. With a batch come its pairs that could not be read; they are not
     in it and stay missing.
+
+    Raises Preempted, with what was computed in the cache, if one of several processes received
+    SIGTERM.
     """
     _share(cache, keys, counts)
     missing = [i for i, key in enumerate(keys) if key not in cache.values]
@@ -188,6 +191,9 @@ def complete(
                 found |= {keys[i]: part for i, part in zip(held, parts, strict=False)}
                 bar.update(len(indices))
             first += batch_rows
+            if distributed.told_to_stop():
+                cache.add(found)
+                raise distributed.Preempted("stopped among the reference log-probs, which are kept")
             if time.monotonic() - saved > FLUSH_SECONDS:
                 cache.add(found)
                 found, saved = {}, time.monotonic()

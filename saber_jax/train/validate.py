@@ -172,13 +172,17 @@ class Validation:
         """Whether to run after `step` steps."""
         return step % self.every == 0 or step == self.steps
 
-    def run(self, state: Any, step: int) -> dict[str, float]:
-        """The metrics of these weights; warnings about them are printed.
+    def run(self, state: Any, step: int, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """The metrics of these weights; warnings about them are printed. None if `stop` says so
+        after a batch.
 
         Examples that could not be read are listed. Raises TooManyBadError if there are too many.
         """
-        batches = self.batches()
-        found = [jax.device_get(self.measure(state, batch)) for batch in batches]
+        batches, found = self.batches(), []
+        for batch in batches:
+            found.append(jax.device_get(self.measure(state, batch)))
+            if stop():
+                return None
         values = metrics(found, self.beta)
         if PREFIX + "left_out" in values:  # In every process, because the sums are over all.
             batches.agree()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,10 +146,35 @@ def test_a_gke_pod_knows_its_place_among_the_hosts_of_all_slices(monkeypatch):
 def test_sigterm_is_noticed_only_while_somebody_listens():
     before = signal.getsignal(signal.SIGTERM)
     with distributed.Preemption() as preemption:
-        assert not preemption.reached(1)
+        assert not preemption.reached()
         signal.raise_signal(signal.SIGTERM)
-        assert preemption.reached(2)
+        assert preemption.reached()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+TOGETHER = """
+import pathlib, sys
+from saber_jax.runs import distributed
+distributed.initialize(heartbeat_seconds=10)
+import jax
+with distributed.failing_together():
+    for batch in range(10**6):
+        distributed.barrier(f"batch {batch}")
+        if distributed.told_to_stop():
+            print("stopped at", batch, flush=True)
+            sys.exit(distributed.PREEMPTED)
+        if batch == 3:
+            pathlib.Path(sys.argv[1], f"ready{jax.process_index()}").touch()
+"""
+
+
+def test_sigterm_to_one_process_ends_all_after_the_same_batch(tmp_path):
+    with running(["-c", TOGETHER, str(tmp_path)], tmp_path / "logs", count=2, devices=2) as both:
+        both.wait_until(lambda: all((tmp_path / f"ready{i}").exists() for i in range(2)), 120)
+        both.members[1].send_signal(signal.SIGTERM)
+        assert both.wait(120) == 2 * [distributed.PREEMPTED], both.text()
+        ends = [re.findall(r"stopped at \d+", log.read_text()) for log in both.logs]
+    assert len(ends[0]) == 1 and ends[0] == ends[1]
 
 
 if __name__ == "__main__":
@@ -182,4 +208,4 @@ def test_sigterm_while_the_step_compiles_ends_at_once_with_75():
 def test_inside_a_preemption_sigterm_only_asks():
     with distributed.ending_early(), distributed.Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached(1)
+        assert preemption.reached()

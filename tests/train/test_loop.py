@@ -16,6 +16,7 @@ from saber_jax.train.nonfinite import NonFinite, RolledBack, left_out, skipping
 from saber_jax.train.profile import Profile
 from saber_jax.train.progress import Console
 from saber_jax.train.step import TrainState
+from saber_jax.train.validate import BatchSums, Validation
 
 STEPS = 6
 
@@ -76,7 +77,7 @@ def records(step):
     yield LeftOut(index=step, clip_id=f"clip{step}", file="file", reason="nonfinite", detail="")
 
 
-def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):
+def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1, validation=None):
     """Runs and returns (state, reported lines); checkpoints every second step."""
     checkpoints = Checkpoints(folder, every=2)
     state = zero() if checkpoints.latest() is None else checkpoints.restore(zero(), {})
@@ -91,7 +92,13 @@ def go(folder, batches, *, window="", step=add_batch, policy="stop", limit=1):
     )
     try:
         after = loop.run(
-            state, step, steps=STEPS, checkpoints=checkpoints, meta={}, observers=observers
+            state,
+            step,
+            steps=STEPS,
+            checkpoints=checkpoints,
+            meta={},
+            observers=observers,
+            validation=validation,
         )
     finally:
         checkpoints.close()
@@ -170,6 +177,37 @@ def test_a_polite_stop_saves_the_step_it_is_at_and_the_next_run_goes_on(tmp_path
         go(tmp_path / "stopped", batches, step=told_to_stop)
     after, rest = go(tmp_path / "stopped", batches)
     assert rest == lines[3:]
+    np.testing.assert_array_equal(after.trainable["w"], whole.trainable["w"])
+
+
+class Validating:
+    """Validations of three batches after every third step; SIGTERM comes in the second batch of
+    the one at step `stopped_at`."""
+
+    def __init__(self, stopped_at=None):
+        self.measured, self._stopped_at = [], stopped_at
+
+    def validation(self):
+        return Validation(batches=lambda: range(3), measure=self._measure, every=3, steps=STEPS)
+
+    def _measure(self, state, batch):
+        self.measured.append((int(state.step), batch))
+        if self.measured[-1] == (self._stopped_at, 1):
+            signal.raise_signal(signal.SIGTERM)
+        return BatchSums(nll=jnp.ones(6), tokens=jnp.ones(6), left_out=jnp.zeros((), jnp.int32))
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_polite_stop_in_a_validation_saves_its_step_and_repeats_it(tmp_path, step):
+    batches, validating = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], Validating(stopped_at=step)
+    whole, lines = go(tmp_path / "whole", batches)
+    with pytest.raises(loop.Preempted, match=f"stopped in the validation at step {step}"):
+        go(tmp_path / "stopped", batches, validation=validating.validation())
+    assert validating.measured[-2:] == [(step, 0), (step, 1)]
+    again = Validating()
+    after, rest = go(tmp_path / "stopped", batches, validation=again.validation())
+    assert again.measured[:3] == [(step, batch) for batch in range(3)]
+    assert rest == lines[step:]
     np.testing.assert_array_equal(after.trainable["w"], whole.trainable["w"])
 
 

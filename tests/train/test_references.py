@@ -135,6 +135,17 @@ def test_a_killed_computation_goes_on_with_what_is_missing(tmp_path, monkeypatch
     assert model.asked == [4]
 
 
+def test_a_computation_that_is_told_to_stop_keeps_what_it_has(tmp_path, monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(references.distributed, "told_to_stop", lambda: next(answers))
+    with pytest.raises(references.distributed.Preempted, match="are kept"):
+        Model().fill(ReferenceCache(tmp_path, "whole", SOURCE))
+    monkeypatch.undo()
+    model = Model()
+    model.fill(ReferenceCache(tmp_path, "whole", SOURCE))
+    assert model.asked == []
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ReferenceInputs)])
 def test_a_cache_of_anything_else_is_refused_by_name(tmp_path, name):
     ReferenceCache(tmp_path, "whole", SOURCE)

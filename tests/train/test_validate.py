@@ -139,6 +139,7 @@ class Batches(list):
 def test_processes_exchange_the_names_of_what_they_left_out_if_there_is_any(left_out, capsys):
     batches, ones = Batches([None, None]), np.ones(len(FIELDS))
     measure = lambda *_: _sums(ones, ones, left_out)  # noqa: E731
-    values = Validation(batches=lambda: batches, measure=measure, every=5, steps=12).run(None, 5)
+    validation = Validation(batches=lambda: batches, measure=measure, every=5, steps=12)
+    values = validation.run(None, 5, bool)
     assert batches.agreed == (left_out > 0) == ("validate/left_out" in values)
     assert ("4 left out" in capsys.readouterr().out) == (left_out > 0)
