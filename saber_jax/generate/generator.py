@@ -248,7 +248,7 @@ def load_generator(workdir: str | Path, *, max_new_tokens: int, batch_size: int)
 
 def model_fingerprint(workdir: str | Path) -> str:
     """A hash of the weights, vocabulary and config of a run's newest checkpoint."""
-    steps = saved.steps(workdir)
+    steps = saved.finished_steps(workdir)
     newest = f"checkpoints/{steps[-1].name if steps else 0}/params/**/*"
     checkpoint.read_model_file(workdir)  # Raises a clear error if this is not a checkpoint.
     return fingerprint(workdir, checkpoint.MODEL_FILE, "tokenizer.*", newest)

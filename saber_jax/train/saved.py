@@ -85,12 +85,17 @@ def _open(item: Path) -> bool:
     return files.exists(item) and not files.exists(item / buckets.COMMITTED)
 
 
+def finished_steps(workdir: str | Path) -> list[Path]:
+    """Step folders, oldest first, without those that are being saved or whose save was killed."""
+    return [step for step in steps(workdir) if not unfinished(step)]
+
+
 def newest(workdir: str | Path) -> Path:
     """The newest finished step, for commands that only read.
 
     Raises FileNotFoundError if there is none, DamagedError if it is incomplete.
     """
-    found = [step for step in steps(workdir) if not unfinished(step)]
+    found = finished_steps(workdir)
     if not found:
         raise FileNotFoundError(f"{workdir} has no finished checkpoint yet; train it first.")
     if why := problem(found[-1]):
