@@ -32,6 +32,7 @@ LONGEST = (
     "tests/train/test_step.py",
     "tests/test_validation.py",
     "tests/launch/test_pod.py",
+    "tests/test_left_out.py",
     "tests/models/test_attention.py",
     "tests/models/test_saber.py",
     "tests/train/test_packed.py",

@@ -41,8 +41,10 @@ def records(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Shares compiled programs: every run here compiles the same step."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    """Shares compiled programs, also with the other workers: every run compiles the same steps."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+    jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
 
