@@ -34,6 +34,7 @@ from string import Template
 from typing import Any
 
 from launch import topology
+from launch.gcloud import pause
 
 YAML = Path(__file__).resolve().parent / "gke_jobset.yaml"
 # Pods of the JobSet, and among them the first host of the first slice.
@@ -141,11 +142,6 @@ def render(environ: Mapping[str, str], arguments: list[str]) -> str:
 
 def kubectl(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
     return subprocess.run(["kubectl", *arguments], text=True, **options)
-
-
-def pause() -> float:
-    """Seconds between two looks."""
-    return float(os.environ.get("RECONNECT_SECONDS", "10"))
 
 
 def look(name: str, tries: int = 1) -> dict[str, Any] | None:

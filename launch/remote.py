@@ -28,7 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PREEMPTED = 75
 INTERRUPTED = 130
 UNPACK = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER}"
-STATE = f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh state || echo none"
+# Both say "none" where nothing was ever started.
+STATE, STOP = (
+    f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh {verb} || echo none"
+    for verb in ("state", "stop")
+)
 RECONNECTS = 10  # Each of them is ten of gcloud's.
 
 
@@ -111,15 +115,14 @@ def follow(pod: Pod, node: Node) -> None:
 def verdict(nodes: list[Node], answers: dict[tuple[str, int], str]) -> int:
     """The worst worker's status, and a line for each worker that did not end well."""
     statuses = []
-    for node in nodes:
-        for worker in range(node.workers):
-            answer = answers.get((node.name, worker), "")
-            match = re.search(r"(?m)^exit (\d+)$", answer)
-            statuses.append(int(match[1]) if match else 1)
-            if statuses[-1]:
-                why = answer[match.end() :].strip() if match else "it did not answer"
-                said = f"{node.name} worker {worker} ended with status {statuses[-1]}"
-                print(f"\n{said}:\n{why}", file=sys.stderr)
+    for who in (who for node in nodes for who in node.hosts):
+        answer = answers.get(who, "")
+        match = re.search(r"(?m)^exit (\d+)$", answer)
+        statuses.append(int(match[1]) if match else 1)
+        if statuses[-1]:
+            why = answer[match.end() :].strip() if match else "it did not answer"
+            said = f"{gcloud.named([who])} ended with status {statuses[-1]}"
+            print(f"\n{said}:\n{why}", file=sys.stderr)
     # Any other failure counts as worse than being stopped.
     failures = [status for status in statuses if status not in (0, PREEMPTED)]
     return max(failures, default=max(statuses))
@@ -188,7 +191,7 @@ def run(pod: Pod, nodes: list[Node], arguments: list[str]) -> int:
 
 def stop(pod: Pod, nodes: list[Node]) -> int:
     """Tells the run to save and end; returns 1 if not every worker could be asked, else 0."""
-    answers = ask(pod, nodes, f"test -d {FOLDER} && cd {FOLDER} && launch/job.sh stop || echo none")
+    answers = ask(pod, nodes, STOP)
     told = [who for who, said in answers.items() if re.search("(?m)^told$", said)]
     here = {who for who, said in answers.items() if re.search("(?m)^(told|none)$", said)}
     if told:

@@ -21,6 +21,7 @@ from typing import Any
 from data_prep.raw import corpora, corpora_rows, storage
 from data_prep.raw.shards import Dropped, Outcome, Row, ShardedStage
 from data_prep.records import clips
+from saber_jax.data import texts
 from saber_jax.data.records import LABELS, LANGUAGES
 
 REASONS = {
@@ -202,8 +203,7 @@ def _labels_by_clip(paths: list[Path], root: Path) -> dict[Path, dict[str, str]]
         unused += [] if names else [key]
         found |= {by_name[name]: label for name in names}
     if unused:
-        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-        print(f"{listing} has labels without a video: {', '.join(unused[:5])}{more}.")
+        print(f"{listing} has labels without a video: {texts.listed(unused)}.")
     return found
 
 

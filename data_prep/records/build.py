@@ -340,9 +340,8 @@ def _report(out: Path, summary: dict[str, Any], refusals: Sequence[clips.Refusal
             print(f"An annotation looks like this:\n{annotations.ANNOTATION_SHAPE}")
     for kind, names in summary["unused"].items():
         if names:
-            more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
-            listed = ", ".join(map(clips.shown, names[:SHOWN_UNUSED]))
-            print(f"{len(names)} {UNUSED[kind]}: {listed}{more}.")
+            listed = texts.listed([clips.shown(name) for name in names], SHOWN_UNUSED)
+            print(f"{len(names)} {UNUSED[kind]}: {listed}.")
     return 1 if refusals else 0
 
 

@@ -101,9 +101,8 @@ def _files_below(directory: Path, above: set[str]) -> Iterator[Path]:
             yield path
 
 
-def _listed(paths: Sequence[Path], most: int = 5) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(shown(path.name) for path in paths[:most]) + more
+def _listed(paths: Sequence[Path]) -> str:
+    return texts.listed([shown(path.name) for path in paths])
 
 
 def shown(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Reading JSON lines, and checks of texts from outside."""
+"""Reading JSON lines, checks of texts from outside, and short lists for messages."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SPECIAL = re.compile(r"<\|\w+\|>|<tts_\w+>|</?tool_call>")
@@ -19,6 +19,12 @@ def fault(text: str) -> str | None:
         code = f"\\u{ord(half[0]):04x}"
         return f"holds {code}, half of a character; write the whole one, or leave it out"
     return None
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` of many: "a, b, c, d, e and 7 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def read(path: Path) -> str:

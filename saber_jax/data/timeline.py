@@ -242,7 +242,7 @@ def read_timeline(path: Path, sampling: FrameSampling, sound: bool) -> Timeline:
                 if ends[index] - first[index] > sampling.max_seconds + 60:
                     check_length(path, float(ends[index] - first[index]), sampling)
         promised = (container.duration or 0) / av.time_base
-        offset = (container.start_time or 0) / av.time_base
+        offset = start(container)
         films = [s for s in videos if len(times[s.index]) >= media.TEMPORAL_PATCH]
         # A cover picture may not be marked as one, but it has a single frame.
         chosen = films[0] if films else max(videos, key=lambda s: len(times[s.index]))

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from saber_jax.data import texts
 
-SHOWN = 5
-"""How many clips a message names."""
+Row = dict[str, Any]
 
 
 def check_once(answers: Iterable[tuple[str, str]]) -> None:
@@ -19,7 +18,7 @@ def check_once(answers: Iterable[tuple[str, str]]) -> None:
     twice = [f"{clip} ({', '.join(found)})" for clip, found in places.items() if len(found) > 1]
     if twice:
         raise ValueError(
-            f"These clips have more than one answer, and each would count: {named(twice)}. "
+            f"These clips have more than one answer, and each would count: {texts.listed(twice)}. "
             "Keep one answer of each."
         )
 
@@ -34,18 +33,12 @@ def completed(answers: Mapping[str, Row], clips: Sequence[str], data: Path) -> l
     if twice := [clip for clip, count in counts.items() if count > 1]:
         raise ValueError(
             f"{data} has these clips more than once, so answers cannot be told apart: "
-            f"{named(twice)}. Give each clip a name of its own."
+            f"{texts.listed(twice)}. Give each clip a name of its own."
         )
     if unknown := [clip for clip in answers if clip not in counts]:
         raise ValueError(
             f"{len(unknown)} of {len(answers)} answers are for clips that are not in {data}: "
-            f"{named(unknown)}. Check --data and --split, or remove those answers."
+            f"{texts.listed(unknown)}. Check --data and --split, or remove those answers."
         )
     empty = {"response": "", "unanswered": True}
     return [answers[clip] if clip in answers else {"clip_id": clip} | empty for clip in clips]
-
-
-def named(clips: Sequence[str]) -> str:
-    """The first few of many: "a, b, c, d, e and 7 more"."""
-    more = f" and {len(clips) - SHOWN} more" if len(clips) > SHOWN else ""
-    return ", ".join(clips[:SHOWN]) + more

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saber_jax.data import texts
 from saber_jax.endpoint import KEY_VARIABLE, Endpoint, EndpointError
-from saber_jax.evaluation import completeness, probes
+from saber_jax.evaluation import probes
 from saber_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, digest
 from saber_jax.evaluation.judge import Judge
 from saber_jax.evaluation.predict import BenchmarkClips, Row, SpelledOut, predict
@@ -98,7 +99,7 @@ def _report_gaps(scores: dict[str, Any], clips: int, predictions: Path | None) -
     if unanswered:
         print(
             f"error: {len(unanswered)} of {clips} clips have no answer in {predictions} and count "
-            f"as empty answers: {completeness.named(unanswered)}",
+            f"as empty answers: {texts.listed(unanswered)}",
             file=sys.stderr,
         )
     return 1 if unread or unanswered else 0

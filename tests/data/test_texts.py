@@ -35,3 +35,8 @@ def test_a_text_in_another_encoding_is_named_as_that(tmp_path):
     path.write_text("calm", encoding="utf-16")
     with pytest.raises(ValueError, match=r"labels\.jsonl is not UTF-8 text"):
         texts.read(path)
+
+
+def test_only_the_first_few_of_many_clips_are_named():
+    assert texts.listed(list("abc")) == "a, b, c"
+    assert texts.listed(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -26,8 +26,3 @@ def test_answers_that_fit_no_clip_or_two_are_refused():
         completeness.completed({"x": {}, "a": {}}, ["a", "b"], Path("data"))
     with pytest.raises(ValueError, match=r"data has these clips more than once.*: b\."):
         completeness.completed({"a": {}}, ["a", "b", "b"], Path("data"))
-
-
-def test_only_the_first_few_of_many_clips_are_named():
-    assert completeness.named(list("abc")) == "a, b, c"
-    assert completeness.named(list("abcdefg")) == "a, b, c, d, e and 2 more"
